@@ -1,0 +1,255 @@
+"""Pictures + prompt -> text.
+
+    python generate.py --image samples/images/flags/noto/fr.png --prompt "这是哪个国家的国旗？"
+    python generate.py --lora_path output --requests requests.jsonl --output answers.jsonl
+
+A batch is ragged, never padded: the prompts are one packed stream in the prefill, then every live sequence contributes
+one token a step. So a batch gives what its requests give alone. Sampling follows transformers' order: repetition
+penalty, temperature, top-k, top-p; each request draws from its own generator.
+"""
+import argparse
+import importlib
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+
+import checkpoint
+import data
+import lora
+from kernels.attention import attention
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class KVCache:
+    """Keys and values of each sequence: one (capacity, H, D) buffer per layer and sequence, so nothing is padded."""
+
+    def __init__(self, capacities: list[int]):
+        self.capacities = capacities
+        self.lengths = [0] * len(capacities)
+        self.active = list(range(len(capacities)))  # the sequences in the stream, in its order
+        self.buffers: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+        """Appends k and v (T, H, D) of the segments to their sequences, and attends to all that those hold then."""
+        if layer not in self.buffers:
+            self.buffers[layer] = [(k.new_empty(n, *k.shape[1:]), v.new_empty(n, *v.shape[1:])) for n in self.capacities]
+        bounds, keys, values = cu_seqlens.tolist(), [], []
+        for s, i in enumerate(self.active):
+            old, new = self.lengths[i], self.lengths[i] + bounds[s + 1] - bounds[s]
+            for buffer, x, out in zip(self.buffers[layer][i], (k, v), (keys, values), strict=True):
+                buffer[old:new] = x[bounds[s] : bounds[s + 1]]
+                out.append(buffer[:new])
+        cu_seqlens_k = torch.tensor([0, *(len(x) for x in keys)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        k, v = (x[0] if len(x) == 1 else torch.cat(x) for x in (keys, values))
+        return attention(q, k, v, cu_seqlens, cu_seqlens_k, int(cu_seqlens_k.diff().max()), causal=True)
+
+    def advance(self, counts: list[int]) -> None:
+        """After a whole forward pass: the sequences in the stream grew by `counts` tokens."""
+        for i, n in zip(self.active, counts, strict=True):
+            self.lengths[i] += n
+
+
+def sampling_probs(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """logits (B, V) -> probabilities (B, V). top_k 0 and top_p 1 keep all; top_p keeps the smallest set of most probable
+    tokens whose total before each member is below top_p, and at least one."""
+    logits = logits.float() / temperature
+    if top_k > 0:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    if top_p < 1.0:
+        ordered, order = logits.sort(descending=True)
+        probs = ordered.softmax(-1)
+        drop = probs.cumsum(-1) - probs >= top_p
+        drop[:, 0] = False
+        logits = logits.masked_fill(drop.scatter(1, order, drop), float("-inf"))
+    return logits.softmax(-1)
+
+
+def penalise_repetition(logits: Tensor, seen: list[int], penalty: float) -> Tensor:
+    """logits (V,): those of tokens seen before are divided by the penalty where positive, else multiplied (arXiv:1909.05858)."""
+    index = torch.tensor(sorted(set(seen)), device=logits.device)
+    values = logits[index]
+    return logits.index_copy(0, index, torch.where(values > 0, values / penalty, values * penalty))
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module, requests: list[dict], max_new_tokens: int, stop_words: list[list[int]],
+    temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, repetition_penalty: float = 1.0, seed: int = 0,
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """New token ids of each request, a stop word included as it came.
+
+    A request: input_ids (T,), image_starts (positions of the pictures' first slots), pixel_values (list of (3, H, W)).
+    temperature 0 is greedy. A sequence ends where all its ids, prompt included, end with one of `stop_words`.
+    `on_token(request, token)` sees each token as it comes.
+    """  # fmt: skip
+    model.eval()
+    device = next(model.parameters()).device
+    prompts = [[int(t) for t in r["input_ids"]] for r in requests]
+    cache = KVCache([len(p) + max_new_tokens for p in prompts])
+    generators = [torch.Generator().manual_seed(seed) for _ in prompts]
+    outputs: list[list[int]] = [[] for _ in prompts]
+    batch = data.prompt_batch(requests, model.config.visual.n_queries)
+    prompt_lengths = torch.tensor([len(p) for p in prompts])
+    # a picture's slots are no tokens of the text
+    in_slots = [{i for s in r["image_starts"] for i in range(s, s + model.config.visual.n_queries)} for r in requests]
+    seen = [[t for i, t in enumerate(p) if i not in slots] for p, slots in zip(prompts, in_slots, strict=True)]
+    while True:
+        batch = {k: v.to(device) if torch.is_tensor(v) and k not in ("cu_seqlens", "rope_lengths") else v for k, v in batch.items()}
+        x = model.hidden({**batch, "cache": cache})
+        cache.advance(batch["cu_seqlens"].diff().tolist())
+        logits = model.logits(x[batch["cu_seqlens"][1:].long().to(device) - 1]).float()  # (B, V): the last of each
+        still = []
+        for row, i in zip(logits, cache.active, strict=True):
+            if repetition_penalty != 1.0:
+                row = penalise_repetition(row, seen[i], repetition_penalty)
+            if temperature == 0:
+                token = int(row.argmax())
+            else:
+                probs = sampling_probs(row[None], temperature, top_k, top_p)[0].cpu()
+                token = int(torch.multinomial(probs, 1, generator=generators[i]))
+            outputs[i].append(token)
+            seen[i].append(token)
+            if on_token:
+                on_token(i, token)
+            text = prompts[i] + outputs[i]
+            stopped = any(text[-len(word) :] == word for word in stop_words)
+            if not stopped and len(outputs[i]) < max_new_tokens:
+                still.append(i)
+        if not still:
+            return outputs
+        cache.active = still
+        batch = {
+            "input_ids": torch.tensor([outputs[i][-1] for i in still]),
+            "position_ids": torch.tensor([cache.lengths[i] for i in still]),
+            "cu_seqlens": torch.arange(len(still) + 1, dtype=torch.int32), "max_len": 1,
+            "rope_lengths": prompt_lengths[still],  # the cached keys were turned with the prompt's NTK base
+        }  # fmt: skip
+
+
+def load_model(
+    directory: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu", lora_path: str | Path | None = None
+) -> nn.Module:
+    """A model for inference from a checkpoint directory, optionally with an adapter (not merged)."""
+    config = checkpoint.read_config(directory)
+    module = importlib.import_module("model_" + checkpoint.model_kind(config))
+    with torch.device("meta"):
+        model = module.build_model(config)
+    model = model.to(dtype).to_empty(device=device)
+    checkpoint.load_into(dict(model.named_parameters()), checkpoint.open_weights(directory))
+    if lora_path is not None:
+        lora.load_adapter(model, lora_path)
+    return model.eval()
+
+
+BOX = re.compile(r"(?:<ref>(.*?)</ref>)?<box>\((\d+),(\d+)\),\((\d+),(\d+)\)</box>", re.DOTALL)
+
+
+def draw_boxes(picture: str | Path, text: str, out: str | Path) -> int:
+    """Draws the boxes of an answer (0..999 of each side) on a copy of the picture; returns how many there were."""
+    boxes = BOX.findall(text)
+    if boxes:
+        with Image.open(picture) as image:
+            image = image.convert("RGB")
+        draw = ImageDraw.Draw(image)
+        for name, *corners in boxes:
+            x1, y1, x2, y2 = (int(v) / 1000 * side for v, side in zip(corners, image.size * 2, strict=True))
+            x1, x2, y1, y2 = min(x1, x2), max(x1, x2), min(y1, y2), max(y1, y2)
+            draw.rectangle((x1, y1, x2, y2), outline=(255, 0, 0), width=max(1, max(image.size) // 200))
+            draw.text((x1 + 3, y1 + 3), name, fill=(255, 0, 0))
+        image.save(out)
+    return len(boxes)
+
+
+def read_requests(args) -> list[data.Conversation]:
+    if args.requests:
+        return data.read_requests(args.requests)
+    if args.prompt is None:
+        raise ValueError("nothing to answer: give --prompt (and --image), or --requests FILE.jsonl")
+    turns = [("user", args.prompt)] if not args.system else [("system", args.system), ("user", args.prompt)]
+    return [data.chat_conversation(turns, args.image, where="--prompt")]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="qwen_vl", help="whose samples/tiny_* to use if no checkpoint is named")
+    add("--model_name_or_path", default=None, help="checkpoint directory; default: the adapter's base, else the tiny model")
+    add("--lora_path", default=None, help="adapter directory, applied without merging")
+    add("--image", action="append", default=[], help="picture file; may be repeated")
+    add("--prompt", default=None)
+    add("--system", default=None, help="system text instead of the model's own")
+    add("--requests", default=None, help='JSONL: {"prompt": ..., "image": path or list} or any chat record, one a line')
+    add("--output", default=None, help="write answers as JSONL here")
+    add("--draw", default=None, help="where to draw boxes of the answer; default: boxes.png, boxes-1.png, ...")
+    add("--stage", default="sft", choices=("sft", "pretrain"), help="prompt format")
+    add("--max_new_tokens", type=int, default=256)
+    add("--temperature", type=float, default=0.0, help="0: greedy")
+    add("--top_k", type=int, default=0, help="0: off")
+    add("--top_p", type=float, default=1.0, help="1: off")
+    add("--repetition_penalty", type=float, default=1.0)
+    add("--stop", action="append", default=[], help="stop at this text too; may be repeated")
+    add("--seed", type=int, default=0)
+    add("--batch_size", type=int, default=8)
+    add("--dtype", default="float32", choices=DTYPES)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.top_k < 0 or args.repetition_penalty <= 0 or args.max_new_tokens < 1:
+        raise ValueError("expected temperature >= 0, 0 < top_p <= 1, top_k >= 0, repetition_penalty > 0, max_new_tokens >= 1")
+
+    directory = args.model_name_or_path
+    if directory is None and args.lora_path is not None:
+        directory = lora.read_adapter(args.lora_path)[0]["base_model_name_or_path"]
+    directory = data.model_directory(args.model, directory or "tiny")
+    processor = data.load_processor(args.model, directory, args.stage)
+    conversations = read_requests(args)
+    model = load_model(directory, DTYPES[args.dtype], args.device, args.lora_path)
+    stop_words = processor.stop_words + [processor.tokenizer.encode(text) for text in args.stop]
+
+    streaming = len(conversations) == 1 and args.output is None
+    shown, sink, drawn = "", open(args.output, "w") if args.output else None, 0
+    tokens: list[int] = []
+
+    def show(_, token: int) -> None:
+        nonlocal shown
+        tokens.append(token)
+        text = processor.decode(tokens)
+        if text.startswith(shown) and not text.endswith("\ufffd"):  # wait for whole characters
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+
+    for first in range(0, len(conversations), args.batch_size):
+        some = conversations[first : first + args.batch_size]
+        requests = [processor.prompt(c) for c in some]
+        for request in requests:
+            request["pixel_values"] = [processor.load_image(p).to(DTYPES[args.dtype]) for p in request["images"]]
+        answers = generate(
+            model, requests, args.max_new_tokens, stop_words, args.temperature, args.top_k, args.top_p,
+            args.repetition_penalty, args.seed, show if streaming else None,
+        )  # fmt: skip
+        for conversation, request, ids in zip(some, requests, answers, strict=True):
+            text = processor.decode(ids)
+            if streaming:
+                print(text[len(shown) :] if text.startswith(shown) else "\n" + text)
+            elif sink is None:
+                print(f"{conversation.id}: {text}")
+            else:
+                print(json.dumps({"id": conversation.id, "answer": text}, ensure_ascii=False), file=sink, flush=True)
+            if request["images"] and BOX.search(text):
+                out = Path(args.draw or "boxes.png")
+                out = out if drawn == 0 else out.with_stem(f"{out.stem}-{drawn}")
+                print(f"{draw_boxes(request['images'][-1], text, out)} boxes drawn: {out}", file=sys.stderr)
+                drawn += 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(checkpoint.cli(main))

@@ -1,0 +1,832 @@
+"""Qwen-VL 7B (arXiv:2308.12966): ViT-bigG, one cross-attention resampler, Qwen-7B, and everything about its data format.
+
+    python train.py --model qwen_vl --lora
+    python generate.py --image picture.png --prompt "What is this?"
+
+Text has no batch dimension: a micro-batch is one stream of T tokens, cut into segments (samples) by `cu_seqlens`.
+Numerics follow the original modeling_qwen.py and visual.py (2023); where this file differs on purpose, it says so.
+Parameter names are those of the published checkpoint.
+"""
+import base64
+import hashlib
+import json
+import math
+import re
+import unicodedata
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+
+from kernels.attention import attention
+from kernels.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from kernels.norm import rms_norm
+from kernels.rotary import rotary
+from kernels.swiglu import swiglu
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclass
+class VisualConfig:
+    image_size: int
+    patch_size: int
+    width: int
+    layers: int
+    heads: int
+    mlp_ratio: float
+    output_dim: int
+    image_start_id: int
+    n_queries: int = 256  # absent from the published file
+
+
+@dataclass
+class QwenVLConfig:
+    """The fields of the published config.json that change what is computed; other fields of the file are kept and ignored."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int  # the MLP's inner width is HALF of it
+    vocab_size: int
+    visual: VisualConfig
+    kv_channels: int = 128
+    layer_norm_epsilon: float = 1e-6
+    rotary_emb_base: float = 10000
+    rotary_pct: float = 1.0
+    seq_length: int = 2048  # trained length: beyond it evaluation uses dynamic NTK and log-n scaling
+    use_dynamic_ntk: bool = True
+    use_logn_attn: bool = True
+    no_bias: bool = True
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    raw: dict = field(default_factory=dict)  # config.json as it was read, written back with the weights
+
+    @classmethod
+    def from_dict(cls, raw: dict) -> "QwenVLConfig":
+        """Raises ValueError for a missing field or a shape that the architecture cannot have."""
+
+        def pick(kind, values: dict, where: str):
+            known = {f.name: f for f in fields(kind) if f.name not in ("raw", "visual")}
+            missing = [n for n, f in known.items() if n not in values and f.default is f.default_factory]
+            if missing:
+                raise ValueError(f"config.json: {where} lacks {', '.join(missing)}; is it a Qwen-VL checkpoint?")
+            return {n: values[n] for n in known if n in values}
+
+        if not isinstance(raw.get("visual"), dict):
+            raise ValueError("config.json has no 'visual' section; expected a Qwen-VL checkpoint")
+        config = cls(visual=VisualConfig(**pick(VisualConfig, raw["visual"], "visual")), raw=raw, **pick(cls, raw, "it"))
+        c, v = config, config.visual
+        for ok, message in (
+            (c.kv_channels * c.num_attention_heads == c.hidden_size,
+             f"kv_channels={c.kv_channels} x num_attention_heads={c.num_attention_heads} must be hidden_size={c.hidden_size}"),
+            (v.output_dim == c.hidden_size, f"visual.output_dim={v.output_dim} must be hidden_size={c.hidden_size}"),
+            (v.output_dim % 128 == 0, f"visual.output_dim={v.output_dim} must be a multiple of 128 (resampler heads)"),
+            (v.width % v.heads == 0, f"visual.heads={v.heads} does not divide visual.width={v.width}"),
+            (v.image_size % v.patch_size == 0, f"visual.patch_size={v.patch_size} does not divide image_size={v.image_size}"),
+            (math.isqrt(v.n_queries) ** 2 == v.n_queries, f"visual.n_queries={v.n_queries} must be a square"),
+            (c.rotary_pct == 1.0, f"rotary_pct={c.rotary_pct} is not supported; every published Qwen-VL has 1.0"),
+        ):
+            if not ok:
+                raise ValueError(f"config.json: {message}")
+        return config
+
+
+PRESETS = {
+    "qwen-vl-7b": {
+        "architectures": ["QWenLMHeadModel"], "model_type": "qwen", "hidden_size": 4096, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "kv_channels": 128, "intermediate_size": 22016, "vocab_size": 151936,
+        "layer_norm_epsilon": 1e-6, "rotary_emb_base": 10000, "rotary_pct": 1.0, "seq_length": 2048,
+        "use_dynamic_ntk": True, "use_logn_attn": True, "no_bias": True, "tie_word_embeddings": False,
+        "initializer_range": 0.02, "torch_dtype": "bfloat16",
+        "visual": {"image_size": 448, "patch_size": 14, "width": 1664, "layers": 48, "heads": 16, "mlp_ratio": 4.9231,
+                   "output_dim": 4096, "image_start_id": 151857, "n_queries": 256},
+    },
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Language model
+
+
+@dataclass
+class Context:
+    """What every block of one forward pass shares."""
+
+    cu_seqlens: Tensor  # (S+1,) int32, host
+    max_len: int
+    cos: Tensor  # (T, D/2) fp32
+    sin: Tensor
+    logn: Tensor | None  # (T, 1, 1), evaluation only
+    cache: object | None = None  # generate.KVCache
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: QwenVLConfig, layer: int):
+        super().__init__()
+        C = config.hidden_size
+        self.layer = layer
+        self.num_heads = config.num_attention_heads
+        self.c_attn = nn.Linear(C, 3 * C)  # [q | k | v], each head-major
+        self.c_proj = nn.Linear(C, C, bias=not config.no_bias)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        q, k, v = self.c_attn(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # 3 x (T, H, D)
+        q, k = rotary(q, ctx.cos, ctx.sin), rotary(k, ctx.cos, ctx.sin)
+        if ctx.logn is not None:
+            q = q * ctx.logn.to(q.dtype)
+        if ctx.cache is None:
+            o = attention(q, k, v, ctx.cu_seqlens, ctx.cu_seqlens, ctx.max_len, causal=True)
+        else:
+            o = ctx.cache.attend(self.layer, q, k, v, ctx.cu_seqlens, ctx.max_len)
+        return self.c_proj(o.flatten(1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: QwenVLConfig):
+        super().__init__()
+        C, inner, bias = config.hidden_size, config.intermediate_size // 2, not config.no_bias
+        self.w1 = nn.Linear(C, inner, bias=bias)  # LLaMA's up_proj
+        self.w2 = nn.Linear(C, inner, bias=bias)  # LLaMA's gate_proj: the activation is on w2
+        self.c_proj = nn.Linear(inner, C, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(swiglu(self.w2(x), self.w1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config: QwenVLConfig, layer: int):
+        super().__init__()
+        self.ln_1 = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.attn = Attention(config, layer)
+        self.ln_2 = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        x = x + self.attn(self.ln_1(x), ctx)
+        return x + self.mlp(self.ln_2(x))
+
+
+class LMHead(nn.Linear):
+    """Logits, or with targets their cross entropy without the logits of the whole stream."""
+
+    def forward(self, x: Tensor, targets: Tensor | None = None):
+        return super().forward(x) if targets is None else linear_cross_entropy(x, self.weight, targets)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Vision: pictures are a plain batch; inside, their patches are one stream of N*P rows
+
+VISUAL_EPS = 1e-6  # fixed in the original, whatever layer_norm_epsilon says
+
+
+def resize_positions(table: Tensor, grid: int) -> Tensor:
+    """A square position table (G*G, C) interpolated to (grid*grid, C): bicubic in fp32, no antialiasing."""
+    G = math.isqrt(table.shape[0])
+    if G == grid:
+        return table
+    image = table.float().view(1, G, G, -1).permute(0, 3, 1, 2)
+    image = F.interpolate(image, size=(grid, grid), mode="bicubic", align_corners=False)
+    return image.permute(0, 2, 3, 1).flatten(0, 2).to(table.dtype)
+
+
+def even_segments(num_segments: int, length: int) -> Tensor:
+    return torch.arange(0, (num_segments + 1) * length, length, dtype=torch.int32)
+
+
+class VisualAttention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.in_proj = nn.Linear(width, 3 * width)  # per head: q, k, v (not CLIP's [all q | all k | all v])
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+        q, k, v = self.in_proj(x).unflatten(-1, (self.heads, 3, -1)).unbind(2)  # 3 x (N*P, H, D)
+        return self.out_proj(attention(q, k, v, cu_seqlens, cu_seqlens, max_len, causal=False).flatten(1))
+
+
+class VisualMLP(nn.Module):
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.c_fc = nn.Linear(width, inner)
+        self.c_proj = nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x)))
+
+
+class VisualBlock(nn.Module):
+    def __init__(self, config: VisualConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.width, eps=VISUAL_EPS)
+        self.attn = VisualAttention(config.width, config.heads)
+        self.ln_2 = nn.LayerNorm(config.width, eps=VISUAL_EPS)
+        self.mlp = VisualMLP(config.width, int(config.width * config.mlp_ratio))
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cu_seqlens, max_len)
+        return x + self.mlp(self.ln_2(x))
+
+
+class CrossAttention(nn.Module):
+    """torch.nn.MultiheadAttention's parameters and maths for queries that differ from keys and values."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))  # [Wq; Wk; Wv]
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, num_images: int) -> Tensor:
+        """q (Q, E), the same for every picture; k and v (N*P, E). Returns (N*Q, E)."""
+        (wq, wk, wv), (bq, bk, bv) = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        q = F.linear(q, wq, bq).repeat(num_images, 1)
+        q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in (q, F.linear(k, wk, bk), F.linear(v, wv, bv)))
+        Q, P = q.shape[0] // num_images, k.shape[0] // num_images
+        o = attention(q, k, v, even_segments(num_images, Q), even_segments(num_images, P), max(Q, P), causal=False)
+        return self.out_proj(o.flatten(1))
+
+
+class Resampler(nn.Module):
+    def __init__(self, config: VisualConfig):
+        super().__init__()
+        E, Q = config.output_dim, config.n_queries
+        # fixed sines in a fresh model, but always loaded: the published table is rounded to bf16 (and may be fine-tuned)
+        self.pos_embed = nn.Parameter(torch.empty(Q, E), requires_grad=False)
+        self.query = nn.Parameter(torch.empty(Q, E))
+        self.kv_proj = nn.Identity() if config.width == E else nn.Linear(config.width, E, bias=False)
+        self.attn = CrossAttention(E, E // 128)
+        self.ln_q = nn.LayerNorm(E, eps=VISUAL_EPS)
+        self.ln_kv = nn.LayerNorm(E, eps=VISUAL_EPS)
+
+    def forward(self, x: Tensor, num_images: int) -> Tensor:
+        kv = self.ln_kv(self.kv_proj(x))  # (N*P, E)
+        grid = math.isqrt(x.shape[0] // num_images)
+        k = kv + resize_positions(self.pos_embed, grid).to(kv.dtype).repeat(num_images, 1)
+        q = self.ln_q(self.query)
+        return self.attn(q + self.pos_embed.to(q.dtype), k, kv, num_images)  # positions on queries and keys, not on values
+
+
+class Visual(nn.Module):
+    def __init__(self, config: VisualConfig):
+        super().__init__()
+        W, E = config.width, config.output_dim
+        self.conv1 = nn.Conv2d(3, W, kernel_size=config.patch_size, stride=config.patch_size, bias=False)
+        self.positional_embedding = nn.Parameter(torch.empty(256, W))  # the 16x16 grid of 224-pixel training
+        self.ln_pre = nn.LayerNorm(W, eps=VISUAL_EPS)
+        self.transformer = nn.Module()
+        self.transformer.resblocks = nn.ModuleList(VisualBlock(config) for _ in range(config.layers))
+        self.attn_pool = Resampler(config)
+        self.ln_post = nn.LayerNorm(E, eps=VISUAL_EPS)
+        self.proj = nn.Parameter(torch.empty(E, E))
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(N, 3, H, W) -> features (N, Q, E)."""
+        x = self.conv1(pixel_values.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)  # (N, P, W)
+        N, P, _ = x.shape
+        x = (x + resize_positions(self.positional_embedding, math.isqrt(P))).flatten(0, 1)
+        x = self.ln_pre(x)
+        cu_seqlens = even_segments(N, P)
+        for block in self.transformer.resblocks:
+            x = block(x, cu_seqlens, P)
+        x = self.ln_post(self.attn_pool(x, N)) @ self.proj
+        return x.unflatten(0, (N, -1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole model
+
+
+class QwenVL(nn.Module):
+    def __init__(self, config: QwenVLConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.Module()
+        self.transformer.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.transformer.visual = Visual(config.visual)
+        self.transformer.h = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.transformer.ln_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.transformer.h
+
+    @property
+    def vision_blocks(self) -> nn.ModuleList:
+        return self.transformer.visual.transformer.resblocks
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        return self.transformer.visual(pixel_values)
+
+    def embed(self, batch: dict) -> Tensor:
+        """Word embeddings (T, C), those of the picture slots replaced by features, in the order of the slots.
+
+        More pictures than slots: the others (a blank one, so that every rank of a sharded run enters the tower) count nothing.
+        """
+        x = self.transformer.wte(batch["input_ids"])
+        features = batch.get("image_features")
+        if features is None and batch.get("pixel_values") is not None:
+            features = self.encode_images(batch["pixel_values"])
+        if features is not None:
+            positions = batch["image_positions"].flatten()
+            features = features.flatten(0, 1).to(x.dtype)
+            x = x.index_copy(0, positions, features[: len(positions)])
+            if len(features) > len(positions):
+                x = x + 0.0 * features[len(positions) :].sum()
+        return x
+
+    def context(self, batch: dict) -> Context:
+        """Rotary angles and log-n factors. Both extrapolations act in evaluation only, as in the original.
+
+        `rope_lengths` (S,), host, optional: the length that decides a segment's NTK base, if it is not the segment's own
+        (while decoding: the prompt's; the cached keys were turned with it).
+        """
+        c, positions, cu_seqlens = self.config, batch["position_ids"], batch["cu_seqlens"]
+        half = torch.arange(0, c.kv_channels, 2, device=positions.device, dtype=torch.float32) / c.kv_channels
+        lengths = cu_seqlens.diff()
+        if self.training or not c.use_dynamic_ntk:
+            inv_freq = 1.0 / c.rotary_emb_base**half
+        else:
+            rope_lengths = batch.get("rope_lengths", lengths).double()
+            alpha = (2.0 ** (torch.log2(rope_lengths / c.seq_length) + 1).ceil() - 1).clamp(min=1)
+            base = c.rotary_emb_base * alpha ** (c.kv_channels / (c.kv_channels - 2))
+            inv_freq = 1.0 / base.to(positions.device, torch.float32)[:, None] ** half  # (S, D/2)
+            inv_freq = inv_freq.repeat_interleave(lengths.to(positions.device), dim=0)
+        angles = positions[:, None].float() * inv_freq  # (T, D/2), fp32: 16-bit angles lose the position past 256
+        logn = None
+        if c.use_logn_attn and not self.training:
+            logn = (torch.log((positions + 1).float()) / math.log(c.seq_length)).clamp(min=1.0)[:, None, None]
+        return Context(cu_seqlens, batch["max_len"], angles.cos(), angles.sin(), logn, batch.get("cache"))
+
+    def hidden(self, batch: dict) -> Tensor:
+        x, ctx = self.embed(batch), self.context(batch)
+        for block in self.blocks:
+            x = block(x, ctx)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.lm_head(self.transformer.ln_f(x))
+
+    def head(self, x: Tensor, batch: dict) -> tuple[Tensor, Tensor]:
+        """Summed loss of the supervised tokens and each one's own loss (detached), in stream order."""
+        rows = (batch["targets"] != IGNORE_INDEX).nonzero()[:, 0]
+        return self.lm_head(self.transformer.ln_f(x[rows]), batch["targets"][rows])
+
+    def forward(self, batch: dict) -> tuple[Tensor, Tensor]:
+        return self.head(self.hidden(batch), batch)
+
+    def init_weights(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
+        """Fills one full-size parameter for training from scratch, as the original initialises it."""
+        c = self.config
+        if name.endswith("pos_embed"):
+            tensor.copy_(sincos_positions(math.isqrt(c.visual.n_queries), c.visual.output_dim))
+        elif name.endswith("positional_embedding"):
+            tensor.normal_(0, c.visual.width**-0.5, generator=generator)
+        elif name.endswith("visual.proj"):
+            tensor.normal_(0, c.visual.output_dim**-0.5, generator=generator)
+        elif name.endswith("bias"):
+            tensor.zero_()
+        elif ".ln_" in name:
+            tensor.fill_(1.0)
+        elif name.endswith(("conv1.weight", "in_proj_weight")):
+            bound = (tensor[0].numel()) ** -0.5 if "conv1" in name else math.sqrt(6 / sum(tensor.shape))
+            tensor.uniform_(-bound, bound, generator=generator)
+        else:
+            scale = math.sqrt(2 * c.num_hidden_layers) if name.endswith("c_proj.weight") else 1.0
+            tensor.normal_(0, c.initializer_range / scale, generator=generator)
+
+
+def sincos_positions(grid: int, width: int) -> Tensor:
+    """(grid*grid, width) fixed 2-D table: first half the column, last half the row, each [sines | cosines]."""
+    frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
+    line = torch.cat((angles.sin(), angles.cos()), dim=1).float()  # (grid, width/2)
+    return torch.cat((line.repeat(grid, 1), line.repeat_interleave(grid, dim=0)), dim=1)
+
+
+def build_model(config: dict) -> QwenVL:
+    """The model for a config.json's contents; create it under `torch.device("meta")` and load the weights after."""
+    return QwenVL(QwenVLConfig.from_dict(config))
+
+
+# Parameters of each part, for the start-up table: the first pattern that matches
+PARTS = {
+    "resampler": "transformer.visual.attn_pool.*",
+    "vision": "transformer.visual.*",
+    "embedding": "transformer.wte.*",
+    "language model": "transformer.*",
+    "head": "lm_head.*",
+}
+PRETRAIN_FREEZE = ["transformer.wte.*", "transformer.h.*", "transformer.ln_f.*", "lm_head.*"]  # stage "pretrain"
+# The official targets. By name they exist in the language model only: the vision tower's linears are in_proj, out_proj, c_fc.
+LORA_TARGETS = [r".*\.attn\.c_attn", r".*\.attn\.c_proj", r".*\.mlp\.w1", r".*\.mlp\.w2"]
+# How a weight is cut over tensor-parallel ranks: (kind, number of equal blocks packed along the cut dimension, per-head interleaving)
+TP_PLAN = {
+    "transformer.wte": ("vocab", 1),
+    "transformer.h.*.attn.c_attn": ("column", 3),
+    "transformer.h.*.attn.c_proj": ("row", 1),
+    "transformer.h.*.mlp.w1": ("column", 1),
+    "transformer.h.*.mlp.w2": ("column", 1),
+    "transformer.h.*.mlp.c_proj": ("row", 1),
+    "transformer.visual.transformer.resblocks.*.attn.in_proj": ("column", 1),  # grouped by head: a cut keeps heads whole
+    "transformer.visual.transformer.resblocks.*.attn.out_proj": ("row", 1),
+    "transformer.visual.transformer.resblocks.*.mlp.c_fc": ("column", 1),
+    "transformer.visual.transformer.resblocks.*.mlp.c_proj": ("row", 1),
+    "transformer.visual.attn_pool.attn.in_proj_weight": ("column", 3),
+    "transformer.visual.attn_pool.attn.out_proj": ("row", 1),
+    "lm_head": ("vocab", 1),
+}
+
+
+def forward_flops(config: QwenVLConfig, tokens: int, supervised: int, images: int, segment_length: float) -> dict[str, float]:
+    """FLOPs of one forward pass by part (a multiply-add counts two): tokens in the stream, supervised tokens, pictures."""
+    c, v = config, config.visual
+    C, W, E = c.hidden_size, v.width, v.output_dim
+    P, Q = (v.image_size // v.patch_size) ** 2, v.n_queries
+    block = 2 * (4 * C * C + 3 * C * c.intermediate_size // 2)
+    visual_block = 2 * (4 * W * W + 2 * W * int(W * v.mlp_ratio)) * P + 4 * P * P * W
+    resampler = 2 * (W * E * P + 2 * E * E * P + 2 * E * E * Q) + 4 * P * Q * E + 2 * E * E * Q
+    return {
+        "language model": tokens * c.num_hidden_layers * (block + 4 * C * segment_length / 2),
+        "head": 2.0 * supervised * C * c.vocab_size,
+        "vision": images * (v.layers * visual_block + 2 * 3 * v.patch_size**2 * W * P),
+        "resampler": images * float(resampler),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+# tiktoken's pattern: contractions | one non-letter + letters | ONE digit | blank + punctuation + line ends | white space
+PATTERN = (
+    r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+)
+ENDOFTEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+VISION_TAGS = ["<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>"]
+SPECIAL_TOKENS = [ENDOFTEXT, IM_START, IM_END, *(f"<|extra_{i}|>" for i in range(205)), *VISION_TAGS]
+
+
+def _byte_characters() -> list[str]:
+    """The printable character that stands for each byte inside the tokenizers library (GPT-2's table)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    spare = iter(range(256, 512))
+    return [chr(b) if b in printable else chr(next(spare)) for b in range(256)]
+
+
+BYTE_TO_CHAR = _byte_characters()
+CHAR_TO_BYTE = {c: b for b, c in enumerate(BYTE_TO_CHAR)}
+
+
+def read_tiktoken(path: Path) -> Tokenizer:
+    """A byte-level BPE from a file of `base64(token) rank` lines. A merge is any pair of tokens that makes a token, by its rank."""
+    try:
+        ranks = {base64.b64decode(t): int(r) for t, r in (line.split() for line in path.read_bytes().splitlines() if line)}
+    except ValueError as e:
+        raise ValueError(f"{path}: not a tiktoken vocabulary (lines of 'base64 rank'): {e}") from None
+    to_text = {token: "".join(BYTE_TO_CHAR[b] for b in token) for token in ranks}
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        pairs = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+        pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        merges += [(to_text[a], to_text[b]) for a, b in pairs]
+    tokenizer = Tokenizer(models.BPE({to_text[t]: r for t, r in ranks.items()}, merges))
+    tokenizer.pre_tokenizer = byte_level_split()
+    return tokenizer
+
+
+def byte_level_split() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(PATTERN), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+
+
+class QwenTokenizer:
+    """Qwen's tokenizer: `qwen.tiktoken` or `tokenizer.json` in `directory`, special tokens directly behind its vocabulary."""
+
+    def __init__(self, directory: str | Path, num_image_tokens: int = 256):
+        directory = Path(directory)
+        if (directory / "qwen.tiktoken").exists():
+            self.bpe = read_tiktoken(directory / "qwen.tiktoken")
+        elif (directory / "tokenizer.json").exists():
+            self.bpe = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        else:
+            raise ValueError(f"{directory}: no tokenizer; expected qwen.tiktoken or tokenizer.json beside the weights")
+        base = self.bpe.get_vocab(with_added_tokens=False)
+        self.num_base_tokens = len(base)
+        self.num_image_tokens = num_image_tokens
+        self.special = {token: len(base) + i for i, token in enumerate(SPECIAL_TOKENS)}
+        self.special_text = {i: token for token, i in self.special.items()}
+        self.token_bytes = [b""] * len(base)
+        for token, i in base.items():
+            self.token_bytes[i] = bytes(CHAR_TO_BYTE[c] for c in token)
+        self.eos = self.pad = self.special[ENDOFTEXT]
+        self.im_start, self.im_end = self.special[IM_START], self.special[IM_END]
+        self.img_start, self.img_end, self.img_pad = (self.special[t] for t in ("<img>", "</img>", "<imgpad>"))
+        self.vocab_size = len(base) + len(SPECIAL_TOKENS)
+        self.split_all, self.split_vision = (
+            re.compile("(" + "|".join(map(re.escape, tokens)) + ")") for tokens in (SPECIAL_TOKENS, VISION_TAGS)
+        )
+        self.newline = self.encode("\n")
+
+    def encode(self, text: str, special: str = "all", strict_paths: bool = True) -> list[int]:
+        """Token ids. `special`: which special tokens inside the text are parsed, "all" or "vision" (the rest is plain text).
+
+        `<img>path</img>` becomes start, Q slots holding the path's BYTES as ids and then pads, end. Raises ValueError for an
+        unclosed tag or a path longer than Q bytes, TypeError for a special token inside the path. The model never reads a
+        path back, so `strict_paths=False` fills the slots of a long path with pads instead.
+        """
+        text = unicodedata.normalize("NFC", text)
+        pieces = (self.split_all if special == "all" else self.split_vision).split(text)
+        ids: list[int] = []
+        i = 0
+        while i < len(pieces):
+            piece = pieces[i]
+            if i % 2 == 0:  # ordinary text stands at even places
+                ids += self.bpe.encode(piece, add_special_tokens=False).ids if piece else []
+            elif piece != "<img>":
+                ids.append(self.special[piece])
+            else:
+                if "</img>" not in pieces[i:]:
+                    raise ValueError(f"Unclosed image token: {text[:80]!r} has <img> without </img>")
+                end = pieces.index("</img>", i)
+                if end != i + 2:
+                    raise TypeError(f"special token {pieces[i + 2]!r} inside <img>...</img>")
+                path, Q = pieces[i + 1].encode(), self.num_image_tokens
+                if len(path) > Q and strict_paths:
+                    raise ValueError(f"The content in <img>..</img> is too long: {len(path)} bytes of at most {Q}")
+                slots = [*path, *[self.img_pad] * (Q - len(path))] if len(path) <= Q else [self.img_pad] * Q
+                ids += [self.img_start, *slots, self.img_end]
+                i = end
+            i += 1
+        return ids
+
+    def decode(
+        self, ids: list[int], skip_special: bool = False, keep_image_special: bool = False, errors: str = "replace"
+    ) -> str:
+        """Text of the ids; a picture span becomes `<img>path</img>` again. ValueError for a span without a pad, as the original."""
+        out, i = b"", 0
+        kept_tags = {self.special[t] for t in VISION_TAGS[:6]} if keep_image_special else set()
+        ids = [int(t) for t in ids]
+        while i < len(ids):
+            token = ids[i]
+            if token == self.img_start and self.img_end in ids[i:]:
+                end = ids.index(self.img_end, i)
+                path = bytes(ids[i + 1 : ids.index(self.img_pad, i + 1, end)])
+                out += path if skip_special else b"<img>" + path + b"</img>"
+                i = end
+            elif token < self.num_base_tokens:
+                out += self.token_bytes[token]
+            elif token in self.special_text and (not skip_special or token in kept_tags):
+                out += self.special_text[token].encode()
+            i += 1
+        return out.decode("utf-8", errors=errors)
+
+
+def from_list_format(parts: list[dict]) -> str:
+    """[{"image": path} | {"text": ...} | {"ref": name, "box": [[x1, y1, x2, y2], ...]}, ...] as the text of one turn."""
+    text, pictures = "", 0
+    for part in parts:
+        if "image" in part:
+            pictures += 1
+            text += f"Picture {pictures}: <img>{part['image']}</img>\n"
+        elif "text" in part:
+            text += part["text"]
+        elif "box" in part:
+            text += f"<ref>{part['ref']}</ref>" if "ref" in part else ""
+            text += "".join(f"<box>({x1},{y1}),({x2},{y2})</box>" for x1, y1, x2, y2 in part["box"])
+        else:
+            raise ValueError(f"unsupported part {part}; expected 'image', 'text' or 'box' (with or without 'ref')")
+    return text
+
+
+def to_list_format(text: str) -> list[dict]:
+    """The inverse for text with vision tags: [{"text"}, {"image"}, {"ref"}, {"box"}, {"quad"}] in order."""
+    other = [t for t in SPECIAL_TOKENS if t not in VISION_TAGS and t != ENDOFTEXT and t in text]
+    if other:
+        raise ValueError(f"special token {other[0]!r} in text; only vision tags and {ENDOFTEXT} can be taken apart")
+    names = {"ref": "ref", "box": "box", "quad": "quad", "img": "image"}
+    parts = re.split(r"<(ref|box|quad|img)>(.*?)</\1>", unicodedata.normalize("NFC", text), flags=re.DOTALL)
+    out = [{"text": parts[0]}] if parts[0] else []
+    for tag, inside, after in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
+        out += [{names[tag]: inside}] + ([{"text": after}] if after else [])
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures, prompt format, label mask
+
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
+STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
+MAX_PIXELS = 89_478_485  # PIL's own warning threshold; a larger picture is refused before it is decoded
+SYSTEM = "You are a helpful assistant."
+
+
+def resize_image(image: Image.Image, size: int) -> np.ndarray:
+    """(size, size, 3) uint8: alpha dropped, aspect ratio not kept, PIL's antialiased bicubic rounded to 8 bits."""
+    return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+
+
+def preprocess_image(image: Image.Image, size: int) -> Tensor:
+    """(3, size, size) fp32, normalised."""
+    pixels = resize_image(image, size).astype(np.float32) / np.float32(255)
+    return torch.from_numpy(np.ascontiguousarray(((pixels - MEAN) / STD).transpose(2, 0, 1)))
+
+
+def chat_ids(
+    tokenizer: QwenTokenizer, turns: list[tuple[str, str]], system: str = SYSTEM, strict_paths: bool = True
+) -> tuple[list[int], list[int]]:
+    """Ids and UNSHIFTED labels of a conversation in ChatML, as the official finetune.py makes them.
+
+    Every block supervises its markers and the newline after it; an assistant's block its content too. Role, newline and
+    content are encoded separately. A first message that is not the user's is dropped.
+    """
+    tk, ids, labels = tokenizer, [], []
+    if turns and turns[0][0] != "user":
+        turns = turns[1:]
+    for role, text in [("system", system), *turns]:
+        header = tk.encode(role) + tk.newline
+        content = tk.encode(text, strict_paths=strict_paths)
+        ids += [tk.im_start, *header, *content, tk.im_end, *tk.newline]
+        labels += [tk.im_start, *[IGNORE_INDEX] * len(header)]
+        labels += content if role == "assistant" else [IGNORE_INDEX] * len(content)
+        labels += [tk.im_end, *tk.newline]
+    return ids, labels
+
+
+def chat_prompt(
+    tokenizer: QwenTokenizer, query: str, history: list[tuple[str, str]] = (), system: str = SYSTEM,
+    max_window_size: int = 6144, strict_paths: bool = True,
+) -> list[int]:
+    """Ids of a chat up to the assistant's header. In user and assistant text only the vision tags are special, so a typed
+    `<|im_end|>` is plain text. Past (question, answer) pairs are kept newest first while they fit in max_window_size tokens."""
+    tk = tokenizer
+
+    def block(role: str, text: str) -> list[int]:
+        content = tk.encode(text, special="vision", strict_paths=strict_paths)
+        return [tk.im_start, *tk.encode(role), *tk.newline, *content, tk.im_end]
+
+    head, kept = block("system", system), []
+    for question, answer in reversed(history):
+        turn = tk.newline + block("user", question) + tk.newline + block("assistant", answer)
+        if len(head) + len(turn) + len(kept) >= max_window_size:
+            break
+        kept = turn + kept
+    return [*head, *kept, *tk.newline, *block("user", query), *tk.newline, tk.im_start, *tk.encode("assistant"), *tk.newline]
+
+
+def is_chinese(text: str) -> bool:
+    return any("\u4e00" <= c <= "\u9fff" for c in text)
+
+
+class QwenVLProcessor:
+    """Conversations and pictures -> what the model takes. `stage` "pretrain" uses the base model's raw captioning format."""
+
+    def __init__(self, config: QwenVLConfig, tokenizer: QwenTokenizer, stage: str = "sft"):
+        expected = tokenizer.img_start
+        if config.visual.image_start_id != expected or tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"tokenizer and config.json do not belong together: <img> is token {expected}, visual.image_start_id is "
+                f"{config.visual.image_start_id}; the tokenizer has {tokenizer.vocab_size} tokens, vocab_size is {config.vocab_size}"
+            )
+        self.config, self.tokenizer, self.stage = config, tokenizer, stage
+        self.image_size, self.num_image_tokens = config.visual.image_size, config.visual.n_queries
+        self.stop_words = [[tokenizer.im_end], [tokenizer.im_start], [tokenizer.eos]]
+        self.eos = tokenizer.eos
+
+    def fingerprint(self) -> str:
+        """Changes whenever the same conversation could get other ids."""
+        return f"qwen_vl-1-{self.stage}-{self.num_image_tokens}-{hashlib.sha256(self.tokenizer.bpe.to_str().encode()).hexdigest()}"
+
+    def load_image(self, path: str | Path) -> Tensor:
+        """(3, H, W) fp32. ValueError naming the file for anything that is not a whole picture of sane size."""
+        try:
+            with Image.open(path) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ValueError(f"{path}: {image.width}x{image.height} pixels, at most {MAX_PIXELS:,} are opened")
+                return preprocess_image(image, self.image_size)
+        except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+            if isinstance(e, FileNotFoundError):
+                raise ValueError(f"{path}: no such picture") from None
+            raise ValueError(f"{path}: not a readable picture ({e}); replace the file or remove its records") from None
+
+    def user_text(self, conversation) -> list[tuple[str, str]]:
+        """The turns with this model's wording around captions and questions."""
+        if conversation.kind == "chat":
+            return conversation.turns
+        (_, text), (_, answer) = conversation.turns[:2]
+        tag, question = re.match(r"(<img>.*?</img>)?(.*)", text, re.DOTALL).groups(default="")
+        if conversation.kind == "caption" and not question:
+            question = "用中文描述这张图片：" if is_chinese(answer) else "Describe the image in English:"
+        elif conversation.kind == "vqa" and self.stage == "pretrain":
+            question += " Answer:"
+        picture = tag if self.stage == "pretrain" or not tag else f"Picture 1: {tag}\n"
+        return [("user", picture + question), ("assistant", answer)]
+
+    def encode(self, conversation, max_length: int) -> dict:
+        """One training sample: ids, unshifted labels, slots. A picture's span is never cut; text is cut from the end.
+
+        Deviations from finetune.py: the slots of a picture in an assistant's turn are not supervised, and a literal
+        `<|endoftext|>` in the data is attended to.
+        """
+        tk = self.tokenizer
+        turns = self.user_text(conversation)
+        if self.stage == "pretrain":
+            ids, labels = [], []
+            for role, text in turns:
+                if role != "system":
+                    piece = tk.encode(text, strict_paths=False) + ([tk.eos] if role == "assistant" else [])
+                    ids += piece
+                    labels += piece if role == "assistant" else [IGNORE_INDEX] * len(piece)
+        else:
+            system = [text for role, text in turns if role == "system"]
+            turns = [turn for turn in turns if turn[0] != "system"]
+            ids, labels = chat_ids(tk, turns, system[0] if system else SYSTEM, strict_paths=False)
+        ids, labels = np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int32)
+        starts = np.flatnonzero(ids == tk.img_start) + 1
+        if len(starts) != len(conversation.images):
+            raise ValueError(f"{len(conversation.images)} pictures but {len(starts)} <img> spans")
+        length = min(len(ids), max_length)
+        for start in starts:
+            if start - 1 < length < start + self.num_image_tokens + 1:
+                length = int(start) - 1
+        starts = [int(s) for s in starts if s < length]
+        for start in starts:
+            labels[start : start + self.num_image_tokens] = IGNORE_INDEX
+        return {
+            "input_ids": ids[:length], "labels": labels[:length], "image_starts": starts,
+            "images": conversation.images[: len(starts)], "truncated": length < len(ids),
+        }  # fmt: skip
+
+    def prompt(self, conversation) -> dict:
+        """The ids that generation starts from; a trailing answer is left out."""
+        tk, turns = self.tokenizer, self.user_text(conversation)
+        system = next((text for role, text in turns if role == "system"), SYSTEM)
+        turns = [turn for turn in turns if turn[0] != "system"]
+        while turns and turns[-1][0] == "assistant":
+            turns = turns[:-1]
+        if not turns:
+            raise ValueError(f"{conversation.where}: no user turn to answer")
+        if self.stage == "pretrain":
+            ids = tk.encode("".join(text for _, text in turns), strict_paths=False)
+        else:
+            history = [(q[1], a[1]) for q, a in zip(turns[:-1:2], turns[1:-1:2], strict=True)]
+            ids = chat_prompt(tk, turns[-1][1], history, system, strict_paths=False)
+        starts = [i + 1 for i, token in enumerate(ids) if token == tk.img_start]
+        images = conversation.images[len(conversation.images) - len(starts) :]  # the window may have dropped old turns
+        return {
+            "input_ids": np.array(ids, dtype=np.int32), "labels": np.full(len(ids), IGNORE_INDEX, dtype=np.int32),
+            "image_starts": starts, "images": images, "truncated": False,
+        }  # fmt: skip
+
+    def decode(self, ids: list[int]) -> str:
+        """The reply: cut at the first end marker, special text such as boxes kept."""
+        ends = {self.tokenizer.im_start, self.tokenizer.im_end, self.eos}
+        stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+        return self.tokenizer.decode(ids[:stop]).strip()
+
+
+def probe_batch(processor: QwenVLProcessor) -> dict:
+    """A fixed prompt with one synthetic picture, to compare two models' logits."""
+    tk, Q, size = processor.tokenizer, processor.num_image_tokens, processor.image_size
+    ids = torch.tensor(chat_prompt(tk, "Picture 1: <img>a</img>\nWhat is this? 这是什么？"))
+    ramp = torch.linspace(-1, 1, size)
+    return {
+        "input_ids": ids, "position_ids": torch.arange(len(ids)), "max_len": len(ids),
+        "cu_seqlens": torch.tensor([0, len(ids)], dtype=torch.int32),
+        "pixel_values": torch.stack((ramp[:, None] + 0 * ramp, ramp + 0 * ramp[:, None], ramp[:, None] * ramp))[None],
+        "image_positions": (ids == tk.img_start).nonzero() + 1 + torch.arange(Q),
+    }  # fmt: skip
+
+
+def load_processor(directory: str | Path, stage: str = "sft") -> QwenVLProcessor:
+    """The processor of a checkpoint directory (config.json and tokenizer)."""
+    path = Path(directory) / "config.json"
+    try:
+        config = QwenVLConfig.from_dict(json.loads(path.read_text()))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{path}: no such file; expected a checkpoint directory with config.json") from None
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}:{e.lineno}: malformed JSON ({e.msg})") from None
+    return QwenVLProcessor(config, QwenTokenizer(directory, config.visual.n_queries), stage)

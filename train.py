@@ -1,0 +1,940 @@
+"""Every training stage in one loop: pre-training, SFT and LoRA differ by configuration only.
+
+    torchrun train.py --model qwen_vl --lora                              # the tiny model and data in samples/
+    torchrun --nproc_per_node 8 train.py configs/qwen_vl/sft.json --learning_rate 2e-5
+    python train.py configs/qwen_vl/sft.json --dry_run                    # memory, steps and FLOPs before anything is loaded
+
+Keys come from JSON files and `--key value`; later wins; `--flag` alone means true. Losses are sums over supervised tokens,
+divided by their number over all micro-batches and ranks, so batch x accumulation x processes may be split in any way.
+Killed at any point, the same command continues from the last checkpoint with the same losses.
+"""
+import contextlib
+import difflib
+import fnmatch
+import hashlib
+import importlib
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+import types
+import typing
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+
+import checkpoint
+import data
+import lora
+import parallel
+from kernels.linear_cross_entropy import IGNORE_INDEX
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclass
+class Config:
+    # model and stage
+    model: str | None = None  # qwen_vl; default: from the checkpoint's config.json
+    model_name_or_path: str = "tiny"  # a checkpoint directory, or a preset: tiny is the one in samples/
+    stage: str = "sft"  # sft; pretrain: captioning with the language model frozen
+    freeze_include: list[str] | None = None  # fnmatch on parameter names: frozen
+    freeze_exclude: list[str] | None = None  # carved out of freeze_include: trainable
+    # data
+    dataset: dict | None = None  # {"train": [entry, ...], "eval": [...]}; default: samples/
+    mixtoken: bool = False  # fill each stream up to max_length tokens
+    max_length: int = 2048  # tokens a stream, and the cap for one sample
+    max_images: int | None = None  # pictures a stream
+    max_bad_samples: float = 0.01  # share of unusable records above which the run stops
+    image_jitter: float = 0.0  # training pictures are shifted by up to this share of a side, and brightened a little
+    cache_image_features: bool = False  # encode each picture once; only with a frozen vision tower
+    num_workers: int = 2  # data processes per rank
+    # run
+    output_dir: str = "output"
+    overwrite_output_dir: bool = False  # start anew instead of continuing the run that is there
+    resume_from_checkpoint: str | bool | None = None  # a checkpoint directory, or true: the last one
+    num_train_epochs: float = 1
+    max_steps: int | None = None
+    per_device_train_batch_size: int = 1  # samples, or with mixtoken streams, a micro-batch
+    per_device_eval_batch_size: int = 1
+    gradient_accumulation_steps: int = 1
+    eval_accumulation_steps: int | None = None  # eval batches kept on the device before they move to the host
+    do_train: bool = True
+    do_eval: bool = False  # evaluate at the end too
+    save_strategy: str = "steps"  # no, epoch, steps
+    save_steps: int = 500
+    save_total_limit: int | None = None  # the best one is kept besides
+    evaluation_strategy: str = "no"  # no, epoch, steps
+    eval_steps: int | None = None  # default: save_steps
+    eval_with_do_generation: bool = False  # answers the eval questions too: eval_accuracy, exact match
+    load_best_model_at_end: bool = False
+    metric_for_best_model: str = "eval_loss"  # eval_loss, eval_accuracy
+    seed: int = 42
+    # optimiser: AdamW, no decay on biases and norm weights
+    learning_rate: float = 5e-5
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0  # 0: no clipping
+    lr_scheduler_type: str = "linear"  # linear, cosine, constant
+    warmup_ratio: float = 0.0
+    warmup_steps: int = 0  # wins over warmup_ratio
+    warmup_start_lr: float = 0.0
+    eta_min: float = 0.0  # where linear and cosine end
+    # precision and speed
+    bf16: bool = False
+    fp16: bool = False
+    fp16_opt_level: str = "O1"  # O1: fp32 weights, autocast; O2: computes in 16 bits, fp32 master weights
+    recompute: bool = False  # activation checkpointing
+    compile: bool = False  # torch.compile of the blocks
+    use_flash_attention: str | bool = "auto"  # auto, false: plain PyTorch
+    # adapters
+    lora: bool = False
+    lora_rank: int = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.05
+    lora_target_modules: list[str] | None = None  # regular expressions, full match on module names
+    lora_path: str | None = None  # start from this adapter
+    # layout
+    tensor_parallel_degree: int = 1
+    pipeline_parallel_degree: int = 1
+    sharding_parallel_degree: int | None = None  # default: all data-parallel ranks
+    sharding: str | None = None  # stage1, stage2, stage3
+    # output
+    logging_steps: int = 10
+    disable_tqdm: bool = False
+    report_to: list[str] | None = None  # tensorboard
+    benchmark: bool = False  # print samples/s, tokens/s and peak memory at the end
+    skip_memory_metrics: bool = True
+    dry_run: bool = False  # print the plan and stop
+
+
+NO_EFFECT = ["src_length", "lazy", "task_name", "prefix_*", "neftune*", "device", "use_auto_parallel", "amp_*", "do_predict",
+             "zero_padding", "optim", "scale_loss", "unified_checkpoint", "use_fused_*", "dataloader_*", "ignore_*"]  # fmt: skip
+CHOICES = {
+    "stage": ("sft", "pretrain"), "save_strategy": ("no", "epoch", "steps"), "evaluation_strategy": ("no", "epoch", "steps"),
+    "lr_scheduler_type": ("linear", "cosine", "constant"), "fp16_opt_level": ("O1", "O2"),
+    "metric_for_best_model": ("eval_loss", "eval_accuracy"), "sharding": (None, *parallel.STAGES),
+    "use_flash_attention": ("auto", False),
+}  # fmt: skip
+
+
+def convert(key: str, value, kind, from_text: bool):
+    """`value` as the field's type; text from the command line is read as JSON where the type is not str."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if from_text and value not in (None, True):
+        if type(None) in options and value.lower() in ("none", "null"):
+            return None
+        for option in options:
+            if option is bool and value.lower() in ("true", "false"):
+                return value.lower() == "true"
+            if typing.get_origin(option) is list and not value.startswith("["):
+                return [value]
+            if option is not str and option is not bool:
+                with contextlib.suppress(ValueError):
+                    value = json.loads(value)
+                    break
+    for option in options:
+        plain = typing.get_origin(option) or option
+        if plain is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, plain) and not (plain is int and isinstance(value, bool)):
+            return value
+        if plain is int and isinstance(value, float) and value.is_integer():
+            return int(value)
+    expected = " or ".join("null" if o is type(None) else str(o) if typing.get_origin(o) else o.__name__ for o in options)
+    raise ValueError(f"{key}={value!r} has the wrong type; expected {expected}")
+
+
+def parse_config(argv: list[str]) -> Config:
+    """`[config.json ...] [--key value ...]` -> Config. Raises ValueError for an unknown key, a wrong type or value."""
+    hints = typing.get_type_hints(Config)
+    values, from_text, i = {}, {}, 0
+    while i < len(argv):
+        if not argv[i].startswith("--"):
+            given = checkpoint.read_json(argv[i], "give the path of a configuration file")
+            i += 1
+        else:
+            key, _, value = argv[i][2:].partition("=")
+            i += 1
+            if not value and i < len(argv) and not argv[i].startswith("--"):
+                value, i = argv[i], i + 1
+            given = {key: value or True}
+            from_text[key] = True
+        for key, value in given.items():
+            if any(fnmatch.fnmatch(key, pattern) for pattern in NO_EFFECT):
+                print(f"warning: {key} has no effect here", file=sys.stderr)
+            elif key not in hints:
+                near = difflib.get_close_matches(key, hints, n=1, cutoff=0)
+                raise ValueError(f"unknown key {key!r}; the nearest known key is {near[0]!r}")
+            else:
+                values[key] = convert(key, value, hints[key], from_text.get(key, False))
+    if values.get("dataset") is None:
+        stage = "lora" if values.get("lora") else values.get("stage", "sft")
+        path = data.ROOT / "configs" / (values.get("model") or "qwen_vl") / f"samples_{stage}.json"
+        if path.exists():
+            defaults = {k: convert(k, v, hints[k], False) for k, v in json.loads(path.read_text()).items()}
+            values = {**defaults, **values}
+            print(f"no dataset given: training on samples/ with the settings of {path.relative_to(data.ROOT)}", file=sys.stderr)
+    cfg = Config(**values)
+    validate(cfg)
+    return cfg
+
+
+def validate(cfg: Config) -> None:
+    for key, choices in CHOICES.items():
+        value = getattr(cfg, key)
+        if key == "use_flash_attention" and value in (True, "true"):
+            raise ValueError("use_flash_attention=true asks for a Triton kernel, and there is none yet; use auto or false")
+        if value not in choices:
+            raise ValueError(f"{key}={value!r}; expected one of {', '.join(map(str, choices))}")
+    positive = ("max_length", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+                "save_steps", "logging_steps", "lora_rank")  # fmt: skip
+    optional = ("max_steps", "max_images", "eval_steps", "save_total_limit", "eval_accumulation_steps")
+    for key in (*positive, *(k for k in optional if getattr(cfg, k) is not None)):
+        if getattr(cfg, key) < 1:
+            raise ValueError(f"{key}={getattr(cfg, key)}; expected at least 1")
+    for key in ("learning_rate", "weight_decay", "warmup_steps", "num_train_epochs", "num_workers", "max_grad_norm", "eta_min"):
+        if getattr(cfg, key) < 0:
+            raise ValueError(f"{key}={getattr(cfg, key)}; expected 0 or more")
+    for key in ("warmup_ratio", "lora_dropout", "max_bad_samples", "image_jitter", "adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(cfg, key) <= 1:
+            raise ValueError(f"{key}={getattr(cfg, key)}; expected 0 to 1")
+    if cfg.bf16 and cfg.fp16:
+        raise ValueError("bf16 and fp16 are both true; use one")
+    for key in ("tensor_parallel_degree", "pipeline_parallel_degree"):
+        if getattr(cfg, key) not in (-1, 1):
+            raise ValueError(f"{key}={getattr(cfg, key)}; only data parallelism is available (sharding: stage1, stage2, stage3), use 1")
+    if cfg.load_best_model_at_end and (cfg.evaluation_strategy == "no" or cfg.save_strategy != cfg.evaluation_strategy):
+        raise ValueError(
+            f"load_best_model_at_end needs evaluation_strategy={cfg.evaluation_strategy} and save_strategy={cfg.save_strategy} "
+            "to be the same of epoch and steps"
+        )
+    if cfg.metric_for_best_model == "eval_accuracy" and not cfg.eval_with_do_generation:
+        raise ValueError("metric_for_best_model=eval_accuracy needs eval_with_do_generation=true")
+    if cfg.dataset is not None and (unknown := set(cfg.dataset) - {"train", "eval"}):
+        raise ValueError(f"dataset has the key {unknown.pop()!r}; expected train and eval")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+
+
+def matches(name: str, patterns: list[str] | None) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns or ())
+
+
+def choose_trainable(model: nn.Module, module, cfg: Config) -> None:
+    """Sets requires_grad: adapters and what freeze_exclude carves out train; what freeze_include matches, the rest under
+    `lora` and the language model in pre-training are frozen."""
+    names = [name for name, _ in model.named_parameters()]
+    for key in ("freeze_include", "freeze_exclude"):
+        for pattern in getattr(cfg, key) or ():
+            if not fnmatch.filter(names, pattern):
+                near = difflib.get_close_matches(pattern.strip("*"), names, n=2, cutoff=0)
+                raise ValueError(f"{key}: {pattern!r} matches no parameter; near names: {', '.join(near)}")
+    frozen = (cfg.freeze_include or []) + (module.PRETRAIN_FREEZE if cfg.stage == "pretrain" else [])
+    for name, p in model.named_parameters():
+        if ".lora_A." in name or ".lora_B." in name:
+            p.requires_grad_(True)
+        elif matches(name, frozen):
+            p.requires_grad_(matches(name, cfg.freeze_exclude))
+        elif cfg.lora:
+            p.requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("nothing is trainable: freeze_include matches every parameter; narrow it or set lora=true")
+
+
+def parameter_table(model: nn.Module, parts: dict[str, str]) -> str:
+    rows = {part: [0, 0] for part in [*parts, "adapter"]}
+    for name, p in model.named_parameters():
+        part = next(part for part, pattern in parts.items() if fnmatch.fnmatch(name, pattern)) if ".lora_" not in name else "adapter"
+        rows[part][0] += p.numel()
+        rows[part][1] += p.numel() * p.requires_grad
+    rows["all"] = [sum(r[0] for r in rows.values()), sum(r[1] for r in rows.values())]
+    lines = [f"{'part':<16}{'parameters':>16}{'trainable':>16}"]
+    return "\n".join(lines + [f"{part:<16}{total:>16,}{trainable:>16,}" for part, (total, trainable) in rows.items() if total])
+
+
+def named_generator(seed: int, name: str) -> torch.Generator:
+    """Initial values depend on the parameter's name alone, not on the order or layout of creation."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big"))
+
+
+def build(cfg: Config, directory: Path, world: parallel.World):
+    """-> (model on the device with its weights, model file, LoRA module names, mesh or None)."""
+    config = checkpoint.read_config(directory)
+    module = importlib.import_module("model_" + checkpoint.model_kind(config))
+    weights = checkpoint.open_weights(directory)
+    with torch.device("meta"):
+        model = module.build_model(config)
+    checkpoint.check_names({name: p.shape for name, p in model.named_parameters()}, weights)
+    base_names = {name for name, _ in model.named_parameters()}
+    lora_modules = []
+    if cfg.lora:
+        lora_modules = lora.inject(
+            model, cfg.lora_target_modules or module.LORA_TARGETS, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout
+        )
+    choose_trainable(model, module, cfg)
+    dtype16 = {(True, False): torch.bfloat16, (False, True): torch.float16}.get((cfg.bf16, cfg.fp16))
+    compute_dtype = dtype16 if cfg.fp16_opt_level == "O2" else None
+    if compute_dtype:  # frozen parameters need no fp32 master copy
+        for owner in model.modules():
+            for name, p in owner.named_parameters(recurse=False):
+                if not p.requires_grad:
+                    setattr(owner, name, nn.Parameter(p.to(compute_dtype), requires_grad=False))
+    if cfg.compile:
+        for block in [*model.vision_blocks, *model.blocks]:
+            block.forward = torch.compile(block.forward)
+    if cfg.recompute:
+        parallel.recompute(model)
+    degree = cfg.sharding_parallel_degree
+    degree = (world.size if degree in (None, -1) else degree) if cfg.sharding else 1
+    if degree < 1 or world.size % degree:
+        raise ValueError(f"sharding_parallel_degree={degree} does not divide the {world.size} processes")
+    if world.size > 1 or compute_dtype:
+        parallel.shard(model, parallel.make_mesh(world, degree), cfg.sharding, compute_dtype)
+    model.to_empty(device=world.device)
+    parameters = dict(model.named_parameters())
+    checkpoint.load_into({name: parameters[name] for name in base_names}, weights)
+    for name in parameters.keys() - base_names:
+        full = torch.empty(parameters[name].shape)
+        lora.init_lora(name, full, named_generator(cfg.seed, name))
+        checkpoint.copy_full_(parameters[name], full)
+    if cfg.lora_path:
+        lora.load_adapter(model, cfg.lora_path, checkpoint.copy_full_)
+    return model, module, lora_modules
+
+
+def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
+    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    plain = [p for n, p in trainable if n.endswith("bias") or p.ndim < 2]
+    decayed = [p for n, p in trainable if not (n.endswith("bias") or p.ndim < 2)]
+    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    betas = (cfg.adam_beta1, cfg.adam_beta2)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.learning_rate, betas=betas, eps=cfg.adam_epsilon)
+
+
+def learning_rate_at(step: int, total: int, cfg: Config) -> float:
+    """Of the update that follows `step` finished ones."""
+    warmup = cfg.warmup_steps or math.ceil(cfg.warmup_ratio * total)
+    if step < warmup:
+        return cfg.warmup_start_lr + (cfg.learning_rate - cfg.warmup_start_lr) * step / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[cfg.lr_scheduler_type]
+    return cfg.eta_min + (cfg.learning_rate - cfg.eta_min) * shape
+
+
+class LossScaler:
+    """Dynamic loss scale for fp16: halved when a gradient overflows, doubled after 2,000 good steps."""
+
+    def __init__(self, enabled: bool):
+        self.scale, self.good, self.skipped, self.enabled = (2.0**16 if enabled else 1.0), 0, 0, enabled
+
+    def update(self, finite: bool) -> None:
+        self.good, self.skipped = (self.good + 1, 0) if finite else (0, self.skipped + 1)
+        if not self.enabled:
+            return
+        if not finite:
+            self.scale = max(self.scale / 2, 1.0)
+        elif self.good % 2000 == 0:
+            self.scale *= 2
+        if self.skipped >= 25:
+            raise ValueError("25 steps in a row overflowed in fp16; use bf16=true, or a lower learning_rate")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps
+
+
+def to_device(batch: dict, device: torch.device, blank_image: bool, image_size: int) -> dict:
+    """Moves a batch; a rank without a picture gets a blank one where another rank has one, since a sharded tower is entered together."""
+    batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) and k != "cu_seqlens" else v for k, v in batch.items()}
+    if blank_image and batch["pixel_values"] is None and batch.get("image_features") is None:
+        batch["pixel_values"] = torch.zeros(1, 3, image_size, image_size, device=device)
+        batch["image_dropout_keys"] = torch.zeros(1, dtype=torch.int64, device=device)
+    return batch
+
+
+def losses_by_dataset(batch: dict, row_losses: Tensor, num_datasets: int) -> Tensor:
+    """(num_datasets, 2) fp64: summed loss and supervised tokens of each dataset entry."""
+    rows = (batch["targets"] != IGNORE_INDEX).nonzero()[:, 0]
+    segments = torch.bucketize(rows, batch["cu_seqlens"][1:].to(rows.device), right=True)
+    index = batch["dataset_ids"][segments]
+    out = torch.zeros(num_datasets, 2, dtype=torch.float64, device=rows.device)
+    return out.index_add_(0, index, torch.stack((row_losses.double(), torch.ones_like(row_losses).double()), dim=1))
+
+
+def step_facts(micro_batches: list[dict], signalled: int, world: parallel.World) -> tuple[int, int, int, list[bool]]:
+    """What all ranks hold together: supervised tokens, bad samples, a signal's number, which rounds have pictures."""  # all ranks
+    has_images = [b["pixel_values"] is not None for b in micro_batches]
+    if world.size == 1:
+        return sum(b["num_supervised"] for b in micro_batches), sum(len(b["bad"]) for b in micro_batches), signalled, has_images
+    sums = torch.tensor([sum(b["num_supervised"] for b in micro_batches), sum(len(b["bad"]) for b in micro_batches)])
+    maxima = torch.tensor([signalled, *has_images], dtype=torch.int64)
+    sums, maxima = parallel.all_sum(sums, world).tolist(), parallel.all_max(maxima, world).tolist()
+    return sums[0], sums[1], maxima[0], [bool(x) for x in maxima[1:]]
+
+
+def forward_backward(model, micro_batches, has_images, total, cfg, world, scaler, num_datasets, image_size) -> Tensor:
+    """Gradients of the mean loss over the whole step. Returns (num_datasets, 2) of this rank: loss sums and token counts."""
+    sums = torch.zeros(num_datasets, 2, dtype=torch.float64, device=world.device)
+    for i, batch in enumerate(micro_batches):
+        batch = to_device(batch, world.device, has_images[i], image_size)
+        parallel.set_gradient_sync(model, cfg.sharding, last=i == len(micro_batches) - 1)
+        lora.set_dropout_keys(model, batch)
+        with autocast(cfg, world):
+            loss_sum, row_losses = model(batch)
+        # sharded gradients are averaged over ranks: times their number, divided by the tokens of all
+        (loss_sum * (world.size / total * scaler.scale)).backward()
+        sums += losses_by_dataset(batch, row_losses, num_datasets)
+    return sums
+
+
+def autocast(cfg: Config, world: parallel.World):
+    dtype = torch.bfloat16 if cfg.bf16 else torch.float16
+    return torch.autocast(world.device.type, dtype, enabled=(cfg.bf16 or cfg.fp16) and cfg.fp16_opt_level == "O1")
+
+
+def clip_and_step(parameters: list[nn.Parameter], optimizer, max_grad_norm: float, scaler: LossScaler) -> float:
+    """One update; returns the gradient norm before clipping. A trainable parameter that got no gradient has a zero one."""
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    grads = [p.grad for p in parameters]
+    norm = torch.nn.utils.get_total_norm(grads)
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm) / scaler.scale  # all ranks
+    finite = math.isfinite(norm)
+    if finite:
+        factor = min(1.0, max_grad_norm / (norm + 1e-6)) if max_grad_norm else 1.0
+        if factor != 1.0 or scaler.scale != 1.0:
+            torch._foreach_mul_(grads, factor / scaler.scale)
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    scaler.update(finite)
+    return norm
+
+
+@torch.no_grad()
+def evaluate_loss(model, plan, processor, cfg: Config, world) -> dict[str, float]:
+    """Mean loss over the supervised tokens of the eval set, and of each of its entries."""
+    model.eval()
+    steps = plan.steps_per_epoch(cfg.per_device_eval_batch_size * world.size)
+    loader = data.TrainLoader(
+        plan, processor, start_step=0, total_steps=steps, dp_rank=world.rank, dp_size=world.size,
+        per_device_batch=cfg.per_device_eval_batch_size, num_workers=cfg.num_workers,
+    )  # fmt: skip
+    kept, sums = [], 0
+    for _, _, micro_batches in loader:
+        _, _, _, has_images = step_facts(micro_batches, 0, world)
+        batch = to_device(micro_batches[0], world.device, has_images[0], processor.image_size)
+        with autocast(cfg, world):
+            _, row_losses = model(batch)
+        kept.append(losses_by_dataset(batch, row_losses, len(plan.index.entries)))
+        if cfg.eval_accumulation_steps and len(kept) == cfg.eval_accumulation_steps:
+            sums, kept = sums + sum(kept).cpu(), []
+    sums = parallel.all_sum(sums + sum(kept).cpu() if kept else sums, world)
+    if not sums[:, 1].sum():
+        raise ValueError("the eval set has no supervised token")
+    result = {"eval_loss": float(sums[:, 0].sum() / sums[:, 1].sum())}
+    if len(sums) > 1:
+        result |= {f"eval_loss/{e.label}": float(s / n) for e, (s, n) in zip(plan.index.entries, sums, strict=True) if n}
+    return result
+
+
+class ImageFeatures:
+    """Features of a frozen vision tower, (Q, C) fp32 a picture, in one file beside the length index."""
+
+    def __init__(self, paths: list[str], file: Path, shape: tuple[int, int], mode: str):
+        self.rows = {path: i for i, path in enumerate(paths)}
+        self.array = np.memmap(file, dtype=np.float32, mode=mode, shape=(len(paths), *shape))
+
+    def get(self, path: str) -> Tensor | None:
+        return torch.from_numpy(np.array(self.array[self.rows[path]])) if path in self.rows else None
+
+
+@torch.no_grad()
+def cache_features(model, plan, processor, cfg: Config, weights_id: str, world) -> ImageFeatures:
+    """Encodes every readable picture of the training set once, ranks in turn; a later run with the same files reads them."""
+    paths = sorted({path for e in plan.index.entries for i in range(len(e)) for c in e.conversations(i) for path in c.images})
+    stamp = [(p, os.path.getsize(p), os.path.getmtime(p)) for p in paths]
+    key = hashlib.sha256(json.dumps([weights_id, cfg.bf16, cfg.fp16, stamp]).encode()).hexdigest()[:16]
+    file = Path(cfg.output_dir) / "index" / f"features-{key}.f32"
+    shape = (processor.num_image_tokens, model.config.hidden_size)
+    if not file.exists():
+        temporary = file.with_suffix(".tmp")
+        if world.main:
+            ImageFeatures(paths, temporary, shape, "w+")
+        parallel.barrier(world)
+        features = ImageFeatures(paths, temporary, shape, "r+")
+        model.eval()
+        for first in range(0, len(paths), world.size):  # all ranks: a sharded tower is entered together
+            path = paths[min(first + world.rank, len(paths) - 1)]
+            try:
+                pixels = processor.load_image(path)
+            except data.BAD_SAMPLE:  # the loader reports it: its row stays zero and is never used
+                pixels = torch.zeros(3, processor.image_size, processor.image_size)
+            with autocast(cfg, world):
+                features.array[features.rows[path]] = model.encode_images(pixels[None].to(world.device))[0].float().cpu()
+        features.array.flush()
+        parallel.barrier(world)
+        if world.main:
+            os.replace(temporary, file)
+        parallel.barrier(world)
+    return ImageFeatures(paths, file, shape, "r")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files of a run
+
+
+def prepare_output_dir(cfg: Config, world: parallel.World) -> Path | None:
+    """The checkpoint to continue from, or None. Refuses to touch a directory that is no run of ours."""
+    out = Path(cfg.output_dir)
+    is_run = (out / "train_config.json").exists()
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"output_dir={out} is a file; choose a directory")
+    if out.is_dir() and any(out.iterdir()) and not is_run:
+        raise ValueError(f"output_dir={out} is not empty and holds no earlier run (no train_config.json); choose another directory")
+    resume = None
+    if isinstance(cfg.resume_from_checkpoint, str):
+        resume = Path(cfg.resume_from_checkpoint)
+        if not (resume / "trainer_state.json").exists():
+            raise ValueError(f"resume_from_checkpoint={resume} is no complete checkpoint (no trainer_state.json)")
+    elif not cfg.overwrite_output_dir:
+        resume = checkpoint.last_checkpoint(out)
+        if resume is None and cfg.resume_from_checkpoint:
+            raise ValueError(f"resume_from_checkpoint=true, but {out} has no complete checkpoint")
+    parallel.barrier(world)
+    if world.main:
+        out.mkdir(parents=True, exist_ok=True)
+        if is_run and cfg.overwrite_output_dir:
+            for path in [*out.glob("checkpoint-*"), *(out / n for n in ("log.jsonl", "loss.png")), *out.glob("*model*.safetensors*")]:
+                if resume is None or path.resolve() != resume.resolve():
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if is_run and resume is not None:
+            old = json.loads((out / "train_config.json").read_text())
+            changed = [k for k, v in asdict(cfg).items() if old.get(k, v) != v and k not in ("overwrite_output_dir", "resume_from_checkpoint")]
+            if changed:
+                print(f"warning: continuing with other settings than the run began with: {', '.join(changed)}", file=sys.stderr)
+        checkpoint.write_json(out / "train_config.json", asdict(cfg))
+    parallel.barrier(world)
+    return resume
+
+
+def save_checkpoint(path, model, module, optimizer, cfg, directory, lora_modules, state, world) -> None:  # all ranks
+    """A whole checkpoint: weights (or the adapter) as a loadable directory, and the state to continue from."""
+    parameters = dict(model.named_parameters())
+    trainable = {n: p for n, p in parameters.items() if p.requires_grad}
+    with checkpoint.atomic_dir(path, world.rank) as temporary:
+        if cfg.lora:
+            lora.save_adapter(
+                temporary, model, directory, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, lora_modules,
+                extra_trained=[n for n in trainable if ".lora_" not in n],
+                tensors=lambda n: checkpoint.full_tensor(parameters[n]), write=world.main,
+            )  # fmt: skip
+        else:
+            dtype = torch.float32
+            if cfg.fp16_opt_level == "O2" and (cfg.bf16 or cfg.fp16):
+                dtype = torch.bfloat16 if cfg.bf16 else torch.float16
+            named = ((n, checkpoint.full_tensor(p).to(dtype)) for n, p in parameters.items())
+            checkpoint.save_weights(temporary, named, write=world.main)
+            if world.main:
+                config = {**model.config.raw, "torch_dtype": str(dtype).removeprefix("torch.")}
+                checkpoint.write_json(temporary / "config.json", config)
+                checkpoint.copy_side_files(directory, temporary)
+        checkpoint.save_train_state(temporary, trainable, optimizer, state)
+
+
+def publish(path: Path, out: Path) -> None:
+    """The final model's files stand in the output directory itself too: links where possible, else copies."""
+    for source in path.iterdir():
+        if source.is_file() and source.name != "trainer_state.json":
+            temporary = out / (source.name + ".tmp")
+            temporary.unlink(missing_ok=True)
+            try:
+                os.link(source, temporary)
+            except OSError:
+                shutil.copyfile(source, temporary)
+            os.replace(temporary, out / source.name)
+
+
+class Log:
+    """log.jsonl (every step), console lines, progress bar, TensorBoard. Rank 0 only."""
+
+    def __init__(self, cfg: Config, start_step: int, total: int):
+        self.cfg, self.total, self.path = cfg, total, Path(cfg.output_dir) / "log.jsonl"
+        kept = []
+        if start_step and self.path.exists():  # steps after the checkpoint are taken again
+            for line in self.path.read_text().splitlines():
+                with contextlib.suppress(json.JSONDecodeError):
+                    if json.loads(line)["step"] <= start_step:
+                        kept.append(line)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, self.path)
+        self.file = open(self.path, "a")
+        self.bar = sys.stderr.isatty() and not cfg.disable_tqdm
+        self.board = None
+        for target in cfg.report_to or ():
+            if target != "tensorboard":
+                raise ValueError(f"report_to: {target!r} is not supported; expected tensorboard")
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ValueError("report_to: tensorboard is not installed; pip install tensorboard") from None
+            self.board = SummaryWriter(cfg.output_dir)
+
+    def write(self, record: dict) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        if self.board:
+            for key, value in record.items():
+                if isinstance(value, int | float):
+                    self.board.add_scalar(key, value, record["step"])
+
+    def step(self, r: dict) -> None:
+        self.write(r)
+        if r["step"] % self.cfg.logging_steps == 0 or r["step"] in (1, self.total):
+            sets = "".join(f" | {name} {loss:.4f}" for name, loss in r.get("loss_by_dataset", {}).items())
+            print(
+                f"{self.clear()}step {r['step']:05d}/{self.total:05d} | loss {r['loss']:.4f} | lr {r['lr']:.1e} | gnorm {r['grad_norm']:.2f} | "
+                f"{r['ms']:.0f} ms | {r['tokens_per_s']:,.0f} tok/s ({r['supervised']:.0%} supervised) | data {r['data']:.0%} | "
+                f"mem {r['mem_gib']:.1f}G{sets}",
+                flush=True,
+            )
+        if self.bar:
+            filled = 30 * r["step"] // self.total
+            print(f"\r[{'#' * filled}{'.' * (30 - filled)}] {r['step']}/{self.total} loss {r['loss']:.4f} ", end="", file=sys.stderr, flush=True)
+
+    def clear(self) -> str:
+        return "\r\033[K" if self.bar else ""
+
+
+def draw_loss(log_path: Path, out: Path) -> None:
+    """The loss curve as a picture: training in blue, evaluation in red."""
+    records = [json.loads(line) for line in log_path.read_text().splitlines()]
+    train = [(r["step"], r["loss"]) for r in records if "loss" in r]
+    evals = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r]
+    W, H, margin = 640, 400, 48
+    top = max(v for _, v in train + evals) or 1.0
+    last = max(s for s, _ in train + evals)
+    image = Image.new("RGB", (W, H), "white")
+    draw = ImageDraw.Draw(image)
+
+    def place(step, value):
+        return margin + (W - 2 * margin) * step / last, H - margin - (H - 2 * margin) * value / top
+
+    draw.rectangle((margin, margin, W - margin, H - margin), outline="black")
+    for i in range(5):
+        x, y = place(last * i / 4, top * i / 4)
+        draw.text((8, y - 6), f"{top * i / 4:.3g}", fill="black")
+        draw.text((x - 10, H - margin + 6), f"{last * i // 4}", fill="black")
+    for points, colour in ((train, "blue"), (evals, "red")):
+        if len(points) > 1:
+            draw.line([place(*p) for p in points], fill=colour, width=2)
+        for p in points if len(points) < 50 else []:
+            x, y = place(*p)
+            draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)
+    draw.text((W // 2 - 40, 16), "loss over steps", fill="black")
+    image.save(out)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def dry_run(cfg: Config, config: dict, module, plan, world_size: int) -> str:
+    """Memory per device, disk, steps and FLOPs, from shapes alone."""
+    with torch.device("meta"):
+        model = module.build_model(config)
+    if cfg.lora:
+        lora.inject(model, cfg.lora_target_modules or module.LORA_TARGETS, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
+    choose_trainable(model, module, cfg)
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    shards = (cfg.sharding_parallel_degree or world_size) if cfg.sharding else 1
+    sixteen, o2 = cfg.bf16 or cfg.fp16, (cfg.bf16 or cfg.fp16) and cfg.fp16_opt_level == "O2"
+    frozen_bytes = (total - trainable) * (2 if o2 else 4)
+    if plan is not None:
+        index = plan.index
+        units = max(1, len(plan.units(0)))
+        tokens = float(index.length.sum()) / units * cfg.per_device_train_batch_size
+        images = float(index.num_images.sum()) / units * cfg.per_device_train_batch_size
+        supervised = float(index.num_supervised.sum()) / units * cfg.per_device_train_batch_size
+        segment, worst = float(index.length.mean()), (cfg.max_length if cfg.mixtoken else int(index.length.max())) * cfg.per_device_train_batch_size
+    else:  # no tokenizer, so no data: full streams with one picture each
+        tokens = worst = segment = cfg.max_length * cfg.per_device_train_batch_size
+        images, supervised = 1.0, 0.3 * tokens
+    c = model.config
+    width = 2 if sixteen else 4
+    inner = c.intermediate_size // 2
+    block = c.hidden_size if cfg.recompute else 11 * c.hidden_size + 4 * inner
+    activations = worst * width * (block * c.num_hidden_layers + (11 * c.hidden_size + 4 * inner) * cfg.recompute)
+    memory = {
+        "weights": (trainable * 4 + frozen_bytes) / shards + (total * 2 if o2 and cfg.sharding != "stage3" else 0),
+        "gradients": trainable * 4 / (shards if cfg.sharding in ("stage2", "stage3") else 1),
+        "optimiser": trainable * 8 / shards,
+        "activations": activations,
+        "loss": min(256 << 20, supervised * c.vocab_size * 4) + (c.vocab_size * c.hidden_size * 4 if not cfg.lora else 0),
+    }  # fmt: skip
+    forward = module.forward_flops(c, tokens, supervised, images, segment)
+    flops = 3 * sum(forward.values()) if not cfg.lora else 2 * sum(forward.values()) + forward["head"]
+    global_batch = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps * world_size
+    micro = cfg.gradient_accumulation_steps * world_size
+    lines = [parameter_table(model, module.PARTS), "", f"per device, {world_size} processes, {cfg.sharding or 'no sharding'}:"]
+    lines += [f"  {name:<12}{value / 2**30:>10.2f} GiB" for name, value in {**memory, "sum": sum(memory.values())}.items()]
+    disk = (total if not cfg.lora else trainable) * (2 if o2 and not cfg.lora else 4) + trainable * 12
+    lines.append(f"disk: {disk / 2**30:.2f} GiB a checkpoint, {cfg.save_total_limit or 'all'} of them kept")
+    lines.append(f"tokens per step: {tokens * micro:,.0f} ({supervised / tokens:.0%} supervised, {images * micro:,.0f} pictures)")
+    lines.append(f"FLOPs per step: {flops * micro:.3e} (forward: {', '.join(f'{k} {v / sum(forward.values()):.0%}' for k, v in forward.items())})")
+    if plan is not None:
+        lines.append(f"steps: {total_steps(cfg, plan, global_batch):,}")
+    return "\n".join(lines)
+
+
+def total_steps(cfg: Config, plan: data.Plan, global_batch: int) -> int:
+    if cfg.max_steps is not None:
+        return cfg.max_steps
+    whole = plan.total_steps(int(cfg.num_train_epochs), global_batch)
+    part = cfg.num_train_epochs % 1
+    return whole + (math.ceil(part * plan.steps_per_epoch(global_batch, int(cfg.num_train_epochs))) if part else 0)
+
+
+def model_file(cfg: Config) -> tuple[dict, object, Path | None]:
+    """-> (config.json's contents, model file, checkpoint directory; None for a preset, which is a shape alone)."""
+    for name in data.MODEL_FILES.values():
+        if (data.ROOT / f"{name}.py").exists():
+            module = importlib.import_module(name)
+            if cfg.model_name_or_path in module.PRESETS:
+                return module.PRESETS[cfg.model_name_or_path], module, None
+    directory = Path(data.model_directory(cfg.model, cfg.model_name_or_path))
+    config = checkpoint.read_config(directory)
+    kind = checkpoint.model_kind(config)
+    if cfg.model not in (None, kind):
+        raise ValueError(f"model={cfg.model}, but {directory}/config.json is a {kind} checkpoint")
+    return config, importlib.import_module("model_" + kind), directory
+
+
+def main(argv: list[str] | None = None) -> int:
+    cfg = parse_config(sys.argv[1:] if argv is None else argv)
+    config, module, directory = model_file(cfg)
+    if directory is None and not cfg.dry_run:
+        raise ValueError(
+            f"{cfg.model_name_or_path} is a shape without weights or tokenizer, for --dry_run; "
+            "give a checkpoint directory (config.json, weights, qwen.tiktoken)"
+        )
+    if cfg.dry_run:
+        plan = None
+        if directory is not None:
+            processor = module.load_processor(directory, cfg.stage)
+            index = data.build_index(
+                (cfg.dataset or data.DEFAULT_DATASET)["train"], processor, cfg.max_length, None, cfg.num_workers, False, cfg.max_bad_samples
+            )
+            plan = data.Plan(index, cfg.seed, cfg.max_length, cfg.mixtoken, cfg.max_images)
+        print(dry_run(cfg, config, module, plan, int(os.environ.get("WORLD_SIZE", 1))))
+        return 0
+    world = parallel.init_world()
+    try:
+        return run(cfg, module, directory, world)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
+    say = print if world.main else (lambda *_a, **_k: None)
+    resume = prepare_output_dir(cfg, world)
+    out = Path(cfg.output_dir)
+    say(json.dumps(asdict(cfg), ensure_ascii=False))
+    dataset = cfg.dataset or data.DEFAULT_DATASET
+    processor = module.load_processor(directory, cfg.stage)
+
+    def plan_for(split: str, **options) -> data.Plan:
+        if not dataset.get(split):
+            raise ValueError(f"dataset has no {split!r} entry")
+        index_args = dataset[split], processor, cfg.max_length, out / "index", cfg.num_workers, world.main and not cfg.disable_tqdm
+        if world.main:  # the others read what rank 0 measured
+            index = data.build_index(*index_args, max_bad_samples=cfg.max_bad_samples)
+        parallel.barrier(world)
+        if not world.main:
+            index = data.build_index(*index_args, max_bad_samples=cfg.max_bad_samples)
+        for where, reason in index.problems[:10]:
+            say(f"warning: left out {where}: {reason}", file=sys.stderr)
+        if cut := int(index.truncated.sum()):
+            say(f"warning: {cut:,} of {len(index):,} {split} samples are longer than max_length={cfg.max_length} and are cut", file=sys.stderr)
+        return data.Plan(index, cfg.seed, cfg.max_length, cfg.mixtoken, cfg.max_images, **options)
+
+    plan = plan_for("train")
+    evaluating = cfg.do_eval or cfg.evaluation_strategy != "no"
+    eval_plan = plan_for("eval", shuffle=False) if evaluating else None
+    global_batch = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps * world.size
+    total = total_steps(cfg, plan, global_batch)
+
+    model, module, lora_modules = build(cfg, directory, world)
+    say(parameter_table(model, module.PARTS))
+    say(f"device {world.device.type} x {world.size}, kernels: plain PyTorch, {torch.get_num_threads()} threads")
+    optimizer = make_optimizer(model, cfg)
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    state = {"step": 0, "best_metric": None, "best_step": None, "bad": 0, "scale": None}
+    if resume:
+        state |= checkpoint.load_train_state(resume, trainable, optimizer)
+        say(f"continuing from {resume} at step {state['step']}")
+    scaler = LossScaler(cfg.fp16)
+    scaler.scale = state["scale"] or scaler.scale
+    features = None
+    if cfg.cache_image_features:
+        if any(p.requires_grad for n, p in model.named_parameters() if matches(n, [module.PARTS["vision"], module.PARTS["resampler"]])):
+            raise ValueError("cache_image_features=true needs a frozen vision tower; add its parameters to freeze_include or turn it off")
+        features = cache_features(model, plan, processor, cfg, str(directory), world)
+
+    entries = plan.index.entries
+    start, signalled = state["step"], 0
+    if start >= total and cfg.do_train:
+        say(f"{out} holds a finished run of {start} steps; set overwrite_output_dir to train anew")
+    log = Log(cfg, start, total) if world.main else None
+
+    def evaluate() -> dict[str, float]:
+        result = evaluate_loss(model, eval_plan, processor, cfg, world)
+        if cfg.eval_with_do_generation:
+            from evaluate import exact_match
+
+            result["eval_accuracy"] = exact_match(model, processor, eval_plan.index, cfg.per_device_eval_batch_size)["all"]
+        say("evaluation | " + " | ".join(f"{k} {v:.4f}" for k, v in result.items()), flush=True)
+        if log:
+            log.write({"step": state["step"], **result})
+        model.train()
+        return result
+
+    def save() -> None:
+        state["scale"] = scaler.scale if cfg.fp16 else None
+        path = out / f"checkpoint-{state['step']}"
+        save_checkpoint(path, model, module, optimizer, cfg, directory, lora_modules, state, world)
+        if world.main:
+            best = out / f"checkpoint-{state['best_step']}" if state["best_step"] else None
+            checkpoint.rotate(out, cfg.save_total_limit, keep={best, path})
+        say(f"saved {path}", flush=True)
+
+    def on_signal(number, _frame):
+        nonlocal signalled
+        signalled = number
+
+    previous = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+    loader = data.TrainLoader(
+        plan, processor, start_step=start, total_steps=total if cfg.do_train else start, dp_rank=world.rank, dp_size=world.size,
+        per_device_batch=cfg.per_device_train_batch_size, grad_accum=cfg.gradient_accumulation_steps,
+        num_workers=cfg.num_workers, image_jitter=cfg.image_jitter, features=features,
+    )  # fmt: skip
+    model.train()
+    saved_at = start
+    measured = {"samples": 0, "tokens": 0, "supervised": 0, "seconds": 0.0}
+    clock = time.perf_counter()
+    for step, epoch, micro_batches in loader:
+        waited = time.perf_counter() - clock
+        supervised, bad, stop, has_images = step_facts(micro_batches, signalled, world)
+        for batch in micro_batches:
+            for where, reason in batch["bad"]:
+                print(f"warning: left out {where}: {reason}", file=sys.stderr, flush=True)
+        state["bad"] += bad
+        if state["bad"] > cfg.max_bad_samples * len(plan.index):
+            raise ValueError(
+                f"{state['bad']} of {len(plan.index)} samples could not be loaded (listed above), "
+                f"max_bad_samples={cfg.max_bad_samples:g} allows {int(cfg.max_bad_samples * len(plan.index))}"
+            )
+        ids = [i for batch in micro_batches for i in batch["sample_ids"]]
+        if supervised == 0:
+            raise ValueError(f"step {step + 1} has no supervised token; its samples: {', '.join(ids)}")
+        lr = learning_rate_at(step, total, cfg)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        sums = forward_backward(
+            model, micro_batches, has_images, supervised, cfg, world, scaler, len(entries), processor.image_size
+        )
+        tokens = torch.tensor([sum(len(b["input_ids"]) for b in micro_batches), len(ids)], dtype=torch.float64)
+        facts = parallel.all_sum(torch.cat((sums.cpu().flatten(), tokens)), world)
+        sums, (num_tokens, num_samples) = facts[:-2].view(-1, 2), facts[-2:].tolist()
+        loss = float(sums[:, 0].sum() / supervised)
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss of step {step + 1} is {loss}; its samples: {', '.join(ids)}; the last checkpoint stands")
+        norm = clip_and_step(list(trainable.values()), optimizer, cfg.max_grad_norm, scaler)
+        if not math.isfinite(norm) and not cfg.fp16:
+            raise ValueError(f"the gradient of step {step + 1} is {norm}; its samples: {', '.join(ids)}; the last checkpoint stands")
+        state["step"] = step + 1
+        now = time.perf_counter()
+        seconds, clock = now - clock, now
+        if log:
+            record = {
+                "step": step + 1, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm, "ms": 1000 * seconds,
+                "tokens": int(num_tokens), "tokens_per_s": num_tokens / seconds / world.size, "supervised": supervised / num_tokens,
+                "data": waited / seconds, "mem_gib": peak_memory_gib(world.device),
+            }  # fmt: skip
+            if len(entries) > 1:
+                record["loss_by_dataset"] = {e.label: float(s / n) for e, (s, n) in zip(entries, sums, strict=True) if n}
+            log.step(record)
+        if step >= start + 2:  # the first two warm up
+            for key, value in zip(measured, (num_samples, num_tokens, supervised, seconds), strict=True):
+                measured[key] += value
+
+        last_of_epoch = step + 1 == total or plan.locate(step + 1, global_batch)[0] != epoch
+        due = {"no": False, "epoch": last_of_epoch}
+        if {**due, "steps": (step + 1) % (cfg.eval_steps or cfg.save_steps) == 0}[cfg.evaluation_strategy]:
+            value = evaluate()[cfg.metric_for_best_model]
+            better = state["best_metric"] is None or (value < state["best_metric"]) == (cfg.metric_for_best_model == "eval_loss")
+            if better and value != state["best_metric"]:
+                state |= {"best_metric": value, "best_step": step + 1}
+        if {**due, "steps": (step + 1) % cfg.save_steps == 0}[cfg.save_strategy] or (stop and cfg.save_strategy != "no"):
+            save()
+            saved_at = step + 1
+        if stop:
+            say(f"stopped by {signal.Signals(stop).name} after step {step + 1}; the same command continues from there", flush=True)
+            return 128 + stop
+        clock = time.perf_counter() if saved_at == step + 1 else clock
+
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+    if cfg.do_train and cfg.save_strategy != "no" and saved_at != state["step"]:
+        save()
+    if cfg.load_best_model_at_end and state["best_step"]:
+        best = out / f"checkpoint-{state['best_step']}"
+        checkpoint.load_train_state(best, trainable, optimizer)
+        say(f"best model: {best} with {cfg.metric_for_best_model} {state['best_metric']:.4f}")
+    if cfg.do_eval:
+        evaluate()
+    if cfg.do_train and cfg.save_strategy != "no" and world.main:
+        final = state["best_step"] if cfg.load_best_model_at_end and state["best_step"] else state["step"]
+        publish(out / f"checkpoint-{final}", out)
+        draw_loss(log.path, out / "loss.png")
+        log.file.close()
+    if cfg.benchmark and measured["seconds"]:
+        s = measured["seconds"]
+        say(
+            f"benchmark | {measured['samples'] / s:.2f} samples/s | {measured['tokens'] / s:,.0f} tokens/s | "
+            f"{measured['supervised'] / s:,.0f} supervised tokens/s | peak memory {peak_memory_gib(world.device):.2f} GiB"
+        )
+    elif not cfg.skip_memory_metrics:
+        say(f"peak memory {peak_memory_gib(world.device):.2f} GiB")
+    if cfg.do_train and cfg.save_strategy != "no":
+        if cfg.lora:
+            say(f"adapter: {out}\nnext: python merge.py --lora_path {out} --merge_model_path merged")
+        else:
+            say(f"model: {out}\nnext: python generate.py --model_name_or_path {out} --image PICTURE --prompt QUESTION")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(checkpoint.cli(main))
