@@ -18,6 +18,7 @@ import pickle
 import re
 import shutil
 import struct
+import sys
 import warnings
 from pathlib import Path
 
@@ -48,6 +49,18 @@ class SaveError(OSError):
             f"could not save {path}: {reason}; free space or choose another output_dir; "
             "the previous checkpoint is untouched"
         )
+
+
+def cli(main) -> int:
+    """Run a script's main(): a user's mistake becomes one line on stderr and exit code 1."""
+    try:
+        return main()
+    except (ValueError, OSError) as e:
+        rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        print(f"error: {rank}{' '.join(str(e).splitlines())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 # ---- config.json
@@ -119,6 +132,9 @@ class Weights:
             if name not in self._entries:
                 raise ValueError(f"{directory / shard} does not hold {name!r}, which {file_name} says; fetch it again")
         self.names = set(self._entries)
+
+    def __iter__(self):
+        return iter(self._entries)  # in file order, so that each .bin shard is opened once
 
     def shape(self, name: str) -> torch.Size:
         return self._entries[name][1]
@@ -235,7 +251,7 @@ def load_into(params: dict, weights: Weights, dtype: torch.dtype | None = None, 
     """
     check_names({name: p.shape for name, p in params.items()}, weights, ignore=skip)
     skip = set(skip)
-    for name in weights._entries:  # in file order, so that each .bin shard is opened once
+    for name in weights:
         if name not in skip:
             full = weights.read(name)
             copy_full_(params[name], full if dtype is None else full.to(dtype))
