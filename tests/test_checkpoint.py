@@ -43,7 +43,8 @@ def test_open_weights_reads_every_format(tmp_path, kind):
     elif kind == "bin before torch 1.6":
         torch.save(tensors, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     else:
-        stem, end, write = ("model", "safetensors", save_file) if "safe" in kind else ("pytorch_model", "bin", torch.save)
+        safe = kind.startswith("safetensors")
+        stem, end, write = ("model", "safetensors", save_file) if safe else ("pytorch_model", "bin", torch.save)
         for i, half in enumerate(halves):
             write(half, tmp_path / f"{stem}-{i}.{end}")
         index = {"weight_map": {name: f"{stem}-{i}.{end}" for i, half in enumerate(halves) for name in half}}

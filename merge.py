@@ -1,0 +1,152 @@
+"""Fold a LoRA adapter into its base model, and prove that the result computes the same.
+
+    python merge.py --lora_path output --merge_model_path merged
+
+Writes a whole checkpoint directory: weights W + scaling * B A (added in fp32, rounded once), config.json, tokenizer.
+Before it appears under its name, every tensor is read back and compared, and the logits of base + adapter, merged and
+base are compared on one short prompt with a picture. Memory: one tensor while merging, one fp32 model while comparing.
+"""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+import torch
+
+import checkpoint
+from checkpoint import Weights, open_weights
+from generate import load_model
+from lora import adapter_updates, read_adapter
+
+
+def merge(base: Path | None, adapter: Path, output: Path, dtype: torch.dtype | None = None) -> dict:
+    """Merge `adapter` into `base` (None: the one the adapter names) and write `output`; returns merge_info.json."""
+    adapter, output = Path(adapter), Path(output)
+    if not (adapter / "adapter_config.json").is_file():
+        inside = sorted(adapter.glob("checkpoint-*/adapter_config.json"), key=lambda p: p.stat().st_mtime)
+        hint = f"; {inside[-1].parent} does: pass it as --lora_path" if inside else "; train one with lora=true"
+        raise ValueError(f"{adapter} holds no LoRA adapter (adapter_config.json){hint}")
+    config, lora = read_adapter(adapter)
+    base = Path(base or config.get("base_model_name_or_path") or "")
+    if not (base / "config.json").is_file():
+        raise ValueError(f"the base model {str(base)!r} is no checkpoint directory; name it with --model_name_or_path")
+    if output.exists():
+        if output.samefile(base):
+            raise ValueError(f"--merge_model_path {output} is the base model; choose another directory")
+        if not output.is_dir() or (any(output.iterdir()) and not (output / "merge_info.json").is_file()):
+            raise ValueError(f"--merge_model_path {output} exists and is no earlier merge; choose another directory")
+
+    model_config, weights = checkpoint.read_config(base), open_weights(base)
+    kind = checkpoint.model_kind(model_config)
+    scalings, replaced = adapter_updates(config, lora, {name: weights.shape(name) for name in weights})
+    if not any(is_changed(name, weights, scalings, lora) for name in weights):
+        raise ValueError(f"the adapter in {adapter} changes nothing (all updates are zero): it was not trained")
+
+    info = {"base": str(base), "adapter": str(adapter), "dtype": str(dtype or "as the base"), "modules": len(scalings),
+            "replaced": replaced}  # fmt: skip
+    with checkpoint.atomic_dir(output) as directory:
+        tensors = ((name, merged_tensor(name, weights, scalings, lora, dtype)) for name in weights)
+        checkpoint.save_weights(directory, tensors)
+        if dtype is not None:
+            model_config["torch_dtype"] = str(dtype).removeprefix("torch.")
+        checkpoint.write_json(directory / "config.json", model_config)
+        checkpoint.copy_side_files(base, directory)
+        info["changed_tensors"] = check_tensors(directory, weights, scalings, lora, dtype)
+        print(f"tensors: {info['changed_tensors']} changed as computed, {len(weights.names)} in all")
+        info |= check_logits(kind, base, adapter, directory)
+        checkpoint.write_json(directory / "merge_info.json", info)
+    return info
+
+
+def is_changed(name: str, weights: Weights, scalings: dict, lora: dict) -> bool:
+    if name in lora and not torch.equal(lora[name].float(), weights.read(name).float()):
+        return True
+    module = lora_module(name, scalings)
+    return module is not None and all(lora[f"{module}.lora_{side}.weight"].any() for side in "AB")
+
+
+def lora_module(name: str, scalings: dict) -> str | None:
+    """The adapted module whose weight this is, if any."""
+    module = name.removesuffix(".weight")
+    return module if module != name and module in scalings else None
+
+
+def merged_tensor(name: str, weights: Weights, scalings: dict, lora: dict, dtype: torch.dtype | None) -> torch.Tensor:
+    tensor = weights.read(name)
+    if not tensor.is_floating_point():
+        return tensor
+    rounded = dtype or tensor.dtype
+    if name in lora:  # a parameter that was trained whole
+        tensor = lora[name]
+    module = lora_module(name, scalings)
+    if module is not None:
+        A, B = lora[f"{module}.lora_A.weight"].float(), lora[f"{module}.lora_B.weight"].float()
+        tensor = tensor.float() + scalings[module] * (B @ A)
+    return tensor.to(rounded)
+
+
+def check_tensors(directory: Path, weights: Weights, scalings: dict, lora: dict, dtype: torch.dtype | None) -> int:
+    """Read every tensor back: exactly as computed, changed only where the adapter says, finite. -> number changed."""
+    merged, changed = open_weights(directory), 0
+    if merged.names != weights.names:
+        raise ValueError("self-check failed: the merged file holds other tensors than the base; report this")
+    for name in weights:
+        base, now = weights.read(name), merged.read(name)
+        finite = bool(base.isfinite().all())
+        expected = base = base.to(dtype or base.dtype) if base.is_floating_point() else base
+        if is_changed(name, weights, scalings, lora):
+            expected = merged_tensor(name, weights, scalings, lora, dtype)
+            changed += 1
+            if lora_module(name, scalings) and torch.equal(now, base):
+                raise ValueError(f"the update of {name} is lost in rounding to {now.dtype}; use --dtype float32")
+        if now.dtype != expected.dtype or not torch.equal(bits(now), bits(expected)):
+            raise ValueError(f"self-check failed: {name} read back differs from what was computed; check the disk")
+        if finite and not now.isfinite().all():
+            raise ValueError(f"{name} is too large for {now.dtype}; use --dtype bfloat16 or float32")
+    return changed
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+@torch.no_grad()
+def check_logits(kind: str, base: Path, adapter: Path, merged: Path) -> dict:
+    """The merged model must give base + adapter's logits, up to the rounding of its weights."""
+    model_file = importlib.import_module("model_" + kind)
+    batch = model_file.probe_batch(model_file.load_processor(base))
+
+    def logits(directory, lora_path=None):
+        model = load_model(directory, torch.float32, lora_path=lora_path)
+        return model.logits(model.hidden(batch)).float()
+
+    expected, now = logits(base, adapter), logits(merged)
+    difference, from_base = now - expected, float((now - logits(base)).abs().max())
+    largest = float(difference.abs().max())
+    print(f"largest logit difference merged vs base+adapter: {largest:.1e} (merged vs base: {from_base:.2g})")
+    weights = open_weights(merged)
+    if all(weights.dtype(name).itemsize >= 4 for name in weights):
+        error, limit = largest, 1e-3 * float(expected.abs().max())
+    else:  # root mean square: the largest of millions of rounding errors is several times that
+        error, limit = float(difference.square().mean().sqrt()), 0.05 * float(expected.std())
+    if not error <= limit:
+        raise ValueError(f"self-check failed: logits are off by {error:.2g}, allowed {limit:.2g}; nothing was written")
+    return {"logits_vs_adapter": largest, "logits_vs_base": from_base}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model_name_or_path", help="base checkpoint directory (default: the one the adapter names)")
+    parser.add_argument("--lora_path", default="output", help="directory of the adapter")
+    parser.add_argument("--merge_model_path", default="merged", help="directory to write")
+    parser.add_argument("--dtype", default="keep", choices=["keep", "float32", "bfloat16", "float16"])
+    args = parser.parse_args(argv)
+    dtype = None if args.dtype == "keep" else getattr(torch, args.dtype)
+    merge(args.model_name_or_path, args.lora_path, args.merge_model_path, dtype)
+    print(f"merged model: {args.merge_model_path}")
+    print(f"next: python generate.py --model_name_or_path {args.merge_model_path}")
+
+
+if __name__ == "__main__":
+    sys.exit(checkpoint.cli(main))
