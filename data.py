@@ -1,0 +1,979 @@
+"""Data: records -> conversations -> samples -> token streams, in an order fixed by (files, seed, epoch).
+
+    python data.py check                  # open every record, decode every image; also: check CONFIG.json --key value
+    python data.py preview --packs 1      # the first stream as the model sees it, boxes drawn onto their pictures
+
+Top to bottom: files (JSON, JSONL) -> readers (one per dataset name) -> entries -> length index (measured once, cached)
+-> plan (shuffle, mixture, packs, deal to ranks) -> samples and batches -> loader -> the two commands.
+A large set belongs in JSONL: its lines stay on disk, while a JSON document is held in memory by every worker.
+"""
+
+import bisect
+import difflib
+import hashlib
+import importlib
+import json
+import os
+import re
+import sys
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).resolve().parent
+MODEL_FILES = {"qwen_vl": "model_qwen_vl", "blip2": "model_blip2", "visualglm": "model_visualglm"}
+DEFAULT_DATASET = {
+    split: [{"name": "coco_vqa", "data_files": f"{ROOT}/samples/flags_zh/{file}", "image_root": f"{ROOT}/samples"}]
+    for split, file in (("train", "train.jsonl"), ("eval", "val.jsonl"))
+}
+ENTRY_KEYS = ("name", "data_files", "image_root", "weight", "max_samples", "chat_template", "splits")
+IGNORE = -100
+IMAGE_TAG = re.compile(r"<img>(.*?)</img>", re.S)
+# What a bad record or picture may raise; PIL has SyntaxError for some broken PNGs and an error of its own for bombs.
+BAD_SAMPLE = (ValueError, OSError, SyntaxError, Image.DecompressionBombError)
+
+
+def nearest(word: str, known) -> str:
+    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.3)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+class JsonLines:
+    """A JSONL file as a sequence of records. Only 24 bytes a line are in memory; blank lines are skipped."""
+
+    def __init__(self, path: str):
+        self.path, spans, position = path, array("q"), 0
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                skip = 3 if number == 1 and line.startswith(b"\xef\xbb\xbf") else 0  # UTF-8 byte order mark
+                if line[skip:].strip():
+                    spans.extend((position + skip, len(line) - skip, number))
+                position += len(line)
+        self.spans = np.frombuffer(spans, np.int64).reshape(-1, 3)  # (N, 3): offset, size, line number
+
+    def __len__(self):
+        return len(self.spans)
+
+    def __getitem__(self, i: int):
+        start, size, _ = map(int, self.spans[i])
+        with open(self.path, "rb") as file:  # opened anew each time, so that forked workers share no file position
+            file.seek(start)
+            line = file.read(size)
+        try:
+            return json.loads(line)
+        except ValueError as e:
+            raise ValueError(f"{self.where(i)}: not valid JSON: {e}") from None
+
+    def where(self, i: int) -> str:
+        return f"{self.path}:{self.spans[i, 2]}"
+
+
+class JsonRecords:
+    """Records of a parsed JSON document."""
+
+    def __init__(self, path: str, records: list):
+        self.path, self.records = path, records
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, i: int):
+        return self.records[i]
+
+    def where(self, i: int) -> str:
+        return f"{self.path} record {i}"
+
+
+def is_jsonl(path: str) -> bool:
+    """By name; otherwise it is JSONL if the first line is a whole object and another line follows."""
+    if path.endswith(".jsonl"):
+        return True
+    with open(path, "rb") as file:
+        lines = (line for line in file if line.strip())
+        first, second = next(lines, b""), next(lines, None)
+    if second is None:
+        return False
+    try:
+        return isinstance(json.loads(first.decode("utf-8-sig")), dict)
+    except ValueError:
+        return False
+
+
+def read_document(path: str):
+    try:
+        return json.loads(Path(path).read_bytes().decode("utf-8-sig"))
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}:{e.lineno}: not valid JSON: {e.msg} (column {e.colno})") from None
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}: not UTF-8 text: {e}") from None
+
+
+def open_files(paths: list[str]) -> list:
+    """Data files -> record sequences. COCO's and VQAv2's own documents become one record per image or question."""
+    sources, questions, annotations = [], [], {}
+    for path in paths:
+        if is_jsonl(path):
+            sources.append(JsonLines(path))
+            continue
+        document = read_document(path)
+        keys = document.keys() if isinstance(document, dict) else ()
+        if "questions" in keys:
+            questions.append((path, document))
+        elif "annotations" in keys and "images" not in keys:
+            annotations.update({a["question_id"]: a for a in document["annotations"]})
+        elif "annotations" in keys:
+            sources.append(JsonRecords(path, coco_captions(document)))
+        else:
+            sources.append(JsonRecords(path, document if isinstance(document, list) else [document]))
+    if bool(questions) != bool(annotations):
+        have, lack = ("questions", "annotations") if questions else ("annotations", "questions")
+        raise ValueError(f"{', '.join(paths)}: VQAv2 {have} without their {lack}; list both files in data_files")
+    return sources + [JsonRecords(path, vqa_v2(document, annotations)) for path, document in questions]
+
+
+def coco_captions(document: dict) -> list[dict]:
+    records = {i["id"]: {"image": i["file_name"], "image_id": i["id"], "caption": []} for i in document["images"]}
+    for annotation in document["annotations"]:
+        records[annotation["image_id"]]["caption"].append(annotation["caption"])
+    return [record for record in records.values() if record["caption"]]
+
+
+def vqa_v2(document: dict, annotations: dict) -> list[dict]:
+    """Questions with their annotations. The published files name no picture: COCO's own file names are meant."""
+    files = {i["id"]: i["file_name"] for i in document.get("images", [])}
+    subset, records = document.get("data_subtype", ""), []
+    for question in document["questions"]:
+        image = question["image_id"]
+        image = files.get(image) if files else f"{subset}/COCO_{subset}_{int(image):012d}.jpg"
+        records.append({**annotations.get(question["question_id"], {}), **question, "image": image})
+    return records
+
+
+# -------------------------------------------------------------------------------------------------------------- readers
+
+
+@dataclass
+class Conversation:
+    id: str
+    turns: list[tuple[str, str]]  # (role, text), role system, user or assistant; an image is <img>PATH</img>
+    images: list[str]  # resolved file paths, one per <img> tag, in order
+    kind: str  # "chat": text used as it is; "caption", "vqa": the model's processor adds its own wording
+    where: str  # "train.jsonl:17", or "train.json record 17" (counted from 0) for a one-document file
+    answers: list[str]  # all reference answers; of a chat, the last assistant turn
+    source: str  # the record's own "source", else the entry's name
+
+
+def field(record: dict, key: str, kind=str):
+    if not isinstance(record.get(key), kind) or not record[key]:
+        raise ValueError(f"{key!r} must be a non-empty {kind.__name__}, got {str(record.get(key))[:60]!r}")
+    return record[key]
+
+
+# A reader turns one record into [(kind, turns, answers)]; most give one conversation, a caption list gives several.
+
+
+def read_caption(record: dict):
+    captions = record.get("caption")
+    captions = [captions] if isinstance(captions, str) else captions
+    if not isinstance(captions, list) or not captions or not all(isinstance(c, str) and c.strip() for c in captions):
+        raise ValueError(f"'caption' must be a text or a list of texts, got {str(captions)[:60]!r}")
+    user = ("user", f"<img>{field(record, 'image')}</img>")
+    return [("caption", [user, ("assistant", caption)], captions) for caption in captions]
+
+
+def read_vqa(record: dict):
+    """The answer learned is "answer", VQAv2's "multiple_choice_answer", or else the most frequent of "answers"."""
+    answer, answers = record.get("answer", record.get("multiple_choice_answer")), record.get("answers")
+    if isinstance(answer, list):
+        answer, answers = None, answer
+    if answers is None:
+        answers = [] if answer is None else [answer]
+    if not isinstance(answers, list):
+        raise ValueError(f"'answers' must be a list, got {str(answers)[:60]!r}")
+    answers = [str(a.get("answer", "") if isinstance(a, dict) else a) for a in answers]
+    answer = str(answer) if answer is not None else Counter(answers).most_common(1)[0][0] if answers else ""
+    if not answer.strip():
+        raise ValueError("no answer: expected 'answer' or a non-empty list 'answers'")
+    question = f"<img>{field(record, 'image')}</img>{field(record, 'question')}"
+    return [("vqa", [("user", question), ("assistant", answer)], answers or [answer])]
+
+
+def read_visualglm(record: dict):
+    image, question, answer = (field(record, key) for key in ("img", "prompt", "label"))
+    return read_vqa({"image": image, "question": question, "answer": answer})
+
+
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+
+
+def read_chatml(record: dict):
+    if "messages" in record:
+        raw = [(m.get("role"), m.get("content")) if isinstance(m, dict) else m for m in field(record, "messages", list)]
+    elif "conversations" in record:
+        raw = []
+        for n, turn in enumerate(field(record, "conversations", list)):
+            if isinstance(turn, dict):
+                raw.append((turn.get("from"), turn.get("value")))
+            elif isinstance(turn, list) and len(turn) == 2:
+                raw += [("user", turn[0]), ("assistant", turn[1])]
+            else:
+                raise ValueError(f"conversations[{n}] is neither a [user, assistant] pair nor a from/value object")
+    else:
+        raise ValueError(f"neither 'conversations' nor 'messages' among the record's keys {sorted(record)[:8]}")
+    turns, num_images = [], 0
+    for n, message in enumerate(raw):
+        if not isinstance(message, tuple) or message[0] not in ROLES:
+            raise ValueError(f"turn {n}: expected a role among {', '.join(ROLES)}, got {str(message)[:60]}")
+        text = message[1]
+        if isinstance(text, list):  # OpenAI's content parts
+            text, num_images = join_parts(text, num_images)
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"turn {n} ({message[0]}) has no text")
+        if not text.count("<img>") == text.count("</img>") == len(IMAGE_TAG.findall(text)):
+            raise ValueError(f"turn {n}: <img> and </img> don't match")
+        turns.append((ROLES[message[0]], text))
+    first = 1 if turns[0][0] == "system" else 0
+    roles = [role for role, _ in turns[first:]]
+    if len(roles) < 2 or len(roles) % 2 or roles != ["user", "assistant"] * (len(roles) // 2):
+        raise ValueError(f"turns must alternate user, assistant and end with assistant, got {', '.join(roles)[:80]}")
+    images = record.get("image") or []
+    images = [images] if isinstance(images, str) else images
+    if images and not any(IMAGE_TAG.search(text) for _, text in turns):
+        turns[first] = ("user", join_parts([{"image": image} for image in images], 0)[0] + turns[first][1])
+    return [("chat", turns, [turns[-1][1]])]
+
+
+def join_parts(parts: list, num_images: int) -> tuple[str, int]:
+    """Content parts -> text; pictures are numbered on through the conversation, in Qwen's wording."""
+    text = ""
+    for part in parts:
+        part = part if isinstance(part, dict) else {"text": part}
+        image = part.get("image", part.get("image_url"))
+        image = image.get("url") if isinstance(image, dict) else image
+        if isinstance(image, str):
+            num_images += 1
+            text += f"Picture {num_images}: <img>{image}</img>\n"
+        elif isinstance(part.get("text"), str):
+            text += part["text"]
+        else:
+            raise ValueError(f"content part is neither text nor image: {str(part)[:60]}")
+    return text, num_images
+
+
+READERS = {
+    "chatml_dataset": read_chatml,
+    "coco_caption": read_caption,
+    "vg_caption": read_caption,
+    "coco_vqa": read_vqa,
+    "visualglm_dataset": read_visualglm,
+}
+
+
+def resolve_image(path: str, image_root: str | None, folder: str) -> str:
+    """The file that a record's image path means: under image_root, else beside the data file, else as it is."""
+    if re.match(r"https?://", path):
+        raise ValueError(f"image {path} is a URL; download it first and give the file's path")
+    if os.path.isabs(path):
+        tried = [path]
+    else:
+        if image_root and os.path.normpath(path).split(os.sep)[0] == os.pardir:
+            raise ValueError(f"image {path} leaves image_root {image_root}; give a path inside it")
+        tried = [os.path.join(root, path) for root in (image_root, folder) if root] + [path]
+    for place in dict.fromkeys(tried):
+        if os.path.isfile(place):
+            return place
+    raise ValueError(f"image {path} not found; tried {', '.join(dict.fromkeys(tried))}")
+
+
+# -------------------------------------------------------------------------------------------------------------- entries
+
+
+class Entry:
+    """One entry of the configuration's "dataset": its files as one sequence of records, and how they are read."""
+
+    def __init__(self, settings: dict):
+        if not isinstance(settings, dict):
+            raise ValueError(f"a dataset entry must be an object with name and data_files, got {str(settings)[:60]!r}")
+        for key in settings:
+            if key not in ENTRY_KEYS:
+                raise ValueError(f"unknown key {key!r} in a dataset entry{nearest(key, ENTRY_KEYS)}")
+        self.name = settings.get("name")
+        if self.name not in READERS:
+            known = ", ".join(READERS)
+            raise ValueError(f"unknown dataset name {self.name!r}; known: {known}{nearest(self.name, READERS)}")
+        files = settings.get("data_files")
+        self.paths = [files] if isinstance(files, str) else files
+        if not isinstance(self.paths, list) or not self.paths or not all(isinstance(p, str) for p in self.paths):
+            raise ValueError(f"data_files of {self.name} must be a path or a list of paths, got {files!r}")
+        for path in self.paths:
+            if not os.path.isfile(path):
+                raise ValueError(f"data_files: no file {path} (working directory {os.getcwd()})")
+        self.settings, self.image_root = settings, settings.get("image_root")
+        self.weight, self.max_samples = settings.get("weight"), settings.get("max_samples")
+        if self.image_root is not None and not os.path.isdir(self.image_root):
+            raise ValueError(f"image_root {self.image_root!r} of {self.name} is no directory")
+        if self.weight is not None and (not isinstance(self.weight, int | float) or not 0 <= self.weight < np.inf):
+            raise ValueError(f"weight={self.weight!r} of {self.name} must be a number >= 0")
+        if self.max_samples is not None and (not isinstance(self.max_samples, int) or self.max_samples < 1):
+            raise ValueError(f"max_samples={self.max_samples!r} of {self.name} must be an integer >= 1")
+        splits = settings.get("splits")
+        self.splits = [splits] if isinstance(splits, str) else splits
+        self.system = read_system(settings.get("chat_template"))
+        try:
+            self.sources = open_files(self.paths)
+        except (KeyError, TypeError, AttributeError) as e:
+            problem = f"missing {e}" if isinstance(e, KeyError) else str(e)
+            raise ValueError(f"{', '.join(self.paths)}: not a COCO or VQAv2 document: {problem}") from None
+        self.ends = np.cumsum([len(source) for source in self.sources]).tolist()
+
+    @property
+    def label(self) -> str:
+        """Name for logs; the file tells two entries of one format apart."""
+        return f"{self.name}:{Path(self.paths[0]).stem}"
+
+    def __len__(self):
+        return self.ends[-1]
+
+    def locate(self, i: int):
+        n = bisect.bisect_right(self.ends, i)
+        return self.sources[n], i - (self.ends[n - 1] if n else 0)
+
+    def __getitem__(self, i: int):
+        source, i = self.locate(i)
+        return source[i]
+
+    def where(self, i: int) -> str:
+        source, i = self.locate(i)
+        return source.where(i)
+
+    def conversations(self, i: int) -> list[Conversation]:
+        """Record i as conversations; none if "splits" leaves it out. ValueError "where: reason" if it is unusable."""
+        (source, n), where = self.locate(i), self.where(i)
+        record, folder = source[n], os.path.dirname(source.path)
+        try:
+            if not isinstance(record, dict):
+                raise ValueError(f"expected an object, got {str(record)[:60]!r}")
+            if self.splits and "split" in record and record["split"] not in self.splits:
+                return []
+            id = next((str(record[key]) for key in ("id", "question_id", "image_id") if key in record), str(i))
+            found = []
+            for kind, turns, answers in READERS[self.name](record):
+                tags = [tag for _, text in turns for tag in IMAGE_TAG.findall(text)]
+                images = [resolve_image(tag, self.image_root, folder) for tag in tags]
+                if self.system and kind == "chat" and turns[0][0] != "system":
+                    turns = [("system", self.system), *turns]
+                source_name = str(record.get("source") or self.name)
+                found.append(Conversation(id, turns, images, kind, where, answers, source_name))
+            return found
+        except ValueError as e:
+            raise ValueError(f"{where}: {e}") from None
+
+
+def read_system(path: str | None) -> str | None:
+    """System text of a PaddleNLP chat template, {"system": "<|im_start|>system\\n...<|im_end|>"} or plain text."""
+    if path is None:
+        return None
+    if not os.path.isfile(path):
+        print(f"warning: no chat_template file {path}; the model's own template is used", file=sys.stderr)
+        return None
+    document = read_document(path)
+    system = document.get("system") if isinstance(document, dict) else None
+    if system is None:
+        return None
+    match = re.fullmatch(r"\s*<\|im_start\|>system\n(.*?)<\|im_end\|>\s*", system, re.S)
+    return match.group(1) if match else system
+
+
+def open_entries(entries: list[dict]) -> list[Entry]:
+    if not isinstance(entries, list) or not entries:
+        raise ValueError("the dataset has no entry; expected a list of objects with name and data_files")
+    return [entry if isinstance(entry, Entry) else Entry(entry) for entry in entries]
+
+
+# --------------------------------------------------------------------------------------------------------- length index
+
+
+@dataclass
+class Index:
+    """What is known of every usable sample before any is loaded. A sample's number is its row."""
+
+    entries: list[Entry]
+    rows: np.ndarray  # (N, 7) int64, columns as in COLUMNS
+    problems: list[tuple[str, str]]  # (where, reason) of the records left out
+
+    COLUMNS = ("entry", "record", "part", "length", "num_images", "num_supervised", "truncated")
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getattr__(self, name):  # index.length, index.num_images, ...: columns (N,)
+        if name not in Index.COLUMNS:
+            raise AttributeError(name)
+        return self.rows[:, Index.COLUMNS.index(name)]
+
+    def where(self, number: int) -> str:
+        return self.entries[self.entry[number]].where(int(self.record[number]))
+
+
+class Measurer:
+    """Encodes records and keeps their numbers. decode=True opens the pictures too (`data.py check`)."""
+
+    def __init__(self, entries, processor, max_length, decode=False):
+        self.entries, self.processor, self.max_length = entries, processor, max_length
+        self.decode, self.decoded = decode, {}  # path -> what is wrong with it, or None
+
+    def decode_image(self, path: str) -> None:
+        if path not in self.decoded:
+            try:
+                self.processor.load_image(path)
+                self.decoded[path] = None
+            except BAD_SAMPLE as e:
+                self.decoded[path] = one_line(e)
+        if self.decoded[path]:
+            raise ValueError(self.decoded[path])
+
+    def __call__(self, task: tuple[int, int, int]):
+        """(entry, first, end) -> rows (n, 7), problems [(entry, record, where, reason)]"""
+        number, first, end = task
+        entry, rows, problems = self.entries[number], [], []
+        for record in range(first, end):
+            part_rows = []
+            try:
+                for part, conversation in enumerate(entry.conversations(record)):
+                    sample = self.processor.encode(conversation, self.max_length)
+                    for path in sample["images"] if self.decode else ():
+                        self.decode_image(path)
+                    length = len(sample["input_ids"])
+                    assert length <= self.max_length, f"encode() gave {length} tokens, max_length is {self.max_length}"
+                    supervised = int((sample["labels"][1:] != IGNORE).sum())  # the first token is never a target
+                    if not supervised:
+                        raise ValueError(f"no supervised token within max_length={self.max_length}")
+                    sizes = length, len(sample["images"]), supervised, bool(sample["truncated"])
+                    part_rows.append((number, record, part, *sizes))
+                rows += part_rows
+            except BAD_SAMPLE as e:  # a record is used whole or not at all
+                where = entry.where(record)
+                problems.append((number, record, where, one_line(e).removeprefix(f"{where}: ")))
+        return np.array(rows, dtype=np.int64).reshape(-1, 7), problems
+
+
+_measurer = None  # in a forked worker of measure_all: the parent's Measurer
+
+
+def _start_worker(measurer):
+    global _measurer
+    _measurer = measurer
+    torch.set_num_threads(1)
+
+
+def _measure_in_worker(task):
+    return _measurer(task)
+
+
+def one_line(error) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def show_progress(done: int, total: int, bad: int) -> None:
+    if sys.stderr.isatty():
+        bar = "#" * (30 * done // total)
+        end = "\n" if done == total else ""
+        print(f"\rreading records [{bar:30}] {done:,}/{total:,}, {bad:,} bad", end=end, file=sys.stderr, flush=True)
+
+
+def measure_all(measurer: Measurer, num_workers: int, progress: bool):
+    tasks, total = [], 0
+    for number, entry in enumerate(measurer.entries):
+        count = len(entry)
+        if entry.max_samples and not entry.splits:
+            count = min(count, entry.max_samples)
+        total += count
+        tasks += [(number, first, min(first + 250, count)) for first in range(0, count, 250)]
+    pool, rows, problems, done = None, [], [], 0
+    if num_workers and len(tasks) >= 4:
+        pool = ProcessPoolExecutor(num_workers, get_context("fork"), _start_worker, (measurer,))
+    try:
+        results = pool.map(_measure_in_worker, tasks) if pool else map(measurer, tasks)
+        for (_, first, end), (task_rows, task_problems) in zip(tasks, results, strict=True):
+            rows.append(task_rows)
+            problems += task_problems
+            done += end - first
+            if progress:
+                show_progress(done, total, len(problems))
+    except BrokenProcessPool:
+        raise ValueError("a worker that reads records died (out of memory?); try --num_workers 0") from None
+    finally:
+        if pool:
+            pool.shutdown()
+    rows = np.concatenate(rows) if rows else np.zeros((0, 7), np.int64)
+    for number, entry in enumerate(measurer.entries):
+        if entry.max_samples:
+            keep = np.ones(len(rows), bool)
+            keep[np.flatnonzero(rows[:, 0] == number)[entry.max_samples :]] = False
+            rows = rows[keep]
+    return rows, problems
+
+
+def index_key(entries: list[Entry], processor, max_length: int) -> str:
+    facts = [max_length, getattr(processor, "fingerprint", processor.__repr__)()]
+    for entry in entries:
+        files = [(os.path.abspath(p), os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in entry.paths]
+        settings = {key: value for key, value in entry.settings.items() if key != "weight"}
+        facts.append([files, settings, entry.system])
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def build_index(
+    entries: list[dict], processor, max_length: int, cache_dir: str | None, num_workers: int = 0, progress: bool = True,
+    max_bad_samples: float = 0.01, decode_images: bool = False,
+) -> Index:  # fmt: skip
+    """Measure every record once. Image files must exist; they are not decoded unless asked.
+
+    Unusable records are left out and listed; more than a share of max_bad_samples is a ValueError. With cache_dir the
+    result is kept there under a key of files, settings, max_length and processor.
+    """
+    entries = open_entries(entries)
+    measurer = Measurer(entries, processor, max_length, decode_images)
+    path = Path(cache_dir) / f"index-{index_key(entries, processor, max_length)}.npz" if cache_dir else None
+    rows = None
+    if path and path.exists():
+        with np.load(path) as saved:
+            rows, problems = saved["rows"], [tuple(p) for p in json.loads(str(saved["problems"]))]
+        # A picture may have been added since: if a record has become good, measure anew.
+        if any(not measurer((number, record, record + 1))[1] for number, record, *_ in problems):
+            rows = None
+    fresh = rows is None
+    if fresh:
+        rows, problems = measure_all(measurer, num_workers, progress)
+    listed = [(where, reason) for _, _, where, reason in problems]
+    num_bad, total = len(listed), len(rows) + len(listed)
+    if num_bad > max_bad_samples * total:
+        first = "; ".join(f"{where}: {reason}" for where, reason in listed[:5])
+        more = f"; and {num_bad - 5:,} more" if num_bad > 5 else ""
+        share = f"{num_bad:,} of {total:,} records are unusable, max_bad_samples={max_bad_samples:g} allows"
+        raise ValueError(f"{share} {int(max_bad_samples * total):,}: {first}{more}")
+    if not len(rows) and not decode_images:
+        files = ", ".join(p for entry in entries for p in entry.paths)
+        raise ValueError(f"the dataset is empty: no sample in {files} (after splits and max_samples)")
+    if path and fresh:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp")
+        with open(temporary, "wb") as file:
+            np.savez(file, rows=rows, problems=np.array(json.dumps(problems)))
+        os.replace(temporary, path)
+    return Index(entries, rows, listed)
+
+
+# ----------------------------------------------------------------------------------------------------------------- plan
+
+
+def generator(*seed: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(seed))
+
+
+class Plan:
+    """Which samples make up step k: a pure function of (index, seed, epoch).
+
+    A unit is one sample, or with mixtoken a stream of samples that fills max_length tokens (and holds at most
+    max_images pictures). A step takes the next global_batch units of its epoch; the last one may take fewer.
+    global_batch = per_device_batch * grad_accum * dp_size; how it splits into these three changes no step.
+    """
+
+    def __init__(self, index: Index, seed: int, max_length: int, mixtoken=False, max_images=None, shuffle=True):
+        self.index, self.seed, self.max_length = index, seed, max_length
+        self.mixtoken, self.max_images, self.shuffle = mixtoken, max_images, shuffle
+        self.cached = None, None  # epoch, units
+        self.num_units = {}  # epoch -> number of units: packs differ a little from one shuffle to the next
+        if mixtoken and max_images and index.num_images.max() > max_images:
+            n = int(index.num_images.argmax())
+            raise ValueError(f"{index.where(n)} has {index.num_images[n]} images, more than max_images={max_images}")
+        weights = [entry.weight for entry in index.entries]
+        self.weighted = shuffle and any(w is not None for w in weights)
+        if self.weighted:
+            if None in weights or not sum(weights):
+                raise ValueError(f"weights of the dataset entries are {weights}; give every entry one, or none")
+            self.shares = np.array(weights, float) / sum(weights)
+            self.members = [np.flatnonzero(index.entry == e) for e in range(len(weights))]
+            for entry, members in zip(index.entries, self.members, strict=True):
+                if entry.weight and not len(members):
+                    raise ValueError(f"dataset entry {entry.label} has weight {entry.weight} but no sample")
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Sample numbers in the order of training. With weights an epoch is as many draws as there are samples."""
+        if not self.shuffle:
+            return np.arange(len(self.index))
+        if not self.weighted:
+            return generator(self.seed, epoch).permutation(len(self.index))
+        drawn, order = np.zeros(len(self.shares)), np.empty(len(self.index), np.int64)
+        passes = [self.passes(epoch, e) for e in range(len(self.shares))]
+        for n in range(len(order)):
+            e = int(np.argmax(self.shares * (n + 1) - drawn))  # the entry that lags most behind its share
+            order[n] = next(passes[e])
+            drawn[e] += 1
+        return order
+
+    def passes(self, epoch: int, e: int) -> Iterator[int]:
+        turn = 0
+        while True:
+            yield from generator(self.seed, epoch, e, turn).permutation(self.members[e])
+            turn += 1
+
+    def units(self, epoch: int) -> list[np.ndarray]:
+        if self.cached[0] != epoch:
+            order = self.order(epoch)
+            units = self.pack(order) if self.mixtoken else list(order.reshape(-1, 1))
+            self.cached, self.num_units[epoch] = (epoch, units), len(units)
+        return self.cached[1]
+
+    def pack(self, order: np.ndarray) -> list[np.ndarray]:
+        lengths, images = self.index.length[order].tolist(), self.index.num_images[order].tolist()
+        borders, tokens, pictures = [], 0, 0
+        for n, (length, count) in enumerate(zip(lengths, images, strict=True)):
+            if tokens + length > self.max_length or (self.max_images and pictures + count > self.max_images):
+                borders.append(n)
+                tokens = pictures = 0
+            tokens, pictures = tokens + length, pictures + count
+        return np.split(order, borders)
+
+    def steps_per_epoch(self, global_batch: int, epoch: int = 0) -> int:
+        if not self.mixtoken:
+            return -(-len(self.index) // global_batch)
+        if epoch not in self.num_units:
+            self.units(epoch)
+        return -(-self.num_units[epoch] // global_batch)
+
+    def total_steps(self, num_epochs: int, global_batch: int) -> int:
+        return sum(self.steps_per_epoch(global_batch, epoch) for epoch in range(num_epochs))
+
+    def locate(self, step: int, global_batch: int) -> tuple[int, int]:
+        """Step of the run -> (epoch, step inside it)."""
+        epoch = 0
+        while step >= (steps := self.steps_per_epoch(global_batch, epoch)):
+            step, epoch = step - steps, epoch + 1
+        return epoch, step
+
+    def micro_batches(self, step: int, dp_rank: int, dp_size: int, per_device_batch: int, grad_accum: int):
+        """-> (epoch, one list of units per forward pass of this rank). All ranks get equally many lists, some empty."""
+        round_size = per_device_batch * dp_size
+        epoch, step = self.locate(step, round_size * grad_accum)
+        units = self.units(epoch)[step * round_size * grad_accum : (step + 1) * round_size * grad_accum]
+        rounds = [units[start : start + round_size] for start in range(0, len(units), round_size)]
+        return epoch, [units_of_round[dp_rank::dp_size] for units_of_round in rounds]
+
+
+# -------------------------------------------------------------------------------------------------- samples and batches
+
+
+def splitmix64(x: np.ndarray) -> np.ndarray:
+    """uint64 -> well mixed uint64 (Steele et al., 2014, "Fast splittable pseudorandom number generators")."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def hash_keys(*parts) -> np.ndarray:
+    """int64 hash of whole numbers and arrays of them, for dropout masks that no layout changes."""
+    state = np.zeros(1, np.uint64)
+    for part in parts:
+        state = splitmix64(state ^ np.atleast_1d(part).astype(np.uint64))
+    return state.view(np.int64)
+
+
+def jitter(image: torch.Tensor, fraction: float, rng: np.random.Generator) -> torch.Tensor:
+    """(3, H, W): shift by up to that fraction of each side, edge pixels repeated; brightness by up to 0.1 std (3%).
+
+    Boxes in the text stay where they were: keep the fraction below the precision they need.
+    """
+    _, H, W = image.shape
+    dy, dx = rng.uniform(-fraction, fraction, 2)
+    rows = (torch.arange(H) + round(dy * H)).clamp(0, H - 1)
+    columns = (torch.arange(W) + round(dx * W)).clamp(0, W - 1)
+    return image[:, rows][:, :, columns] + rng.uniform(-0.1, 0.1)
+
+
+def attach_images(sample: dict, processor, features=None, image_jitter: float = 0.0, seed: tuple = ()) -> dict:
+    """Add what collate needs of the sample's images: pixel_values, or image_features from `features.get(path)`."""
+    sample["num_image_tokens"] = processor.num_image_tokens
+    if features is not None:
+        found = [features.get(path) for path in sample["images"]]
+        for path, feature in zip(sample["images"], found, strict=True):
+            if feature is None:
+                raise ValueError(f"no cached features of image {path}")
+        sample["image_features"] = [torch.as_tensor(feature) for feature in found]
+        return sample
+    sample["pixel_values"] = [processor.load_image(path) for path in sample["images"]]
+    if image_jitter:
+        images = enumerate(sample["pixel_values"])
+        sample["pixel_values"] = [jitter(image, image_jitter, generator(*seed, n)) for n, image in images]
+    return sample
+
+
+def load_sample(
+    index: Index, number: int, epoch: int, processor, max_length: int, seed: int, image_jitter=0.0, features=None
+) -> dict:
+    """Sample `number`, ready for collate. Raises one of BAD_SAMPLE if a picture can't be decoded."""
+    entry = int(index.entry[number])
+    conversation = index.entries[entry].conversations(int(index.record[number]))[index.part[number]]
+    sample = processor.encode(conversation, max_length)
+    attach_images(sample, processor, features, image_jitter, seed=(seed, epoch, int(number)))
+    sample.update(sample_id=f"{conversation.where}#{conversation.id}", dataset_id=entry, key=(seed, epoch, int(number)))
+    return sample
+
+
+def collate(samples: list[dict], bad=(), num_image_tokens: int = 0) -> dict:
+    """Samples -> one stream of T tokens and S segments. No sample: a segment of one token that predicts nothing."""
+    if not samples:
+        token = {"input_ids": np.zeros(1, np.int32), "labels": np.full(1, IGNORE), "image_starts": [], "images": []}
+        samples = [{**token, "num_image_tokens": num_image_tokens}]
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    starts = np.cumsum([0, *lengths])
+    slots = np.arange(samples[0].get("num_image_tokens", num_image_tokens))  # (Q,)
+    assert len(slots) or not any(s["image_starts"] for s in samples), "collate needs num_image_tokens, see attach_images"
+    targets, keys, image_keys, positions = [], [], [], [np.zeros((0, len(slots)), np.int64)]
+    for sample, start, length in zip(samples, starts, lengths, strict=False):
+        targets.append(np.append(sample["labels"][1:], IGNORE))
+        key = sample.get("key", (0, 0, 0))
+        keys.append(hash_keys(*key, np.arange(length)))
+        image_keys += [hash_keys(*key, 1 << 32, n) for n in range(len(sample["image_starts"]))]
+        positions += [(start + first + slots)[None] for first in sample["image_starts"]]
+
+    def joined(arrays):
+        return torch.from_numpy(np.concatenate(arrays).astype(np.int64))
+
+    batch = {
+        "input_ids": joined([sample["input_ids"] for sample in samples]),
+        "targets": joined(targets),
+        "position_ids": joined([np.arange(length) for length in lengths]),
+        "cu_seqlens": torch.from_numpy(starts.astype(np.int32)),
+        "max_len": max(lengths),
+        "pixel_values": None,
+        "image_positions": joined(positions),
+        "sample_ids": [sample.get("sample_id", "") for sample in samples],
+        "dataset_ids": torch.tensor([sample.get("dataset_id", 0) for sample in samples]),
+        "dropout_keys": joined(keys),
+        "image_dropout_keys": joined(image_keys or [np.zeros(0, np.int64)]),
+        "bad": list(bad),
+    }
+    batch["num_supervised"] = int((batch["targets"] != IGNORE).sum())
+    for name in ("pixel_values", "image_features"):
+        if images := [image for sample in samples for image in sample.get(name, [])]:
+            batch[name] = torch.stack(images)
+    return batch
+
+
+# --------------------------------------------------------------------------------------------------------------- loader
+
+
+class TrainLoader:
+    """Yields (step, epoch, [batch per forward pass of this rank]) for steps start_step .. total_steps - 1, in order.
+
+    The batches are the same for any num_workers. A sample that fails to load is left out and listed in batch["bad"].
+    """
+
+    def __init__(
+        self, plan: Plan, processor, *, start_step: int, total_steps: int, dp_rank: int = 0, dp_size: int = 1,
+        per_device_batch: int = 1, grad_accum: int = 1, num_workers: int = 0, image_jitter: float = 0.0, features=None,
+    ):  # fmt: skip
+        if image_jitter and features is not None:
+            raise ValueError("image_jitter changes the images, cache_image_features keeps them; use one of the two")
+        self.plan, self.processor, self.start_step, self.total_steps = plan, processor, start_step, total_steps
+        self.layout = dp_rank, dp_size, per_device_batch, grad_accum
+        self.num_workers, self.image_jitter, self.features = num_workers, image_jitter, features
+
+    def __len__(self):
+        return max(self.total_steps - self.start_step, 0)
+
+    def __getitem__(self, k: int):
+        step = self.start_step + k
+        epoch, rounds = self.plan.micro_batches(step, *self.layout)
+        return step, epoch, [self.load(epoch, units) for units in rounds]
+
+    def load(self, epoch: int, units: list[np.ndarray]) -> dict:
+        samples, bad, plan = [], [], self.plan
+        for number in (int(number) for unit in units for number in unit):
+            try:
+                options = self.processor, plan.max_length, plan.seed, self.image_jitter, self.features
+                samples.append(load_sample(plan.index, number, epoch, *options))
+            except BAD_SAMPLE as e:
+                where = plan.index.where(number)
+                bad.append((where, one_line(e).removeprefix(f"{where}: ")))
+        return collate(samples, bad, self.processor.num_image_tokens)
+
+    def __iter__(self):
+        loader = torch.utils.data.DataLoader(
+            self, batch_size=None, collate_fn=_as_it_is, num_workers=self.num_workers, worker_init_fn=_one_thread,
+            multiprocessing_context="fork" if self.num_workers else None,
+        )  # fmt: skip
+        try:
+            yield from loader
+        except RuntimeError as e:
+            if "DataLoader worker" not in str(e) or "exited unexpectedly" not in str(e):
+                raise
+            raise ValueError(f"a data worker died (out of memory?); lower num_workers: {one_line(e)}") from e
+
+
+def _as_it_is(item):
+    return item
+
+
+def _one_thread(worker):
+    torch.set_num_threads(1)
+
+
+# ------------------------------------------------------------------------------------------------------------- commands
+
+
+def model_of(directory: str) -> str:
+    """Which model a checkpoint's config.json ("model_type"), or else a preset's name, means."""
+    config = os.path.join(directory, "config.json")
+    kind = read_document(config).get("model_type") if os.path.isfile(config) else os.path.basename(directory)
+    for prefix, model in (("qwen", "qwen_vl"), ("blip", "blip2"), ("visualglm", "visualglm"), ("chatglm", "visualglm")):
+        if str(kind).startswith(prefix):
+            return model
+    raise ValueError(f"can't tell the model of {directory!r}; pass --model, one of {', '.join(MODEL_FILES)}")
+
+
+def load_processor(model: str | None, directory: str = "tiny", stage: str = "sft"):
+    """The processor of a model's own file. "tiny" is the checkpoint in samples/."""
+    model = model or ("qwen_vl" if directory == "tiny" else model_of(directory))
+    if model not in MODEL_FILES:
+        raise ValueError(f"unknown model {model!r}; known: {', '.join(MODEL_FILES)}{nearest(model, MODEL_FILES)}")
+    directory = str(ROOT / f"samples/tiny_{model}") if directory == "tiny" else directory
+    return importlib.import_module(MODEL_FILES[model]).load_processor(directory, stage)
+
+
+def check(dataset: dict, processor, settings: dict) -> int:
+    found = 0
+    for split, entries in dataset.items():
+        max_length = settings["max_length"]
+        entries = open_entries(entries)
+        options = {"max_bad_samples": 1.0, "decode_images": True}
+        index = build_index(entries, processor, max_length, None, settings["num_workers"], **options)
+        for where, reason in index.problems:
+            print(f"{where}: {reason}")
+        found += len(index.problems)
+        if not len(index):
+            print(f"{split}: no usable sample")
+            found += 1
+            continue
+        tokens = index.length.sum()
+        packs = len(Plan(index, settings["seed"], max_length, True, settings["max_images"]).units(0))
+        print(
+            f"{split}: {sum(map(len, entries)):,} records, {len(index):,} samples, {index.num_images.sum():,} images | "
+            f"tokens mean {index.length.mean():.1f} max {index.length.max():,}, "
+            f"{index.num_supervised.sum() / tokens:.1%} supervised | {index.truncated.sum():,} truncated | "
+            f"{packs:,} packs at max_length={max_length:,}, {tokens / packs / max_length:.1%} full | "
+            f"{len(index.problems):,} problems"
+        )
+    return 1 if found else 0
+
+
+def coloured(sample: dict, processor) -> str:
+    """A sample's text: supervised tokens green, others grey, an image as one bracket."""
+    ids, supervised = sample["input_ids"], sample["labels"] != IGNORE
+    supervised[0] = False
+    Q, pieces, t = processor.num_image_tokens, [], 0
+    spans = dict(zip(sample["image_starts"], enumerate(sample["images"], 1), strict=True))
+    while t < len(ids):
+        if t in spans:
+            pieces.append("\033[36m[image {}: {}, {} tokens]\033[0m".format(*spans[t], Q))
+            t += Q
+            continue
+        end = t + 1
+        while end < len(ids) and end not in spans and supervised[end] == supervised[t]:
+            end += 1
+        colour = "\033[32m" if supervised[t] else "\033[90m"
+        pieces.append(f"{colour}{processor.tokenizer.decode(ids[t:end].tolist())}\033[0m")
+        t = end
+    return "".join(pieces)
+
+
+BOX = re.compile(r"(?:<ref>([^<]*)</ref>)?<box>\((\d+),(\d+)\),\((\d+),(\d+)\)</box>")
+
+
+def draw_boxes(conversation: Conversation, path: str) -> bool:
+    """Draw the answers' boxes (0..999 of each side) onto a copy of the picture last shown before the last of them."""
+    shown, boxes = 0, []  # boxes: (picture, label, x1, y1, x2, y2)
+    for role, text in conversation.turns:
+        shown += len(IMAGE_TAG.findall(text))
+        if role == "assistant" and shown:
+            boxes += [(conversation.images[shown - 1], *found) for found in BOX.findall(text)]
+    if not boxes:
+        return False
+    image = Image.open(boxes[-1][0]).convert("RGB")
+    draw = ImageDraw.Draw(image)
+    for picture, label, *corners in boxes:
+        if picture == boxes[-1][0]:
+            x1, y1, x2, y2 = (int(v) * side // 1000 for v, side in zip(corners, image.size * 2, strict=True))
+            draw.rectangle((min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)), outline="red", width=2)
+            draw.text((x1 + 3, y1 + 2), label.encode("ascii", "replace").decode(), fill="red")  # PIL's font is ASCII
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    image.save(path)
+    return True
+
+
+def preview(dataset: dict, processor, settings: dict) -> int:
+    max_length = settings["max_length"]
+    index = build_index(dataset["train"], processor, max_length, None, settings["num_workers"], max_bad_samples=1.0)
+    plan = Plan(index, settings["seed"], max_length, settings["mixtoken"], settings["max_images"])
+    for n, unit in enumerate(plan.units(0)[: settings["packs"]]):
+        print(f"=== stream {n}: {len(unit)} samples, {index.length[unit].sum():,} of {max_length:,} tokens")
+        for number in map(int, unit):
+            entry = index.entries[index.entry[number]]
+            conversation = entry.conversations(int(index.record[number]))[index.part[number]]
+            sample = processor.encode(conversation, max_length)
+            supervised = index.num_supervised[number]
+            print(f"--- {conversation.where} | {len(sample['input_ids']):,} tokens, {supervised:,} supervised")
+            print(coloured(sample, processor))
+            drawing = os.path.join(settings["out"], f"sample_{number}.png")
+            if draw_boxes(conversation, drawing):
+                print(f"boxes: {drawing}")
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    usage = "usage: python data.py check|preview [CONFIG.json] [--key value ...]"
+    if not argv or argv[0] not in ("check", "preview"):
+        raise ValueError(f"{usage}; got {' '.join(argv) or 'nothing'}")
+    settings = {
+        "dataset": DEFAULT_DATASET, "model": None, "model_name_or_path": "tiny", "stage": "sft", "max_length": 2048,
+        "max_images": None, "mixtoken": False, "seed": 42, "num_workers": 2, "packs": 2, "out": "preview",
+    }  # fmt: skip
+    own, given, rest = set(settings), {}, argv[1:]
+    if rest and not rest[0].startswith("--"):
+        given = read_document(rest.pop(0))
+    while rest:
+        key = rest.pop(0).removeprefix("--")
+        if key not in own:
+            raise ValueError(f"unknown key {key!r}{nearest(key, own)}; {usage}")
+        value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        try:
+            given[key] = json.loads(value)
+        except ValueError:
+            given[key] = value
+    settings.update({key: value for key, value in given.items() if key in own})  # train.py checks the others
+    dataset = {split: settings["dataset"][split] for split in ("train", "eval") if settings["dataset"].get(split)}
+    if "train" not in dataset:
+        raise ValueError('dataset has no "train" entries')
+    processor = load_processor(settings["model"], settings["model_name_or_path"], settings["stage"])
+    return (check if argv[0] == "check" else preview)(dataset, processor, settings)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
