@@ -740,7 +740,7 @@ def collate(samples: list[dict], bad=(), num_image_tokens: int = 0) -> dict:
     lengths = [len(sample["input_ids"]) for sample in samples]
     starts = np.cumsum([0, *lengths])
     slots = np.arange(samples[0].get("num_image_tokens", num_image_tokens))  # (Q,)
-    assert len(slots) or not any(s["image_starts"] for s in samples), "collate needs num_image_tokens, see attach_images"
+    assert len(slots) or not any(s["image_starts"] for s in samples), "collate needs num_image_tokens (attach_images)"
     targets, keys, image_keys, positions = [], [], [], [np.zeros((0, len(slots)), np.int64)]
     for sample, start, length in zip(samples, starts, lengths, strict=False):
         targets.append(np.append(sample["labels"][1:], IGNORE))
