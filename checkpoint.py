@@ -105,7 +105,7 @@ def model_kind(config: dict) -> str:
 
 
 class Weights:
-    """The tensors of a checkpoint directory by name; `read` gives one, in fresh memory."""
+    """The tensors of a checkpoint directory by name."""
 
     def __init__(self, directory):
         directory = Path(directory)
@@ -142,12 +142,17 @@ class Weights:
     def dtype(self, name: str) -> torch.dtype:
         return self._entries[name][2]
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, scratch: torch.Tensor | None = None) -> torch.Tensor:
+        """One tensor in memory of its own, or in what `scratch()` gave: then it is valid until the next read."""
         path, shape, dtype, offset = self._entries[name]
         if offset is None:
-            return self._open_bin(path)[name].clone(memory_format=torch.contiguous_format)
+            tensor = self._open_bin(path)[name]
+            return tensor.clone(memory_format=torch.contiguous_format) if scratch is None else tensor
         # not memory-mapped: mapped pages would count beside the model's own copy and double the memory
-        tensor = torch.empty(shape, dtype=dtype)
+        if scratch is None:
+            tensor = torch.empty(shape, dtype=dtype)
+        else:
+            tensor = scratch[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
         buffer = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
         with open(path, "rb", buffering=0) as f:
             f.seek(offset)
@@ -157,6 +162,11 @@ class Weights:
                     raise ValueError(f"{path} ended while {name!r} was read; fetch it again")
                 buffer = buffer[count:]
         return tensor
+
+    def scratch(self) -> torch.Tensor:
+        """Room for any one tensor. Fresh memory for each would leave the heap full of holes: up to 1.6x the weights."""
+        sizes = [math.prod(shape) * dtype.itemsize for _, shape, dtype, offset in self._entries.values() if offset]
+        return torch.empty(max(sizes, default=0), dtype=torch.uint8)
 
     def _bin_entries(self, path: Path) -> dict:
         tensors = self._open_bin(path)
@@ -250,10 +260,10 @@ def load_into(params: dict, weights: Weights, dtype: torch.dtype | None = None, 
     dtype: round to this first (None: only the parameter's own dtype counts). skip: names left alone on both sides.
     """
     check_names({name: p.shape for name, p in params.items()}, weights, ignore=skip)
-    skip = set(skip)
+    skip, scratch = set(skip), weights.scratch()
     for name in weights:
         if name not in skip:
-            full = weights.read(name)
+            full = weights.read(name, scratch)
             copy_full_(params[name], full if dtype is None else full.to(dtype))
 
 

@@ -4,7 +4,7 @@
 
 Writes a whole checkpoint directory: weights W + scaling * B A (added in fp32, rounded once), config.json, tokenizer.
 Before it appears under its name, every tensor is read back and compared, and the logits of base + adapter, merged and
-base are compared on one short prompt with a picture. Memory: one tensor while merging, one fp32 model while comparing.
+base are compared on one short prompt with a picture. Memory: one file of up to 5 GB while merging, then one fp32 model.
 """
 
 import argparse
@@ -31,9 +31,10 @@ def merge(base: Path | None, adapter: Path, output: Path, dtype: torch.dtype | N
     base = Path(base or config.get("base_model_name_or_path") or "")
     if not (base / "config.json").is_file():
         raise ValueError(f"the base model {str(base)!r} is no checkpoint directory; name it with --model_name_or_path")
-    if output.exists():
-        if output.samefile(base):
-            raise ValueError(f"--merge_model_path {output} is the base model; choose another directory")
+    if output.exists():  # it will be replaced as a whole
+        for what, path in (("base model", base.resolve()), ("adapter", adapter.resolve())):
+            if output.resolve() in (path, *path.parents):
+                raise ValueError(f"--merge_model_path {output} is or holds the {what}; choose another directory")
         if not output.is_dir() or (any(output.iterdir()) and not (output / "merge_info.json").is_file()):
             raise ValueError(f"--merge_model_path {output} exists and is no earlier merge; choose another directory")
 

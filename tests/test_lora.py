@@ -127,6 +127,7 @@ def test_peft_reads_ours(tmp_path, extra):
     assert torch.equal(ours(IDS), model(IDS)) and not torch.equal(ours(IDS), Toy()(IDS))
 
 
+@pytest.mark.filterwarnings("ignore:.*embedding layer")
 @pytest.mark.parametrize("kwargs", [
     {"target_modules": ["c_attn", "not_here"]},
     {"target_modules": r"h\..*\.(c_attn|c_proj)", "rank_pattern": {"1.c_attn": 5}, "alpha_pattern": {"c_proj": 3}},
@@ -382,8 +383,11 @@ def test_merge_refuses(merge_setup, capsys, monkeypatch):
         assert re.search(match, capsys.readouterr().err)
         assert not Path("merged").exists() and not Path("merged.tmp").exists()
 
-    refuse("is the base model", "--merge_model_path", "base")
-    refuse("no earlier merge", "--merge_model_path", "output")
+    refuse("holds the base model", "--merge_model_path", "base")
+    refuse("holds the adapter", "--merge_model_path", "output")
+    Path("full").mkdir()
+    Path("full/notes.txt").write_text("keep")
+    refuse("no earlier merge", "--merge_model_path", "full")
     refuse("'gone' is no checkpoint directory", "--model_name_or_path", "gone")
     Path("run/checkpoint-7").mkdir(parents=True)
     refuse("train one with lora", "--lora_path", "run")
