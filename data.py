@@ -28,8 +28,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+import checkpoint
+
 ROOT = Path(__file__).resolve().parent
-MODEL_FILES = {"qwen_vl": "model_qwen_vl", "blip2": "model_blip2", "visualglm": "model_visualglm"}
 DEFAULT_DATASET = {
     split: [{"name": "coco_vqa", "data_files": f"{ROOT}/samples/flags_zh/{file}", "image_root": f"{ROOT}/samples"}]
     for split, file in (("train", "train.jsonl"), ("eval", "val.jsonl"))
@@ -217,7 +218,8 @@ def read_visualglm(record: dict):
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
 
-def read_chatml(record: dict):
+def chat_turns(record: dict) -> list[tuple[str, str]]:
+    """[(role, text), ...] of a chat record in any of its shapes; users and assistants alternate."""
     if "messages" in record:
         raw = [(m.get("role"), m.get("content")) if isinstance(m, dict) else m for m in field(record, "messages", list)]
     elif "conversations" in record:
@@ -245,12 +247,19 @@ def read_chatml(record: dict):
         turns.append((ROLES[message[0]], text))
     first = 1 if turns[0][0] == "system" else 0
     roles = [role for role, _ in turns[first:]]
-    if len(roles) < 2 or len(roles) % 2 or roles != ["user", "assistant"] * (len(roles) // 2):
-        raise ValueError(f"turns must alternate user, assistant and end with assistant, got {', '.join(roles)[:80]}")
+    if not roles or roles != [("user", "assistant")[i % 2] for i in range(len(roles))]:
+        raise ValueError(f"turns must alternate user, assistant and begin with user, got {', '.join(roles)[:80]}")
     images = record.get("image") or []
     images = [images] if isinstance(images, str) else images
     if images and not any(IMAGE_TAG.search(text) for _, text in turns):
         turns[first] = ("user", join_parts([{"image": image} for image in images], 0)[0] + turns[first][1])
+    return turns
+
+
+def read_chatml(record: dict):
+    turns = chat_turns(record)
+    if turns[-1][0] != "assistant":
+        raise ValueError(f"the last turn must be the assistant's, got {turns[-1][0]}")
     return [("chat", turns, [turns[-1][1]])]
 
 
@@ -424,6 +433,9 @@ class Index:
 
     def where(self, number: int) -> str:
         return self.entries[self.entry[number]].where(int(self.record[number]))
+
+    def conversation(self, number: int) -> Conversation:
+        return self.entries[self.entry[number]].conversations(int(self.record[number]))[self.part[number]]
 
 
 class Measurer:
@@ -724,8 +736,7 @@ def load_sample(
     index: Index, number: int, epoch: int, processor, max_length: int, seed: int, image_jitter=0.0, features=None
 ) -> dict:
     """Sample `number`, ready for collate. Raises one of BAD_SAMPLE if a picture can't be decoded."""
-    entry = int(index.entry[number])
-    conversation = index.entries[entry].conversations(int(index.record[number]))[index.part[number]]
+    entry, conversation = int(index.entry[number]), index.conversation(number)
     sample = processor.encode(conversation, max_length)
     attach_images(sample, processor, features, image_jitter, seed=(seed, epoch, int(number)))
     sample.update(sample_id=f"{conversation.where}#{conversation.id}", dataset_id=entry, key=(seed, epoch, int(number)))
@@ -835,23 +846,57 @@ def _one_thread(worker):
 # ------------------------------------------------------------------------------------------------------------- commands
 
 
-def model_of(directory: str) -> str:
-    """Which model a checkpoint's config.json ("model_type"), or else a preset's name, means."""
-    config = os.path.join(directory, "config.json")
-    kind = read_document(config).get("model_type") if os.path.isfile(config) else os.path.basename(directory)
-    for prefix, model in (("qwen", "qwen_vl"), ("blip", "blip2"), ("visualglm", "visualglm"), ("chatglm", "visualglm")):
-        if str(kind).startswith(prefix):
-            return model
-    raise ValueError(f"can't tell the model of {directory!r}; pass --model, one of {', '.join(MODEL_FILES)}")
+def model_directory(model: str | None, name: str) -> str:
+    """The checkpoint directory that `name` means; "tiny" is the model's small one in samples/."""
+    if name == "tiny":
+        model = model or "qwen_vl"
+        if not (path := ROOT / f"samples/tiny_{model}").is_dir():
+            tiny = sorted(p.name.removeprefix("tiny_") for p in (ROOT / "samples").glob("tiny_*"))
+            have = f"there is one of {', '.join(tiny)}{nearest(model, tiny)}"
+            raise ValueError(f"no tiny checkpoint of model {model!r}; {have}")
+        return str(path)
+    if not os.path.isdir(name):
+        raise ValueError(
+            f"model_name_or_path={name!r} is no directory; download the checkpoint (config.json, weights, tokenizer files) "
+            "and give the path of its directory"
+        )
+    return name
 
 
-def load_processor(model: str | None, directory: str = "tiny", stage: str = "sft"):
-    """The processor of a model's own file. "tiny" is the checkpoint in samples/."""
-    model = model or ("qwen_vl" if directory == "tiny" else model_of(directory))
-    if model not in MODEL_FILES:
-        raise ValueError(f"unknown model {model!r}; known: {', '.join(MODEL_FILES)}{nearest(model, MODEL_FILES)}")
-    directory = str(ROOT / f"samples/tiny_{model}") if directory == "tiny" else directory
-    return importlib.import_module(MODEL_FILES[model]).load_processor(directory, stage)
+def load_processor(directory: str, stage: str = "sft"):
+    """The processor of the checkpoint's own model file."""
+    kind = checkpoint.model_kind(checkpoint.read_config(directory))
+    return importlib.import_module("model_" + kind).load_processor(directory, stage)
+
+
+def request(turns: list[tuple[str, str]], images: list[str], where: str, folder: str = "", id: str = "0") -> Conversation:
+    """A chat to be answered. Pictures of `images` stand in front of its last user turn, in Qwen's wording."""
+    pictures, _ = join_parts([{"image": image} for image in images], 0)
+    turns = [*turns[:-1], (turns[-1][0], pictures + turns[-1][1])]
+    tags = [tag for _, text in turns for tag in IMAGE_TAG.findall(text)]
+    return Conversation(id, turns, [resolve_image(tag, None, folder) for tag in tags], "chat", where, [], "request")
+
+
+def read_requests(path: str) -> list[Conversation]:
+    """Chats to be answered: {"prompt": ..., "image": path or list of paths} or a chat record, whose last answer is dropped."""
+    requests = []
+    for source in open_files([path]):
+        for i in range(len(source)):
+            record, where = source[i], source.where(i)
+            try:
+                images, turns = [], None
+                if isinstance(record, dict) and "prompt" in record:
+                    images = record.get("image") or []
+                    images = [images] if isinstance(images, str) else images
+                    turns = [("user", field(record, "prompt"))]
+                turns = turns or chat_turns(record)
+                id = str(record.get("id", i))
+                requests.append(request(turns, images, where, os.path.dirname(path), id))
+            except (ValueError, AttributeError, TypeError) as e:
+                raise ValueError(f"{where}: {e}") from None
+    if not requests:
+        raise ValueError(f"{path} holds no request")
+    return requests
 
 
 def check(dataset: dict, processor, settings: dict) -> int:
@@ -903,25 +948,20 @@ def coloured(sample: dict, processor) -> str:
 BOX = re.compile(r"(?:<ref>([^<]*)</ref>)?<box>\((\d+),(\d+)\),\((\d+),(\d+)\)</box>")
 
 
-def draw_boxes(conversation: Conversation, path: str) -> bool:
-    """Draw the answers' boxes (0..999 of each side) onto a copy of the picture last shown before the last of them."""
-    shown, boxes = 0, []  # boxes: (picture, label, x1, y1, x2, y2)
-    for role, text in conversation.turns:
-        shown += len(IMAGE_TAG.findall(text))
-        if role == "assistant" and shown:
-            boxes += [(conversation.images[shown - 1], *found) for found in BOX.findall(text)]
-    if not boxes:
-        return False
-    image = Image.open(boxes[-1][0]).convert("RGB")
-    draw = ImageDraw.Draw(image)
-    for picture, label, *corners in boxes:
-        if picture == boxes[-1][0]:
+def draw_boxes(picture: str, text: str, out: str | Path) -> int:
+    """Draws the boxes in the text (0..999 of each side) onto a copy of the picture; returns how many there were."""
+    boxes = BOX.findall(text)
+    if boxes:
+        with Image.open(picture) as image:
+            image = image.convert("RGB")
+        draw = ImageDraw.Draw(image)
+        for label, *corners in boxes:
             x1, y1, x2, y2 = (int(v) * side // 1000 for v, side in zip(corners, image.size * 2, strict=True))
             draw.rectangle((min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)), outline="red", width=2)
             draw.text((x1 + 3, y1 + 2), label.encode("ascii", "replace").decode(), fill="red")  # PIL's font is ASCII
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    image.save(path)
-    return True
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        image.save(out)
+    return len(boxes)
 
 
 def preview(dataset: dict, processor, settings: dict) -> int:
@@ -931,19 +971,19 @@ def preview(dataset: dict, processor, settings: dict) -> int:
     for n, unit in enumerate(plan.units(0)[: settings["packs"]]):
         print(f"=== stream {n}: {len(unit)} samples, {index.length[unit].sum():,} of {max_length:,} tokens")
         for number in map(int, unit):
-            entry = index.entries[index.entry[number]]
-            conversation = entry.conversations(int(index.record[number]))[index.part[number]]
+            conversation = index.conversation(number)
             sample = processor.encode(conversation, max_length)
             supervised = index.num_supervised[number]
             print(f"--- {conversation.where} | {len(sample['input_ids']):,} tokens, {supervised:,} supervised")
             print(coloured(sample, processor))
             drawing = os.path.join(settings["out"], f"sample_{number}.png")
-            if draw_boxes(conversation, drawing):
+            if sample["images"] and draw_boxes(sample["images"][-1], conversation.turns[-1][1], drawing):
                 print(f"boxes: {drawing}")
     return 0
 
 
-def main(argv: list[str]) -> int:
+def main() -> int:
+    argv = sys.argv[1:]
     usage = "usage: python data.py check|preview [CONFIG.json] [--key value ...]"
     if not argv or argv[0] not in ("check", "preview"):
         raise ValueError(f"{usage}; got {' '.join(argv) or 'nothing'}")
@@ -967,13 +1007,10 @@ def main(argv: list[str]) -> int:
     dataset = {split: settings["dataset"][split] for split in ("train", "eval") if settings["dataset"].get(split)}
     if "train" not in dataset:
         raise ValueError('dataset has no "train" entries')
-    processor = load_processor(settings["model"], settings["model_name_or_path"], settings["stage"])
+    directory = model_directory(settings["model"], settings["model_name_or_path"])
+    processor = load_processor(directory, settings["stage"])
     return (check if argv[0] == "check" else preview)(dataset, processor, settings)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    sys.exit(checkpoint.cli(main))

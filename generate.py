@@ -10,13 +10,11 @@ penalty, temperature, top-k, top-p; each request draws from its own generator.
 import argparse
 import importlib
 import json
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 import checkpoint
@@ -97,16 +95,16 @@ def generate(
     cache = KVCache([len(p) + max_new_tokens for p in prompts])
     generators = [torch.Generator().manual_seed(seed) for _ in prompts]
     outputs: list[list[int]] = [[] for _ in prompts]
-    batch = data.prompt_batch(requests, model.config.visual.n_queries)
+    Q = model.config.visual.n_queries
+    batch = data.collate([{"labels": p, "num_image_tokens": Q, **r} for p, r in zip(prompts, requests, strict=True)])
     prompt_lengths = torch.tensor([len(p) for p in prompts])
     # a picture's slots are no tokens of the text
-    in_slots = [{i for s in r["image_starts"] for i in range(s, s + model.config.visual.n_queries)} for r in requests]
+    in_slots = [{i for s in r["image_starts"] for i in range(s, s + Q)} for r in requests]
     seen = [[t for i, t in enumerate(p) if i not in slots] for p, slots in zip(prompts, in_slots, strict=True)]
     while True:
         batch = {k: v.to(device) if torch.is_tensor(v) and k not in ("cu_seqlens", "rope_lengths") else v for k, v in batch.items()}
-        x = model.hidden({**batch, "cache": cache})
+        logits = model({**batch, "cache": cache}, output="logits").float()  # (B, V)
         cache.advance(batch["cu_seqlens"].diff().tolist())
-        logits = model.logits(x[batch["cu_seqlens"][1:].long().to(device) - 1]).float()  # (B, V): the last of each
         still = []
         for row, i in zip(logits, cache.active, strict=True):
             if repetition_penalty != 1.0:
@@ -135,6 +133,13 @@ def generate(
         }  # fmt: skip
 
 
+def base_of(model_name_or_path: str | None, lora_path: str | None) -> str:
+    """The checkpoint that is meant: the one named, else the adapter's base, else the tiny model."""
+    if model_name_or_path is None and lora_path is not None:
+        return lora.read_adapter(lora_path)[0]["base_model_name_or_path"]
+    return model_name_or_path or "tiny"
+
+
 def load_model(
     directory: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu", lora_path: str | Path | None = None
 ) -> nn.Module:
@@ -150,32 +155,13 @@ def load_model(
     return model.eval()
 
 
-BOX = re.compile(r"(?:<ref>(.*?)</ref>)?<box>\((\d+),(\d+)\),\((\d+),(\d+)\)</box>", re.DOTALL)
-
-
-def draw_boxes(picture: str | Path, text: str, out: str | Path) -> int:
-    """Draws the boxes of an answer (0..999 of each side) on a copy of the picture; returns how many there were."""
-    boxes = BOX.findall(text)
-    if boxes:
-        with Image.open(picture) as image:
-            image = image.convert("RGB")
-        draw = ImageDraw.Draw(image)
-        for name, *corners in boxes:
-            x1, y1, x2, y2 = (int(v) / 1000 * side for v, side in zip(corners, image.size * 2, strict=True))
-            x1, x2, y1, y2 = min(x1, x2), max(x1, x2), min(y1, y2), max(y1, y2)
-            draw.rectangle((x1, y1, x2, y2), outline=(255, 0, 0), width=max(1, max(image.size) // 200))
-            draw.text((x1 + 3, y1 + 3), name, fill=(255, 0, 0))
-        image.save(out)
-    return len(boxes)
-
-
 def read_requests(args) -> list[data.Conversation]:
     if args.requests:
         return data.read_requests(args.requests)
     if args.prompt is None:
         raise ValueError("nothing to answer: give --prompt (and --image), or --requests FILE.jsonl")
     turns = [("user", args.prompt)] if not args.system else [("system", args.system), ("user", args.prompt)]
-    return [data.chat_conversation(turns, args.image, where="--prompt")]
+    return [data.request(turns, args.image, where="--prompt")]
 
 
 def main() -> int:
@@ -189,7 +175,7 @@ def main() -> int:
     add("--system", default=None, help="system text instead of the model's own")
     add("--requests", default=None, help='JSONL: {"prompt": ..., "image": path or list} or any chat record, one a line')
     add("--output", default=None, help="write answers as JSONL here")
-    add("--draw", default=None, help="where to draw boxes of the answer; default: boxes.png, boxes-1.png, ...")
+    add("--draw", default="boxes.png", help="where a copy of the picture with the answer's boxes goes, if it has any")
     add("--stage", default="sft", choices=("sft", "pretrain"), help="prompt format")
     add("--max_new_tokens", type=int, default=256)
     add("--temperature", type=float, default=0.0, help="0: greedy")
@@ -205,11 +191,8 @@ def main() -> int:
     if args.temperature < 0 or not 0 < args.top_p <= 1 or args.top_k < 0 or args.repetition_penalty <= 0 or args.max_new_tokens < 1:
         raise ValueError("expected temperature >= 0, 0 < top_p <= 1, top_k >= 0, repetition_penalty > 0, max_new_tokens >= 1")
 
-    directory = args.model_name_or_path
-    if directory is None and args.lora_path is not None:
-        directory = lora.read_adapter(args.lora_path)[0]["base_model_name_or_path"]
-    directory = data.model_directory(args.model, directory or "tiny")
-    processor = data.load_processor(args.model, directory, args.stage)
+    directory = data.model_directory(args.model, base_of(args.model_name_or_path, args.lora_path))
+    processor = data.load_processor(directory, args.stage)
     conversations = read_requests(args)
     model = load_model(directory, DTYPES[args.dtype], args.device, args.lora_path)
     stop_words = processor.stop_words + [processor.tokenizer.encode(text) for text in args.stop]
@@ -243,10 +226,9 @@ def main() -> int:
                 print(f"{conversation.id}: {text}")
             else:
                 print(json.dumps({"id": conversation.id, "answer": text}, ensure_ascii=False), file=sink, flush=True)
-            if request["images"] and BOX.search(text):
-                out = Path(args.draw or "boxes.png")
-                out = out if drawn == 0 else out.with_stem(f"{out.stem}-{drawn}")
-                print(f"{draw_boxes(request['images'][-1], text, out)} boxes drawn: {out}", file=sys.stderr)
+            out = Path(args.draw) if drawn == 0 else Path(args.draw).with_stem(f"{Path(args.draw).stem}-{drawn}")
+            if request["images"] and (boxes := data.draw_boxes(request["images"][-1], text, out)):
+                print(f"{boxes} boxes drawn: {out}", file=sys.stderr)
                 drawn += 1
     return 0
 

@@ -393,8 +393,15 @@ class QwenVL(nn.Module):
         rows = (batch["targets"] != IGNORE_INDEX).nonzero()[:, 0]
         return self.lm_head(self.transformer.ln_f(x[rows]), batch["targets"][rows])
 
-    def forward(self, batch: dict) -> tuple[Tensor, Tensor]:
-        return self.head(self.hidden(batch), batch)
+    def forward(self, batch: dict, output: str = "loss"):
+        """The one entrance of a sharded model. `output`: "loss" as head(); "logits" (S, V) of each segment's last position;
+        "features" (N, Q, C) of the pictures."""
+        if output == "features":
+            return self.encode_images(batch["pixel_values"])
+        x = self.hidden(batch)
+        if output == "logits":
+            return self.logits(x[batch["cu_seqlens"][1:].to(x.device) - 1])
+        return self.head(x, batch)
 
     def init_weights(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         """Fills one full-size parameter for training from scratch, as the original initialises it."""
@@ -774,6 +781,8 @@ class QwenVLProcessor:
         starts = [int(s) for s in starts if s < length]
         for start in starts:
             labels[start : start + self.num_image_tokens] = IGNORE_INDEX
+        if length < len(ids) and not {*labels[:length].tolist()} - {IGNORE_INDEX, tk.im_start, tk.im_end, *tk.newline}:
+            labels[:] = IGNORE_INDEX  # only markers are left of the answers: nothing to learn
         return {
             "input_ids": ids[:length], "labels": labels[:length], "image_starts": starts,
             "images": conversation.images[: len(starts)], "truncated": length < len(ids),

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 STAGES = ("stage1", "stage2", "stage3")
@@ -55,8 +55,6 @@ def shard(model: nn.Module, mesh: DeviceMesh, stage: str | None, dtype: torch.dt
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for module in [*model.vision_blocks, *model.blocks, model]:
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=stage == "stage3" and module is not model)
-    for method in ("hidden", "logits", "encode_images"):  # called from outside by evaluation and generation
-        register_fsdp_forward_method(model, method)
 
 
 def set_gradient_sync(model: nn.Module, stage: str | None, last: bool) -> None:

@@ -23,7 +23,7 @@ import sys
 import time
 import types
 import typing
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -485,7 +485,8 @@ def cache_features(model, plan, processor, cfg: Config, weights_id: str, world) 
             except data.BAD_SAMPLE:  # the loader reports it: its row stays zero and is never used
                 pixels = torch.zeros(3, processor.image_size, processor.image_size)
             with autocast(cfg, world):
-                features.array[features.rows[path]] = model.encode_images(pixels[None].to(world.device))[0].float().cpu()
+                encoded = model({"pixel_values": pixels[None].to(world.device)}, output="features")
+            features.array[features.rows[path]] = encoded[0].float().cpu()
         features.array.flush()
         parallel.barrier(world)
         if world.main:
@@ -719,11 +720,10 @@ def total_steps(cfg: Config, plan: data.Plan, global_batch: int) -> int:
 
 def model_file(cfg: Config) -> tuple[dict, object, Path | None]:
     """-> (config.json's contents, model file, checkpoint directory; None for a preset, which is a shape alone)."""
-    for name in data.MODEL_FILES.values():
-        if (data.ROOT / f"{name}.py").exists():
-            module = importlib.import_module(name)
-            if cfg.model_name_or_path in module.PRESETS:
-                return module.PRESETS[cfg.model_name_or_path], module, None
+    for path in sorted(data.ROOT.glob("model_*.py")):
+        module = importlib.import_module(path.stem)
+        if cfg.model_name_or_path in module.PRESETS:
+            return module.PRESETS[cfg.model_name_or_path], module, None
     directory = Path(data.model_directory(cfg.model, cfg.model_name_or_path))
     config = checkpoint.read_config(directory)
     kind = checkpoint.model_kind(config)
@@ -812,9 +812,11 @@ def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
     def evaluate() -> dict[str, float]:
         result = evaluate_loss(model, eval_plan, processor, cfg, world)
         if cfg.eval_with_do_generation:
-            from evaluate import exact_match
+            from evaluate import exact_match  # all ranks answer all questions: a sharded model is entered together
 
-            result["eval_accuracy"] = exact_match(model, processor, eval_plan.index, cfg.per_device_eval_batch_size)["all"]
+            index = eval_plan.index
+            questions = [index.conversation(n) for n in range(len(index)) if index.part[n] == 0]
+            result["eval_accuracy"] = exact_match(model, processor, questions, cfg.per_device_eval_batch_size)["all"]
         say("evaluation | " + " | ".join(f"{k} {v:.4f}" for k, v in result.items()), flush=True)
         if log:
             log.write({"step": state["step"], **result})

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import types
 import zlib
 from pathlib import Path
@@ -343,7 +342,7 @@ def test_empty_dataset(tmp_path):
 def test_100k_records_memory_and_time(tmp_path):
     """Reading, indexing and loading 100,000 JSONL records takes no more memory than 1,000."""
     script = """
-import sys, resource; sys.path[:0] = ["tests", "."]
+import os, resource, sys; sys.path[:0] = ["tests", "."]
 import data
 from test_data import Processor
 index = data.build_index([{"name": "chatml_dataset", "data_files": sys.argv[1]}], Processor(), 64, None, 2)
@@ -352,7 +351,8 @@ steps = min(plan.steps_per_epoch(4), 500)
 for item in data.TrainLoader(plan, Processor(), start_step=0, total_steps=steps, grad_accum=4):
     pass
 own = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(len(index), own // 1024, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)
+workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+print(len(index), own // 1024, workers // 1024, round(sum(os.times()[:4])))
 """
     peaks = {}
     for count in (1_000, 100_000):
@@ -360,15 +360,13 @@ print(len(index), own // 1024, resource.getrusage(resource.RUSAGE_CHILDREN).ru_m
         path = tmp_path / f"{count}.jsonl"
         with open(path, "w") as file:
             file.writelines(line.format(n) for n in range(count))
-        start = time.monotonic()
         done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
-        seconds = time.monotonic() - start
-        found, *peaks[count] = map(int, done.stdout.split())
+        found, *peaks[count], seconds = map(int, done.stdout.split())
         assert found == count
     growth = [after - before for before, after in zip(peaks[1_000], peaks[100_000], strict=True)]
-    print(f"100,000 records: {seconds:.1f} s, memory +{growth} MB")
+    print(f"100,000 records: {seconds} s of processor time, memory +{growth} MB")
     assert max(growth) <= 40, growth
-    assert seconds < 40
+    assert seconds < 40  # processor time, for tests that share the machine
 
 
 # ---------------------------------------------------------------------------------------------------------------- order
@@ -599,45 +597,62 @@ def test_dead_worker_is_a_clear_error(tmp_path):
 
 
 def test_check_and_preview(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data, "load_processor", lambda model, directory, stage: Processor())
+    monkeypatch.setattr(data, "model_directory", lambda *_: "anywhere")
+    monkeypatch.setattr(data, "load_processor", lambda *_: Processor())
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["data.py", *arguments])
+        return data.main()
+
     damaged_pictures(tmp_path)
     picture(tmp_path / "good.png", side=100)
     answer = "<ref>cat</ref><box>(100,200),(500,700)</box>"
     good = [{"conversations": [["<img>good.png</img> q", answer]]}] * 3
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"learning_rate": 1, "dataset": {"train": [chats(tmp_path, 5, "t.jsonl")]}}))
-    assert data.main(["check", str(config), "--max_length", "100"]) == 0
+    assert run("check", str(config), "--max_length", "100") == 0
     assert "train: 5 records, 5 samples, 0 images | tokens mean 4.0 max 6, 75.0% supervised" in capsys.readouterr().out
 
     bad = [{"conversations": [["<img>bomb.png</img>", "a"]]}, {"id": 1}]
     path = write(tmp_path / "a.jsonl", [*good, *bad], lines=True)
     dataset = json.dumps({"train": [entry("chatml_dataset", path)]})
-    assert data.main(["check", "--dataset", dataset]) == 1
+    assert run("check", "--dataset", dataset) == 1
     out = capsys.readouterr().out
     assert f"{path}:4: " in out and f"{path}:5: neither" in out and "3 samples, 3 images" in out and "2 problems" in out
 
     out_folder = tmp_path / "drawn"
     good_path = write(tmp_path / "good.jsonl", good, lines=True)
     dataset = json.dumps({"train": [entry("chatml_dataset", good_path)]})
-    assert data.main(["preview", "--dataset", dataset, "--packs", "1", "--mixtoken", "--out", str(out_folder)]) == 0
+    assert run("preview", "--dataset", dataset, "--packs", "1", "--mixtoken", "--out", str(out_folder)) == 0
     out = capsys.readouterr().out
     assert out.count(f"[image 1: {tmp_path}/good.png, {Q} tokens]") == 3 and "\033[32m" in out
     drawn = np.asarray(Image.open(out_folder / "sample_0.png")).astype(int)
     assert drawn[20, 30].tolist() == [255, 0, 0] and drawn[70, 30].tolist() == [255, 0, 0]  # top, bottom edge
     assert drawn[50, 90].tolist() == [200, 30, 30]
     with pytest.raises(ValueError, match="unknown key 'max_lenght'.*did you mean 'max_length'"):
-        data.main(["check", "--max_lenght", "3"])
+        run("check", "--max_lenght", "3")
 
 
-def test_model_of(tmp_path):
-    for kind, model in (("qwen", "qwen_vl"), ("blip-2", "blip2"), ("chatglm", "visualglm")):
+def test_model_directory_and_processor(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="no tiny checkpoint of model 'qwen'"):
+        data.model_directory("qwen", "tiny")
+    with pytest.raises(ValueError, match="'qwen-vl/chat' is no directory; download"):
+        data.model_directory(None, "qwen-vl/chat")
+    assert data.model_directory(None, str(tmp_path)) == str(tmp_path)
+    for kind, model in (("blip-2", "blip2"), ("chatglm", "visualglm")):
+        fake = types.SimpleNamespace(load_processor=lambda *args, model=model: (model, *args))
+        monkeypatch.setitem(sys.modules, f"model_{model}", fake)
         (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
-        assert data.model_of(str(tmp_path)) == model
-    assert data.model_of("qwen-vl-7b") == "qwen_vl" and data.model_of("blip2-opt-2.7b") == "blip2"
-    with pytest.raises(ValueError, match="pass --model"):
-        data.model_of("somewhere")
-    with pytest.raises(ValueError, match="unknown model 'qwen'.*did you mean 'qwen_vl'"):
-        data.load_processor("qwen", "tiny")
+        assert data.load_processor(str(tmp_path), "pretrain") == (model, str(tmp_path), "pretrain")
+
+
+def test_requests(tmp_path):
+    picture(tmp_path / "a.png")
+    records = [{"prompt": "What?", "image": "a.png", "id": "x"}, {"conversations": [["<img>a.png</img> q", "a"]]}]
+    found = data.read_requests(write(tmp_path / "r.jsonl", records, lines=True))
+    assert found[0].id == "x" and found[0].turns[0][1].endswith("</img>\nWhat?")
+    assert [c.images for c in found] == [[str(tmp_path / "a.png")]] * 2
+    assert found[1].where == f"{tmp_path}/r.jsonl:2"
 
 
 def test_command_line_error_has_no_traceback(tmp_path):

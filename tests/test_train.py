@@ -1,0 +1,336 @@
+"""The loop against itself: layouts, splits, resumption, frozen parameters, precision modes. One process is the reference."""
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import checkpoint
+import data
+import lora
+import model_qwen_vl as qwen
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+TOKENIZER = ROOT / "samples" / "tiny_qwen_vl" / "qwen.tiktoken"
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A checkpoint of a few thousand parameters, random weights."""
+    path = tmp_path_factory.mktemp("base")
+    shutil.copy(TOKENIZER, path)
+    num_tokens = len(TOKENIZER.read_text().splitlines())
+    config = {
+        **qwen.PRESETS["qwen-vl-7b"], "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "kv_channels": 32,
+        "intermediate_size": 256, "vocab_size": num_tokens + 228, "seq_length": 64, "torch_dtype": "float32",
+        "visual": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "heads": 2, "mlp_ratio": 2.0, "output_dim": 128,
+                   "image_start_id": num_tokens + qwen.SPECIAL_TOKENS.index("<img>"), "n_queries": 4},
+    }  # fmt: skip
+    checkpoint.write_json(path / "config.json", config)
+    model = qwen.build_model(config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            model.init_weights(name, p, train.named_generator(1, name))
+    checkpoint.save_weights(path, model.state_dict().items())
+    return path
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """40 chats in two files, every third one without a picture, lengths from 12 to 60 tokens."""
+    path = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    records = []
+    for i in range(40):
+        Image.fromarray(rng.integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(path / f"{i}.png")
+        tag = "" if i % 3 == 2 else f"Picture 1: <img>{i}.png</img>\n"
+        records.append({"id": str(i), "conversations": [[f"{tag}what {'is ' * (i % 7)}it?", f"number {i} " * (1 + i % 4)]]})
+    (path / "a.jsonl").write_text("\n".join(map(json.dumps, records[:30])))
+    (path / "b.json").write_text(json.dumps(records[30:]))
+    entries = [{"name": "chatml_dataset", "data_files": str(path / name)} for name in ("a.jsonl", "b.json")]
+    return {"train": entries, "eval": entries[1:]}
+
+
+def rank_main(rank, world, port, argv):
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    sys.exit(checkpoint.cli(lambda: train.main(argv)))
+
+
+def run(argv, world=1):
+    """train.py in `world` forked processes; exit codes must be 0."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=rank_main, args=(r, world, port, argv)) for r in range(world)]
+    for p in processes:
+        p.start()
+    for p in processes:
+        p.join(240)
+        if p.is_alive():
+            for q in processes:
+                q.kill()
+            pytest.fail("a rank hangs")
+    assert [p.exitcode for p in processes] == [0] * world
+
+
+def arguments(base, dataset, out, **options):
+    options = {"model_name_or_path": str(base), "dataset": dataset, "output_dir": str(out), "learning_rate": 1e-2, "max_steps": 10,
+               "lr_scheduler_type": "cosine", "num_workers": 0, "logging_steps": 1000, "max_length": 128, "disable_tqdm": True, **options}  # fmt: skip
+    return [a for k, v in options.items() for a in (f"--{k}", v if isinstance(v, str) else json.dumps(v))]
+
+
+def losses(out):
+    return [r["loss"] for r in map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines()) if "loss" in r]
+
+
+def weights(out):
+    if (Path(out) / "adapter_config.json").exists():
+        return lora.read_adapter(out)[1]
+    w = checkpoint.open_weights(out)
+    return {name: w.read(name) for name in w.names}
+
+
+def assert_same_run(out, reference, loss_tol=1e-5, weight_tol=1e-4):
+    a, b = losses(out), losses(reference)
+    assert len(a) == len(b) and max(abs(x - y) for x, y in zip(a, b, strict=True)) < loss_tol, (a, b)
+    wa, wb = weights(out), weights(reference)
+    assert wa.keys() == wb.keys()
+    for name in wa:
+        assert (wa[name] - wb[name]).abs().max() < weight_tol, name
+
+
+MODES = {"sft": {}, "lora": {"lora": True, "lora_dropout": 0.3, "lora_target_modules": [*qwen.LORA_TARGETS, r".*resblocks.*c_fc"]}}
+SPLIT = {"per_device_train_batch_size": 8}
+
+
+@pytest.fixture(scope="session")
+def references(base, dataset, tmp_path_factory):
+    out = {}
+    for mode, options in MODES.items():
+        for mixtoken in (False, True):
+            path = out[mode, mixtoken] = tmp_path_factory.mktemp(f"{mode}{mixtoken}") / "out"
+            size = {"per_device_train_batch_size": 2 if mixtoken else 8}
+            run(arguments(base, dataset, path, mixtoken=mixtoken, **size, **options))
+            assert len(losses(path)) == 10 and losses(path)[-1] < losses(path)[0]
+    return out
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("batch, accumulation", [(4, 2), (1, 8)])
+def test_splits_of_a_batch_are_equal(references, base, dataset, tmp_path, mode, batch, accumulation):
+    split = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    run(arguments(base, dataset, tmp_path / "out", **split, **MODES[mode]))
+    assert_same_run(tmp_path / "out", references[mode, False])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("sharding", [None, "stage1", "stage2", "stage3"])
+def test_two_processes_equal_one(references, base, dataset, tmp_path, mode, sharding):
+    """Micro-batches of one sample, so that often only one of the ranks has a picture."""
+    split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    options = {"sharding": sharding} if sharding else {}
+    run(arguments(base, dataset, tmp_path / "out", **split, **options, **MODES[mode]), world=2)
+    assert_same_run(tmp_path / "out", references[mode, False])
+
+
+def test_hybrid_sharding_of_four_processes_equals_one(references, base, dataset, tmp_path):
+    options = {"sharding": "stage3", "sharding_parallel_degree": 2, "per_device_train_batch_size": 2}
+    run(arguments(base, dataset, tmp_path / "out", **options), world=4)
+    assert_same_run(tmp_path / "out", references["sft", False])
+
+
+def test_packed_streams_on_two_processes_equal_one(references, base, dataset, tmp_path):
+    run(arguments(base, dataset, tmp_path / "out", mixtoken=True, sharding="stage2", **MODES["lora"]), world=2)
+    assert_same_run(tmp_path / "out", references["lora", True])
+
+
+@pytest.mark.parametrize("option", [{"recompute": True}, {"cache_image_features": True}, {"num_workers": 2}, {"eval_steps": 3}])
+def test_options_that_must_not_change_a_run(references, base, dataset, tmp_path, option):
+    frozen = {"freeze_include": ["*visual*"]} if "cache_image_features" in option else {}
+    reference = references["sft", False]
+    if frozen:
+        reference = tmp_path / "reference"
+        run(arguments(base, dataset, reference, **frozen, **SPLIT))
+    extra = {"evaluation_strategy": "steps"} if "eval_steps" in option else {}
+    run(arguments(base, dataset, tmp_path / "out", **SPLIT, **option, **frozen, **extra))
+    assert_same_run(tmp_path / "out", reference, loss_tol=1e-6)
+    if extra:
+        evals = [r for r in map(json.loads, (tmp_path / "out/log.jsonl").read_text().splitlines()) if "eval_loss" in r]
+        assert [r["step"] for r in evals] == [3, 6, 9] and evals[0]["eval_loss"] > evals[-1]["eval_loss"]
+
+
+def test_packed_equals_one_by_one(base, dataset):
+    """Loss and every gradient, the vision tower's included."""
+    processor = qwen.load_processor(base)
+    index = data.build_index(dataset["train"], processor, 128, None, 0, False)
+    samples = [data.load_sample(index, n, 0, processor, 128, 0) for n in range(9)]
+    model = qwen.build_model(checkpoint.read_config(base)).train()
+    checkpoint.load_into(dict(model.named_parameters()), checkpoint.open_weights(base))
+
+    def gradients(batches):
+        model.zero_grad()
+        total = sum(b["num_supervised"] for b in batches)
+        loss = sum(model(b)[0] for b in batches) / total
+        loss.backward()
+        return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    loss, packed = gradients([data.collate(samples)])
+    loss_single, single = gradients([data.collate([s]) for s in samples])
+    assert abs(loss - loss_single) < 1e-5
+    assert packed.keys() == single.keys() and any("resblocks" in n for n in packed)
+    for name in packed:
+        assert (packed[name] - single[name]).abs().max() < 1e-5, name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def start(argv):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "train.py", *argv], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_step(out, step):
+    deadline = time.time() + 120
+    while time.time() < deadline:
+        if (out / "log.jsonl").exists() and len(losses(out)) >= step:
+            return
+        time.sleep(0.01)
+    pytest.fail("the run does not get on")
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_killed_run_continues_exactly(base, dataset, tmp_path, world):
+    options = {"save_steps": 3, "save_total_limit": 2, "max_steps": 30, "gradient_accumulation_steps": 2,
+               "per_device_train_batch_size": 2, **MODES["lora"]}  # fmt: skip
+    run(arguments(base, dataset, tmp_path / "reference", **options))
+    process = start(arguments(base, dataset, tmp_path / "out", **options))
+    wait_for_step(tmp_path / "out", 8)
+    process.kill()
+    process.wait()
+    done = len(losses(tmp_path / "out"))
+    assert 8 <= done < 30 and not (tmp_path / "out" / "adapter_model.safetensors").exists()
+    if world == 2:
+        options |= {"sharding": "stage3", "per_device_train_batch_size": 1}
+    run(arguments(base, dataset, tmp_path / "out", **options), world=world)
+    if world == 1:
+        assert losses(tmp_path / "out") == losses(tmp_path / "reference")
+        a, b = weights(tmp_path / "out"), weights(tmp_path / "reference")
+        assert all(torch.equal(a[n], b[n]) for n in b)
+    else:
+        assert_same_run(tmp_path / "out", tmp_path / "reference")
+
+
+def test_sigterm_saves_and_the_same_command_continues(base, dataset, tmp_path):
+    argv = arguments(base, dataset, tmp_path / "out", max_steps=60, per_device_train_batch_size=4)
+    process = start(argv)
+    wait_for_step(tmp_path / "out", 5)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "SIGTERM" in output, output
+    assert checkpoint.last_checkpoint(tmp_path / "out").name == f"checkpoint-{len(losses(tmp_path / 'out'))}"
+    run(argv)
+    run(arguments(base, dataset, tmp_path / "reference", max_steps=60, per_device_train_batch_size=4))
+    assert losses(tmp_path / "out") == losses(tmp_path / "reference")
+
+
+def test_frozen_parameters_are_bit_equal_and_carved_ones_train(base, dataset, tmp_path):
+    out = tmp_path / "out"
+    run(arguments(base, dataset, out, freeze_include=["*visual*"], freeze_exclude=["*visual.attn_pool*"], weight_decay=0.1, **SPLIT))
+    before, after = weights(base), weights(out)
+    for name in before:
+        frozen = "visual" in name and "attn_pool" not in name
+        assert torch.equal(before[name], after[name]) == frozen, name
+    assert checkpoint.read_config(out)["model_type"] == "qwen" and (out / "qwen.tiktoken").exists()
+
+
+def test_pretraining_trains_vision_only(base, dataset, tmp_path):
+    captions = tmp_path / "captions.json"
+    root = Path(dataset["train"][0]["data_files"]).parent
+    captions.write_text(json.dumps([{"image": str(root / f"{i}.png"), "caption": f"picture {i}"} for i in range(8)]))
+    entry = {"train": [{"name": "coco_caption", "data_files": str(captions)}]}
+    run(arguments(base, entry, tmp_path / "out", stage="pretrain", **SPLIT))
+    before, after = weights(base), weights(tmp_path / "out")
+    changed = {n for n in before if not torch.equal(before[n], after[n])}
+    assert changed and all("visual" in n for n in changed) and losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0]
+
+
+def test_best_model_is_kept_and_loaded(base, dataset, tmp_path):
+    """With a learning rate that first helps and then destroys, the best is not the last."""
+    out = tmp_path / "out"
+    options = {"evaluation_strategy": "steps", "eval_steps": 2, "save_steps": 2, "save_total_limit": 1, "load_best_model_at_end": True,
+               "lr_scheduler_type": "linear", "warmup_steps": 10, "learning_rate": 0.3, "max_grad_norm": 0.0}  # fmt: skip
+    run(arguments(base, dataset, out, **options, **SPLIT))
+    evals = {r["step"]: r["eval_loss"] for r in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "eval_loss" in r}
+    best = min(evals, key=evals.get)
+    assert best != 10
+    assert {p.name for p in out.glob("checkpoint-*")} == {f"checkpoint-{best}", "checkpoint-10"}
+    a, b = weights(out), weights(out / f"checkpoint-{best}")
+    assert all(torch.equal(a[n], b[n]) for n in a) and (out / "loss.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("level", ["O1", "O2"])
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+@pytest.mark.parametrize("mode", MODES)
+def test_sixteen_bits(references, base, dataset, tmp_path, kind, level, mode):
+    out = tmp_path / "out"
+    run(arguments(base, dataset, out, **{kind: True}, fp16_opt_level=level, max_steps=4, lr_scheduler_type="constant", **SPLIT, **MODES[mode]))
+    exact = losses(references[mode, False])
+    assert 0 < abs(losses(out)[0] - exact[0]) < 0.03
+    assert losses(out)[3] < losses(out)[0]
+    assert checkpoint.last_checkpoint(out).name == "checkpoint-4"
+    run(arguments(base, dataset, out, **{kind: True}, fp16_opt_level=level, max_steps=6, lr_scheduler_type="constant", **SPLIT, **MODES[mode]))
+    assert len(losses(out)) == 6
+
+
+def test_dry_run_loads_nothing(capsys):
+    assert train.main(["--model_name_or_path", "qwen-vl-7b", "--lora", "--bf16", "--fp16_opt_level", "O2", "--dry_run"]) == 0
+    text = capsys.readouterr().out
+    assert "9,6" in text and re.search(r"sum +\d+\.\d+ GiB", text) and "FLOPs per step" in text
+    weights_gib = float(re.search(r"weights +([\d.]+) GiB", text)[1])
+    assert 17.9 < weights_gib < 40
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+PADDLEMIX = {  # the keys of that toolkit's qwen_vl/sft_argument.json and lora_sft_argument.json
+    "mixtoken": True, "overwrite_output_dir": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 16,
+    "per_device_eval_batch_size": 1, "eval_accumulation_steps": 16, "num_train_epochs": 1, "learning_rate": 1e-05,
+    "weight_decay": 0.1, "adam_beta2": 0.95, "warmup_ratio": 0.01, "lr_scheduler_type": "cosine", "logging_steps": 1,
+    "save_steps": 100, "evaluation_strategy": "epoch", "save_strategy": "epoch", "max_length": 2048, "bf16": True,
+    "fp16_opt_level": "O1", "do_train": True, "do_eval": False, "disable_tqdm": True, "load_best_model_at_end": False,
+    "eval_with_do_generation": False, "skip_memory_metrics": False, "benchmark": False, "save_total_limit": 1,
+}  # fmt: skip
+PADDLEMIX_LORA = {
+    "lora": True, "lora_rank": 64, "lora_alpha": 16, "lora_dropout": 0.05,
+    "lora_target_modules": [".*attn.c_attn.*", ".*attn.c_proj.*", ".*mlp.w1.*", ".*mlp.w2.*"],
+}  # fmt: skip
+PADDLEMIX_SFT = {"freeze_include": ["*visual*"], "freeze_exclude": ["*visual.attn_pool*"], "benchmark": True}
+
+
+@pytest.mark.parametrize("own", [PADDLEMIX_LORA, PADDLEMIX_SFT])
+def test_paddlemix_files_run_unchanged(base, dataset, tmp_path, own):
+    entries = {split: [{**e, "chat_template": "chat_template.json"} for e in dataset[split]] for split in dataset}
+    config = {**PADDLEMIX, **own, "model_name_or_path": str(base), "dataset": entries, "output_dir": str(tmp_path / "out")}
+    (tmp_path / "argument.json").write_text(json.dumps(config))
+    run([str(tmp_path / "argument.json")])
+    records = list(map(json.loads, (tmp_path / "out" / "log.jsonl").read_text().splitlines()))
+    assert any("eval_loss" in r for r in records) and checkpoint.last_checkpoint(tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / "train_config.json").read_text())
+    assert saved["learning_rate"] == 1e-5 and saved["mixtoken"] is True
+    again = train.parse_config([str(tmp_path / "out" / "train_config.json")])
+    assert again.dataset == entries
