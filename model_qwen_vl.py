@@ -92,7 +92,7 @@ class QwenVLConfig:
         for ok, message in (
             (
                 c.kv_channels * c.num_attention_heads == c.hidden_size,
-                f"kv_channels x num_attention_heads = {c.kv_channels} x {c.num_attention_heads} is not hidden_size={c.hidden_size}",
+                f"kv_channels={c.kv_channels} x num_attention_heads={c.num_attention_heads} is not the hidden_size",
             ),
             (v.output_dim == c.hidden_size, f"visual.output_dim={v.output_dim} must be hidden_size={c.hidden_size}"),
             (v.output_dim % 128 == 0, f"visual.output_dim={v.output_dim} must be a multiple of 128 (resampler heads)"),

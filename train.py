@@ -289,7 +289,6 @@ def parameter_table(model: nn.Module, parts: dict[str, str]) -> str:
         rows[part][0] += p.numel()
         rows[part][1] += p.numel() * p.requires_grad
     rows["all"] = [sum(r[0] for r in rows.values()), sum(r[1] for r in rows.values())]
-    shares = ", ".join(f"{part} {value / sum(forward.values()):.0%}" for part, value in forward.items())
     lines = [f"{'part':<16}{'parameters':>16}{'trainable':>16}"]
     return "\n".join(
         lines + [f"{part:<16}{total:>16,}{trainable:>16,}" for part, (total, trainable) in rows.items() if total]
@@ -775,6 +774,7 @@ def dry_run(cfg: Config, config: dict, module, plan, world_size: int) -> str:
     flops = 3 * sum(forward.values()) if not cfg.lora else 2 * sum(forward.values()) + forward["head"]
     global_batch = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps * world_size
     micro = cfg.gradient_accumulation_steps * world_size
+    shares = ", ".join(f"{part} {value / sum(forward.values()):.0%}" for part, value in forward.items())
     lines = [
         parameter_table(model, module.PARTS),
         "",
@@ -788,9 +788,7 @@ def dry_run(cfg: Config, config: dict, module, plan, world_size: int) -> str:
     lines.append(
         f"tokens per step: {tokens * micro:,.0f} ({supervised / tokens:.0%} supervised, {images * micro:,.0f} pictures)"
     )
-    lines.append(
-        f"FLOPs per step: {flops * micro:.3e} (forward: {shares})"
-    )
+    lines.append(f"FLOPs per step: {flops * micro:.3e} (forward: {shares})")
     if plan is not None:
         lines.append(f"steps: {total_steps(cfg, plan, global_batch):,}")
     return "\n".join(lines)
