@@ -234,22 +234,27 @@ def _attention_dkdv(
     _store(dv + tl.program_id(1) * head_dk, n0, n_end, stride_dk, acc_v, D, BLOCK_N, BLOCK_D)
 
 
-# (bytes of an element, head size rounded up) -> (rows of queries, rows of keys, warps, stages); kernels/report.py checks them.
+# (bytes of an element, largest head size) -> (rows of queries, rows of keys, warps, stages); kernels/report.py checks them.
 # sm_80's fit the 99 KB of shared memory of sm_86 and sm_89 too.
 TILES = {
     "sm_80": {
-        "forward": {(2, 64): (128, 64, 8, 2), (2, 128): (128, 64, 8, 2), (4, 64): (64, 32, 4, 2), (4, 128): (32, 16, 4, 2)},
+        "forward": {(2, 64): (128, 64, 8, 2), (2, 128): (128, 64, 8, 2), (4, 64): (64, 32, 4, 2), (4, 128): (16, 32, 4, 2)},
         "decode": {(2, 64): (16, 64, 4, 2), (2, 128): (16, 32, 4, 2), (4, 64): (16, 32, 4, 2), (4, 128): (16, 32, 4, 2)},
         "dq": {(2, 64): (128, 64, 8, 2), (2, 128): (128, 64, 8, 2), (4, 64): (32, 32, 4, 2), (4, 128): (16, 32, 4, 2)},
         "dkdv": {(2, 64): (64, 64, 4, 2), (2, 128): (64, 64, 8, 2), (4, 64): (32, 32, 4, 2), (4, 128): (32, 16, 4, 2)},
     },
     "sm_90": {
-        "forward": {(2, 64): (128, 64, 8, 3), (2, 128): (128, 64, 8, 3), (4, 64): (64, 32, 4, 2), (4, 128): (32, 16, 4, 2)},
+        "forward": {(2, 64): (128, 64, 8, 3), (2, 128): (128, 64, 8, 3), (4, 64): (64, 32, 4, 2), (4, 128): (16, 32, 4, 2)},
         "decode": {(2, 64): (16, 64, 4, 2), (2, 128): (16, 64, 4, 2), (4, 64): (16, 32, 4, 2), (4, 128): (16, 32, 4, 2)},
         "dq": {(2, 64): (128, 64, 8, 2), (2, 128): (128, 64, 8, 2), (4, 64): (64, 32, 4, 2), (4, 128): (16, 32, 4, 2)},
-        "dkdv": {(2, 64): (64, 128, 8, 2), (2, 128): (64, 128, 8, 2), (4, 64): (64, 32, 8, 2), (4, 128): (32, 16, 4, 2)},
+        "dkdv": {(2, 64): (64, 128, 8, 2), (2, 104): (32, 64, 4, 2), (2, 128): (64, 128, 8, 2), (4, 64): (64, 32, 8, 2), (4, 128): (32, 16, 4, 2)},
     },
 }  # fmt: skip
+
+
+def tile(architecture: str, kernel: str, element_size: int, D: int) -> tuple[int, int, int, int]:
+    table = TILES[architecture][kernel]
+    return table[min(key for key in table if key >= (element_size, D))]
 
 
 def strides(*tensors: Tensor) -> list[int]:
@@ -308,7 +313,7 @@ def _launch(name: str, fn, kind, segments: tuple, q: Tensor, *args) -> None:
     longest = max((b - a for a, b in itertools.pairwise(segments[0])), default=0)
     if name == "forward" and longest <= 16:
         name = "decode"
-    block_m, block_n, warps, stages = TILES[architecture(q.device)][name][q.element_size(), max(block_d, 64)]
+    block_m, block_n, warps, stages = tile(architecture(q.device), name, q.element_size(), D)
     blocks = plan(kind, *segments, block_m, block_n, q.device)
     if len(blocks):
         fn[(len(blocks), H)](blocks, *args, D=D, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, PRECISION=PRECISION[q.dtype],

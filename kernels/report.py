@@ -29,7 +29,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import attention, linear_cross_entropy
+from kernels import attention, linear_cross_entropy, norm, rotary, swiglu
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 BUDGET = Path(__file__).with_name("budget.json")
@@ -69,7 +69,7 @@ def attention_cases(architecture: str):
         for dtype, size in DTYPES.items():
             for D in HEAD_DIMS:
                 block_d = triton.next_power_of_2(D)
-                m, n, warps, stages = attention.TILES[architecture][kind][size, block_d]
+                m, n, warps, stages = attention.tile(architecture, kind, size, D)
                 constants = {"D": D, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": block_d, "PRECISION": precision(dtype)}
                 passed = m if kind == "dkdv" else n  # rows that a pass moves on by
                 yield Case(f"attention_{kind} D={D}", fn, dtype, constants, warps, stages, 2 * dots * m * n * block_d, 2,
@@ -90,6 +90,25 @@ def cross_entropy_cases(architecture: str):
                            (m + n) * k * size, types, ("num_rows", "num_words", "first_word"))  # fmt: skip
 
 
+def elementwise_cases(architecture: str):
+    """Those without a loop over tiles, at Qwen-VL's sizes (and ChatGLM's 2-D rotary)."""
+    for dtype in ("bf16", "fp16", "fp32"):
+        block = {"BLOCK": 4096}
+        row = {"eps": "fp32", "scales": "*fp32", "dw": "*fp32"}
+        num_warps = norm.warps(4096)
+        yield Case("rms_norm_forward", norm._rms_norm_forward, dtype, block, num_warps, 3, types=row)
+        for weight in (False, True):
+            name = f"rms_norm_backward{' weight' if weight else ''}"
+            yield Case(name, norm._rms_norm_backward, dtype, {**block, "WEIGHT": weight}, num_warps, 3, types=row,
+                       unaligned=("num_rows", "rows_each"))  # fmt: skip
+        for parts, half in ((1, 64), (2, 32)):
+            constants = {"HALF": half, "BLOCK": half, "BLOCK_H": 32, "PARTS": parts}
+            types = {"cos": "*fp32", "sin": "*fp32", "direction": "fp32"}
+            yield Case(f"rotary_{parts}d", rotary._rotary, dtype, constants, 4, 3, types=types, unaligned=("T",))
+        for way, fn in (("forward", swiglu._swiglu_forward), ("backward", swiglu._swiglu_backward)):
+            yield Case(f"swiglu_{way}", fn, dtype, {"BLOCK": swiglu.BLOCK}, 4, 3)
+
+
 def precision(dtype: str) -> str:
     return "tf32x3" if dtype == "fp32" else "tf32"
 
@@ -97,13 +116,15 @@ def precision(dtype: str) -> str:
 def cases(architecture: str):
     yield from attention_cases(architecture)
     yield from cross_entropy_cases(architecture)
+    yield from elementwise_cases(architecture)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Compiling and reading
 
 
-POINTERS = {"blocks", "q", "k", "v", "o", "do", "dq", "dk", "dv", "x", "w", "grad"}
+POINTERS = {"blocks", "q", "k", "v", "o", "do", "dq", "dk", "dv", "x", "w", "grad", "y", "dy", "dx", "weight",
+            "gate", "up", "dgate", "dup"}  # fmt: skip
 
 
 def compile_case(case: Case, target: GPUTarget):
