@@ -7,7 +7,6 @@ bf16: the interpreter multiplies its bits as integers, so these cases run with d
 """
 import itertools
 import json
-import math
 import os
 import subprocess
 import sys
@@ -70,7 +69,8 @@ CASES = {
     " ".join(map(str, case)): case
     for case in dict.fromkeys([*attention_cases(), *cross_entropy_cases(), *other_cases()])
 }
-EXTRA = ("skipped_blocks", "deterministic", "plan_is_shared", "refusals", "autocast", "training_step", "compile_free_of_dense")
+EXTRA = ("skipped_blocks", "deterministic", "plan_is_shared", "refusals", "autocast", "vocab_parallel", "training_step")
+CASES |= {name: (name,) for name in EXTRA}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ def bf16_shim() -> None:
     InterpreterBuilder.create_dot = lambda self, a, b, *rest: plain(self, to_fp32(a), to_fp32(b), *rest)
 
 
-def errors(make, inputs: list, dtype: str, kernel, reference) -> list[str]:
+def errors(inputs: list, dtype: str, kernel, reference) -> list[str]:
     """Kernel and plain PyTorch on `inputs` in dtype against the reference in fp64: what is worse than it may be."""
     import torch
 
@@ -122,19 +122,19 @@ def errors(make, inputs: list, dtype: str, kernel, reference) -> list[str]:
 
     def run(function, xs):
         xs = [x.detach().clone().requires_grad_(x.requires_grad) if torch.is_tensor(x) else x for x in xs]
-        y = function(*xs)
+        y, *rest = y if isinstance(y := function(*xs), tuple) else (y,)
         generator = torch.Generator().manual_seed(1)
-        dy = torch.randn(y.shape, generator=generator).to(y.dtype if y.dtype != torch.float64 else kind).to(y.dtype)
+        dy = torch.randn(y.shape, generator=generator).to(kind).to(y.dtype)
         grads = torch.autograd.grad(y, [x for x in xs if x.requires_grad], dy)
-        return [y.detach(), *grads]
+        return [*grads, y.detach(), *rest]
 
     exact = run(reference, [x.double() if x.is_floating_point() else x for x in inputs])
     ours, torchs = run(kernel, inputs), run(reference, inputs)
     # half a unit in the last place of the largest value: the rounding of the result itself
     eps = {"float32": 2e-6, "float16": 2**-11, "bfloat16": 2**-8}[dtype]
-    problems = []
+    problems, num_grads = [], sum(x.requires_grad for x in inputs)
     for i, (a, b, e) in enumerate(zip(ours, torchs, exact, strict=True)):
-        what = "forward" if i == 0 else f"gradient {i}"
+        what = f"gradient {i}" if i < num_grads else f"output {i - num_grads}"
         if a.shape != e.shape or a.dtype != b.dtype:
             problems.append(f"{what}: {a.shape} {a.dtype}, expected {e.shape} {b.dtype}")
         elif a.numel():
@@ -356,14 +356,58 @@ def autocast() -> list[str]:
     return problems
 
 
+def vocab_parallel() -> list[str]:
+    """Two ranks with half of the vocabulary each: the losses and gradients of one with all of it."""
+    import multiprocessing
+    import tempfile
+
+    import torch
+
+    from kernels.linear_cross_entropy import linear_cross_entropy_ref
+
+    x, w, targets = torch.randn(37, 64).requires_grad_(), torch.randn(120, 64).requires_grad_(), torch.randint(120, (37,))
+    problems = []
+    for impl, smoothing in itertools.product(("triton", "ref"), (0.0, 0.1)):
+        loss, rows = linear_cross_entropy_ref(x, w, targets, smoothing)
+        expected = [loss.detach(), rows, *torch.autograd.grad(loss, (x, w))]
+        with tempfile.TemporaryDirectory() as directory:
+            fork = multiprocessing.get_context("fork")
+            ranks = [fork.Process(target=_vocab_rank, args=(r, directory, x, w, targets, smoothing, impl)) for r in (0, 1)]
+            for rank in ranks:
+                rank.start()
+            for rank in ranks:
+                rank.join()
+            results = [torch.load(f"{directory}/{r}") for r in (0, 1)]
+        for r, (loss, rows, dx, dw) in enumerate(results):
+            for what, a, b in zip(("loss", "rows", "dx", "dw"), (loss, rows, dx, dw), (*expected[:3], expected[3].chunk(2)[r]), strict=True):
+                if not (a - b).abs().max() <= 1e-5 * b.abs().max():
+                    problems.append(f"{impl} {smoothing} rank {r} {what}: differs by {(a - b).abs().max()}")
+    return problems
+
+
+def _vocab_rank(rank, directory, x, w, targets, smoothing, impl):
+    import torch
+    import torch.distributed as dist
+
+    from kernels.linear_cross_entropy import linear_cross_entropy
+
+    small_tiles()
+    dist.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=2)
+    x, w = x.detach().requires_grad_(), w.detach().chunk(2)[rank].requires_grad_()
+    loss, rows = linear_cross_entropy(x, w, targets - rank * len(w), smoothing, group=dist.group.WORLD, impl=impl)
+    torch.save([loss.detach(), rows, *torch.autograd.grad(loss, (x, w))], f"{directory}/{rank}")
+    dist.destroy_process_group()
+
+
 def training_step() -> list[str]:
     """A whole step of the small Qwen-VL in tests/goldens, pictures included: the reference's loss and gradients."""
     import torch
     from safetensors.torch import load_file
 
     import model_qwen_vl as qwen
-    from kernels import dispatch
+    from kernels import attention, dispatch, linear_cross_entropy, swiglu
 
+    small_tiles()
     path = sorted((ROOT / "tests" / "goldens" / "qwen_vl").glob("tiny_*"))[0]
     model = qwen.build_model(json.loads((path / "config.json").read_text()))
     model.load_state_dict(load_file(path / "model.safetensors"))
@@ -377,21 +421,20 @@ def training_step() -> list[str]:
         "pixel_values": torch.randn(1, 3, size, size), "image_positions": torch.arange(2, 2 + Q)[None],
     }  # fmt: skip
     model.train()
-    results, launched = [], set()
+    results, launches = [], []
+    for module in (attention, linear_cross_entropy, swiglu):
+        plain = module._launch
+        module._launch = lambda *a, plain=plain, **k: (launches.append(plain), plain(*a, **k))
     for impl in ("triton", "ref"):
         dispatch.use(impl, torch.device("cpu"))
         model.zero_grad()
         loss, _ = model(batch)
         loss.backward()
         results.append({"loss": loss.detach(), **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}})
-        nodes = [loss.grad_fn]
-        while nodes:
-            node = nodes.pop()
-            if id(node) not in launched:
-                launched.add(id(node))
-                nodes += [n for n, _ in node.next_functions if n is not None]
     dispatch.use("auto", torch.device("cpu"))
     ours, reference = results
+    if len(set(launches)) != 3:
+        return ["not all kernels ran"]
     if ours.keys() != reference.keys():
         return [f"gradients of other parameters: {sorted(ours.keys() ^ reference.keys())}"]
     scale = max(r.abs().max() for r in reference.values())
@@ -400,3 +443,58 @@ def training_step() -> list[str]:
         for name, r in reference.items()
         if (ours[name] - r).abs().max() > 1e-5 * r.abs().max() + 1e-7 * scale
     ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pytest's side
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, list[str] | None]:
+    """Of all cases, from two interpreter processes that take turns in the list."""
+    names = list(CASES)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+    processes = [
+        subprocess.Popen([sys.executable, __file__, *names[i::2]], stdout=subprocess.PIPE, text=True, env=environment)
+        for i in range(2)
+    ]
+    outputs = [process.communicate()[0] for process in processes]
+    return dict(json.loads(line) for output in outputs for line in output.splitlines() if line.startswith("["))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interpreter(results, name):
+    assert name in results, "the interpreter's process died before this case"
+    assert results[name] == []
+
+
+def test_triton_is_refused_without_gpu():
+    import torch
+
+    from kernels import dispatch
+    from kernels.attention import attention
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    x, cu_seqlens = torch.randn(4, 1, 64), torch.tensor([0, 4], dtype=torch.int32)
+    with pytest.raises(ValueError, match="there is no GPU"):
+        attention(x, x, x, cu_seqlens, cu_seqlens, 4, True, impl="triton")
+    with pytest.raises(ValueError, match="there is no GPU.*use auto or false"):
+        dispatch.use("triton", torch.device("cpu"))
+    assert "no GPU" in dispatch.use("auto", torch.device("cpu"))
+    with pytest.raises(ValueError, match="expected one of auto, triton, ref"):
+        dispatch.use("fast", torch.device("cpu"))
+
+
+def test_report_of_a_subset():
+    """A kernel of each kind on both architectures: no spills, tensor cores, FLOPs, copies, registers within the budget."""
+    only = r"attention_\w+ D=(88|128) bf16|cross_entropy_\w+ bf16|(rms_norm_backward weight|rotary_2d|swiglu_backward) bf16"
+    command = [sys.executable, str(ROOT / "kernels" / "report.py"), "--only", only]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "26 kernels compiled, 0 checks failed" in done.stdout
+
+
+if __name__ == "__main__":
+    sys.exit(interpreter_main(sys.argv[1:] or list(CASES)))
