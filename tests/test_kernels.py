@@ -31,9 +31,9 @@ def attention_cases():
                 yield "attention", lengths, mask, D, dtype
     for lengths in LENGTHS:
         for mask in ("causal", "full", "prefix"):
-            for dtype in ("float32", "float16"):
+            for D, dtype in ((64, "float32"), (64, "float16"), (88, "float16")):
                 if not (lengths == "cross" and mask != "full"):
-                    yield "attention", lengths, mask, 64, dtype
+                    yield "attention", lengths, mask, D, dtype
     for lengths, mask, D in (("packed", "causal", 64), ("even", "full", 88), ("append", "prefix", 128), ("decode", "causal", 104)):
         yield "attention", lengths, mask, D, "bfloat16"
     for D in (8, 16, 32, 40):  # of tiny models
@@ -95,22 +95,27 @@ def interpreter_main(names: list[str]) -> int:
 
 
 def bf16_shim() -> None:
-    """The interpreter keeps bf16 as uint16 and computes with the bits. Dots are given fp32 operands instead, which loses
-    nothing: products of bf16 numbers are exact in fp32, where they are summed. (The kernels cast before all else.)"""
+    """The interpreter keeps bf16 as uint16, multiplies those integers, and cuts fp32 off instead of rounding it. Here dots are
+    given fp32 operands, which loses nothing (products of bf16 numbers are exact in fp32, where they are summed), and
+    fp32 is rounded to the nearest bf16. The kernels compute with bf16 in no other way."""
     import numpy as np
-    from triton.language import float32
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _convert_float
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    plain = InterpreterBuilder.create_dot
+    plain_dot, plain_cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
 
-    def to_fp32(handle):
-        if handle.dtype.scalar.name != "bf16":
-            return handle
-        import triton.language as tl
+    def cast(self, source, kind):
+        if source.dtype.scalar == tl.float32 and kind.scalar == tl.bfloat16:
+            bits = source.data.view(np.uint32)
+            rounded = (bits.astype(np.uint64) + 0x7FFF + (bits >> 16 & 1)) >> 16
+            return TensorHandle(rounded.astype(np.uint16), tl.bfloat16)
+        return plain_cast(self, source, kind)
 
-        return TensorHandle(_convert_float(handle.data, tl.bfloat16, float32, None).view(np.float32), float32)
+    def dot(self, a, b, *rest):
+        a, b = (cast(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return plain_dot(self, a, b, *rest)
 
-    InterpreterBuilder.create_dot = lambda self, a, b, *rest: plain(self, to_fp32(a), to_fp32(b), *rest)
+    InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast, dot
 
 
 def errors(inputs: list, dtype: str, kernel, reference) -> list[str]:
