@@ -129,7 +129,7 @@ def errors(inputs: list, dtype: str, kernel, reference) -> list[str]:
         xs = [x.detach().clone().requires_grad_(x.requires_grad) if torch.is_tensor(x) else x for x in xs]
         y, *rest = y if isinstance(y := function(*xs), tuple) else (y,)
         generator = torch.Generator().manual_seed(1)
-        dy = torch.randn(y.shape, generator=generator).to(kind).to(y.dtype)
+        dy = torch.randn(y.shape, generator=generator).to(kind).to(y)
         grads = torch.autograd.grad(y, [x for x in xs if x.requires_grad], dy)
         return [*grads, y.detach(), *rest]
 
