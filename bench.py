@@ -5,6 +5,7 @@
 
 Times are medians, alternatives take turns in one run, and ratios are to ours: above 1.00 ours is faster or smaller.
 """
+
 import argparse
 import itertools
 import multiprocessing
@@ -79,7 +80,9 @@ def attention_cpu(T: int, H: int = 8, D: int = 64, repeats: int = 5) -> None:
         return attention(q, k, v, cu_seqlens, cu_seqlens, max(lengths), causal=True)
 
     def dense():
-        return F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), attn_mask=mask)[0].transpose(0, 1)
+        return F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), attn_mask=mask)[
+            0
+        ].transpose(0, 1)
 
     def loop():
         parts = []
@@ -89,7 +92,9 @@ def attention_cpu(T: int, H: int = 8, D: int = 64, repeats: int = 5) -> None:
         return torch.cat(parts)
 
     def pad():
-        padded = [torch.nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True).transpose(1, 2) for x in (q, k, v)]
+        padded = [
+            torch.nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True).transpose(1, 2) for x in (q, k, v)
+        ]
         o = F.scaled_dot_product_attention(*padded, is_causal=True).transpose(1, 2)
         return torch.cat([o[s, :n] for s, n in enumerate(lengths)])
 
@@ -98,7 +103,8 @@ def attention_cpu(T: int, H: int = 8, D: int = 64, repeats: int = 5) -> None:
     compiled = torch.compile(flex_attention)
 
     def flex():
-        return compiled(*(x.transpose(0, 1)[None] for x in (q, k, v)), block_mask=block_mask)[0].transpose(0, 1)
+        qkv = (x.detach().transpose(0, 1)[None] for x in (q, k, v))
+        return compiled(*qkv, block_mask=block_mask)[0].transpose(0, 1)
 
     alternatives = {"ours": ours, "loop of slices": loop, "pad to the longest": pad, "SDPA with a dense mask": dense}
     with torch.no_grad():
@@ -107,7 +113,10 @@ def attention_cpu(T: int, H: int = 8, D: int = 64, repeats: int = 5) -> None:
             assert (call() - expected).abs().max() < 1e-4, f"{name} computes something else"
         forward = timed(alternatives | {"flex_attention, compiled": flex}, repeats)
     table(f"packed causal attention, forward: fp32, T={T}, 8 segments, {H} heads of {D}", forward)
-    both = timed({name: lambda call=call: torch.autograd.grad(call(), (q, k, v), do) for name, call in alternatives.items()}, repeats)
+    both = timed(
+        {name: lambda call=call: torch.autograd.grad(call(), (q, k, v), do) for name, call in alternatives.items()},
+        repeats,
+    )
     table("  forward and backward (flex_attention has no backward on CPU)", both)
 
 
@@ -162,7 +171,8 @@ def cross_entropy_cpu(N: int = 2048, C: int = 1024, V: int = 151_936, supervised
             }.items()
         }
         head = "frozen" if frozen else "trained"
-        table(f"projection + cross entropy, {head} head: fp32, N={N}, {len(rows)} supervised, C={C}, V={V:,}; forward and backward",
+        sizes = f"fp32, N={N}, {len(rows)} supervised, C={C}, V={V:,}"
+        table(f"projection + cross entropy, {head} head: {sizes}; forward and backward",
               {name: seconds for name, (seconds, _) in results.items()})  # fmt: skip
         table("  extra peak memory", {name: memory for name, (_, memory) in results.items()}, "MB", 1e-6)
 
@@ -182,7 +192,12 @@ def gpu(T: int = 8192) -> None:
             y = call()
             torch.autograd.grad(y, inputs, torch.ones_like(y))
 
-        table(title, timed({name: lambda call=call: step(call) for name, call in alternatives.items()}, 20, torch.cuda.synchronize))
+        table(
+            title,
+            timed(
+                {name: lambda call=call: step(call) for name, call in alternatives.items()}, 20, torch.cuda.synchronize
+            ),
+        )
         peaks = {}
         for name, call in alternatives.items():
             torch.cuda.reset_peak_memory_stats()
@@ -192,7 +207,10 @@ def gpu(T: int = 8192) -> None:
         table("  extra peak memory", peaks, "MB", 1e-6)
 
     def pair(function, *args, **options) -> dict[str, Callable]:
-        return {"Triton": lambda: function(*args, impl="triton", **options), "plain PyTorch": lambda: function(*args, impl="ref", **options)}
+        return {
+            "Triton": lambda: function(*args, impl="triton", **options),
+            "plain PyTorch": lambda: function(*args, impl="ref", **options),
+        }
 
     def leaf(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, dtype=dtype).requires_grad_()

@@ -1,11 +1,14 @@
 """Attention over packed segments: one mask rule for every model.
 
-Inside a segment, key `j` is visible to query `i` if not `causal`, or `j <= i`, or `j < prefix_lens[segment]`; nothing is
-visible across segments. Queries stand at the end of their keys, so a segment with fewer queries than keys is decoding.
+Inside a segment, key `j` is visible to query `i` if not `causal`, or `j <= i`, or `j < prefix_lens[segment]`;
+nothing is visible across segments. Queries stand at the end of their keys, so a segment with fewer queries than keys
+is decoding.
 
 `attention_ref` is plain PyTorch: scaled_dot_product_attention segment by segment, in one batched call where all
-segments are equally long (pictures). On CPU this beats padding and any dense mask; no mask is built unless a prefix asks for one.
+segments are equally long (pictures). On CPU this beats padding and any dense mask; no mask is built unless a prefix
+asks for one. The Triton kernels follow it.
 """
+
 import functools
 import itertools
 import math
@@ -22,8 +25,15 @@ PRECISION = {torch.float32: "tf32x3", torch.float16: "tf32", torch.bfloat16: "tf
 
 
 def attention_ref(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_len: int, causal: bool,
-    prefix_lens: Tensor | None = None, bias: Tensor | None = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_len: int,
+    causal: bool,
+    prefix_lens: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
     num_segments = len(lengths_q)
@@ -50,8 +60,14 @@ def attention_ref(
                 query = torch.arange(num_k - num_q, num_k, device=q.device)[:, None]
                 mask = (key <= query) | (key < prefix)
         if bias is not None:
-            mask = bias[..., :num_q, :num_k] if mask is None else bias[..., :num_q, :num_k].masked_fill(~mask, float("-inf"))
-        outputs.append(F.scaled_dot_product_attention(qs, ks, vs, attn_mask=mask, is_causal=is_causal)[0].transpose(0, 1))
+            mask = (
+                bias[..., :num_q, :num_k]
+                if mask is None
+                else bias[..., :num_q, :num_k].masked_fill(~mask, float("-inf"))
+            )
+        outputs.append(
+            F.scaled_dot_product_attention(qs, ks, vs, attn_mask=mask, is_causal=is_causal)[0].transpose(0, 1)
+        )
     return torch.cat(outputs) if outputs else q
 
 
@@ -94,7 +110,7 @@ def _head(base, stride):
 
 @jit
 def _forward_step(
-    acc, m, l, q, k, v, n, rows, end, last, prefix_end, stride_k, stride_v, scale,
+    acc, m, total, q, k, v, n, rows, end, last, prefix_end, stride_k, stride_v, scale,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     keys = _tile(k, n, end, stride_k, D, BLOCK_N, BLOCK_D, MASK)
@@ -109,10 +125,10 @@ def _forward_step(
         safe_m = new_m
     p = tl.exp2(s * scale - safe_m[:, None])
     rescale = tl.exp2(m - safe_m)
-    l = l * rescale + tl.sum(p, 1)
+    total = total * rescale + tl.sum(p, 1)
     values = _tile(v, n, end, stride_v, D, BLOCK_N, BLOCK_D, MASK)
     acc = tl.dot(p.to(values.dtype), values, acc * rescale[:, None], input_precision=PRECISION)
-    return acc, new_m, l
+    return acc, new_m, total
 
 
 @jit
@@ -122,24 +138,31 @@ def _attention_forward(
 ):  # fmt: skip
     """o (Tq, H, D) and lse (H, Tq) in log 2; `blocks`: rows of query_blocks()."""
     blocks += tl.program_id(0) * 8
-    m0, m_end, n0, n_full, n_end = (tl.load(blocks), tl.load(blocks + 1), tl.load(blocks + 2), tl.load(blocks + 3), tl.load(blocks + 4))
+    m0, m_end, n0 = tl.load(blocks), tl.load(blocks + 1), tl.load(blocks + 2)
+    n_full, n_end = tl.load(blocks + 3), tl.load(blocks + 4)
     k_end, prefix_end, shift = tl.load(blocks + 5), tl.load(blocks + 6), tl.load(blocks + 7)
     q, k, v = _head(q, head_q), _head(k, head_k), _head(v, head_v)
     rows = tl.arange(0, BLOCK_M)
     queries = _tile(q, m0, m_end, stride_q, D, BLOCK_M, BLOCK_D, True)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    l = tl.zeros((BLOCK_M,), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
     for n in range(n0, n_full, BLOCK_N):
-        acc, m, l = _forward_step(acc, m, l, queries, k, v, n, rows, k_end, m0 + shift, prefix_end, stride_k, stride_v, scale,
-                                  D, BLOCK_N, BLOCK_D, PRECISION, False)  # fmt: skip
+        acc, m, total = _forward_step(
+            acc, m, total, queries, k, v, n, rows, k_end, m0 + shift, prefix_end, stride_k, stride_v, scale, D,
+            BLOCK_N, BLOCK_D, PRECISION, False,
+        )  # fmt: skip
     for n in range(n_full, n_end, BLOCK_N):
-        acc, m, l = _forward_step(acc, m, l, queries, k, v, n, rows, k_end, m0 + shift, prefix_end, stride_k, stride_v, scale,
-                                  D, BLOCK_N, BLOCK_D, PRECISION, True)  # fmt: skip
-    seen = l > 0
-    acc = acc / tl.where(seen, l, 1.0)[:, None]
+        acc, m, total = _forward_step(
+            acc, m, total, queries, k, v, n, rows, k_end, m0 + shift, prefix_end, stride_k, stride_v, scale, D,
+            BLOCK_N, BLOCK_D, PRECISION, True,
+        )  # fmt: skip
     # a row that sees no key: output 0, and lse = inf makes its probabilities 0 in the backward
-    tl.store(lse + tl.program_id(1) * num_q + m0 + rows, tl.where(seen, m + tl.log2(tl.where(seen, l, 1.0)), float("inf")), mask=m0 + rows < m_end)
+    seen = total > 0
+    total = tl.where(seen, total, 1.0)
+    acc = acc / total[:, None]
+    row_lse = tl.where(seen, m + tl.log2(total), float("inf"))
+    tl.store(lse + tl.program_id(1) * num_q + m0 + rows, row_lse, mask=m0 + rows < m_end)
     _store(o + tl.program_id(1) * head_o, m0, m_end, stride_o, acc, D, BLOCK_M, BLOCK_D)
 
 
@@ -166,7 +189,8 @@ def _attention_dq(
 ):  # fmt: skip
     """dq (Tq, H, D), and delta (H, Tq) = rowsum(o * do), which _attention_dkdv reads."""
     blocks += tl.program_id(0) * 8
-    m0, m_end, n0, n_full, n_end = (tl.load(blocks), tl.load(blocks + 1), tl.load(blocks + 2), tl.load(blocks + 3), tl.load(blocks + 4))
+    m0, m_end, n0 = tl.load(blocks), tl.load(blocks + 1), tl.load(blocks + 2)
+    n_full, n_end = tl.load(blocks + 3), tl.load(blocks + 4)
     k_end, prefix_end, shift = tl.load(blocks + 5), tl.load(blocks + 6), tl.load(blocks + 7)
     k, v = _head(k, head_k), _head(v, head_v)
     rows = tl.arange(0, BLOCK_M)
@@ -179,11 +203,15 @@ def _attention_dq(
     queries = _tile(_head(q, head_q), m0, m_end, stride_q, D, BLOCK_M, BLOCK_D, True)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for n in range(n0, n_full, BLOCK_N):
-        acc = _dq_step(acc, queries, grads, row_lse, row_delta, k, v, n, rows, k_end, m0 + shift, prefix_end, stride_k, stride_v, scale,
-                       D, BLOCK_N, BLOCK_D, PRECISION, False)  # fmt: skip
+        acc = _dq_step(
+            acc, queries, grads, row_lse, row_delta, k, v, n, rows, k_end, m0 + shift, prefix_end, stride_k,
+            stride_v, scale, D, BLOCK_N, BLOCK_D, PRECISION, False,
+        )  # fmt: skip
     for n in range(n_full, n_end, BLOCK_N):
-        acc = _dq_step(acc, queries, grads, row_lse, row_delta, k, v, n, rows, k_end, m0 + shift, prefix_end, stride_k, stride_v, scale,
-                       D, BLOCK_N, BLOCK_D, PRECISION, True)  # fmt: skip
+        acc = _dq_step(
+            acc, queries, grads, row_lse, row_delta, k, v, n, rows, k_end, m0 + shift, prefix_end, stride_k,
+            stride_v, scale, D, BLOCK_N, BLOCK_D, PRECISION, True,
+        )  # fmt: skip
     _store(dq + tl.program_id(1) * head_dq, m0, m_end, stride_dq, acc * score_scale, D, BLOCK_M, BLOCK_D)
 
 
@@ -214,7 +242,8 @@ def _attention_dkdv(
 ):  # fmt: skip
     """dk and dv (Tk, H, D); `blocks`: rows of key_blocks()."""
     blocks += tl.program_id(0) * 8
-    n0, n_end, m0, m_full, m_end = (tl.load(blocks), tl.load(blocks + 1), tl.load(blocks + 2), tl.load(blocks + 3), tl.load(blocks + 4))
+    n0, n_end, m0 = tl.load(blocks), tl.load(blocks + 1), tl.load(blocks + 2)
+    m_full, m_end = tl.load(blocks + 3), tl.load(blocks + 4)
     prefix_end, shift = tl.load(blocks + 5), tl.load(blocks + 6)
     q, do = _head(q, head_q), _head(do, head_do)
     lse += tl.program_id(1) * num_q
@@ -225,29 +254,38 @@ def _attention_dkdv(
     acc_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     acc_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for m in range(m0, m_full, BLOCK_M):
-        acc_k, acc_v = _dkdv_step(acc_k, acc_v, keys, values, q, do, lse, delta, m, m_end, cols, shift, prefix_end, stride_q, stride_do,
-                                  scale, D, BLOCK_M, BLOCK_D, PRECISION, True)  # fmt: skip
+        acc_k, acc_v = _dkdv_step(
+            acc_k, acc_v, keys, values, q, do, lse, delta, m, m_end, cols, shift, prefix_end, stride_q, stride_do,
+            scale, D, BLOCK_M, BLOCK_D, PRECISION, True,
+        )  # fmt: skip
     for m in range(m_full, m_end, BLOCK_M):
-        acc_k, acc_v = _dkdv_step(acc_k, acc_v, keys, values, q, do, lse, delta, m, m_end, cols, shift, prefix_end, stride_q, stride_do,
-                                  scale, D, BLOCK_M, BLOCK_D, PRECISION, False)  # fmt: skip
+        acc_k, acc_v = _dkdv_step(
+            acc_k, acc_v, keys, values, q, do, lse, delta, m, m_end, cols, shift, prefix_end, stride_q, stride_do,
+            scale, D, BLOCK_M, BLOCK_D, PRECISION, False,
+        )  # fmt: skip
     _store(dk + tl.program_id(1) * head_dk, n0, n_end, stride_dk, acc_k * score_scale, D, BLOCK_N, BLOCK_D)
     _store(dv + tl.program_id(1) * head_dk, n0, n_end, stride_dk, acc_v, D, BLOCK_N, BLOCK_D)
 
 
-# (bytes of an element, largest head size) -> (rows of queries, rows of keys, warps, stages); kernels/report.py checks them.
-# sm_80's fit the 99 KB of shared memory of sm_86 and sm_89 too.
+# (bytes of an element, largest head size) -> (rows of queries, rows of keys, warps, stages); kernels/report.py checks
+# them. sm_80's fit the 99 KB of shared memory of sm_86 and sm_89 too.
 TILES = {
     "sm_80": {
-        "forward": {(2, 64): (128, 64, 8, 2), (2, 128): (128, 64, 8, 2), (4, 64): (64, 32, 4, 2), (4, 128): (16, 32, 4, 2)},
-        "decode": {(2, 64): (16, 64, 4, 2), (2, 128): (16, 32, 4, 2), (4, 64): (16, 32, 4, 2), (4, 128): (16, 32, 4, 2)},
+        "forward": {(2, 64): (128, 64, 8, 2), (2, 128): (128, 64, 8, 2),
+                    (4, 64): (64, 32, 4, 2), (4, 128): (16, 32, 4, 2)},
+        "decode": {(2, 64): (16, 64, 4, 2), (2, 128): (16, 32, 4, 2),
+                   (4, 64): (16, 32, 4, 2), (4, 128): (16, 32, 4, 2)},
         "dq": {(2, 64): (128, 64, 8, 2), (2, 128): (128, 64, 8, 2), (4, 64): (32, 32, 4, 2), (4, 128): (16, 32, 4, 2)},
         "dkdv": {(2, 64): (64, 64, 4, 2), (2, 128): (64, 64, 8, 2), (4, 64): (32, 32, 4, 2), (4, 128): (32, 16, 4, 2)},
     },
     "sm_90": {
-        "forward": {(2, 64): (128, 64, 8, 3), (2, 128): (128, 64, 8, 3), (4, 64): (64, 32, 4, 2), (4, 128): (16, 32, 4, 2)},
-        "decode": {(2, 64): (16, 64, 4, 2), (2, 128): (16, 64, 4, 2), (4, 64): (16, 32, 4, 2), (4, 128): (16, 32, 4, 2)},
+        "forward": {(2, 64): (128, 64, 8, 3), (2, 128): (128, 64, 8, 3),
+                    (4, 64): (64, 32, 4, 2), (4, 128): (16, 32, 4, 2)},
+        "decode": {(2, 64): (16, 64, 4, 2), (2, 128): (16, 64, 4, 2),
+                   (4, 64): (16, 32, 4, 2), (4, 128): (16, 32, 4, 2)},
         "dq": {(2, 64): (128, 64, 8, 2), (2, 128): (128, 64, 8, 2), (4, 64): (64, 32, 4, 2), (4, 128): (16, 32, 4, 2)},
-        "dkdv": {(2, 64): (64, 128, 8, 2), (2, 104): (32, 64, 4, 2), (2, 128): (64, 128, 8, 2), (4, 64): (64, 32, 8, 2), (4, 128): (32, 16, 4, 2)},
+        "dkdv": {(2, 64): (64, 128, 8, 2), (2, 104): (32, 64, 4, 2), (2, 128): (64, 128, 8, 2),
+                 (4, 64): (64, 32, 8, 2), (4, 128): (32, 16, 4, 2)},
     },
 }  # fmt: skip
 
@@ -262,9 +300,9 @@ def strides(*tensors: Tensor) -> list[int]:
 
 
 def query_blocks(segments, block_m: int, block_n: int) -> list[tuple[int, ...]]:
-    """One row per block of queries: its first row, the segment's end; first key, first key of a block that some row does not see
-    whole, end of the keys that any row sees; the segment's last key + 1, end of its prefix, and what to add to a query's row for
-    the last key it sees."""
+    """One row per block of queries: its first row, the segment's end; first key, first key of the blocks that not
+    every row sees whole, end of the keys that any row sees; the segment's last key + 1, end of its prefix, and what to
+    add to a query's row for the last key it sees."""
     blocks = []
     for q0, q_end, k0, k_end, prefix_end in segments:
         shift = k_end - q_end
@@ -277,8 +315,8 @@ def query_blocks(segments, block_m: int, block_n: int) -> list[tuple[int, ...]]:
 
 
 def key_blocks(segments, block_m: int, block_n: int) -> list[tuple[int, ...]]:
-    """One row per block of keys: its first key, the segment's end; first query that sees a key, first query of the blocks that see
-    every key, the segment's last query + 1; end of the prefix, shift as in query_blocks."""
+    """One row per block of keys: its first key, the segment's end; first query that sees a key, first query of the
+    blocks that see every key, the segment's last query + 1; end of the prefix, shift as in query_blocks."""
     blocks = []
     for q0, q_end, k0, k_end, prefix_end in segments:
         shift = k_end - q_end
@@ -292,10 +330,12 @@ def key_blocks(segments, block_m: int, block_n: int) -> list[tuple[int, ...]]:
 
 
 @functools.lru_cache(maxsize=64)
-def plan(kind, bounds_q: tuple, bounds_k: tuple, prefixes: tuple | None, block_m: int, block_n: int, device: torch.device) -> Tensor:
+def plan(
+    kind, bounds_q: tuple, bounds_k: tuple, prefixes: tuple | None, block_m: int, block_n: int, device: torch.device
+) -> Tensor:
     """query_blocks or key_blocks on the device. Kept, so that all layers of a step share one copy over the bus."""
     segments = []
-    for s, (q0, q_end, k0, k_end) in enumerate(zip(bounds_q, bounds_q[1:], bounds_k, bounds_k[1:])):
+    for s, (q0, q_end, k0, k_end) in enumerate(zip(bounds_q, bounds_q[1:], bounds_k, bounds_k[1:], strict=False)):
         segments.append((q0, q_end, k0, k_end, k_end if prefixes is None else min(k_end, k0 + prefixes[s])))
     table = torch.tensor(kind(segments, block_m, block_n), dtype=torch.int32).view(-1, 8)
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
@@ -316,8 +356,10 @@ def _launch(name: str, fn, kind, segments: tuple, q: Tensor, *args) -> None:
     block_m, block_n, warps, stages = tile(architecture(q.device), name, q.element_size(), D)
     blocks = plan(kind, *segments, block_m, block_n, q.device)
     if len(blocks):
-        fn[(len(blocks), H)](blocks, *args, D=D, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, PRECISION=PRECISION[q.dtype],
-                             num_warps=warps, num_stages=stages)  # fmt: skip
+        fn[(len(blocks), H)](
+            blocks, *args, D=D, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, PRECISION=PRECISION[q.dtype],
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
 
 
 class _Attention(torch.autograd.Function):
@@ -327,7 +369,10 @@ class _Attention(torch.autograd.Function):
         Tq, H, D = q.shape
         o = torch.empty(Tq, H, D, dtype=q.dtype, device=q.device)
         lse = torch.empty(H, Tq, dtype=torch.float32, device=q.device)
-        _launch("forward", _attention_forward, query_blocks, segments, q, q, k, v, o, lse, Tq, *strides(q, k, v, o), LOG2E / math.sqrt(D))
+        _launch(
+            "forward", _attention_forward, query_blocks, segments, q, q, k, v, o, lse, Tq, *strides(q, k, v, o),
+            LOG2E / math.sqrt(D),
+        )  # fmt: skip
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.segments = segments
         return o
@@ -339,11 +384,17 @@ class _Attention(torch.autograd.Function):
         Tq, _, D = q.shape
         scales = LOG2E / math.sqrt(D), 1 / math.sqrt(D)
         dq, delta = torch.empty_like(o), torch.empty_like(lse)
-        _launch("dq", _attention_dq, query_blocks, ctx.segments, q, q, k, v, o, do, lse, delta, dq, Tq, *strides(q, k, v, o, do, dq), *scales)
+        _launch(
+            "dq", _attention_dq, query_blocks, ctx.segments, q, q, k, v, o, do, lse, delta, dq, Tq, *strides(q, k,
+            v, o, do, dq), *scales,
+        )  # fmt: skip
         dk = dv = None
         if any(ctx.needs_input_grad[1:3]):
             dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
-            _launch("dkdv", _attention_dkdv, key_blocks, ctx.segments, q, q, k, v, do, lse, delta, dk, dv, Tq, *strides(q, k, v, do, dk), *scales)
+            _launch(
+                "dkdv", _attention_dkdv, key_blocks, ctx.segments, q, q, k, v, do, lse, delta, dk, dv, Tq,
+                *strides(q, k, v, do, dk), *scales,
+            )  # fmt: skip
         return dq, dk, dv, None, None, None
 
 
@@ -352,9 +403,11 @@ def attention_triton(q, k, v, cu_seqlens_q, cu_seqlens_k, causal: bool, prefix_l
     bounds_q, bounds_k = tuple(cu_seqlens_q.tolist()), tuple(cu_seqlens_k.tolist())
     D = q.shape[-1]
     if D % 8 or D > 128 or q.dtype not in PRECISION:
-        raise ValueError(f"head_dim={D}, {q.dtype}: the Triton kernel takes multiples of 8 up to 128 in fp32, fp16, bf16; use use_flash_attention=false")
+        takes = "multiples of 8 up to 128 in fp32, fp16, bf16"
+        raise ValueError(f"head_dim={D}, {q.dtype}: the Triton kernel takes {takes}; set use_flash_attention=false")
     if bounds_q[-1] != len(q) or bounds_k[-1] != len(k):
-        raise ValueError(f"cu_seqlens end at {bounds_q[-1]} and {bounds_k[-1]}, but there are {len(q)} queries and {len(k)} keys")
+        rows = f"{len(q)} queries and {len(k)} keys"
+        raise ValueError(f"cu_seqlens end at {bounds_q[-1]} and {bounds_k[-1]}, but there are {rows}")
     prefixes = None
     if causal:
         prefixes = (0,) * (len(bounds_q) - 1) if prefix_lens is None else tuple(prefix_lens.tolist())
@@ -364,14 +417,23 @@ def attention_triton(q, k, v, cu_seqlens_q, cu_seqlens_k, causal: bool, prefix_l
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_len: int, causal: bool,
-    prefix_lens: Tensor | None = None, bias: Tensor | None = None, impl: str = "auto",
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_len: int,
+    causal: bool,
+    prefix_lens: Tensor | None = None,
+    bias: Tensor | None = None,
+    impl: str = "auto",
 ) -> Tensor:
     """Softmax attention inside segments, scores divided by sqrt(D).
 
-    q (Tq, H, D), k and v (Tk, H, D); cu_seqlens_q and cu_seqlens_k (S+1,) int32 on the host: segment s of the queries is
-    rows cu_seqlens_q[s]:cu_seqlens_q[s+1]; max_len the longest segment; prefix_lens (S,), on the host: keys visible to every
-    query of a causal segment; bias (H, Lq, Lk), added to the scores (plain PyTorch whatever `impl`). Returns (Tq, H, D).
+    q (Tq, H, D), k and v (Tk, H, D); cu_seqlens_q and cu_seqlens_k (S+1,) int32 on the host: segment s of the queries
+    is rows cu_seqlens_q[s]:cu_seqlens_q[s+1]; max_len the longest segment; prefix_lens (S,), on the host: keys visible
+    to every query of a causal segment; bias (H, Lq, Lk), added to the scores (plain PyTorch whatever `impl`).
+    Returns (Tq, H, D).
     """
     if bias is None and use_triton(impl, q):
         return attention_triton(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, prefix_lens)

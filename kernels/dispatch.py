@@ -6,6 +6,7 @@
 
 Without a GPU the kernels run in Triton's interpreter (slow: for tests) if TRITON_INTERPRET=1 is set before the start.
 """
+
 import types
 
 import torch
@@ -17,7 +18,9 @@ try:
     from triton import jit
 
     INTERPRETER = bool(triton.knobs.runtime.interpret)
-except ImportError:  # not made for this platform: the kernels below their references are then plain functions, never called
+except (
+    ImportError
+):  # not made for this platform: the kernels below their references are then plain functions, never called
     triton, tl, jit, INTERPRETER = None, types.SimpleNamespace(constexpr=None), lambda f: f, False
 
 IMPLS = ("auto", "triton", "ref")
@@ -38,7 +41,7 @@ def problem(device: torch.device) -> str | None:
 
 
 def use(impl: str, device: torch.device) -> str:
-    """Sets what impl="auto" means from now on; returns a line that says what runs. Raises ValueError where it cannot."""
+    """Sets what impl="auto" means from now on; returns what runs, in words. Raises ValueError where it cannot."""
     global default
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r}; expected one of {', '.join(IMPLS)}")
@@ -66,6 +69,6 @@ def use_triton(impl: str, x: Tensor) -> bool:
 
 
 def architecture(device: torch.device) -> str:
-    """The family of tile sizes for a device: "sm_90" (228 KB of shared memory) or "sm_80" (fits the 99 KB of sm_86 and sm_89)."""
+    """The family of tile sizes: "sm_90" (228 KB of shared memory), or "sm_80", which fits sm_86 and sm_89 too."""
     hopper = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
     return "sm_90" if hopper else "sm_80"

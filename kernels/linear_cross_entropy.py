@@ -1,14 +1,15 @@
 """Vocabulary projection and cross entropy in one operation, for supervised tokens only.
 
-Logits never exist for all rows. Plain PyTorch makes them for one chunk of rows at a time, and the gradients in the forward
-pass while they exist. Rows without a target are left out first: with 30% supervised tokens that is a 3x saving in time,
-chunking the saving in memory (most of all with a frozen vocabulary matrix, whose gradient is never made).
+Logits never exist for all rows. Plain PyTorch makes them for one chunk of rows at a time, and the gradients in the
+forward pass while they exist. Rows without a target are left out first: with 30% supervised tokens that is a 3x saving
+in time, chunking the saving in memory (most of all with a frozen vocabulary matrix, whose gradient is never made).
 
-Triton makes no logits at all: its forward reduces each tile of them to the tile's log-sum-exp where it was computed. The
-backward computes softmax - one_hot for a slice of the vocabulary (arXiv:2411.09009 has the idea for tiles), in the input's
-dtype, and leaves its two products to torch.mm. A slice's weight gradient is complete, so nothing is added up there, and no
-atomics are needed.
+Triton makes no logits at all: its forward reduces each tile of them to the tile's log-sum-exp where it was computed.
+The backward computes softmax - one_hot for a slice of the vocabulary (arXiv:2411.09009 has the idea for tiles), in the
+input's dtype, and leaves its two products to torch.mm. A slice's weight gradient is complete, so nothing is added up
+there, and no atomics are needed.
 """
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from kernels.dispatch import architecture, jit, tl, triton, use_triton
 
 IGNORE_INDEX = -100
-CHUNK_BYTES = 256 << 20  # fp32 logits held at a time, or 16-bit gradients of logits in the Triton version
+CHUNK_BYTES = 128 << 20  # fp32 logits held at a time, or 16-bit gradients of logits in the Triton version
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -25,7 +26,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _across(group, log_z: Tensor, target_logit: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Statistics of rows (N,) over the whole vocabulary, from those of each rank's part of it. All ranks of the group."""
+    """Statistics of rows (N,) over the whole vocabulary, from those of each rank's part of it. All ranks."""
     if group is None:
         return log_z, target_logit, mean
     parts = [log_z, target_logit] + ([mean] if mean is not None else [])
@@ -74,7 +75,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if need_x:
                     torch.mm(grad, w, out=grad_x[i : i + chunk])
                 if need_w:
-                    grad_w.addmm_(grad.t(), rows) if dtype == torch.float32 else grad_w.add_(grad.t() @ rows)
+                    if dtype == torch.float32:
+                        grad_w.addmm_(grad.t(), rows, beta=0 if i == 0 else 1)
+                    else:
+                        grad_w.add_(grad.t() @ rows)
         if need_x and group is not None:
             dist.all_reduce(grad_x, group=group)
         ctx.save_for_backward(grad_x, grad_w)
@@ -139,7 +143,9 @@ def _ce_forward(
     m0 = tl.program_id(0) % row_blocks * BLOCK_M  # rows first: the programs of a time share their words in L2
     block = tl.program_id(0) // row_blocks
     n0 = block * BLOCK_N
-    logits = _logits(x, w, m0, n0, num_rows, num_words, C, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PRECISION)
+    logits = _logits(
+        x, w, m0, n0, num_rows, num_words, C, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PRECISION
+    )
     rows, words = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
     inside = rows < num_rows
     target = tl.load(targets + rows, mask=inside, other=-1)
@@ -163,7 +169,9 @@ def _ce_gradient(
     row_blocks = tl.cdiv(num_rows, BLOCK_M)
     m0 = tl.program_id(0) % row_blocks * BLOCK_M
     n0 = tl.program_id(0) // row_blocks * BLOCK_N
-    logits = _logits(x, w, m0, n0, num_rows, num_words, C, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PRECISION)
+    logits = _logits(
+        x, w, m0, n0, num_rows, num_words, C, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PRECISION
+    )
     rows, words = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
     inside = rows < num_rows
     target = tl.load(targets + rows, mask=inside, other=-1)
@@ -225,8 +233,8 @@ class _TritonLinearCrossEntropy(torch.autograd.Function):
             for first in range(0, V if N else 0, words):
                 part = w[first : first + words]
                 grad = buffer[:, : len(part)]
-                _launch(_ce_gradient, N, len(part), x, x, part, targets, log_z, grad, first, N, len(part), C, x.stride(0),
-                        w.stride(0), grad.stride(0), hit, spread)  # fmt: skip
+                _launch(_ce_gradient, N, len(part), x, x, part, targets, log_z, grad, first, N, len(part), C,
+                        x.stride(0), w.stride(0), grad.stride(0), hit, spread)  # fmt: skip
                 if need_x:
                     grad_x += grad @ part
                 if need_w:
@@ -244,12 +252,12 @@ def linear_cross_entropy(
     """Summed cross entropy of softmax(x @ weight.T), and the loss of each row.
 
     x (N, C): rows that have a target; weight (V, C); targets (N,) in 0..V-1. Returns (sum of losses, fp32,
-    differentiable; row losses (N,), fp32, detached). Sums are taken in fp32; plain PyTorch rounds the logits to x's dtype
-    before, as its matmul gives them. label_smoothing as torch.nn.functional.cross_entropy's. In plain PyTorch the sum's
-    gradient may be taken once (the buffers are scaled in place).
+    differentiable; row losses (N,), fp32, detached). Sums are taken in fp32; plain PyTorch rounds the logits to x's
+    dtype before, as its matmul gives them. label_smoothing as torch.nn.functional.cross_entropy's. In plain PyTorch
+    the sum's gradient may be taken once (the buffers are scaled in place).
 
-    Vocabulary-parallel: each rank of the process group `group` has the same x and an equal share of the weight's rows, in
-    rank order; targets count from the rank's first row, so other ranks' are below 0 or not below V. Every rank
+    Vocabulary-parallel: each rank of the process group `group` has the same x and an equal share of the weight's rows,
+    in rank order; targets count from the rank's first row, so other ranks' are below 0 or not below V. Every rank
     returns the loss over the whole vocabulary and the whole gradient of x. All ranks of the group call.
     """
     function = _TritonLinearCrossEntropy if use_triton(impl, x) else _LinearCrossEntropy

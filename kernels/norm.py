@@ -2,6 +2,7 @@
 
 There is no kernel for LayerNorm: torch's own is one pass already.
 """
+
 import torch
 from torch import Tensor
 
@@ -67,7 +68,9 @@ class _RMSNorm(torch.autograd.Function):
         scales = torch.empty(len(rows), dtype=torch.float32, device=x.device)
         block = triton.next_power_of_2(C)
         if len(rows):
-            _rms_norm_forward[(len(rows),)](rows, weight, y, scales, C, rows.stride(0), eps, BLOCK=block, num_warps=warps(block))
+            _rms_norm_forward[(len(rows),)](
+                rows, weight, y, scales, C, rows.stride(0), eps, BLOCK=block, num_warps=warps(block)
+            )
         ctx.save_for_backward(rows, weight, scales)
         return y
 
@@ -81,8 +84,10 @@ class _RMSNorm(torch.autograd.Function):
         dw = torch.empty(programs if need_weight else 0, C, dtype=torch.float32, device=rows.device)
         block = triton.next_power_of_2(C)
         if N:
-            _rms_norm_backward[(programs,)](rows, weight, dy.contiguous(), scales, dx, dw, N, rows_each, C, rows.stride(0),
-                                            BLOCK=block, WEIGHT=need_weight, num_warps=warps(block))  # fmt: skip
+            _rms_norm_backward[(programs,)](
+                rows, weight, dy.contiguous(), scales, dx, dw, N, rows_each, C, rows.stride(0),
+                BLOCK=block, WEIGHT=need_weight, num_warps=warps(block),
+            )  # fmt: skip
         return dx.view(dy.shape), dw.sum(0).to(weight.dtype) if need_weight else None, None
 
 

@@ -6,13 +6,15 @@
 
 Triton's own wheel brings the compiler and the disassembler; no CUDA toolkit is needed. For each kernel it prints
 - registers, stack and spilling instructions (must be 0), shared memory, blocks and warps that fit on a multiprocessor;
-- for each loop with tensor-core instructions the FLOPs per pass, added up over the instructions' shapes (they must equal the
-  formula's, so that nothing is computed twice or on the ordinary cores), and asynchronous copies;
-- a bound on cycles per pass: the slowest of tensor cores, exponentials and instruction issue, and the tensor cores' share of it;
+- for each loop with tensor-core instructions the FLOPs per pass, added up over the instructions' shapes (they must
+  equal the formula's, so that nothing is computed twice or on the ordinary cores), and asynchronous copies;
+- a bound on cycles per pass: the slowest of tensor cores, exponentials and instruction issue, and the tensor cores'
+  share of it (TC);
 - FLOPs per byte read from L2 in a pass, and for kernels without a loop, the width of their loads.
-It says nothing about results, races or real speed: the interpreter tests results, a GPU tests the rest (tests/test_gpu.py).
+It says nothing about results, races or real speed: the interpreter tests results, a GPU the rest (tests/test_gpu.py).
 Exit code 1 if any check fails.
 """
+
 import argparse
 import json
 import os
@@ -45,7 +47,7 @@ REGISTERS, WARPS = 65_536, 64
 
 @dataclass
 class Case:
-    """One kernel in one configuration. `flops`: of one pass of its hot loop (0: it has none); `loops`: how many such loops."""
+    """One kernel in one configuration. `flops`: of one pass of its hot loop (0: it has none); `loops`: such loops."""
 
     name: str
     fn: object
@@ -72,12 +74,20 @@ def attention_cases(architecture: str):
                 m, n, warps, stages = attention.tile(architecture, kind, size, D)
                 constants = {"D": D, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": block_d, "PRECISION": precision(dtype)}
                 passed = m if kind == "dkdv" else n  # rows that a pass moves on by
-                yield Case(f"attention_{kind} D={D}", fn, dtype, constants, warps, stages, 2 * dots * m * n * block_d, 2,
+                flops = 2 * dots * m * n * block_d
+                yield Case(f"attention_{kind} D={D}", fn, dtype, constants, warps, stages, flops, 2,
                            2 * passed * D * size, types, unaligned)  # fmt: skip
 
 
 def cross_entropy_cases(architecture: str):
-    types = {"targets": "*i32", "log_z": "*fp32", "sums": "*fp32", "target_logits": "*fp32", "hit": "fp32", "spread": "fp32"}
+    types = {
+        "targets": "*i32",
+        "log_z": "*fp32",
+        "sums": "*fp32",
+        "target_logits": "*fp32",
+        "hit": "fp32",
+        "spread": "fp32",
+    }
     for name, fn in (("forward", linear_cross_entropy._ce_forward), ("gradient", linear_cross_entropy._ce_gradient)):
         for dtype, size in DTYPES.items():
             for smoothing in (False, True) if name == "forward" else (None,):
@@ -194,7 +204,8 @@ def examine(case: Case, architecture: str, budget: dict[str, int]) -> tuple[dict
     per_warp = -(-registers * 32 // 256) * 256
     blocks = min(REGISTERS // (per_warp * case.warps), all_shared // (shared + 1024), WARPS // case.warps)
     figures = {
-        "registers": registers, "stack": int(usage["STACK"]) + int(usage["LOCAL"]), "spills": count(lines, "STL.*|LDL.*"),
+        "registers": registers, "stack": int(usage["STACK"]) + int(usage["LOCAL"]),
+        "spills": count(lines, "STL.*|LDL.*"),
         "shared": shared, "warps": blocks * case.warps,
         "async": count(lines, "LDGSTS.*") + count(lines, "UTMALDG.*"),
         "wide": count(lines, r"LDG.*\.128.*"), "tensor": count(lines, "HGMMA.*") or count(lines, "HMMA.*"),
@@ -207,8 +218,13 @@ def examine(case: Case, architecture: str, budget: dict[str, int]) -> tuple[dict
             failures.append(f"{key}: {what}")
 
     check(len(lines) > 20, "the compiler made an empty kernel")
-    check(figures["stack"] == 0 and figures["spills"] == 0, f"{figures['stack']} bytes of stack, {figures['spills']} spills")
-    check(shared <= SHARED_LIMIT[architecture], f"{shared:,} bytes of shared memory, limit {SHARED_LIMIT[architecture]:,}")
+    check(
+        figures["stack"] == 0 and figures["spills"] == 0,
+        f"{figures['stack']} bytes of stack, {figures['spills']} spills",
+    )
+    check(
+        shared <= SHARED_LIMIT[architecture], f"{shared:,} bytes of shared memory, limit {SHARED_LIMIT[architecture]:,}"
+    )
     check(blocks > 0, "does not fit on a multiprocessor")
     check(key in budget, "has no register budget; run with --write_budget")
     check(registers <= budget.get(key, registers), f"{registers} registers, budget {budget.get(key)}")
@@ -230,22 +246,34 @@ def examine(case: Case, architecture: str, budget: dict[str, int]) -> tuple[dict
             }
             if max(cycles.values()) > slowest:
                 slowest = max(cycles.values())
-                figures |= {"bound": max(cycles, key=cycles.get), "cycles": slowest, "share": cycles["tensor"] / slowest}
+                figures |= {
+                    "bound": max(cycles, key=cycles.get),
+                    "cycles": slowest,
+                    "share": cycles["tensor"] / slowest,
+                }
         figures["intensity"] = case.flops / case.bytes
     else:
         check(figures["wide"] > 0, "no 128-bit loads")
     return figures, failures
 
 
-HEADER = f"{'kernel':34}{'tile':>12}{'w/s':>5}{'regs':>5}{'spill':>6}{'shared':>8}{'occ':>5}{'tensor':>7}{'async':>6}{'bound by':>14}{'TC':>5}{'FLOP/B':>7}"
+COLUMNS = (34, 12, 5, 5, 6, 8, 5, 7, 6, 14, 5, 7)
+HEADER = "kernel", "tile", "w/s", "regs", "spill", "shared", "warps", "tensor", "async", "bound by", "TC", "FLOP/B"
 
 
-def row(case: Case, f: dict) -> str:
-    tile = "x".join(str(v) for k, v in case.constants.items() if k.startswith("BLOCK_"))
-    bound = f"{f['bound']} {f['cycles']:,.0f}" if "bound" in f else f"{f['wide']} wide loads"
-    share, intensity = (f"{f['share']:.0%}", f"{f['intensity']:.0f}") if "bound" in f else ("", "")
-    return (f"{case.name + ' ' + case.dtype:34}{tile:>12}{case.warps:>3}/{case.stages}{f['registers']:>5}{f['stack'] + f['spills']:>6}"
-            f"{f['shared']:>8}{f['warps']:>5}{f['tensor']:>7}{f['async']:>6}{bound:>14}{share:>5}{intensity:>7}")  # fmt: skip
+def row(case: Case, f: dict) -> tuple:
+    tile = "x".join(str(v) for k, v in case.constants.items() if k.startswith("BLOCK"))
+    bound, share, intensity = f"{f['wide']} wide loads", "", ""
+    if "bound" in f:
+        bound, share, intensity = f"{f['bound']} {f['cycles']:,.0f}", f"{f['share']:.0%}", f"{f['intensity']:.0f}"
+    return (
+        f"{case.name} {case.dtype}", tile, f"{case.warps}/{case.stages}", f["registers"], f["stack"] + f["spills"],
+        f["shared"], f["warps"], f["tensor"], f["async"], bound, share, intensity,
+    )  # fmt: skip
+
+
+def line(values: tuple) -> str:
+    return f"{values[0]:{COLUMNS[0]}}" + "".join(f"{v:>{w}}" for v, w in zip(values[1:], COLUMNS[1:], strict=True))
 
 
 def main() -> int:
@@ -257,7 +285,7 @@ def main() -> int:
     budget = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
     failures, num = [], 0
     for architecture in args.arch:
-        print(f"{architecture}: compiled and statically checked, not run on a GPU\n{HEADER}")
+        print(f"{architecture}: compiled and statically checked, not run on a GPU\n{line(HEADER)}")
         for case in cases(architecture):
             if not re.search(args.only, f"{case.name} {case.dtype}"):
                 continue
@@ -265,7 +293,7 @@ def main() -> int:
             if args.write_budget:
                 budget[f"{architecture} {case.name} {case.dtype}"] = figures["registers"]
                 failed = [f for f in failed if "budget" not in f]
-            print(row(case, figures) + (" FAILED" if failed else ""), flush=True)
+            print(line(row(case, figures)) + (" FAILED" if failed else ""), flush=True)
             failures += failed
             num += 1
     if args.write_budget:

@@ -1,4 +1,5 @@
 """Rotary position embedding, rotate-half convention (arXiv:2104.09864): channel j turns with channel j + D/2."""
+
 import torch
 from torch import Tensor
 
@@ -7,7 +8,9 @@ from kernels.dispatch import jit, tl, triton, use_triton
 
 def rotary_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if cos.dim() == 3:
-        return torch.cat([rotary_ref(half, c, s) for half, c, s in zip(x.chunk(2, dim=-1), cos, sin, strict=True)], dim=-1)
+        return torch.cat(
+            [rotary_ref(half, c, s) for half, c, s in zip(x.chunk(2, dim=-1), cos, sin, strict=True)], dim=-1
+        )
     a, b = x.float().chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
@@ -54,14 +57,16 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
     y = torch.empty(T, H, D, dtype=x.dtype, device=x.device)
     parts, half = (2 if cos.dim() == 3 else 1), cos.shape[-1]
     if T:
-        _rotary[(T, parts)](x, cos.contiguous(), sin.contiguous(), y, T, H, x.stride(0), x.stride(1), direction, HALF=half,
-                            BLOCK=triton.next_power_of_2(half), BLOCK_H=triton.next_power_of_2(H), PARTS=parts)  # fmt: skip
+        _rotary[(T, parts)](
+            x, cos.contiguous(), sin.contiguous(), y, T, H, x.stride(0), x.stride(1), direction, HALF=half,
+            BLOCK=triton.next_power_of_2(half), BLOCK_H=triton.next_power_of_2(H), PARTS=parts,
+        )  # fmt: skip
     return y
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, impl: str = "auto") -> Tensor:
     """x (T, H, D) turned by the angles of cos and sin (T, D/2), both fp32. Computed in fp32, returned in x's dtype.
 
-    With cos and sin (2, T, D/4) each half of a head is turned on its own, by its own position (ChatGLM's 2-D positions).
+    With cos and sin (2, T, D/4) each half of a head is turned by its own position (ChatGLM's 2-D positions).
     """
     return _Rotary.apply(x, cos, sin) if use_triton(impl, x) else rotary_ref(x, cos, sin)

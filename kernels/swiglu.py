@@ -2,6 +2,7 @@
 
 There is no kernel for GELU: torch's own is one pass each way already.
 """
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor

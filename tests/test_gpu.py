@@ -1,8 +1,9 @@
-"""Compiled kernels on a GPU: results, gradients and repeatability, and speed beside PyTorch's own. Skipped where there is none.
+"""Compiled kernels on a GPU: results, gradients, repeatability, and speed beside PyTorch's own. Skipped without one.
 
-The same measure as tests/test_kernels.py, which has Triton's interpreter: an error against fp64 no larger than plain PyTorch's.
-`python bench.py --gpu` times everything.
+The same measure as tests/test_kernels.py, which has the interpreter: an error against fp64 no larger than plain
+PyTorch's. `python bench.py --gpu` times everything.
 """
+
 import pytest
 import torch
 from test_kernels import HEAD_DIMS, LENGTHS, attention_call, bounds, errors
@@ -13,7 +14,9 @@ from kernels.norm import rms_norm
 from kernels.rotary import rotary
 from kernels.swiglu import swiglu
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the kernels are tested in the interpreter")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU: the kernels are tested in the interpreter"
+)
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -40,7 +43,9 @@ def test_attention_of_long_segments(dtype):
     lengths = [1500, 1, 0, 777]
     arguments = bounds(lengths), bounds(lengths), 1500, True
     q, k, v = torch.randn(sum(lengths), 3, 4, 128, device="cuda").unbind(1)
-    check(lambda q, k, v, impl: attention(q, k, v, *arguments, impl=impl), [x.requires_grad_() for x in (q, k, v)], dtype)
+    check(
+        lambda q, k, v, impl: attention(q, k, v, *arguments, impl=impl), [x.requires_grad_() for x in (q, k, v)], dtype
+    )
 
 
 def test_backward_repeats_bit_by_bit():
@@ -54,12 +59,15 @@ def test_backward_repeats_bit_by_bit():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("N", "V", "C", "smoothing"), ((1, 129, 64, 0.0), (700, 5003, 512, 0.1), (300, 32000, 1000, 0.0)))
+@pytest.mark.parametrize(
+    ("N", "V", "C", "smoothing"), ((1, 129, 64, 0.0), (700, 5003, 512, 0.1), (300, 32000, 1000, 0.0))
+)
 def test_linear_cross_entropy(N, V, C, smoothing, dtype):
     targets = torch.randint(V, (N,), device="cuda")
     found = errors(
         [leaf(N, C), (torch.randn(V, C, device="cuda") / C**0.5).requires_grad_(), targets], dtype,
-        lambda *a: linear_cross_entropy(*a, smoothing, impl="triton"), lambda *a: linear_cross_entropy_ref(*a, smoothing),
+        lambda *a: linear_cross_entropy(*a, smoothing, impl="triton"),
+        lambda *a: linear_cross_entropy_ref(*a, smoothing),
     )  # fmt: skip
     assert found == []
 
@@ -85,7 +93,9 @@ def test_attention_is_faster_than_a_dense_mask():
         return attention(q, k, v, cu_seqlens, cu_seqlens, 2048, True, impl="triton")
 
     def dense():
-        return torch.nn.functional.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), attn_mask=mask)
+        return torch.nn.functional.scaled_dot_product_attention(
+            *(x.transpose(0, 1)[None] for x in (q, k, v)), attn_mask=mask
+        )
 
     times = []
     for call in (ours, dense):

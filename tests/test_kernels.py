@@ -1,10 +1,11 @@
 """Kernels against fp64, in Triton's interpreter: forward and every gradient.
 
-The measure is plain PyTorch's own error in the same dtype: the kernel's may not be larger, an epsilon aside. The interpreter
-must be chosen before the kernels are imported, so the cases run in a process of their own (`python tests/test_kernels.py`
-does the same by hand) which reports one line per case; pytest then has one test for each.
-bf16: the interpreter multiplies its bits as integers, so these cases run with dots and sums taken in fp32 (`bf16_shim`).
+The measure is plain PyTorch's own error in the same dtype: the kernel's may not be larger, an epsilon aside. The
+interpreter must be chosen before the kernels are imported, so the cases run in processes of their own, which report one
+line per case; pytest then has one test for each. By hand: python tests/test_kernels.py [CASE ...]
+bf16: the interpreter computes with its bits as integers; see `bf16_shim`.
 """
+
 import itertools
 import json
 import os
@@ -34,7 +35,12 @@ def attention_cases():
             for D, dtype in ((64, "float32"), (64, "float16"), (88, "float16")):
                 if not (lengths == "cross" and mask != "full"):
                     yield "attention", lengths, mask, D, dtype
-    for lengths, mask, D in (("packed", "causal", 64), ("even", "full", 88), ("append", "prefix", 128), ("decode", "causal", 104)):
+    for lengths, mask, D in (
+        ("packed", "causal", 64),
+        ("even", "full", 88),
+        ("append", "prefix", 128),
+        ("decode", "causal", 104),
+    ):
         yield "attention", lengths, mask, D, "bfloat16"
     for D in (8, 16, 32, 40):  # of tiny models
         yield "attention", "packed", "causal", D, "float32"
@@ -95,9 +101,9 @@ def interpreter_main(names: list[str]) -> int:
 
 
 def bf16_shim() -> None:
-    """The interpreter keeps bf16 as uint16, multiplies those integers, and cuts fp32 off instead of rounding it. Here dots are
-    given fp32 operands, which loses nothing (products of bf16 numbers are exact in fp32, where they are summed), and
-    fp32 is rounded to the nearest bf16. The kernels compute with bf16 in no other way."""
+    """The interpreter keeps bf16 as uint16, multiplies those integers, and cuts fp32 off instead of rounding it. Here
+    dots are given fp32 operands, which loses nothing (products of bf16 numbers are exact in fp32, where they are
+    summed), and fp32 is rounded to the nearest bf16. The kernels compute with bf16 in no other way."""
     import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -172,7 +178,9 @@ def attention_call(lengths: str, mask: str, **options):
 
     lengths_q, lengths_k = LENGTHS[lengths]
     # a prefix of nothing, of one key, of some, of all
-    prefix = torch.tensor([(0, 20, 1, 10**6)[i % 4] for i in range(1, 1 + len(lengths_q))]) if mask == "prefix" else None
+    prefix = (
+        torch.tensor([(0, 20, 1, 10**6)[i % 4] for i in range(1, 1 + len(lengths_q))]) if mask == "prefix" else None
+    )
     if prefix is not None:
         prefix = torch.minimum(prefix, torch.tensor(lengths_k))
     arguments = (bounds(lengths_q), bounds(lengths_k), max(lengths_q + lengths_k), mask != "full", prefix)
@@ -193,7 +201,6 @@ def run_case(kind: str, *case) -> list[str]:
 
     from kernels import linear_cross_entropy as ce
     from kernels.norm import rms_norm
-    from kernels.rotary import rotary
     from kernels.swiglu import swiglu
 
     if kind in EXTRA:
@@ -327,7 +334,12 @@ def refusals() -> list[str]:
     import torch
 
     problems = []
-    for D, dtype, rows in ((12, torch.float32, 67), (136, torch.float32, 67), (64, torch.float64, 67), (64, torch.float32, 66)):
+    for D, dtype, rows in (
+        (12, torch.float32, 67),
+        (136, torch.float32, 67),
+        (64, torch.float64, 67),
+        (64, torch.float32, 66),
+    ):
         try:
             attention_call("one", "causal", impl="triton")(*[torch.randn(rows, 2, D, dtype=dtype) for _ in range(3)])
             problems.append(f"head size {D} in {dtype} with {rows} rows was not refused")
@@ -370,21 +382,32 @@ def vocab_parallel() -> list[str]:
 
     from kernels.linear_cross_entropy import linear_cross_entropy_ref
 
-    x, w, targets = torch.randn(37, 64).requires_grad_(), torch.randn(120, 64).requires_grad_(), torch.randint(120, (37,))
+    x, w, targets = (
+        torch.randn(37, 64).requires_grad_(),
+        torch.randn(120, 64).requires_grad_(),
+        torch.randint(120, (37,)),
+    )
     problems = []
     for impl, smoothing in itertools.product(("triton", "ref"), (0.0, 0.1)):
         loss, rows = linear_cross_entropy_ref(x, w, targets, smoothing)
         expected = [loss.detach(), rows, *torch.autograd.grad(loss, (x, w))]
         with tempfile.TemporaryDirectory() as directory:
             fork = multiprocessing.get_context("fork")
-            ranks = [fork.Process(target=_vocab_rank, args=(r, directory, x, w, targets, smoothing, impl)) for r in (0, 1)]
+            ranks = [
+                fork.Process(target=_vocab_rank, args=(r, directory, x, w, targets, smoothing, impl)) for r in (0, 1)
+            ]
             for rank in ranks:
                 rank.start()
             for rank in ranks:
                 rank.join()
             results = [torch.load(f"{directory}/{r}") for r in (0, 1)]
         for r, (loss, rows, dx, dw) in enumerate(results):
-            for what, a, b in zip(("loss", "rows", "dx", "dw"), (loss, rows, dx, dw), (*expected[:3], expected[3].chunk(2)[r]), strict=True):
+            for what, a, b in zip(
+                ("loss", "rows", "dx", "dw"),
+                (loss, rows, dx, dw),
+                (*expected[:3], expected[3].chunk(2)[r]),
+                strict=True,
+            ):
                 if not (a - b).abs().max() <= 1e-5 * b.abs().max():
                     problems.append(f"{impl} {smoothing} rank {r} {what}: differs by {(a - b).abs().max()}")
     return problems
@@ -435,7 +458,9 @@ def training_step() -> list[str]:
         model.zero_grad()
         loss, _ = model(batch)
         loss.backward()
-        results.append({"loss": loss.detach(), **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}})
+        results.append(
+            {"loss": loss.detach(), **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
+        )
     dispatch.use("auto", torch.device("cpu"))
     ours, reference = results
     if len(set(launches)) != 3:
@@ -491,9 +516,22 @@ def test_triton_is_refused_without_gpu():
         dispatch.use("fast", torch.device("cpu"))
 
 
+def test_training_refuses_triton_without_gpu():
+    import torch
+
+    import parallel
+    import train
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    cfg = train.Config(use_flash_attention=True)
+    with pytest.raises(ValueError, match="use_flash_attention=True.*there is no GPU"):
+        train.run(cfg, None, None, parallel.World(0, 1, torch.device("cpu")))
+
+
 def test_report_of_a_subset():
-    """A kernel of each kind on both architectures: no spills, tensor cores, FLOPs, copies, registers within the budget."""
-    only = r"attention_\w+ D=(88|128) bf16|cross_entropy_\w+ bf16|(rms_norm_backward weight|rotary_2d|swiglu_backward) bf16"
+    """A kernel of each kind on both architectures: spills, tensor cores, FLOPs, copies, registers in the budget."""
+    only = r"attention_\w+ D=(88|128) bf16|cross_entropy_\w+ bf16|(norm_backward weight|rotary_2d|swiglu_backward) bf16"
     command = [sys.executable, str(ROOT / "kernels" / "report.py"), "--only", only]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
