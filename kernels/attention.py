@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.dispatch import architecture, jit, tl, triton, use_triton
+from kernels.dispatch import FP32_DOTS, architecture, jit, tl, triton, use_triton
 
 LOG2E = 1 / math.log(2)
-# of fp32 dots: three TF32 products, as exact as fp32 and on tensor cores; 16-bit dots do not read it
-PRECISION = {torch.float32: "tf32x3", torch.float16: "tf32", torch.bfloat16: "tf32"}
+# 16-bit dots do not read it
+PRECISION = {torch.float32: FP32_DOTS, torch.float16: "tf32", torch.bfloat16: "tf32"}
 
 
 def attention_ref(

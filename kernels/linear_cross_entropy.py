@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.dispatch import architecture, jit, tl, triton, use_triton
+from kernels.dispatch import FP32_DOTS, architecture, jit, tl, triton, use_triton
 
 IGNORE_INDEX = -100
 CHUNK_BYTES = 128 << 20  # fp32 logits held at a time, or 16-bit gradients of logits in the Triton version
@@ -193,7 +193,7 @@ def _launch(fn, num_rows: int, num_words: int, x: Tensor, *args, **options) -> N
     block_m, block_n, block_k, warps, stages = TILES[architecture(x.device)][x.element_size()]
     programs = triton.cdiv(num_rows, block_m) * triton.cdiv(num_words, block_n)
     fn[(programs,)](*args, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, EVEN=x.shape[1] % block_k == 0,
-                    PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=stages,
+                    PRECISION=FP32_DOTS if x.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=stages,
                     **options)  # fmt: skip
 
 

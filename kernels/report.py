@@ -2,6 +2,7 @@
 
     python kernels/report.py                       # all of sm_80 and sm_90: some minutes
     python kernels/report.py --only dkdv --arch sm_90
+    python kernels/report.py --arch gfx942         # AMD: registers, spills, local memory, matrix instructions
     python kernels/report.py --write_budget        # accept today's registers as the budget (kernels/budget.json)
 
 Triton's own wheel brings the compiler and the disassembler; no CUDA toolkit is needed. For each kernel it prints
@@ -257,7 +258,28 @@ def examine(case: Case, architecture: str, budget: dict[str, int]) -> tuple[dict
     return figures, failures
 
 
-COLUMNS = (34, 12, 5, 5, 6, 8, 5, 7, 6, 14, 5, 7)
+def examine_amd(case: Case) -> tuple[dict, list[str]]:
+    """The little that the assembler's text for gfx942 tells: registers, spills, local memory, matrix instructions."""
+    compiled = compile_case(case, GPUTarget("hip", "gfx942", 64))
+    code = compiled.asm["amdgcn"]
+    names = "vgpr_count|vgpr_spill_count|private_segment_fixed_size"
+    values = {k: int(v) for k, v in re.findall(rf"\.({names}):\s+(\d+)", code)}
+    figures = {
+        "registers": values["vgpr_count"], "stack": values["private_segment_fixed_size"],
+        "spills": values["vgpr_spill_count"], "shared": compiled.metadata.shared, "warps": "",
+        "tensor": code.count("v_mfma"), "async": "", "wide": code.count("load_dwordx4"),
+    }  # fmt: skip
+    key, failures = f"gfx942 {case.name} {case.dtype}", []
+    if figures["stack"] or figures["spills"]:
+        failures.append(f"{key}: {figures['stack']} bytes of stack, {figures['spills']} spills")
+    if figures["shared"] > 65_536:
+        failures.append(f"{key}: {figures['shared']:,} bytes of local memory, limit 65,536")
+    if case.flops and not figures["tensor"]:
+        failures.append(f"{key}: no matrix instructions")
+    return figures, failures
+
+
+COLUMNS = (34, 12, 5, 5, 6, 8, 6, 7, 6, 14, 5, 7)
 HEADER = "kernel", "tile", "w/s", "regs", "spill", "shared", "warps", "tensor", "async", "bound by", "TC", "FLOP/B"
 
 
@@ -278,7 +300,7 @@ def line(values: tuple) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--arch", nargs="+", default=["sm_80", "sm_90"], choices=list(SM))
+    parser.add_argument("--arch", nargs="+", default=["sm_80", "sm_90"], choices=[*SM, "gfx942"])
     parser.add_argument("--only", default="", help="regular expression on 'NAME DTYPE'")
     parser.add_argument("--write_budget", action="store_true")
     args = parser.parse_args()
@@ -286,11 +308,14 @@ def main() -> int:
     failures, num = [], 0
     for architecture in args.arch:
         print(f"{architecture}: compiled and statically checked, not run on a GPU\n{line(HEADER)}")
-        for case in cases(architecture):
+        amd = architecture == "gfx942"
+        for case in cases("sm_80" if amd else architecture):  # the tiles that attention and cross entropy take there
             if not re.search(args.only, f"{case.name} {case.dtype}"):
                 continue
-            figures, failed = examine(case, architecture, budget)
-            if args.write_budget:
+            if amd and "PRECISION" in case.constants:
+                case.constants["PRECISION"] = "ieee"
+            figures, failed = examine_amd(case) if amd else examine(case, architecture, budget)
+            if args.write_budget and not amd:
                 budget[f"{architecture} {case.name} {case.dtype}"] = figures["registers"]
                 failed = [f for f in failed if "budget" not in f]
             print(line(row(case, figures)) + (" FAILED" if failed else ""), flush=True)
