@@ -38,6 +38,7 @@ import checkpoint
 import data
 import lora
 import parallel
+from kernels import dispatch
 from kernels.linear_cross_entropy import IGNORE_INDEX
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,7 +101,7 @@ class Config:
     fp16_opt_level: str = "O1"  # O1: fp32 weights, autocast; O2: computes in 16 bits, fp32 master weights
     recompute: bool = False  # activation checkpointing
     compile: bool = False  # torch.compile of the blocks
-    use_flash_attention: str | bool = "auto"  # auto, false: plain PyTorch
+    use_flash_attention: str | bool = "auto"  # auto: Triton kernels on a GPU; true: or an error; false: plain PyTorch
     # adapters
     lora: bool = False
     lora_rank: int = 8
@@ -131,7 +132,7 @@ CHOICES = {
     "evaluation_strategy": ("no", "epoch", "steps"),
     "lr_scheduler_type": ("linear", "cosine", "constant"), "fp16_opt_level": ("O1", "O2"),
     "metric_for_best_model": ("eval_loss", "eval_accuracy"), "sharding": (None, *parallel.STAGES),
-    "use_flash_attention": ("auto", False),
+    "use_flash_attention": ("auto", True, False),
 }  # fmt: skip
 
 
@@ -205,10 +206,6 @@ def parse_config(argv: list[str]) -> Config:
 def validate(cfg: Config) -> None:
     for key, choices in CHOICES.items():
         value = getattr(cfg, key)
-        if key == "use_flash_attention" and value in (True, "true"):
-            raise ValueError(
-                "use_flash_attention=true asks for a Triton kernel, and there is none yet; use auto or false"
-            )
         if value not in choices:
             raise ValueError(f"{key}={value!r}; expected one of {', '.join(map(str, choices))}")
     positive = ("max_length", "per_device_train_batch_size", "per_device_eval_batch_size",
@@ -858,6 +855,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
     say = print if world.main else (lambda *_a, **_k: None)
+    try:
+        kernels = dispatch.use({"auto": "auto", True: "triton", False: "ref"}[cfg.use_flash_attention], world.device)
+    except ValueError as e:
+        raise ValueError(f"use_flash_attention={cfg.use_flash_attention}: {e}") from None
     resume = prepare_output_dir(cfg, world)
     out = Path(cfg.output_dir)
     say(json.dumps(asdict(cfg), ensure_ascii=False))
@@ -897,7 +898,7 @@ def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
 
     model, module, lora_modules = build(cfg, directory, world)
     say(parameter_table(model, module.PARTS))
-    say(f"device {world.device.type} x {world.size}, kernels: plain PyTorch, {torch.get_num_threads()} threads")
+    say(f"device {world.device.type} x {world.size}, kernels: {kernels}, {torch.get_num_threads()} threads")
     optimizer = make_optimizer(model, cfg)
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     state = {"step": 0, "best_metric": None, "best_step": None, "bad": 0, "samples": 0, "scale": None}
