@@ -1,0 +1,345 @@
+"""VisualGLM against frozen outputs of the original implementations, the Hugging Face code and SwissArmyTransformer (SAT):
+1e-5 on features, hidden states, logits and losses, 1e-4 relative on gradients; greedy tokens, ids and labels exactly."""
+import fnmatch
+import hashlib
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import model_visualglm as glm
+
+
+class Variant:
+    def __init__(self, path):
+        self.golden = json.loads((path / "golden.json").read_text())
+        self.sat = json.loads((path / "sat_golden.json").read_text())
+        self.io, self.sat_io = load_file(path / "golden.safetensors"), load_file(path / "sat_golden.safetensors")
+        self.config, self.cases = self.golden["config"], self.golden["cases"]
+        self.weights = load_file(path / "weights.safetensors")
+        sat_weights = path / "sat_weights.safetensors"
+        self.sat_weights = load_file(sat_weights) if sat_weights.exists() else None
+        self.special = [self.config[k] for k in ("bos_token_id", "gmask_token_id", "mask_token_id")]
+
+    def model(self, **overrides):
+        model = glm.build_model({**self.config, **overrides})
+        ignored = [n for n in self.weights if any(fnmatch.fnmatch(n, p) for p in glm.IGNORED_WEIGHTS)]
+        missing, unexpected = model.load_state_dict(self.weights, strict=False)
+        assert sorted(unexpected) == sorted(ignored) and all("prefix_encoder" in n for n in missing)
+        return model.eval()
+
+    def rows(self, name):
+        """The case's rows without their pads, each with the place of its first token in the padded row."""
+        ids = self.io[f"{name}.input_ids"]
+        mask = self.io.get(f"{name}.attention_mask", torch.ones_like(ids)).bool()
+        return [(row[keep], int(keep.int().argmax())) for row, keep in zip(ids, mask, strict=True)]
+
+    def batch(self, name):
+        """One stream of the case's rows, without their pads."""
+        rows = [row for row, _ in self.rows(name)]
+        ids, lengths = torch.cat(rows), torch.tensor([0] + [len(row) for row in rows])
+        placed = [glm.glm_positions(row, *self.special) for row in rows]
+        cu_seqlens = lengths.cumsum(0).int()
+        images = self.io.get(f"{name}.images")
+        batch = {
+            "input_ids": ids, "cu_seqlens": cu_seqlens, "max_len": int(lengths.max()), "pixel_values": images,
+            "position_ids": torch.from_numpy(np.concatenate([p for p, _ in placed], 1)),
+            "prefix_lens": torch.tensor([n for _, n in placed]),
+        }  # fmt: skip
+        if images is not None:
+            first = cu_seqlens[:-1, None].long() + self.cases[name]["pre_image_length"]
+            batch["image_positions"] = first + torch.arange(self.config["image_length"])
+        if f"{name}.labels" in self.io:
+            labels = self.io[f"{name}.labels"]
+            batch["targets"] = torch.cat((labels[:, 1:], torch.full_like(labels[:, :1], -100)), 1).flatten()
+        return batch
+
+
+_variants = {}
+
+
+@pytest.fixture
+def variant(visualglm_variant):
+    if visualglm_variant not in _variants:
+        _variants[visualglm_variant] = Variant(visualglm_variant)
+    return _variants[visualglm_variant]
+
+
+def close(a, b, atol=1e-5):
+    torch.testing.assert_close(a.float(), b.float(), atol=atol, rtol=0)
+
+
+IMAGE_CASES = ["image", "image2", "image_batch"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", IMAGE_CASES)
+def test_golden_vision(variant, case):
+    model, io = variant.model(), variant.io
+    images = io[f"{case}.images"]
+    N = len(images)
+    vit, _ = model.image_encoder.vit(images)
+    close(vit.unflatten(0, (N, -1)), io[f"{case}.vit_output"])
+    close(model.image_encoder.qformer(vit, N).unflatten(0, (N, -1)), io[f"{case}.qformer_output"])
+    close(model.encode_images(images), io[f"{case}.glm_proj_output"])
+
+
+LOGIT_CASES = [*IMAGE_CASES, "text", "text_answer", "mask_token", "mask_and_gmask"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", LOGIT_CASES)
+def test_golden_logits(variant, case):
+    model, io, batch = variant.model(), variant.io, variant.batch(case)
+    seen = []
+    hooks = [b.register_forward_pre_hook(lambda _m, args: seen.append(args[0])) for b in model.blocks]
+    keys = {}
+    rotated = model.context(batch)
+    q = model.blocks[0].input_layernorm(model.embed(batch))
+    attention = model.blocks[0].attention
+    qkv = attention.query_key_value(q).unflatten(-1, (attention.num_heads, 3, -1)).unbind(2)
+    keys["key"] = torch.cat([glm.rotary(h, rotated.cos[i], rotated.sin[i]) for i, h in enumerate(qkv[1].chunk(2, -1))], -1)
+    keys["value"] = qkv[2]
+    x = model.hidden(batch)
+    for hook in hooks:
+        hook.remove()
+    logits, S = model.logits(x), len(io[f"{case}.input_ids"])
+    close(logits.unflatten(0, (S, -1)), io[f"{case}.logits"])
+    if f"{case}.position_ids" in io:
+        assert torch.equal(batch["position_ids"].unflatten(1, (S, -1)).transpose(0, 1), io[f"{case}.position_ids"])
+    if f"{case}.attention_mask_4d_true_is_blocked" in io:
+        i = torch.arange(len(x) // S)
+        blocked = [(i > i[:, None]) & (i >= n) for n in batch["prefix_lens"]]
+        assert torch.equal(torch.stack(blocked)[:, None], io[f"{case}.attention_mask_4d_true_is_blocked"])
+    if f"{case}.hidden_states" in io:
+        last = model.transformer.final_layernorm(x)
+        close(torch.stack([h.unflatten(0, (S, -1)) for h in (*seen, last)]), io[f"{case}.hidden_states"])
+    if f"{case}.kv_layer0_key" in io:
+        for kind, value in keys.items():
+            close(value[:, None], io[f"{case}.kv_layer0_{kind}"])
+    if f"{case}.logits_exact_inv_freq" in io:
+        exact = variant.model(exact_inv_freq=True)
+        close(exact.logits(exact.hidden(batch)), io[f"{case}.logits_exact_inv_freq"][0])
+        close(exact.logits(exact.hidden(batch)), variant.sat_io[f"sat.{case}.logits"][0])
+
+
+@torch.no_grad()
+def test_golden_long_text(variant):
+    """Positions past 200, where rounded and exact frequencies part."""
+    batch = variant.batch("long_text")
+    for exact, name in ((False, "logits_last8"), (True, "logits_last8_exact_inv_freq")):
+        model = variant.model(exact_inv_freq=exact)
+        close(model.logits(model.hidden(batch)[-8:]), variant.io[f"long_text.{name}"][0])
+
+
+@torch.no_grad()
+def test_golden_left_padded_rows_are_their_rows(variant):
+    batch, io = variant.batch("leftpad"), variant.io
+    for exact, expected in ((False, io["leftpad.logits"]), (True, variant.sat_io["sat.leftpad.logits"])):
+        model = variant.model(exact_inv_freq=exact)
+        logits = model.logits(model.hidden(batch)).split(batch["cu_seqlens"].diff().tolist())
+        positions = batch["position_ids"].split(batch["cu_seqlens"].diff().tolist(), dim=1)
+        for i, (_, first) in enumerate(variant.rows("leftpad")):
+            close(logits[i], expected[i, first:])
+            assert torch.equal(positions[i], io["leftpad.position_ids"][i, :, first:])
+            if not exact:
+                close(logits[i], io[f"leftpad.logits_single_{i}"][0])
+
+
+def mean_loss(model, batch):
+    loss_sum, row_losses = model(batch)
+    return loss_sum / len(row_losses)
+
+
+def check_norms(expected: dict, grads: dict):
+    assert expected
+    for name, norm in expected.items():
+        ours = float(grads[name].norm()) if grads.get(name) is not None else 0.0
+        assert abs(ours - norm) <= 1e-4 * norm + 2e-6, (name, ours, norm)
+
+
+def test_golden_loss_and_gradients(variant):
+    model, batch, case = variant.model(), variant.batch("train"), variant.cases["train"]
+    close(model.logits(model.hidden(batch)).unflatten(0, (len(variant.io["train.labels"]), -1)), variant.io["train.logits"])
+    loss = mean_loss(model, batch)
+    assert abs(float(loss) - case["loss_value"]) < 1e-5
+    loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters()}
+    assert set(case["grad_norms"]) <= set(grads)
+    check_norms(case["grad_norms"], grads)
+    full = {n.removeprefix("train.grad."): g for n, g in variant.io.items() if n.startswith("train.grad.")}
+    assert full
+    for name, grad in full.items():
+        close(grads[name], grad, 1e-4 * float(grad.abs().max()) + 1e-7)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["hf_ptuning", "hf_ptuning_proj"])
+def test_golden_ptuning_of_hf(variant, case):
+    options = {k: variant.cases[case][k] for k in ("pre_seq_len", "prefix_projection")}
+    model = variant.model(**options)
+    prefix = {n.removeprefix(f"{case}."): t for n, t in variant.io.items() if n.startswith(f"{case}.transformer.")}
+    assert prefix.keys() == {n for n in dict(model.named_parameters()) if fnmatch.fnmatch(n, glm.PREFIX_TUNING)}
+    model.load_state_dict(prefix, strict=False)
+    close(model.logits(model.hidden(variant.batch(case))), variant.io[f"{case}.logits"][0])
+
+
+def test_golden_ptuning_of_sat(variant):
+    golden = variant.sat["ptuning"]
+    model = variant.model(pre_seq_len=golden["pre_seq_len"], exact_inv_freq=True)
+    names = [f"mixins.ptuning.prefix.{i}" for i in range(len(model.blocks))]
+    with torch.no_grad():  # (layers, 2, H, P, D) -> (P, layers * 2 * H * D)
+        prefix = torch.stack([variant.sat_io[f"ptuning.{n}"] for n in names])
+        model.transformer.prefix_encoder.embedding.weight.copy_(prefix.permute(3, 0, 1, 2, 4).flatten(1))
+    batch = variant.batch("train")
+    logits = model.logits(model.hidden(batch))
+    close(logits.unflatten(0, (len(variant.io["train.labels"]), -1)), variant.sat_io["ptuning.train_logits"])
+    loss = mean_loss(model, batch)
+    assert abs(float(loss) - golden["loss"]) < 1e-5
+    loss.backward()
+    grad = model.transformer.prefix_encoder.embedding.weight.grad.unflatten(1, (len(model.blocks), -1))
+    check_norms(golden["grad_norms"], {name: grad[:, i] for i, name in enumerate(names)})
+
+
+def test_golden_sat_names(variant):
+    """Names and row order of SAT's file, there and back bit for bit."""
+    heads, names = variant.config["num_attention_heads"], variant.sat["name_map_sat_to_hf"]
+    ours = dict(variant.model().named_parameters())
+    assert {glm.sat_name(n): n for n in ours} == names
+    assert {n for n in ours if not torch.equal(glm.repack_qkv(n, ours[n], heads, to_sat=True), ours[n])} == set(variant.sat["qkv_permuted"])
+    for name, tensor in ours.items():
+        sat = glm.repack_qkv(name, tensor, heads, to_sat=True)
+        assert torch.equal(glm.repack_qkv(name, sat, heads, to_sat=False), tensor)
+        if variant.sat_weights is not None:
+            assert torch.equal(sat, variant.sat_weights[glm.sat_name(name)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files beside the variants
+
+
+@pytest.fixture
+def root(goldens):
+    if not (goldens / "visualglm").is_dir():
+        pytest.fail(f"no visualglm below {goldens}", pytrace=False)
+    return goldens / "visualglm"
+
+
+def test_golden_published_names_and_shapes(root):
+    table = json.loads((root / "param_table.json").read_text())
+    with torch.device("meta"):
+        model = glm.build_model(glm.PRESETS["visualglm-6b"])
+    ours = {name: list(p.shape) for name, p in model.named_parameters()}
+    kinds = {kind: {n: t["shape"] for n, t in table["tensors"].items() if t["kind"] == kind} for kind in ("parameter", "buffer")}
+    assert ours == kinds["parameter"] and model.state_dict().keys() == ours.keys()
+    assert sum(math.prod(shape) for shape in ours.values()) == table["total_parameters"]
+    assert len(table["tensors"]) == 1039
+    frequencies = list(glm.inverse_frequencies(model.config.head_dim).shape)
+    for name, shape in kinds["buffer"].items():
+        assert any(fnmatch.fnmatch(name, p) for p in glm.IGNORED_WEIGHTS) and shape == frequencies
+    for name in ours:
+        assert glm.sat_name(name) == table["tensors"][name]["sat_name"]
+
+
+def test_golden_rotary_tables(root):
+    g = load_file(root / "rotary_real.safetensors")
+    head_dim = 4 * len(g["inv_freq_exact"])
+    for exact, suffix, inv_freq in ((True, "exact", "inv_freq_exact"), (False, "fp32_half_rounded_inv_freq", "inv_freq_half")):
+        ours = glm.inverse_frequencies(head_dim, exact)
+        close(ours, g[inv_freq], 1e-7)
+        angles = g["positions"][:, None].float() * ours  # the original writes each angle twice
+        close(angles.cos().repeat(1, 2), g[f"cos_{suffix}"], 2e-4 if exact else 1e-6)
+        close(angles.sin().repeat(1, 2), g[f"sin_{suffix}"], 2e-4 if exact else 1e-6)
+
+
+def test_golden_image_preprocessing(root):
+    expected = json.loads((root / "image_golden.json").read_text())["images"]
+    tensors = load_file(root / "image_golden.safetensors")
+    assert expected
+    for name, e in expected.items():
+        resized = tensors[f"{name}.resized_uint8_hwc"]
+        with Image.open(root / e["file"]) as image:
+            ours = glm.resize_image(image, len(resized))
+            pixels = glm.preprocess_image(image, len(resized))
+        assert np.array_equal(ours, resized.numpy())
+        assert hashlib.sha256(ours.tobytes()).hexdigest() == e["sha256_resized"]
+        close(pixels[:, ::16, ::16], tensors[f"{name}.normalized_every_16th"], 1e-6)
+        if f"{name}.normalized" in tensors:
+            close(pixels, tensors[f"{name}.normalized"], 1e-6)
+        assert abs(float(pixels.double().abs().sum()) - e["abs_sum"]) < 1e-6 * e["abs_sum"]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizers_dir):
+    if tokenizers_dir is None or not (tokenizers_dir / "chatglm-6b/ice_text.model").exists():
+        pytest.skip("needs the published chatglm-6b/ice_text.model: pass --tokenizers DIR")
+    return glm.GLMTokenizer(tokenizers_dir / "chatglm-6b")
+
+
+@pytest.fixture
+def tokenizer_golden(root):
+    return json.loads((root / "tokenizer_golden.json").read_text())
+
+
+def test_golden_tokenizer_strings(tokenizer, tokenizer_golden):
+    g, tk = tokenizer_golden, tokenizer
+    assert tk.vocab_size == g["vocab_size"]
+    ids = [g[f"{t}_token_id"] for t in ("unk", "pad", "bos", "eos", "mask", "gmask")]
+    assert [tk.unk, tk.pad, tk.sop, tk.eop, tk.mask, tk.gmask] == ids
+    assert {i: tk.pieces[int(i)] for i in g["special_by_id"]} == g["special_by_id"]
+    for s in g["strings"]:
+        assert tk.encode(s["text"]) == s["ids"], s["text"]
+        assert [tk.pieces[i] for i in s["ids"]] == s["tokens"]
+        assert tk.decode(s["ids"]) == s["decoded"], s["text"]
+        if "sp_only_ids" in s:
+            assert tk.encode_plain(s["text"]) == s["sp_only_ids"], s["text"]
+    for case in g["decode_cases"]:
+        assert tk.decode(case["ids"]) == case["decoded"]
+        assert tk.decode(case["ids"], skip_special=True) == case["decoded_skip_special"]
+    for token in map(int, g["beyond_vocab"]):  # deviation: left out, not an error
+        assert tk.decode([token]) == ""
+
+
+def test_golden_left_padded_batch(tokenizer, tokenizer_golden):
+    batch = tokenizer_golden["batch_leftpad"]
+    for ids, mask, positions in zip(batch["input_ids"], batch["attention_mask"], batch["position_ids"], strict=True):
+        row = np.array(ids)[np.array(mask, bool)]
+        ours, _ = glm.glm_positions(row, tokenizer.sop, tokenizer.gmask, tokenizer.mask)
+        assert ours.tolist() == np.array(positions)[:, -len(row) :].tolist()
+
+
+def test_golden_prompts_and_responses(tokenizer, tokenizer_golden):
+    for case in tokenizer_golden["chat"]:
+        history = [tuple(turn) for turn in case["history"]]
+        language = "en" if "english" in case["name"] else "zh"
+        Q = case.get("input_ids_hf", case["input_ids_sat"]).count(tokenizer.pad if "input_ids_hf" not in case else tokenizer.unk)
+        assert bool(Q) == case["image"]
+        text = glm.context_text(case["query"], history, language)
+        assert ("<img></img>" if Q else "") + text == case["prompt"]
+        if "input_ids_hf" in case:
+            assert glm.chat_prompt(tokenizer, case["query"], history, Q, language) == case["input_ids_hf"]
+        assert glm.chat_prompt(tokenizer, case["query"], history, Q, language, tokenizer.pad) == case["input_ids_sat"]
+        assert glm.context_ids(tokenizer, text, Q, 0)[1] == ([case["pre_image"]] if Q else [])
+        if "context_length" in case:
+            positions, context = glm.glm_positions(case["input_ids_hf"], tokenizer.sop, tokenizer.gmask, tokenizer.mask)
+            assert (context, positions[0, -1]) == (case["context_length"], case["mask_position"])
+    for case in tokenizer_golden["process_response"]:
+        assert glm.clean_response(case["in"]) == case["out"]
+
+
+def test_golden_finetuning_rows(tokenizer, tokenizer_golden):
+    for setting in tokenizer_golden["finetune"]:
+        limits = setting["max_source_length"], setting["max_target_length"]
+        for row in setting["rows"]:
+            text = glm.context_text(row["prompt"])
+            context, starts = glm.context_ids(tokenizer, text, setting["image_length"], tokenizer.pad)
+            ids, labels = glm.training_ids(tokenizer, context, row["label"], *limits)
+            pads = sum(limits) - len(ids)
+            ignored = -100 if setting["ignore_pad_token_for_loss"] else tokenizer.pad
+            assert ids + [tokenizer.pad] * pads == row["input_ids"]
+            assert labels + [ignored] * pads == row["labels"]
+            assert starts == [row["pre_image"]]
