@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import model_visualglm as glm
+from generate import generate, penalise_repetition, sampling_probs
 
 
 class Variant:
@@ -216,6 +217,101 @@ def test_golden_sat_names(variant):
         assert torch.equal(glm.repack_qkv(name, sat, heads, to_sat=False), tensor)
         if variant.sat_weights is not None:
             assert torch.equal(sat, variant.sat_weights[glm.sat_name(name)])
+
+
+def requests_of(variant, case):
+    """The case's rows as requests."""
+    requests, images = [], variant.io.get(f"{case}.images", variant.io.get(f"{case.removesuffix('_rp12')}.images"))
+    start = variant.cases[case.removesuffix("_rp12")].get("pre_image_length")
+    for i, (row, _) in enumerate(variant.rows(case)):
+        positions, context = glm.glm_positions(row, *variant.special)
+        requests.append({
+            "input_ids": row.numpy(), "position_ids": positions, "prefix_len": context, "seen": row.tolist(),
+            "image_starts": [] if images is None else [start], "pixel_values": [] if images is None else [images[i]],
+        })  # fmt: skip
+    return requests
+
+
+@pytest.mark.parametrize("case", ["generate_image", "generate_image_rp12", "generate_text", "generate_leftpad"])
+def test_golden_greedy(variant, case):
+    model, eos, requests = variant.model(), variant.config["eos_token_id"], requests_of(variant, case)
+    expected = [row[: row.index(eos) + 1] if eos in row else row for row in variant.cases[case]["new_tokens"]]
+    options = {"repetition_penalty": 1.2 if case.endswith("_rp12") else 1.0}
+    steps = variant.io[f"{case}.scores"].shape[1]
+    assert generate(model, requests, steps, [[eos]], **options) == expected
+    for request, row in zip(requests, expected, strict=True):
+        assert generate(model, [request], steps, [[eos]], **options) == [row]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["generate_image", "generate_leftpad"])
+def test_golden_scores_of_every_step(variant, case):
+    """Decoding with the cache gives the logits of the whole text at once."""
+    model, eos, scores = variant.model(), variant.config["eos_token_id"], variant.io[f"{case}.scores"]
+    seen = [[] for _ in scores]
+    forward = model.forward
+
+    def watch(batch, output="loss"):
+        logits = forward(batch, output)
+        for row, i in zip(logits, batch["cache"].active, strict=True):
+            seen[i].append(row)
+        return logits
+
+    model.forward = watch
+    generate(model, requests_of(variant, case), scores.shape[1], [[eos]])
+    for i, rows in enumerate(seen):
+        close(torch.stack(rows), scores[i, : len(rows)])
+
+
+@torch.no_grad()
+def test_generation_with_ptuning_equals_the_whole_text_at_once(visualglm_variant):
+    variant = Variant(visualglm_variant)
+    model, requests = variant.model(pre_seq_len=3), requests_of(variant, "generate_leftpad")
+    model.transformer.prefix_encoder.embedding.weight.normal_(generator=torch.Generator().manual_seed(0))
+    answers = generate(model, requests, 6, [])
+    plain = generate(variant.model(), requests, 6, [])
+    assert answers != plain
+    for request, answer in zip(requests, answers, strict=True):
+        ids = torch.tensor([*request["input_ids"], *answer])
+        positions, context = glm.glm_positions(ids, *variant.special)
+        batch = {"input_ids": ids, "position_ids": torch.from_numpy(positions), "prefix_lens": torch.tensor([context]),
+                 "cu_seqlens": torch.tensor([0, len(ids)], dtype=torch.int32), "max_len": len(ids)}  # fmt: skip
+        best = model.logits(model.hidden(batch)).argmax(-1)
+        assert best[len(request["input_ids"]) - 1 : -1].tolist() == answer
+
+
+def test_golden_sampling_of_hf(variant):
+    io = variant.io
+    logits, ids = io["sampling_hf.logits"][0], io["sampling_hf.input_ids"][0].tolist()
+    row = penalise_repetition(logits, ids, 1.2)
+    row[variant.config["eos_token_id"]] = float("-inf")
+    expected = io["sampling_hf.after_processors"][0]
+    finite = expected > torch.finfo(torch.float32).min
+    close(row[finite], expected[finite])
+    close(sampling_probs(row[None], temperature=0.8, top_k=100, top_p=0.4), io["sampling_hf.after_warpers_probs"])
+
+
+SAT_DEFAULTS = {"temperature": 0.95, "top_k": 30, "top_p": 0.7}  # of its chat function
+
+
+def test_golden_sampling_of_sat(variant):
+    io = variant.sat_io
+    logits = variant.io["sampling_hf.logits"][0]
+    close(sampling_probs(logits[None], **SAT_DEFAULTS), io["sat.sampling.probs"])
+    answer = io["sat.sampling_rp.tokens"][0].tolist()[len(variant.io["sampling_hf.input_ids"][0]) :]
+    row = penalise_repetition(logits, answer, 1.2, always_divide=True)
+    close(sampling_probs(row[None], **SAT_DEFAULTS), io["sat.sampling_rp.probs"])
+
+
+def test_answers_are_not_shorter_than_asked(variant):
+    model, requests = variant.model(), requests_of(variant, "generate_leftpad")
+    stop = [[t] for t in {row[0] for row in variant.cases["generate_leftpad"]["new_tokens"]}]  # every one stops at once
+    shortest = min(len(r["input_ids"]) for r in requests)
+    assert [len(a) for a in generate(model, requests, 5, stop)] == [1] * len(requests)
+    answers = generate(model, requests, 12, stop, min_length=shortest + 8)
+    lengths = [len(a) + len(r["input_ids"]) for a, r in zip(answers, requests, strict=True)]
+    assert min(lengths) > shortest + 8 or max(map(len, answers)) == 12
+    assert all(n >= shortest + 8 for n in lengths)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
