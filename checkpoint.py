@@ -11,6 +11,7 @@ Formats: https://huggingface.co/docs/safetensors#format, https://pytorch.org/doc
 """
 
 import contextlib
+import fnmatch
 import json
 import math
 import os
@@ -72,8 +73,10 @@ def read_json(path, what: str) -> dict:
         raise ValueError(f"{path.parent} has no {path.name}; {what}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}:{e.lineno}: not valid JSON ({e.msg}); fetch or write it again") from None
     except ValueError as e:
-        raise ValueError(f"{path} is not valid JSON ({e}); fetch or write it again") from None
+        raise ValueError(f"{path} is not text ({e}); fetch or write it again") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object; fetch or write it again")
     return value
@@ -136,6 +139,11 @@ class Weights:
     def __iter__(self):
         return iter(self._entries)  # in file order, so that each .bin shard is opened once
 
+    def leave_out(self, patterns) -> None:
+        for name in [n for n in self._entries if any(fnmatch.fnmatch(n, pattern) for pattern in patterns)]:
+            del self._entries[name]
+        self.names = set(self._entries)
+
     def shape(self, name: str) -> torch.Size:
         return self._entries[name][1]
 
@@ -190,8 +198,11 @@ class Weights:
         return self._shard[1]
 
 
-def open_weights(directory) -> Weights:
-    return Weights(directory)
+def open_weights(directory, ignore=()) -> Weights:
+    """`ignore`: fnmatch patterns of names to leave out (what a model's files hold but its code recomputes)."""
+    weights = Weights(directory)
+    weights.leave_out(ignore)
+    return weights
 
 
 def _safetensors_entries(path: Path) -> dict:

@@ -7,6 +7,7 @@ A batch is ragged, never padded: the prompts are one packed stream in the prefil
 one token a step. So a batch gives what its requests give alone. Sampling follows transformers' order: repetition
 penalty, minimal length, temperature, top-k, top-p; each request draws from its own generator.
 """
+
 import argparse
 import importlib
 import json
@@ -44,7 +45,9 @@ class KVCache:
         sequence has before its own (P-tuning).
         """
         if layer not in self.buffers:
-            self.buffers[layer] = [(k.new_empty(n, *k.shape[1:]), v.new_empty(n, *v.shape[1:])) for n in self.capacities]
+            self.buffers[layer] = [
+                (k.new_empty(n, *k.shape[1:]), v.new_empty(n, *v.shape[1:])) for n in self.capacities
+            ]
         bounds, keys, values = cu_seqlens.tolist(), [], []
         for s, i in enumerate(self.active):
             old, new = self.lengths[i], self.lengths[i] + bounds[s + 1] - bounds[s]
@@ -52,7 +55,7 @@ class KVCache:
                 buffer[old:new] = x[bounds[s] : bounds[s + 1]]
                 out.append(buffer[:new])
             if tuned is not None:
-                keys[-1], values[-1] = (torch.cat((p.to(x.dtype), x)) for p, x in zip(tuned, (keys[-1], values[-1]), strict=True))
+                keys[-1], values[-1] = (torch.cat((t.to(k.dtype), x)) for t, x in zip(tuned, (keys[-1], values[-1]), strict=True))
         if tuned is not None and prefix_lens is not None:
             prefix_lens = prefix_lens + tuned.shape[1]
         cu_seqlens_k = torch.tensor([0, *(len(x) for x in keys)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -68,8 +71,8 @@ class KVCache:
 
 
 def sampling_probs(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """logits (B, V) -> probabilities (B, V). top_k 0 and top_p 1 keep all; top_p keeps the smallest set of most probable
-    tokens whose total before each member is below top_p, and at least one."""
+    """logits (B, V) -> probabilities (B, V). top_k 0 and top_p 1 keep all; top_p keeps the smallest set of most
+    probable tokens whose total before each member is below top_p, and at least one."""
     logits = logits.float() / temperature
     if top_k > 0:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
@@ -84,8 +87,9 @@ def sampling_probs(logits: Tensor, temperature: float, top_k: int, top_p: float)
 
 
 def penalise_repetition(logits: Tensor, seen: list[int], penalty: float, always_divide: bool = False) -> Tensor:
-    """logits (V,): those of tokens seen before are divided by the penalty where positive, else multiplied (arXiv:1909.05858).
-    always_divide: negative ones too, which makes them likelier, as SwissArmyTransformer does."""
+    """logits (V,): those of tokens seen before are divided by the penalty where positive, else multiplied
+    (arXiv:1909.05858). always_divide: negative ones too, which makes them likelier, as SwissArmyTransformer does.
+    """
     index = torch.tensor(sorted(set(seen)), dtype=torch.int64, device=logits.device)
     values = logits[index]
     values = torch.where((values > 0) | always_divide, values / penalty, values * penalty)
@@ -94,9 +98,18 @@ def penalise_repetition(logits: Tensor, seen: list[int], penalty: float, always_
 
 @torch.no_grad()
 def generate(
-    model: nn.Module, requests: list[dict], max_new_tokens: int, stop_words: list[list[int]],
-    temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, repetition_penalty: float = 1.0, seed: int = 0,
-    on_token: Callable[[int, int], None] | None = None, min_length: int = 0, penalty_rule: str = "hf",
+    model: nn.Module,
+    requests: list[dict],
+    max_new_tokens: int,
+    stop_words: list[list[int]],
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    on_token: Callable[[int, int], None] | None = None,
+    min_length: int = 0,
+    penalty_rule: str = "hf",
 ) -> list[list[int]]:
     """New token ids of each request, a stop word included as it came.
 
@@ -119,7 +132,8 @@ def generate(
     # a picture's slots are no tokens of the text
     in_slots = [{i for s in r["image_starts"] for i in range(s, s + Q)} for r in requests]
     seen = [[t for i, t in enumerate(p) if i not in slots] for p, slots in zip(prompts, in_slots, strict=True)]
-    seen = [list(map(int, r.get("seen", s))) if penalty_rule == "hf" else [] for r, s in zip(requests, seen, strict=True)]
+    seen = [list(map(int, r.get("seen", s))) for r, s in zip(requests, seen, strict=True)]
+    seen = seen if penalty_rule == "hf" else [[] for _ in seen]
     position_step = getattr(model, "position_step", 1)
     positions = batch["position_ids"][..., batch["cu_seqlens"][1:].long() - 1]  # (S,) or (n, S): of each last token
     while True:
@@ -173,7 +187,8 @@ def load_model(
     with torch.device("meta"):
         model = module.build_model(config)
     model = model.to(dtype).to_empty(device=device)
-    checkpoint.load_into(dict(model.named_parameters()), checkpoint.open_weights(directory))
+    weights = checkpoint.open_weights(directory, getattr(module, "IGNORED_WEIGHTS", ()))
+    checkpoint.load_into(dict(model.named_parameters()), weights)
     if lora_path is not None:
         lora.load_adapter(model, lora_path)
     return model.eval()
@@ -189,10 +204,16 @@ def read_requests(args) -> list[data.Conversation]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     add = parser.add_argument
     add("--model", default="qwen_vl", help="whose samples/tiny_* to use if no checkpoint is named")
-    add("--model_name_or_path", default=None, help="checkpoint directory; default: the adapter's base, else the tiny model")
+    add(
+        "--model_name_or_path",
+        default=None,
+        help="checkpoint directory; default: the adapter's base, else the tiny model",
+    )
     add("--lora_path", default=None, help="adapter directory, applied without merging")
     add("--image", action="append", default=[], help="picture file; may be repeated")
     add("--prompt", default=None)
@@ -214,8 +235,16 @@ def main() -> int:
     add("--dtype", default="float32", choices=DTYPES)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.top_k < 0 or args.repetition_penalty <= 0 or args.max_new_tokens < 1:
-        raise ValueError("expected temperature >= 0, 0 < top_p <= 1, top_k >= 0, repetition_penalty > 0, max_new_tokens >= 1")
+    if (
+        args.temperature < 0
+        or not 0 < args.top_p <= 1
+        or args.top_k < 0
+        or args.repetition_penalty <= 0
+        or args.max_new_tokens < 1
+    ):
+        raise ValueError(
+            "expected temperature >= 0, 0 < top_p <= 1, top_k >= 0, repetition_penalty > 0, max_new_tokens >= 1"
+        )
 
     directory = data.model_directory(args.model, base_of(args.model_name_or_path, args.lora_path))
     processor = data.load_processor(directory, args.stage)

@@ -505,14 +505,14 @@ def build_model(config: dict) -> VisualGLM:
 
 # Parameters of each part, for the start-up table: the first pattern that matches
 PARTS = {
-    "adapter": "image_encoder.[qg]*",  # Q-Former and glm_proj
+    "q-former": "image_encoder.[qg]*",  # Q-Former and glm_proj
     "vision": "image_encoder.*",
     "embedding": "transformer.word_embeddings.*",
     "prefix": "transformer.prefix_encoder.*",
     "language model": "transformer.*",
     "head": "lm_head.*",
 }
-IMAGE_PARTS = ["adapter", "vision"]
+IMAGE_PARTS = ["q-former", "vision"]
 PRETRAIN_FREEZE = ["transformer.*", "lm_head.*"]  # stage "pretrain"
 IGNORED_WEIGHTS = ["transformer.layers.*.attention.rotary_emb.inv_freq"]  # in published files; the original ignores them too
 PREFIX_TUNING = "transformer.prefix_encoder.*"  # what P-tuning trains
@@ -559,7 +559,7 @@ def forward_flops(config: VisualGLMConfig, tokens: int, supervised: int, images:
         "language model": tokens * c.num_layers * (block + 4 * C * segment_length / 2),
         "head": 2.0 * supervised * C * c.vocab_size,
         "vision": images * (v.num_layers * vision_block + 2 * 3 * v.patch_size**2 * W * (P - 1)),
-        "adapter": images * float(adapter),
+        "q-former": images * float(adapter),
     }
 
 
@@ -977,7 +977,8 @@ class VisualGLMProcessor:
         try:
             context, starts = self.context(conversation, self.rounds(conversation), self.tokenizer.unk)
             ids = [*context, self.tokenizer.gmask, self.tokenizer.sop]
-            return self.sample(ids, [IGNORE_INDEX] * len(ids), starts, conversation, False)
+            # HF's repetition penalty counts every id of the prompt, the slots' <unk> too
+            return {**self.sample(ids, [IGNORE_INDEX] * len(ids), starts, conversation, False), "seen": ids}
         except ValueError as e:
             raise ValueError(f"{conversation.where}: {e}") from None
 

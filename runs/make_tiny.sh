@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Makes samples/tiny_qwen_vl from nothing but samples/ (about 20 minutes on two cores), and prints its accuracy on the
+# validation questions of the tasks that it was trained on. The Chinese flags are held out for the LoRA example.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PYTHONPATH=. OMP_NUM_THREADS=2
+python runs/make_tiny_qwen_vl.py init runs/out/init
+python train.py runs/tiny_qwen_vl.json
+python runs/make_tiny_qwen_vl.py round runs/out/trained samples/tiny_qwen_vl
+python evaluate.py --model_name_or_path samples/tiny_qwen_vl --image_root samples \
+    --data_files samples/pretrain/vqa_val_en.jsonl --data_files samples/pretrain/vqa_val_zh.jsonl
