@@ -22,6 +22,7 @@ import checkpoint
 import data
 import lora
 from kernels.attention import attention
+from quantize import BITS, quantize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -234,6 +235,7 @@ def main() -> int:
     add("--batch_size", type=int, default=8)
     add("--dtype", default="float32", choices=DTYPES)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--quantize", default=None, choices=BITS, help="weights of the language model's blocks in 8 or 4 bits")
     args = parser.parse_args()
     if (
         args.temperature < 0
@@ -249,7 +251,12 @@ def main() -> int:
     directory = data.model_directory(args.model, base_of(args.model_name_or_path, args.lora_path))
     processor = data.load_processor(directory, args.stage)
     conversations = read_requests(args)
-    model = load_model(directory, DTYPES[args.dtype], args.device, args.lora_path)
+    # quantised on the CPU, so that the device never holds the whole weights
+    model = load_model(directory, DTYPES[args.dtype], "cpu" if args.quantize else args.device, args.lora_path)
+    if args.quantize:
+        probe = importlib.import_module(type(model).__module__).probe_batch(processor)
+        print(f"{quantize(model, args.quantize, probe)} (against {args.dtype})", file=sys.stderr)
+        model.to(args.device)
     stop_words = processor.stop_words + [processor.tokenizer.encode(text) for text in args.stop]
 
     streaming = len(conversations) == 1 and args.output is None

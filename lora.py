@@ -170,9 +170,9 @@ def save_adapter(
     for name in module_names:
         module = model.get_submodule(name)
         if module.rank != rank:  # an adapter from PEFT, trained further, may vary by module
-            rank_pattern[name] = module.rank
+            rank_pattern["^" + name] = module.rank  # PEFT would take a name for the end of a longer one
         if not math.isclose(module.scaling * module.rank, alpha):
-            alpha_pattern[name] = module.scaling * module.rank
+            alpha_pattern["^" + name] = module.scaling * module.rank
     owners = sorted({name.rpartition(".")[0] for name in extra_trained})
     owners = [name for name in owners if not list(model.get_submodule(name).children())]
     names = [f"{name}.lora_{side}.weight" for name in module_names for side in "AB"]
@@ -184,9 +184,12 @@ def save_adapter(
             state[PREFIX + name] = tensor.detach().contiguous()
     if not write:
         return
+    targets, others = list(module_names), {n for n, m in model.named_modules() if type(m) is nn.Linear}
+    if any(other.endswith("." + name) for other in others for name in targets):  # so a list would name those too
+        targets = "|".join(map(re.escape, targets))
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_name), "r": rank,
-        "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": list(module_names), "bias": "none",
+        "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": targets, "bias": "none",
         "fan_in_fan_out": False, "modules_to_save": owners or None, "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern, "inference_mode": True,
     }  # fmt: skip

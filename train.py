@@ -761,7 +761,9 @@ def dry_run(cfg: Config, config: dict, module, plan, world_size: int) -> str:
         model = module.build_model(with_prefix(config, module, cfg))
     if cfg.lora:
         lora.inject(
-            model, cfg.lora_target_modules or module.LORA_TARGETS, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, lora_parts(model, module, cfg))
+            model, cfg.lora_target_modules or module.LORA_TARGETS, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout,
+            lora_parts(model, module, cfg),
+        )  # fmt: skip
     choose_trainable(model, module, cfg)
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

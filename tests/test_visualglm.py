@@ -9,10 +9,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+import checkpoint
+import convert_sat
+import lora
+import merge
 import model_visualglm as glm
 from generate import generate, penalise_repetition, sampling_probs
+from quantize import quantize
 
 
 class Variant:
@@ -167,7 +172,7 @@ def test_golden_loss_and_gradients(variant):
     model, batch, case = variant.model(), variant.batch("train"), variant.cases["train"]
     close(model.logits(model.hidden(batch)).unflatten(0, (len(variant.io["train.labels"]), -1)), variant.io["train.logits"])
     loss = mean_loss(model, batch)
-    assert abs(float(loss) - case["loss_value"]) < 1e-5
+    assert abs(loss.item() - case["loss_value"]) < 1e-5
     loss.backward()
     grads = {n: p.grad for n, p in model.named_parameters()}
     assert set(case["grad_norms"]) <= set(grads)
@@ -200,7 +205,7 @@ def test_golden_ptuning_of_sat(variant):
     logits = model.logits(model.hidden(batch))
     close(logits.unflatten(0, (len(variant.io["train.labels"]), -1)), variant.sat_io["ptuning.train_logits"])
     loss = mean_loss(model, batch)
-    assert abs(float(loss) - golden["loss"]) < 1e-5
+    assert abs(loss.item() - golden["loss"]) < 1e-5
     loss.backward()
     grad = model.transformer.prefix_encoder.embedding.weight.grad.unflatten(1, (len(model.blocks), -1))
     check_norms(golden["grad_norms"], {name: grad[:, i] for i, name in enumerate(names)})
@@ -312,6 +317,151 @@ def test_answers_are_not_shorter_than_asked(variant):
     lengths = [len(a) + len(r["input_ids"]) for a, r in zip(answers, requests, strict=True)]
     assert min(lengths) > shortest + 8 or max(map(len, answers)) == 12
     assert all(n >= shortest + 8 for n in lengths)
+
+
+def sat_parts(layer: int, tensors: dict, heads: int, of=lambda t: t) -> dict:
+    """One layer's LoRA tensors (or their gradients) under SAT's names: q, k, v apart."""
+    out, prefix = {}, f"transformer.layers.{layer}.attention."
+    for module in ("query_key_value", "dense"):
+        A, B = (of(tensors[f"{prefix}{module}.lora_{side}.weight"]) for side in "AB")
+        parts = 3 if module == "query_key_value" else 1
+        blocks = B.unflatten(1, (parts, -1)).unflatten(0, (heads if parts == 3 else 1, parts, -1))
+        for j in range(parts):
+            out[f"{prefix}{module}.matrix_A.{j}"] = A.chunk(parts)[j]
+            out[f"{prefix}{module}.matrix_B.{j}"] = blocks[:, j, :, j]  # a view: (groups, D, r)
+    return out
+
+
+@pytest.fixture
+def official_lora(variant):
+    """A model with SAT's adapter in it: layers by list, an A and a B for each of q, k, v."""
+    golden, model, heads = variant.sat["lora"], variant.model(exact_inv_freq=True), variant.config["num_attention_heads"]
+    layers = "|".join(map(str, golden["layer_range"]))
+    targets = [rf"transformer\.layers\.({layers})\.attention\.{m}" for m in ("query_key_value", "dense")]
+    names = lora.inject(model, targets, golden["rank"], golden["lora_alpha"], 0.0, glm.lora_parts(model.config))
+    assert len(names) == 2 * len(golden["layer_range"])
+    for name, p in model.named_parameters():
+        p.requires_grad_(".lora_" in name)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for layer in golden["layer_range"]:
+            for name, view in sat_parts(layer, parameters, heads).items():
+                view.copy_(variant.sat_io[f"lora.{name}"].view_as(view))
+    return model, names
+
+
+def test_golden_lora_of_sat(variant, official_lora):
+    golden, heads = variant.sat["lora"], variant.config["num_attention_heads"]
+    model, names = official_lora
+    assert all(model.get_submodule(n).scaling == golden["scaling"] for n in names)
+    batch = variant.batch("train")
+    logits = model.logits(model.hidden(batch)).unflatten(0, (len(variant.io["train.labels"]), -1))
+    close(logits, variant.sat_io["lora.train_logits"])
+    loss = mean_loss(model, batch)
+    assert abs(loss.item() - golden["loss"]) < 1e-5
+    loss.backward()
+    parameters, grads = dict(model.named_parameters()), {}
+    for layer in golden["layer_range"]:
+        grads |= sat_parts(layer, parameters, heads, of=lambda p: p.grad)
+    grads = {n: g.reshape(-1, g.shape[-1]) for n, g in grads.items()}
+    assert {n: list(g.shape) for n, g in grads.items()} == golden["trainable"]
+    check_norms(golden["grad_norms"], grads)
+    trained = sum(p.numel() for n, p in parameters.items() if p.grad is not None)
+    counted = sum((p.grad != 0).sum().item() for p in parameters.values() if p.grad is not None)
+    assert counted <= sum(g.numel() for g in grads.values()) < trained  # nothing flows between the parts
+
+
+def write_checkpoint(directory, variant, config=None):
+    directory.mkdir()
+    checkpoint.write_json(directory / "config.json", config or {**variant.config, "model_type": "chatglm"})
+    checkpoint.save_weights(directory, variant.weights.items())
+    return directory
+
+
+def test_golden_lora_file_merges_into_packed_rows(variant, official_lora, tmp_path):
+    """Saved as an ordinary adapter, read back, folded: the rows of SAT's merged weights, also in SAT's own file."""
+    golden, heads = variant.sat["lora"], variant.config["num_attention_heads"]
+    model, names = official_lora
+    parameters = dict(model.named_parameters())
+    lora.save_adapter(
+        tmp_path, model, "base", golden["rank"], golden["lora_alpha"], 0.0, names, [], lambda n: parameters[n].detach()
+    )
+    config, tensors = lora.read_adapter(tmp_path)
+    scalings, extra = lora.adapter_updates(config, tensors, {n: p.shape for n, p in variant.model().named_parameters()})
+    assert sorted(scalings) == sorted(names) and not extra
+    base = write_checkpoint(tmp_path / "base", variant)
+    weights, merged = checkpoint.open_weights(base), tmp_path / "merged"
+    merged.mkdir()
+    checkpoint.save_weights(merged, ((n, merge.merged_tensor(n, weights, scalings, tensors, None)) for n in weights))
+    checkpoint.write_json(merged / "config.json", checkpoint.read_config(base))
+    convert_sat.main(["export", str(merged), str(tmp_path / "sat"), "--qkv", "split"])
+    state = torch.load(tmp_path / "sat" / "1" / "mp_rank_00_model_states.pt", weights_only=True)["module"]
+    expected = {n.removeprefix("lora.merged."): t for n, t in variant.sat_io.items() if n.startswith("lora.merged.")}
+    assert expected
+    for name, tensor in expected.items():
+        close(state[name], tensor, 3e-6)
+    again = variant.model(exact_inv_freq=True)
+    lora.inject(again, [r"transformer\.layers\.\d+\.attention\.query_key_value"], 1, 1, 0.0)
+    with pytest.raises(ValueError, match="lora_rank"):
+        lora.load_adapter(again, tmp_path)
+    loaded = variant.model(exact_inv_freq=True)
+    lora.load_adapter(loaded, tmp_path)
+    batch = variant.batch("train")
+    close(loaded.logits(loaded.hidden(batch)), model.logits(model.hidden(batch)), 1e-6)
+    mixed = {lora.PREFIX + n: t + 1 for n, t in tensors.items()}  # an ordinary adapter can't go on as a split one
+    save_file(mixed, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="lora_split"):
+        lora.load_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize("qkv", ["split", "per_head"])
+def test_golden_sat_checkpoints_there_and_back(variant, tmp_path, qkv):
+    """Ours -> SAT -> ours, bit for bit and with the same configuration; SAT's own file gives SAT's logits."""
+    config = {**variant.config, "model_type": "chatglm"}
+    base = write_checkpoint(tmp_path / "base", variant)
+    convert_sat.main(["export", str(base), str(tmp_path / "sat"), "--qkv", qkv])
+    convert_sat.main(["import", str(tmp_path / "sat"), str(tmp_path / "again"), "--qkv", qkv])
+    again = checkpoint.open_weights(tmp_path / "again")
+    kept = {n for n in variant.weights if not n.endswith("inv_freq")}
+    assert again.names == kept and all(torch.equal(again.read(n), variant.weights[n]) for n in kept)
+    back = glm.VisualGLMConfig.from_dict(checkpoint.read_config(tmp_path / "again"))
+    before = glm.VisualGLMConfig.from_dict(config)
+    assert {**vars(back), "raw": None} == {**vars(before), "raw": None}
+    state = torch.load(tmp_path / "sat" / "1" / "mp_rank_00_model_states.pt", weights_only=True)["module"]
+    if variant.sat_weights is not None and qkv == "split":
+        assert state.keys() - variant.sat_weights.keys() <= set(convert_sat.LEFT_OUT)
+        assert all(torch.equal(state[n], t) for n, t in variant.sat_weights.items() if n not in convert_sat.LEFT_OUT)
+    wrong = {"split": "per_head", "per_head": "split"}[qkv]
+    convert_sat.main(["import", str(tmp_path / "sat"), str(tmp_path / "wrong"), "--qkv", wrong])
+    name = "transformer.layers.0.attention.query_key_value.weight"
+    assert not torch.equal(checkpoint.open_weights(tmp_path / "wrong").read(name), variant.weights[name])
+    with pytest.raises(ValueError, match="exists"):
+        convert_sat.main(["export", str(base), str(tmp_path / "sat"), "--qkv", qkv])
+    del state["lm_head.weight" if "lm_head.weight" in state else "mixins.chatglm-final.lm_head.weight"]
+    torch.save({"module": state}, tmp_path / "sat" / "1" / "mp_rank_00_model_states.pt")
+    with pytest.raises(ValueError, match="missing mixins.chatglm-final.lm_head.weight"):
+        convert_sat.main(["import", str(tmp_path / "sat"), str(tmp_path / "third"), "--qkv", qkv])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind, limit", [("int8", 0.01), ("int4", 0.2)])
+def test_golden_weights_quantised_close_to_fp32(variant, kind, limit):
+    batch, exact, model = variant.batch("image"), variant.io["image.logits"][0], variant.model()
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.startswith("transformer.layers.")}
+    report = quantize(model, kind, batch)
+    logits = model.logits(model.hidden(batch))
+    error = float((logits - exact).norm() / exact.norm())
+    assert 0 < error < limit and f"{len(linears)} linear layers" in report
+    for name, linear in linears.items():  # no weight is further off than half a step, up to the scale's fp16 rounding
+        top = 2 ** (int(kind[3:]) - 1) - 1
+        step = linear.weight.abs().amax(1, keepdim=True) / top
+        new = model.get_submodule(name)
+        assert ((new.weight(torch.float32) - linear.weight).abs() <= step * (0.5 + top / 1024)).all()
+        assert new.q.numel() * 8 // new.bits == linear.weight.numel()
+    with pytest.raises(ValueError, match="merge"):
+        adapted = variant.model()
+        lora.inject(adapted, glm.LORA_TARGETS, 2, 2, 0.0)
+        quantize(adapted, kind)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
