@@ -4,9 +4,9 @@
     python convert_sat.py export merged merged-sat --qkv split
 
 A SAT directory holds `latest`, model_config.json and `1/mp_rank_00_model_states.pt`. The rows of the language model's
-query_key_value are [all q | all k | all v] (`--qkv split`, SAT >= 0.4, the download since July 2023) or per head q, k, v
-(`--qkv per_head`, SAT 0.3 and the first download); nothing in a file says which, and the wrong one gives nonsense.
-Memory: the checkpoint once.
+query_key_value are [all q | all k | all v] (`--qkv split`, SAT >= 0.4, the download since July 2023) or per head
+q, k, v (`--qkv per_head`, SAT 0.3 and the first download); nothing in a file says which, and the wrong one gives
+nonsense. Memory: the checkpoint once.
 """
 
 import argparse
@@ -21,8 +21,9 @@ import model_visualglm as glm
 
 # in SAT's files, but recomputed or unused: rotary frequencies, and 0.3's position table
 LEFT_OUT = ("mixins.chatglm-attn.rotary_emb.inv_freq", "transformer.position_embeddings.weight")
-SAME_KEYS = ["hidden_size", "num_layers", "num_attention_heads", "inner_hidden_size", "vocab_size", "max_sequence_length",
-             "image_length", "bos_token_id", "mask_token_id", "gmask_token_id", "pad_token_id"]  # fmt: skip
+SAME_KEYS = ["hidden_size", "num_layers", "num_attention_heads", "inner_hidden_size", "vocab_size",
+             "max_sequence_length", "image_length", "bos_token_id", "mask_token_id", "gmask_token_id",
+             "pad_token_id"]  # fmt: skip
 RENAMED = {"eva_config": "eva_args", "qformer_config": "qformer_args"}
 
 
@@ -54,7 +55,10 @@ def import_sat(source: Path, target: Path, split_qkv: bool, tokenizer: Path | No
     if problems:
         raise ValueError(f"{path} does not fit model_config.json: {'; '.join(problems[:8])} ({len(problems)} in all)")
     heads = config["num_attention_heads"]
-    tensors = ((name, glm.repack_qkv(name, state[n], heads, to_sat=False) if split_qkv else state[n]) for n, name in names.items())
+    tensors = (
+        (name, glm.repack_qkv(name, state[n], heads, to_sat=False) if split_qkv else state[n])
+        for n, name in names.items()
+    )
     config["torch_dtype"] = str(state["transformer.word_embeddings.weight"].dtype).removeprefix("torch.")
     with checkpoint.atomic_dir(target) as directory:
         checkpoint.save_weights(directory, tensors)
@@ -74,7 +78,9 @@ def export_sat(source: Path, target: Path, split_qkv: bool) -> None:
     state = {}
     for name in weights:
         tensor = weights.read(name)
-        state[glm.sat_name(name)] = glm.repack_qkv(name, tensor, c.num_attention_heads, to_sat=True) if split_qkv else tensor
+        state[glm.sat_name(name)] = (
+            glm.repack_qkv(name, tensor, c.num_attention_heads, to_sat=True) if split_qkv else tensor
+        )
     state[LEFT_OUT[0]] = glm.inverse_frequencies(c.head_dim, exact=True)
     sat_config = {k: config[k] for k in (*SAME_KEYS, "layernorm_epsilon", "eos_token_id") if k in config}
     sat_config |= {theirs: config[ours] for ours, theirs in RENAMED.items()}
@@ -93,8 +99,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("direction", choices=["import", "export"])
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path, help="directory to write; must not exist yet")
-    parser.add_argument("--qkv", choices=["split", "per_head"], required=True, help="row order of the SAT side, see above")
-    parser.add_argument("--tokenizer", type=Path, help="import: directory with ice_text.model, which SAT keeps elsewhere")
+    parser.add_argument(
+        "--qkv", choices=["split", "per_head"], required=True, help="row order of the SAT side, see above"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, help="import: directory with ice_text.model, which SAT keeps elsewhere"
+    )
     args = parser.parse_args(argv)
     if args.target.exists():
         raise ValueError(f"{args.target} exists; choose another directory")

@@ -747,8 +747,8 @@ def load_sample(
 def collate(samples: list[dict], bad=(), num_image_tokens: int = 0) -> dict:
     """Samples -> one stream of T tokens and S segments. No sample: a segment of one token that predicts nothing.
 
-    A model with other positions than 0, 1, 2, ... gives a sample's `position_ids`, (T,) or (n, T); one whose first tokens
-    are seen by the whole segment gives their number, `prefix_len`.
+    A model with other positions than 0, 1, 2, ... gives a sample's `position_ids`, (T,) or (n, T); one whose first
+    tokens are seen by the whole segment gives their number, `prefix_len`.
     """
     if not samples:
         token = {"input_ids": np.zeros(1, np.int32), "labels": np.full(1, IGNORE), "image_starts": [], "images": []}
@@ -771,7 +771,7 @@ def collate(samples: list[dict], bad=(), num_image_tokens: int = 0) -> dict:
     batch = {
         "input_ids": joined([sample["input_ids"] for sample in samples]),
         "targets": joined(targets),
-        "position_ids": joined([s.get("position_ids", np.arange(n)) for s, n in zip(samples, lengths, strict=True)], -1),
+        "position_ids": joined([s.get("position_ids", np.arange(len(s["input_ids"]))) for s in samples], -1),
         "cu_seqlens": torch.from_numpy(starts.astype(np.int32)),
         "max_len": max(lengths),
         "pixel_values": None,

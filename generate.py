@@ -56,7 +56,8 @@ class KVCache:
                 buffer[old:new] = x[bounds[s] : bounds[s + 1]]
                 out.append(buffer[:new])
             if tuned is not None:
-                keys[-1], values[-1] = (torch.cat((t.to(k.dtype), x)) for t, x in zip(tuned, (keys[-1], values[-1]), strict=True))
+                for t, x in zip(tuned, (keys, values), strict=True):
+                    x[-1] = torch.cat((t.to(x[-1].dtype), x[-1]))
         if tuned is not None and prefix_lens is not None:
             prefix_lens = prefix_lens + tuned.shape[1]
         cu_seqlens_k = torch.tensor([0, *(len(x) for x in keys)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -115,8 +116,8 @@ def generate(
     """New token ids of each request, a stop word included as it came.
 
     A request: input_ids (T,), image_starts (positions of the pictures' first slots), pixel_values (list of (3, H, W)),
-    and what data.collate takes besides. temperature 0 is greedy. A sequence ends where all its ids, prompt included, end
-    with one of `stop_words`; those of one token can't come before min_length ids, prompt included.
+    and what data.collate takes besides. temperature 0 is greedy. A sequence ends where all its ids, prompt included,
+    end with one of `stop_words`; those of one token can't come before min_length ids, prompt included.
     penalty_rule: whose repetition penalty. "hf": of the prompt's tokens (`seen`, by default those outside pictures) and
     the answer's; "sat": of the answer's alone, always divided.
     `on_token(request, token)` sees each token as it comes.
@@ -228,7 +229,8 @@ def main() -> int:
     add("--top_k", type=int, default=0, help="0: off")
     add("--top_p", type=float, default=1.0, help="1: off")
     add("--repetition_penalty", type=float, default=1.0)
-    add("--penalty_rule", default="hf", choices=("hf", "sat"), help="hf: prompt and answer; sat: answer only, always divided")
+    rules = "whose repetition penalty; hf: prompt and answer; sat: answer only, always divided"
+    add("--penalty_rule", default="hf", choices=("hf", "sat"), help=rules)
     add("--min_length", type=int, default=0, help="tokens, the prompt's included, before the answer may end")
     add("--stop", action="append", default=[], help="stop at this text too; may be repeated")
     add("--seed", type=int, default=0)

@@ -302,7 +302,7 @@ def load_adapter(model: nn.Module, directory, copy=lambda param, full: param.cop
         if parts is not None:
             blocks = tensor.unflatten(1, (parts[1], -1)).unflatten(0, (*parts, -1))
             if any(blocks[:, i, :, j].any() for i in range(parts[1]) for j in range(parts[1]) if i != j):
-                raise ValueError(f"{directory}: {name} mixes the parts of a packed weight; train it with lora_split=false")
+                raise ValueError(f"{directory}: {name} mixes parts of a packed weight; use lora_split=false")
         if not params[name].is_meta:
             copy(params[name], tensor)
     return list(scalings)

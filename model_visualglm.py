@@ -3,11 +3,12 @@
     python train.py --model visualglm --lora
     python generate.py --model visualglm --image picture.png --prompt "这张图片里有什么？"
 
-Text has no batch dimension: a micro-batch is one stream of T tokens, cut into segments (samples) by `cu_seqlens`. Of each
-segment the context (up to and without `<sop>`) is seen by every token, the answer is causal. Numerics follow the
+Text has no batch dimension: a micro-batch is one stream of T tokens, cut into segments (samples) by `cu_seqlens`. Of
+each segment the context (up to and without `<sop>`) is seen by every token, the answer is causal. Numerics follow the
 Hugging Face code of THUDM/visualglm-6b and, where they differ, SwissArmyTransformer (SAT) by an option; where this
 file differs on purpose, it says so. Parameter names are those of the Hugging Face checkpoint.
 """
+
 import hashlib
 import json
 import math
@@ -66,7 +67,8 @@ class QFormerConfig:
 
 @dataclass
 class VisualGLMConfig:
-    """The fields of the published config.json that change what is computed; other fields of the file are kept and ignored."""
+    """The fields of the published config.json that change what is computed; other fields of the file are kept and
+    ignored."""
 
     hidden_size: int
     num_layers: int
@@ -81,7 +83,7 @@ class VisualGLMConfig:
     mask_token_id: int = 130000
     gmask_token_id: int = 130001
     pad_token_id: int = 3
-    # The Hugging Face code rounds the rotary frequencies to half precision whatever dtype follows, SAT >= 0.4.4 does not
+    # HF rounds the rotary frequencies to half precision, whatever dtype follows; SAT >= 0.4.4 does not
     exact_inv_freq: bool = False
     prompt_language: str = "zh"  # zh: 问/答, as the Hugging Face code always does; en: Q/A, SAT's English mode
     pre_seq_len: int | None = None  # P-tuning: keys and values in front of every segment, in each layer
@@ -123,17 +125,36 @@ class VisualGLMConfig:
         c = cls(eva_config=vision, qformer_config=qformer, raw=raw, **pick(cls, raw, "the file"))
         width, height = vision.image_size
         for ok, message in (
-            (c.hidden_size % (4 * c.num_attention_heads) == 0,
-             f"num_attention_heads={c.num_attention_heads} must divide hidden_size={c.hidden_size} into heads of a multiple of 4"),
+            (
+                c.hidden_size % (4 * c.num_attention_heads) == 0,
+                f"num_attention_heads={c.num_attention_heads} must cut hidden_size={c.hidden_size} by 4s",
+            ),
             (width == height, f"eva_config.image_size={vision.image_size} must be square"),
-            (width % vision.patch_size == 0, f"eva_config.patch_size={vision.patch_size} does not divide image_size={width}"),
-            (vision.hidden_size % vision.num_attention_heads == 0, "eva_config: num_attention_heads does not divide hidden_size"),
-            (qformer.hidden_size % qformer.num_attention_heads == 0, "qformer_config: num_attention_heads does not divide hidden_size"),
-            (len(qformer.is_decoder) == qformer.num_layers, f"qformer_config.is_decoder must have {qformer.num_layers} entries"),
-            (raw.get("image_length", qformer.vocab_size) == qformer.vocab_size,
-             f"image_length={raw.get('image_length')} must be qformer_config.vocab_size={qformer.vocab_size}"),
+            (
+                width % vision.patch_size == 0,
+                f"eva_config.patch_size={vision.patch_size} does not divide image_size={width}",
+            ),
+            (
+                vision.hidden_size % vision.num_attention_heads == 0,
+                "eva_config: num_attention_heads does not divide hidden_size",
+            ),
+            (
+                qformer.hidden_size % qformer.num_attention_heads == 0,
+                "qformer_config: num_attention_heads does not divide hidden_size",
+            ),
+            (
+                len(qformer.is_decoder) == qformer.num_layers,
+                f"qformer_config.is_decoder must have {qformer.num_layers} entries",
+            ),
+            (
+                raw.get("image_length", qformer.vocab_size) == qformer.vocab_size,
+                f"image_length={raw.get('image_length')} must be qformer_config.vocab_size={qformer.vocab_size}",
+            ),
             (raw.get("position_encoding_2d", True), "position_encoding_2d=false is not supported; VisualGLM has true"),
-            (c.prompt_language in TEMPLATES, f"prompt_language={c.prompt_language!r}; expected one of {', '.join(TEMPLATES)}"),
+            (
+                c.prompt_language in TEMPLATES,
+                f"prompt_language={c.prompt_language!r}; expected one of {', '.join(TEMPLATES)}",
+            ),
         ):
             if not ok:
                 raise ValueError(f"config.json: {message}")
@@ -145,16 +166,19 @@ PRESETS = {
         "architectures": ["ChatGLMModel"], "model_type": "chatglm", "hidden_size": 4096, "inner_hidden_size": 16384,
         "num_layers": 28, "num_attention_heads": 32, "vocab_size": 130528, "layernorm_epsilon": 1e-5,
         "max_sequence_length": 2048, "position_encoding_2d": True, "use_cache": True, "torch_dtype": "float16",
-        "bos_token_id": 130004, "eos_token_id": 130005, "mask_token_id": 130000, "gmask_token_id": 130001, "pad_token_id": 3,
+        "bos_token_id": 130004, "eos_token_id": 130005, "mask_token_id": 130000, "gmask_token_id": 130001,
+        "pad_token_id": 3,
         "image_length": 32,
         "eva_config": {
             "num_layers": 39, "hidden_size": 1408, "num_attention_heads": 16, "vocab_size": 1, "layernorm_order": "pre",
-            "model_parallel_size": 1, "max_sequence_length": 257, "inner_hidden_size": 6144, "use_final_layernorm": False,
+            "model_parallel_size": 1, "max_sequence_length": 257, "inner_hidden_size": 6144,
+            "use_final_layernorm": False,
             "layernorm_epsilon": 1e-6, "image_size": [224, 224], "pre_len": 1, "post_len": 0, "in_channels": 3,
             "num_classes": 0, "patch_size": 14,
         },
         "qformer_config": {
-            "num_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "vocab_size": 32, "layernorm_order": "post",
+            "num_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "vocab_size": 32,
+            "layernorm_order": "post",
             "model_parallel_size": 1, "max_sequence_length": 0, "is_decoder": [True, False] * 6,
             "cross_attn_hidden_size": 1408, "layernorm_epsilon": 1e-12,
         },
@@ -188,7 +212,9 @@ def inverse_frequencies(head_dim: int, exact: bool = False, device=None) -> Tens
 
 def prepend_to_segments(prefix: Tensor, x: Tensor, cu_seqlens: Tensor) -> Tensor:
     """prefix (P, H, D) in front of each segment of x (T, H, D)."""
-    return torch.cat([part for segment in x.split(cu_seqlens.diff().tolist()) for part in (prefix.to(x.dtype), segment)])
+    return torch.cat(
+        [part for segment in x.split(cu_seqlens.diff().tolist()) for part in (prefix.to(x.dtype), segment)]
+    )
 
 
 class Attention(nn.Module):
@@ -202,18 +228,27 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         q, k, v = self.query_key_value(x).unflatten(-1, (self.num_heads, 3, -1)).unbind(2)  # 3 x (T, H, D)
-        q, k = (torch.cat([rotary(half, ctx.cos[i], ctx.sin[i]) for i, half in enumerate(t.chunk(2, -1))], -1) for t in (q, k))
+        q, k = (
+            torch.cat([rotary(half, ctx.cos[i], ctx.sin[i]) for i, half in enumerate(t.chunk(2, -1))], -1)
+            for t in (q, k)
+        )
         # HF divides the scores by layer + 1 and multiplies them again (fp16 range): nothing is left of that
         tuned = None if ctx.tuned is None else ctx.tuned[self.layer]
         if ctx.cache is not None:
             o = ctx.cache.attend(self.layer, q, k, v, ctx.cu_seqlens, ctx.max_len, ctx.prefix_lens, tuned)
         elif tuned is None:
-            o = attention(q, k, v, ctx.cu_seqlens, ctx.cu_seqlens, ctx.max_len, causal=True, prefix_lens=ctx.prefix_lens)
+            o = attention(
+                q, k, v, ctx.cu_seqlens, ctx.cu_seqlens, ctx.max_len, causal=True, prefix_lens=ctx.prefix_lens
+            )
         else:  # queries stand at the end of their keys
             P = tuned.shape[1]
             k, v = (prepend_to_segments(p, t, ctx.cu_seqlens) for p, t in zip(tuned, (k, v), strict=True))
             cu_seqlens_k = ctx.cu_seqlens + P * torch.arange(len(ctx.cu_seqlens), dtype=torch.int32)
-            prefix_lens = P + (ctx.prefix_lens if ctx.prefix_lens is not None else torch.zeros(len(cu_seqlens_k) - 1, dtype=torch.int64))
+            prefix_lens = P + (
+                ctx.prefix_lens
+                if ctx.prefix_lens is not None
+                else torch.zeros(len(cu_seqlens_k) - 1, dtype=torch.int64)
+            )
             o = attention(q, k, v, ctx.cu_seqlens, cu_seqlens_k, ctx.max_len + P, causal=True, prefix_lens=prefix_lens)
         return self.dense(o.flatten(1))
 
@@ -247,7 +282,8 @@ class Block(nn.Module):
 
 
 class PrefixEncoder(nn.Module):
-    """P-tuning: the keys and values that every layer sees before a segment's own. Deviation: without HF's dropout of 0.1."""
+    """P-tuning: the keys and values that every layer sees before a segment's own. Deviation: without HF's dropout of
+    0.1."""
 
     def __init__(self, config: VisualGLMConfig):
         super().__init__()
@@ -323,7 +359,10 @@ class ViT(nn.Module):
         """(N, 3, H, W) -> (N*P, W), P"""
         proj, t = self.mixins["patch_embedding"].proj, self.transformer
         x = proj(pixel_values.to(proj.weight.dtype)).flatten(2).transpose(1, 2)  # (N, P-1, W)
-        x = torch.cat((t.word_embeddings.weight.to(x.dtype).expand(len(x), 1, -1), x), dim=1) + t.position_embeddings.weight
+        x = (
+            torch.cat((t.word_embeddings.weight.to(x.dtype).expand(len(x), 1, -1), x), dim=1)
+            + t.position_embeddings.weight
+        )
         N, P, _ = x.shape
         x, cu_seqlens = x.flatten(0, 1), even_segments(N, P)
         for block in t.layers:
@@ -433,7 +472,8 @@ class VisualGLM(nn.Module):
     def embed(self, batch: dict) -> Tensor:
         """Word embeddings (T, C), those of the picture slots replaced by features, in the order of the slots.
 
-        More pictures than slots: the others (a blank one, so that every rank of a sharded run enters the tower) count nothing.
+        More pictures than slots: the others (a blank one, so that every rank of a sharded run enters the tower) count
+        nothing.
         """
         x = self.transformer.word_embeddings(batch["input_ids"])
         features = batch.get("image_features")
@@ -457,7 +497,13 @@ class VisualGLM(nn.Module):
         angles = positions[..., None].float() * inv_freq  # (2, T, D/4)
         tuned = self.transformer.prefix_encoder() if c.pre_seq_len else None
         return Context(
-            batch["cu_seqlens"], batch["max_len"], batch.get("prefix_lens"), angles.cos(), angles.sin(), tuned, batch.get("cache")
+            batch["cu_seqlens"],
+            batch["max_len"],
+            batch.get("prefix_lens"),
+            angles.cos(),
+            angles.sin(),
+            tuned,
+            batch.get("cache"),
         )
 
     def hidden(self, batch: dict) -> Tensor:
@@ -475,8 +521,8 @@ class VisualGLM(nn.Module):
         return self.lm_head(self.transformer.final_layernorm(x[rows]), batch["targets"][rows])
 
     def forward(self, batch: dict, output: str = "loss"):
-        """The one entrance of a sharded model. `output`: "loss" as head(); "logits" (S, V) of each segment's last position;
-        "features" (N, Q, C) of the pictures."""
+        """The one entrance of a sharded model. `output`: "loss" as head(); "logits" (S, V) of each segment's last
+        position; "features" (N, Q, C) of the pictures."""
         if output == "features":
             return self.encode_images(batch["pixel_values"])
         x = self.hidden(batch)
@@ -485,7 +531,8 @@ class VisualGLM(nn.Module):
         return self.head(x, batch)
 
     def init_weights(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
-        """Fills one full-size parameter for training from scratch: normal, output layers of the blocks smaller by depth."""
+        """Fills one full-size parameter for training from scratch: normal, output layers of the blocks smaller by
+        depth."""
         c = self.config
         if name.endswith("bias"):
             tensor.zero_()
@@ -514,7 +561,8 @@ PARTS = {
 }
 IMAGE_PARTS = ["q-former", "vision"]
 PRETRAIN_FREEZE = ["transformer.*", "lm_head.*"]  # stage "pretrain"
-IGNORED_WEIGHTS = ["transformer.layers.*.attention.rotary_emb.inv_freq"]  # in published files; the original ignores them too
+# In published files; the original ignores them too
+IGNORED_WEIGHTS = ["transformer.layers.*.attention.rotary_emb.inv_freq"]
 PREFIX_TUNING = "transformer.prefix_encoder.*"  # what P-tuning trains
 # The official targets, in the language model only
 LORA_TARGETS = [r"transformer\.layers\.\d+\.attention\.query_key_value", r"transformer\.layers\.\d+\.attention\.dense"]
@@ -541,13 +589,16 @@ TP_PLAN = {
 
 
 def lora_parts(config: VisualGLMConfig) -> dict[str, tuple[int, int]]:
-    """Packed weights that SAT's LoRA adapts in parts, each with an A and a B of its own: {name pattern: (rows are so many
-    groups, each of so many parts)}: per head q, k, v."""
+    """Packed weights that SAT's LoRA adapts in parts, each with an A and a B of its own: {name pattern: (rows are so
+    many groups, each of so many parts)}: per head q, k, v."""
     return {r"transformer\.layers\.\d+\.attention\.query_key_value": (config.num_attention_heads, 3)}
 
 
-def forward_flops(config: VisualGLMConfig, tokens: int, supervised: int, images: int, segment_length: float) -> dict[str, float]:
-    """FLOPs of one forward pass by part (a multiply-add counts two): tokens in the stream, supervised tokens, pictures."""
+def forward_flops(
+    config: VisualGLMConfig, tokens: int, supervised: int, images: int, segment_length: float
+) -> dict[str, float]:
+    """FLOPs of one forward pass by part (a multiply-add counts two): tokens in the stream, supervised tokens,
+    pictures."""
     c, v, q = config, config.eva_config, config.qformer_config
     C, W, P, E, Q = c.hidden_size, v.hidden_size, v.num_tokens, q.hidden_size, q.vocab_size
     block = 2 * (4 * C * C + 2 * C * c.inner_hidden_size)
@@ -575,7 +626,8 @@ def sat_name(name: str) -> str:
 
 
 def repack_qkv(name: str, tensor: Tensor, num_heads: int, to_sat: bool) -> Tensor:
-    """Rows of the language model's query_key_value: per head q, k, v <-> [all q | all k | all v]. Others as they are."""
+    """Rows of the language model's query_key_value: per head q, k, v <-> [all q | all k | all v]. Others as they
+    are."""
     if not re.fullmatch(r"transformer\.layers\.\d+\.attention\.query_key_value\.(weight|bias)", name):
         return tensor
     order = (num_heads, 3) if to_sat else (3, num_heads)
@@ -719,7 +771,9 @@ class GLMTokenizer:
         )
         self.vocab_size = len(pieces)
         # a name with a raw blank is never found in normalised text: only ordinary pieces are
-        vocab = [(piece if kind in (NORMAL, UNUSED) else f" {i}", score) for i, (piece, score, kind) in enumerate(pieces)]
+        vocab = [
+            (piece if kind in (NORMAL, UNUSED) else f" {i}", score) for i, (piece, score, kind) in enumerate(pieces)
+        ]
         self.unigram = Tokenizer(models.Unigram(vocab, self.unk))
         user = sorted((p for p, _, kind in pieces if kind == USER_DEFINED), key=len, reverse=True)
         self.user_defined = re.compile("(" + "|".join(map(re.escape, user)) + ")")
@@ -754,7 +808,8 @@ class GLMTokenizer:
             i += found[0]
 
     def encode_plain(self, text: str) -> list[int]:
-        """Without special tokens: line ends, tabs and runs of blanks have pieces of their own, unknown characters are bytes."""
+        """Without special tokens: line ends, tabs and runs of blanks have pieces of their own, unknown characters are
+        bytes."""
         text = text.replace("\n", NEWLINE).replace("\t", TAB)
         for n in range(80, 1, -1):
             text = text.replace(" " * n, f"<|blank_{n}|>")
@@ -849,7 +904,8 @@ def context_text(query: str, history: list[tuple[str, str]] = (), language: str 
 
 
 def context_ids(tokenizer: GLMTokenizer, text: str, num_image_tokens: int, slot: int) -> tuple[list[int], list[int]]:
-    """-> ids of `<img>`, the picture's slots, `</img>` and the text; [index of the first slot]. num_image_tokens 0: no picture.
+    """-> ids of `<img>`, the picture's slots, `</img>` and the text; [index of the first slot]. num_image_tokens 0:
+    no picture.
 
     The tags are plain text to the tokenizer. No slot's id reaches an embedding: HF writes <unk> there, SAT <pad>.
     """
@@ -860,16 +916,23 @@ def context_ids(tokenizer: GLMTokenizer, text: str, num_image_tokens: int, slot:
 
 
 def chat_prompt(
-    tokenizer: GLMTokenizer, query: str, history: list[tuple[str, str]] = (), num_image_tokens: int = 0,
-    language: str = "zh", slot: int | None = None,
+    tokenizer: GLMTokenizer,
+    query: str,
+    history: list[tuple[str, str]] = (),
+    num_image_tokens: int = 0,
+    language: str = "zh",
+    slot: int | None = None,
 ) -> list[int]:
-    """Ids of a chat up to where the answer begins; a picture stands in front of the first round, whatever round it is."""
+    """Ids of a chat up to where the answer begins; a picture stands in front of the first round, whatever round it
+    is."""
     slot = tokenizer.unk if slot is None else slot
     ids, _ = context_ids(tokenizer, context_text(query, history, language), num_image_tokens, slot)
     return [*ids, tokenizer.gmask, tokenizer.sop]
 
 
-def training_ids(tokenizer: GLMTokenizer, context: list[int], answer: str, max_source=None, max_target=None) -> tuple[list, list]:
+def training_ids(
+    tokenizer: GLMTokenizer, context: list[int], answer: str, max_source=None, max_target=None
+) -> tuple[list, list]:
     """Ids and UNSHIFTED labels of one sample as the official finetune_visualglm.py makes them: `<sop>`, the answer and
     `<eop>` are supervised. max_source and max_target cut the context and the answer, each with its special tokens."""
     tk = tokenizer
@@ -881,7 +944,8 @@ def training_ids(tokenizer: GLMTokenizer, context: list[int], answer: str, max_s
 
 
 def clean_response(text: str) -> str:
-    """The original's finish of an answer: Chinese punctuation, which the tokenizer's normalisation had made half-width."""
+    """The original's finish of an answer: Chinese punctuation, which the tokenizer's normalisation had made
+    half-width."""
     text = text.strip().replace("[[训练时间]]", "2023年")
     for half, full in ((",", "，"), ("!", "！"), (":", "："), (";", "；"), (r"\?", "？")):
         text = re.sub(rf"([\u4e00-\u9fff]){half}", rf"\1{full}", text)
@@ -894,7 +958,8 @@ def is_chinese(text: str) -> bool:
 
 
 class VisualGLMProcessor:
-    """Conversations and pictures -> what the model takes. `stage` "pretrain" puts nothing but the picture before a caption."""
+    """Conversations and pictures -> what the model takes. `stage` "pretrain" puts nothing but the picture before a
+    caption."""
 
     def __init__(self, config: VisualGLMConfig, tokenizer: GLMTokenizer, stage: str = "sft"):
         ids = {"<sop>": config.bos_token_id, "<eop>": config.eos_token_id, "[MASK]": config.mask_token_id,
@@ -902,10 +967,13 @@ class VisualGLMProcessor:
         for token, expected in ids.items():
             if tokenizer.ids[token] != expected:
                 raise ValueError(
-                    f"tokenizer and config.json do not belong together: {token} is token {tokenizer.ids[token]}, config.json says {expected}"
+                    f"tokenizer and config.json do not belong together: {token} is token {tokenizer.ids[token]}, "
+                    f"config.json says {expected}"
                 )
         if tokenizer.vocab_size > config.vocab_size:
-            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, config.json's vocab_size is {config.vocab_size}")
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, config.json's vocab_size is {config.vocab_size}"
+            )
         self.config, self.tokenizer, self.stage = config, tokenizer, stage
         self.image_size, self.num_image_tokens = config.eva_config.image_size[0], config.num_image_tokens
         self.eos = tokenizer.eop
@@ -913,7 +981,8 @@ class VisualGLMProcessor:
 
     def fingerprint(self) -> str:
         """Changes whenever the same conversation could get other ids."""
-        return f"visualglm-1-{self.stage}-{self.config.prompt_language}-{self.num_image_tokens}-{self.tokenizer.fingerprint}"
+        language, slots = self.config.prompt_language, self.num_image_tokens
+        return f"visualglm-1-{self.stage}-{language}-{slots}-{self.tokenizer.fingerprint}"
 
     # same as model_qwen_vl.QwenVLProcessor.load_image
     def load_image(self, path: str | Path) -> Tensor:
@@ -929,14 +998,16 @@ class VisualGLMProcessor:
             raise ValueError(f"{path}: not a readable picture ({e}); replace the file or remove its records") from None
 
     def rounds(self, conversation) -> list[tuple[str, str | None]]:
-        """(question, answer) pairs without the picture's tag; the last answer may be missing. A system text is left out:
-        the format has no place for one. ValueError for more than one picture or one that is not at the front."""
+        """(question, answer) pairs without the picture's tag; the last answer may be missing. A system text is left
+        out: the format has no place for one. ValueError for more than one picture or one that is not at the front."""
         turns = [turn for turn in conversation.turns if turn[0] != "system"]
         texts = [text for _, text in turns]
         if not texts:
             raise ValueError("no turn to answer")
         if conversation.images:
-            texts[0], at_front = FRONT_IMAGE.subn("", texts[0], count=1) if FRONT_IMAGE.match(texts[0]) else (texts[0], 0)
+            texts[0], at_front = (
+                FRONT_IMAGE.subn("", texts[0], count=1) if FRONT_IMAGE.match(texts[0]) else (texts[0], 0)
+            )
             if len(conversation.images) > 1 or not at_front:
                 raise ValueError(
                     f"VisualGLM takes one image, at the front of the first question; got {len(conversation.images)}"
@@ -958,18 +1029,21 @@ class VisualGLMProcessor:
         tk = self.tokenizer
         positions, context = glm_positions(ids, tk.sop, tk.gmask, tk.mask)
         return {
-            "input_ids": np.array(ids, dtype=np.int32), "labels": np.array(labels, dtype=np.int32), "position_ids": positions,
-            "prefix_len": context, "image_starts": starts, "images": conversation.images, "truncated": truncated,
+            "input_ids": np.array(ids, dtype=np.int32), "labels": np.array(labels, dtype=np.int32),
+            "position_ids": positions, "prefix_len": context,
+            "image_starts": starts, "images": conversation.images, "truncated": truncated,
         }  # fmt: skip
 
     def encode(self, conversation, max_length: int) -> dict:
-        """One training sample: ids, unshifted labels, slots, positions. Only the last answer is supervised: the format has
-        one `<sop>`, and earlier rounds are context, which every token sees. A long answer is cut at its end."""
+        """One training sample: ids, unshifted labels, slots, positions. Only the last answer is supervised: the format
+        has one `<sop>`, and earlier rounds are context, which every token sees. A long answer is cut at its end."""
         rounds = self.rounds(conversation)
         context, starts = self.context(conversation, rounds, self.tokenizer.pad)
         ids, labels = training_ids(self.tokenizer, context, rounds[-1][1])
         if len(context) + 3 > max_length:
-            raise ValueError(f"the question alone has {len(context)} tokens: no answer fits within max_length={max_length}")
+            raise ValueError(
+                f"the question alone has {len(context)} tokens: no answer fits within max_length={max_length}"
+            )
         return self.sample(ids[:max_length], labels[:max_length], starts, conversation, len(ids) > max_length)
 
     def prompt(self, conversation) -> dict:

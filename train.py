@@ -327,7 +327,8 @@ def build(cfg: Config, directory: Path, world: parallel.World):
     with torch.device("meta"):
         model = module.build_model(config)
     # P-tuning's parameters are new, unless the base was P-tuned before
-    new = {n for n, _ in model.named_parameters() if cfg.pre_seq_len and matches(n, [module.PREFIX_TUNING])} - weights.names
+    tuned = [module.PREFIX_TUNING] if cfg.pre_seq_len else None
+    new = {name for name, _ in model.named_parameters() if matches(name, tuned)} - weights.names
     checkpoint.check_names({name: p.shape for name, p in model.named_parameters() if name not in new}, weights)
     base_names = {name for name, _ in model.named_parameters()} - new
     lora_modules = []
@@ -417,7 +418,8 @@ def to_device(batch: dict, device: torch.device, blank_image: bool, image_size: 
     entered together.
     """
     batch = {
-        k: v.to(device, non_blocking=True) if torch.is_tensor(v) and k not in data.HOST_TENSORS else v for k, v in batch.items()
+        k: v.to(device, non_blocking=True) if torch.is_tensor(v) and k not in data.HOST_TENSORS else v
+        for k, v in batch.items()
     }
     if blank_image and batch["pixel_values"] is None and batch.get("image_features") is None:
         batch["pixel_values"] = torch.zeros(1, 3, image_size, image_size, device=device)

@@ -1,8 +1,8 @@
 """A small untrained VisualGLM: config.json, a unigram tokenizer trained on samples/, random weights.
 
-    PYTHONPATH=. python runs/make_tiny_visualglm.py init runs/out/init_glm
-    python train.py runs/tiny_visualglm.json
-    PYTHONPATH=. python runs/make_tiny_visualglm.py round runs/out/trained_glm samples/tiny_visualglm      # weights to bf16
+PYTHONPATH=. python runs/make_tiny_visualglm.py init runs/out/init_glm
+python train.py runs/tiny_visualglm.json
+PYTHONPATH=. python runs/make_tiny_visualglm.py round runs/out/trained_glm samples/tiny_visualglm      # weights to bf16
 """
 
 import json
@@ -37,7 +37,9 @@ def tokenizer() -> Tokenizer:
     trained.normalizer = normalizers.NFKC()
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
     template = [f"\u95ee:{t}\u7b54:" for t in texts()] + ["<img></img>"] * 50
-    trained.train_from_iterator(template, trainers.UnigramTrainer(vocab_size=NUM_PIECES, unk_token="<unk>", show_progress=False))
+    trained.train_from_iterator(
+        template, trainers.UnigramTrainer(vocab_size=NUM_PIECES, unk_token="<unk>", show_progress=False)
+    )
     ordinary = [(p, s) for p, s in json.loads(trained.to_str())["model"]["vocab"] if p not in ("<unk>", "<n>")]
     if glm.SPACE not in dict(ordinary):
         ordinary.append((glm.SPACE, -8.0))

@@ -1,5 +1,7 @@
-"""VisualGLM against frozen outputs of the original implementations, the Hugging Face code and SwissArmyTransformer (SAT):
-1e-5 on features, hidden states, logits and losses, 1e-4 relative on gradients; greedy tokens, ids and labels exactly."""
+"""VisualGLM against frozen outputs of the original implementations, the Hugging Face code and SwissArmyTransformer
+(SAT): 1e-5 on features, hidden states, logits and losses, 1e-4 relative on gradients; greedy tokens, ids and labels
+exactly."""
+
 import fnmatch
 import hashlib
 import json
@@ -108,7 +110,9 @@ def test_golden_logits(variant, case):
     q = model.blocks[0].input_layernorm(model.embed(batch))
     attention = model.blocks[0].attention
     qkv = attention.query_key_value(q).unflatten(-1, (attention.num_heads, 3, -1)).unbind(2)
-    keys["key"] = torch.cat([glm.rotary(h, rotated.cos[i], rotated.sin[i]) for i, h in enumerate(qkv[1].chunk(2, -1))], -1)
+    keys["key"] = torch.cat(
+        [glm.rotary(h, rotated.cos[i], rotated.sin[i]) for i, h in enumerate(qkv[1].chunk(2, -1))], -1
+    )
     keys["value"] = qkv[2]
     x = model.hidden(batch)
     for hook in hooks:
@@ -170,7 +174,10 @@ def check_norms(expected: dict, grads: dict):
 
 def test_golden_loss_and_gradients(variant):
     model, batch, case = variant.model(), variant.batch("train"), variant.cases["train"]
-    close(model.logits(model.hidden(batch)).unflatten(0, (len(variant.io["train.labels"]), -1)), variant.io["train.logits"])
+    close(
+        model.logits(model.hidden(batch)).unflatten(0, (len(variant.io["train.labels"]), -1)),
+        variant.io["train.logits"],
+    )
     loss = mean_loss(model, batch)
     assert abs(loss.item() - case["loss_value"]) < 1e-5
     loss.backward()
@@ -216,7 +223,9 @@ def test_golden_sat_names(variant):
     heads, names = variant.config["num_attention_heads"], variant.sat["name_map_sat_to_hf"]
     ours = dict(variant.model().named_parameters())
     assert {glm.sat_name(n): n for n in ours} == names
-    assert {n for n in ours if not torch.equal(glm.repack_qkv(n, ours[n], heads, to_sat=True), ours[n])} == set(variant.sat["qkv_permuted"])
+    assert {n for n in ours if not torch.equal(glm.repack_qkv(n, ours[n], heads, to_sat=True), ours[n])} == set(
+        variant.sat["qkv_permuted"]
+    )
     for name, tensor in ours.items():
         sat = glm.repack_qkv(name, tensor, heads, to_sat=True)
         assert torch.equal(glm.repack_qkv(name, sat, heads, to_sat=False), tensor)
@@ -335,7 +344,11 @@ def sat_parts(layer: int, tensors: dict, heads: int, of=lambda t: t) -> dict:
 @pytest.fixture
 def official_lora(variant):
     """A model with SAT's adapter in it: layers by list, an A and a B for each of q, k, v."""
-    golden, model, heads = variant.sat["lora"], variant.model(exact_inv_freq=True), variant.config["num_attention_heads"]
+    golden, model, heads = (
+        variant.sat["lora"],
+        variant.model(exact_inv_freq=True),
+        variant.config["num_attention_heads"],
+    )
     layers = "|".join(map(str, golden["layer_range"]))
     targets = [rf"transformer\.layers\.({layers})\.attention\.{m}" for m in ("query_key_value", "dense")]
     names = lora.inject(model, targets, golden["rank"], golden["lora_alpha"], 0.0, glm.lora_parts(model.config))
@@ -380,7 +393,7 @@ def write_checkpoint(directory, variant, config=None):
 
 def test_golden_lora_file_merges_into_packed_rows(variant, official_lora, tmp_path):
     """Saved as an ordinary adapter, read back, folded: the rows of SAT's merged weights, also in SAT's own file."""
-    golden, heads = variant.sat["lora"], variant.config["num_attention_heads"]
+    golden = variant.sat["lora"]
     model, names = official_lora
     parameters = dict(model.named_parameters())
     lora.save_adapter(
@@ -447,7 +460,9 @@ def test_golden_sat_checkpoints_there_and_back(variant, tmp_path, qkv):
 @pytest.mark.parametrize("kind, limit", [("int8", 0.01), ("int4", 0.2)])
 def test_golden_weights_quantised_close_to_fp32(variant, kind, limit):
     batch, exact, model = variant.batch("image"), variant.io["image.logits"][0], variant.model()
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.startswith("transformer.layers.")}
+    linears = {
+        n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.startswith("transformer.layers.")
+    }
     report = quantize(model, kind, batch)
     logits = model.logits(model.hidden(batch))
     error = float((logits - exact).norm() / exact.norm())
@@ -480,7 +495,10 @@ def test_golden_published_names_and_shapes(root):
     with torch.device("meta"):
         model = glm.build_model(glm.PRESETS["visualglm-6b"])
     ours = {name: list(p.shape) for name, p in model.named_parameters()}
-    kinds = {kind: {n: t["shape"] for n, t in table["tensors"].items() if t["kind"] == kind} for kind in ("parameter", "buffer")}
+    kinds = {
+        kind: {n: t["shape"] for n, t in table["tensors"].items() if t["kind"] == kind}
+        for kind in ("parameter", "buffer")
+    }
     assert ours == kinds["parameter"] and model.state_dict().keys() == ours.keys()
     assert sum(math.prod(shape) for shape in ours.values()) == table["total_parameters"]
     assert len(table["tensors"]) == 1039
@@ -494,7 +512,10 @@ def test_golden_published_names_and_shapes(root):
 def test_golden_rotary_tables(root):
     g = load_file(root / "rotary_real.safetensors")
     head_dim = 4 * len(g["inv_freq_exact"])
-    for exact, suffix, inv_freq in ((True, "exact", "inv_freq_exact"), (False, "fp32_half_rounded_inv_freq", "inv_freq_half")):
+    for exact, suffix, inv_freq in (
+        (True, "exact", "inv_freq_exact"),
+        (False, "fp32_half_rounded_inv_freq", "inv_freq_half"),
+    ):
         ours = glm.inverse_frequencies(head_dim, exact)
         close(ours, g[inv_freq], 1e-7)
         angles = g["positions"][:, None].float() * ours  # the original writes each angle twice
@@ -562,7 +583,9 @@ def test_golden_prompts_and_responses(tokenizer, tokenizer_golden):
     for case in tokenizer_golden["chat"]:
         history = [tuple(turn) for turn in case["history"]]
         language = "en" if "english" in case["name"] else "zh"
-        Q = case.get("input_ids_hf", case["input_ids_sat"]).count(tokenizer.pad if "input_ids_hf" not in case else tokenizer.unk)
+        Q = case.get("input_ids_hf", case["input_ids_sat"]).count(
+            tokenizer.pad if "input_ids_hf" not in case else tokenizer.unk
+        )
         assert bool(Q) == case["image"]
         text = glm.context_text(case["query"], history, language)
         assert ("<img></img>" if Q else "") + text == case["prompt"]
