@@ -64,12 +64,6 @@ def init(out: Path) -> None:
     with torch.no_grad():
         for name, p in model.named_parameters():
             model.init_weights(name, p, named_generator(0, name))
-        # Each query starts as a window of the picture: equal query and key projections make attention follow the position
-        # tables, identities pass the patches on. With random ones all windows show the same blur, and learning waits.
-        pool, eye = model.transformer.visual.attn_pool, torch.eye(CONFIG["hidden_size"])
-        pool.attn.in_proj_weight.copy_(eye.repeat(3, 1))
-        pool.attn.out_proj.weight.copy_(eye)
-        model.transformer.visual.proj.copy_(eye)
     checkpoint.save_weights(out, model.state_dict().items())
 
 

@@ -54,6 +54,10 @@ SETTINGS = [
     (["--tensor_parallel_degree", "2"], ["tensor_parallel_degree=2"]),
     (["--sharding", "stage4"], ["stage4", "stage3"]),
     (["--load_best_model_at_end"], ["load_best_model_at_end", "evaluation_strategy"]),
+    (
+        "--load_best_model_at_end --evaluation_strategy steps --eval_steps 3 --save_steps 2".split(),
+        ["eval_steps=3", "save_steps=2"],
+    ),
     (["--use_flash_attention", "true"], ["Triton"]),
     (["--freeze_include", "*vsual*"], ["*vsual*", "visual"]),
     (["--freeze_include", "*"], ["nothing is trainable"]),
