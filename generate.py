@@ -205,7 +205,7 @@ def read_requests(args) -> list[data.Conversation]:
     return [data.request(turns, args.image, where="--prompt")]
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -238,7 +238,7 @@ def main() -> int:
     add("--dtype", default="float32", choices=DTYPES)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--quantize", default=None, choices=BITS, help="weights of the language model's blocks in 8 or 4 bits")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if (
         args.temperature < 0
         or not 0 < args.top_p <= 1

@@ -245,6 +245,12 @@ def validate(cfg: Config) -> None:
             f"load_best_model_at_end needs evaluation_strategy={cfg.evaluation_strategy} and "
             f"save_strategy={cfg.save_strategy} to be the same of epoch and steps"
         )
+    eval_steps = cfg.eval_steps or cfg.save_steps
+    if cfg.load_best_model_at_end and cfg.save_strategy == "steps" and eval_steps % cfg.save_steps:
+        raise ValueError(
+            f"load_best_model_at_end needs a checkpoint of every evaluation: eval_steps={eval_steps} must be a "
+            f"multiple of save_steps={cfg.save_steps}"
+        )
     if cfg.metric_for_best_model == "eval_accuracy" and not cfg.eval_with_do_generation:
         raise ValueError("metric_for_best_model=eval_accuracy needs eval_with_do_generation=true")
     if cfg.dataset is not None and (unknown := set(cfg.dataset) - {"train", "eval"}):
@@ -921,7 +927,7 @@ def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
     say(f"device {world.device.type} x {world.size}, kernels: plain PyTorch, {torch.get_num_threads()} threads")
     optimizer = make_optimizer(model, cfg)
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    state = {"step": 0, "best_metric": None, "best_step": None, "bad": 0, "scale": None}
+    state = {"step": 0, "best_metric": None, "best_step": None, "bad": 0, "samples": 0, "scale": None}
     if resume:
         state |= checkpoint.load_train_state(resume, trainable, optimizer)
         say(f"continuing from {resume} at step {state['step']}")
@@ -990,10 +996,11 @@ def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
             for where, reason in batch["bad"]:
                 print(f"warning: left out {where}: {reason}", file=sys.stderr, flush=True)
         state["bad"] += bad
-        if state["bad"] > cfg.max_bad_samples * len(plan.index):
+        tried = max(len(plan.index), state["samples"])  # a bad one comes back in every epoch
+        if state["bad"] > cfg.max_bad_samples * tried:
             raise ValueError(
-                f"{state['bad']} of {len(plan.index)} samples could not be loaded (listed above), "
-                f"max_bad_samples={cfg.max_bad_samples:g} allows {int(cfg.max_bad_samples * len(plan.index))}"
+                f"{state['bad']} of {tried} samples could not be loaded (listed above), "
+                f"max_bad_samples={cfg.max_bad_samples:g} allows {int(cfg.max_bad_samples * tried)}"
             )
         ids = [i for batch in micro_batches for i in batch["sample_ids"]]
         if supervised == 0:
@@ -1018,6 +1025,7 @@ def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
                 f"the gradient of step {step + 1} is {norm}; its samples: {', '.join(ids)}; the last checkpoint stands"
             )
         state["step"] = step + 1
+        state["samples"] += int(num_samples)
         now = time.perf_counter()
         seconds, clock = now - clock, now
         if log:

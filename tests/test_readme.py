@@ -1,5 +1,9 @@
-"""Every command of the README runs, in its order, in a copy of the repository. Training is cut short; pip and pytest are
-left out."""
+"""Every command of the README runs, in its order, in a copy of the repository.
+
+Training is cut short; pip and pytest are
+left out.
+"""
+
 import os
 import re
 import shutil
