@@ -421,6 +421,11 @@ def test_golden_lora_file_merges_into_packed_rows(variant, official_lora, tmp_pa
     lora.load_adapter(loaded, tmp_path)
     batch = variant.batch("train")
     close(loaded.logits(loaded.hidden(batch)), model.logits(model.hidden(batch)), 1e-6)
+    peft = pytest.importorskip("peft")
+    wanted = variant.model(exact_inv_freq=True)
+    wanted.prepare_inputs_for_generation = None  # PEFT asks for it
+    theirs = peft.PeftModel.from_pretrained(wanted, str(tmp_path)).base_model.model
+    close(theirs.logits(theirs.hidden(batch)), model.logits(model.hidden(batch)), 1e-6)
     mixed = {lora.PREFIX + n: t + 1 for n, t in tensors.items()}  # an ordinary adapter can't go on as a split one
     save_file(mixed, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="lora_split"):
