@@ -11,6 +11,7 @@ Formats: https://huggingface.co/docs/safetensors#format, https://pytorch.org/doc
 """
 
 import contextlib
+import fnmatch
 import json
 import math
 import os
@@ -138,6 +139,11 @@ class Weights:
     def __iter__(self):
         return iter(self._entries)  # in file order, so that each .bin shard is opened once
 
+    def leave_out(self, patterns) -> None:
+        for name in [n for n in self._entries if any(fnmatch.fnmatch(n, pattern) for pattern in patterns)]:
+            del self._entries[name]
+        self.names = set(self._entries)
+
     def shape(self, name: str) -> torch.Size:
         return self._entries[name][1]
 
@@ -192,8 +198,11 @@ class Weights:
         return self._shard[1]
 
 
-def open_weights(directory) -> Weights:
-    return Weights(directory)
+def open_weights(directory, ignore=()) -> Weights:
+    """`ignore`: fnmatch patterns of names to leave out (what a model's files hold but its code recomputes)."""
+    weights = Weights(directory)
+    weights.leave_out(ignore)
+    return weights
 
 
 def _safetensors_entries(path: Path) -> dict:

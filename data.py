@@ -37,6 +37,7 @@ DEFAULT_DATASET = {
 }
 ENTRY_KEYS = ("name", "data_files", "image_root", "weight", "max_samples", "chat_template", "splits")
 IGNORE = -100
+HOST_TENSORS = ("cu_seqlens", "prefix_lens", "rope_lengths")  # of a batch: they stay on the CPU
 IMAGE_TAG = re.compile(r"<img>(.*?)</img>", re.S)
 # What a bad record or picture may raise; PIL has SyntaxError for some broken PNGs and an error of its own for bombs.
 BAD_SAMPLE = (ValueError, OSError, SyntaxError, Image.DecompressionBombError)
@@ -744,7 +745,11 @@ def load_sample(
 
 
 def collate(samples: list[dict], bad=(), num_image_tokens: int = 0) -> dict:
-    """Samples -> one stream of T tokens and S segments. No sample: a segment of one token that predicts nothing."""
+    """Samples -> one stream of T tokens and S segments. No sample: a segment of one token that predicts nothing.
+
+    A model with other positions than 0, 1, 2, ... gives a sample's `position_ids`, (T,) or (n, T); one whose first
+    tokens are seen by the whole segment gives their number, `prefix_len`.
+    """
     if not samples:
         token = {"input_ids": np.zeros(1, np.int32), "labels": np.full(1, IGNORE), "image_starts": [], "images": []}
         samples = [{**token, "num_image_tokens": num_image_tokens}]
@@ -760,13 +765,13 @@ def collate(samples: list[dict], bad=(), num_image_tokens: int = 0) -> dict:
         image_keys += [hash_keys(*key, 1 << 32, n) for n in range(len(sample["image_starts"]))]
         positions += [(start + first + slots)[None] for first in sample["image_starts"]]
 
-    def joined(arrays):
-        return torch.from_numpy(np.concatenate(arrays).astype(np.int64))
+    def joined(arrays, axis=0):
+        return torch.from_numpy(np.concatenate(arrays, axis).astype(np.int64))
 
     batch = {
         "input_ids": joined([sample["input_ids"] for sample in samples]),
         "targets": joined(targets),
-        "position_ids": joined([np.arange(length) for length in lengths]),
+        "position_ids": joined([s.get("position_ids", np.arange(len(s["input_ids"]))) for s in samples], -1),
         "cu_seqlens": torch.from_numpy(starts.astype(np.int32)),
         "max_len": max(lengths),
         "pixel_values": None,
@@ -777,6 +782,8 @@ def collate(samples: list[dict], bad=(), num_image_tokens: int = 0) -> dict:
         "image_dropout_keys": joined(image_keys or [np.zeros(0, np.int64)]),
         "bad": list(bad),
     }
+    if any("prefix_len" in sample for sample in samples):
+        batch["prefix_lens"] = torch.tensor([sample["prefix_len"] for sample in samples])
     batch["num_supervised"] = int((batch["targets"] != IGNORE).sum())
     for name in ("pixel_values", "image_features"):
         if images := [image for sample in samples for image in sample.get(name, [])]:

@@ -5,7 +5,7 @@
 
 A batch is ragged, never padded: the prompts are one packed stream in the prefill, then every live sequence contributes
 one token a step. So a batch gives what its requests give alone. Sampling follows transformers' order: repetition
-penalty, temperature, top-k, top-p; each request draws from its own generator.
+penalty, minimal length, temperature, top-k, top-p; each request draws from its own generator.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import checkpoint
 import data
 import lora
 from kernels.attention import attention
+from quantize import BITS, quantize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -35,8 +36,15 @@ class KVCache:
         self.active = list(range(len(capacities)))  # the sequences in the stream, in its order
         self.buffers: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
-        """Appends k and v (T, H, D) of the segments to their sequences, and attends to all that those hold then."""
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int,
+        prefix_lens: Tensor | None = None, tuned: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Appends k and v (T, H, D) of the segments to their sequences, and attends to all that those hold then.
+
+        prefix_lens (S,) as attention() takes them, in the prefill; tuned (2, P, H, D): keys and values that every
+        sequence has before its own (P-tuning).
+        """
         if layer not in self.buffers:
             self.buffers[layer] = [
                 (k.new_empty(n, *k.shape[1:]), v.new_empty(n, *v.shape[1:])) for n in self.capacities
@@ -47,9 +55,16 @@ class KVCache:
             for buffer, x, out in zip(self.buffers[layer][i], (k, v), (keys, values), strict=True):
                 buffer[old:new] = x[bounds[s] : bounds[s + 1]]
                 out.append(buffer[:new])
+            if tuned is not None:
+                for t, x in zip(tuned, (keys, values), strict=True):
+                    x[-1] = torch.cat((t.to(x[-1].dtype), x[-1]))
+        if tuned is not None and prefix_lens is not None:
+            prefix_lens = prefix_lens + tuned.shape[1]
         cu_seqlens_k = torch.tensor([0, *(len(x) for x in keys)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         k, v = (x[0] if len(x) == 1 else torch.cat(x) for x in (keys, values))
-        return attention(q, k, v, cu_seqlens, cu_seqlens_k, int(cu_seqlens_k.diff().max()), causal=True)
+        return attention(
+            q, k, v, cu_seqlens, cu_seqlens_k, int(cu_seqlens_k.diff().max()), causal=True, prefix_lens=prefix_lens
+        )
 
     def advance(self, counts: list[int]) -> None:
         """After a whole forward pass: the sequences in the stream grew by `counts` tokens."""
@@ -73,13 +88,14 @@ def sampling_probs(logits: Tensor, temperature: float, top_k: int, top_p: float)
     return logits.softmax(-1)
 
 
-def penalise_repetition(logits: Tensor, seen: list[int], penalty: float) -> Tensor:
+def penalise_repetition(logits: Tensor, seen: list[int], penalty: float, always_divide: bool = False) -> Tensor:
     """logits (V,): those of tokens seen before are divided by the penalty where positive, else multiplied
-    (arXiv:1909.05858).
+    (arXiv:1909.05858). always_divide: negative ones too, which makes them likelier, as SwissArmyTransformer does.
     """
-    index = torch.tensor(sorted(set(seen)), device=logits.device)
+    index = torch.tensor(sorted(set(seen)), dtype=torch.int64, device=logits.device)
     values = logits[index]
-    return logits.index_copy(0, index, torch.where(values > 0, values / penalty, values * penalty))
+    values = torch.where((values > 0) | always_divide, values / penalty, values * penalty)
+    return logits.index_copy(0, index, values)
 
 
 @torch.no_grad()
@@ -94,11 +110,16 @@ def generate(
     repetition_penalty: float = 1.0,
     seed: int = 0,
     on_token: Callable[[int, int], None] | None = None,
+    min_length: int = 0,
+    penalty_rule: str = "hf",
 ) -> list[list[int]]:
     """New token ids of each request, a stop word included as it came.
 
-    A request: input_ids (T,), image_starts (positions of the pictures' first slots), pixel_values (list of (3, H, W)).
-    temperature 0 is greedy. A sequence ends where all its ids, prompt included, end with one of `stop_words`.
+    A request: input_ids (T,), image_starts (positions of the pictures' first slots), pixel_values (list of (3, H, W)),
+    and what data.collate takes besides. temperature 0 is greedy. A sequence ends where all its ids, prompt included,
+    end with one of `stop_words`; those of one token can't come before min_length ids, prompt included.
+    penalty_rule: whose repetition penalty. "hf": of the prompt's tokens (`seen`, by default those outside pictures) and
+    the answer's; "sat": of the answer's alone, always divided.
     `on_token(request, token)` sees each token as it comes.
     """  # fmt: skip
     model.eval()
@@ -107,23 +128,26 @@ def generate(
     cache = KVCache([len(p) + max_new_tokens for p in prompts])
     generators = [torch.Generator().manual_seed(seed) for _ in prompts]
     outputs: list[list[int]] = [[] for _ in prompts]
-    Q = model.config.visual.n_queries
+    Q = model.config.num_image_tokens
     batch = data.collate([{"labels": p, "num_image_tokens": Q, **r} for p, r in zip(prompts, requests, strict=True)])
     prompt_lengths = torch.tensor([len(p) for p in prompts])
     # a picture's slots are no tokens of the text
     in_slots = [{i for s in r["image_starts"] for i in range(s, s + Q)} for r in requests]
     seen = [[t for i, t in enumerate(p) if i not in slots] for p, slots in zip(prompts, in_slots, strict=True)]
+    seen = [list(map(int, r.get("seen", s))) for r, s in zip(requests, seen, strict=True)]
+    seen = seen if penalty_rule == "hf" else [[] for _ in seen]
+    position_step = getattr(model, "position_step", 1)
+    positions = batch["position_ids"][..., batch["cu_seqlens"][1:].long() - 1]  # (S,) or (n, S): of each last token
     while True:
-        batch = {
-            k: v.to(device) if torch.is_tensor(v) and k not in ("cu_seqlens", "rope_lengths") else v
-            for k, v in batch.items()
-        }
+        batch = {k: v.to(device) if torch.is_tensor(v) and k not in data.HOST_TENSORS else v for k, v in batch.items()}
         logits = model({**batch, "cache": cache}, output="logits").float()  # (B, V)
         cache.advance(batch["cu_seqlens"].diff().tolist())
         still = []
         for row, i in zip(logits, cache.active, strict=True):
             if repetition_penalty != 1.0:
-                row = penalise_repetition(row, seen[i], repetition_penalty)
+                row = penalise_repetition(row, seen[i], repetition_penalty, always_divide=penalty_rule == "sat")
+            if len(prompts[i]) + len(outputs[i]) < min_length:
+                row[[word[0] for word in stop_words if len(word) == 1]] = float("-inf")
             if temperature == 0:
                 token = int(row.argmax())
             else:
@@ -139,10 +163,11 @@ def generate(
                 still.append(i)
         if not still:
             return outputs
+        positions = positions[..., [cache.active.index(i) for i in still]] + position_step
         cache.active = still
         batch = {
             "input_ids": torch.tensor([outputs[i][-1] for i in still]),
-            "position_ids": torch.tensor([cache.lengths[i] for i in still]),
+            "position_ids": positions,
             "cu_seqlens": torch.arange(len(still) + 1, dtype=torch.int32), "max_len": 1,
             "rope_lengths": prompt_lengths[still],  # the cached keys were turned with the prompt's NTK base
         }  # fmt: skip
@@ -164,7 +189,8 @@ def load_model(
     with torch.device("meta"):
         model = module.build_model(config)
     model = model.to(dtype).to_empty(device=device)
-    checkpoint.load_into(dict(model.named_parameters()), checkpoint.open_weights(directory))
+    weights = checkpoint.open_weights(directory, getattr(module, "IGNORED_WEIGHTS", ()))
+    checkpoint.load_into(dict(model.named_parameters()), weights)
     if lora_path is not None:
         lora.load_adapter(model, lora_path)
     return model.eval()
@@ -203,11 +229,15 @@ def main(argv: list[str] | None = None) -> int:
     add("--top_k", type=int, default=0, help="0: off")
     add("--top_p", type=float, default=1.0, help="1: off")
     add("--repetition_penalty", type=float, default=1.0)
+    rules = "whose repetition penalty; hf: prompt and answer; sat: answer only, always divided"
+    add("--penalty_rule", default="hf", choices=("hf", "sat"), help=rules)
+    add("--min_length", type=int, default=0, help="tokens, the prompt's included, before the answer may end")
     add("--stop", action="append", default=[], help="stop at this text too; may be repeated")
     add("--seed", type=int, default=0)
     add("--batch_size", type=int, default=8)
     add("--dtype", default="float32", choices=DTYPES)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--quantize", default=None, choices=BITS, help="weights of the language model's blocks in 8 or 4 bits")
     args = parser.parse_args(argv)
     if (
         args.temperature < 0
@@ -223,7 +253,12 @@ def main(argv: list[str] | None = None) -> int:
     directory = data.model_directory(args.model, base_of(args.model_name_or_path, args.lora_path))
     processor = data.load_processor(directory, args.stage)
     conversations = read_requests(args)
-    model = load_model(directory, DTYPES[args.dtype], args.device, args.lora_path)
+    # quantised on the CPU, so that the device never holds the whole weights
+    model = load_model(directory, DTYPES[args.dtype], "cpu" if args.quantize else args.device, args.lora_path)
+    if args.quantize:
+        probe = importlib.import_module(type(model).__module__).probe_batch(processor)
+        print(f"{quantize(model, args.quantize, probe)} (against {args.dtype})", file=sys.stderr)
+        model.to(args.device)
     stop_words = processor.stop_words + [processor.tokenizer.encode(text) for text in args.stop]
 
     streaming = len(conversations) == 1 and args.output is None
@@ -233,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
     def show(_, token: int) -> None:
         nonlocal shown
         tokens.append(token)
-        text = processor.decode(tokens)
+        text = processor.decode(tokens)[:-1]  # the next token may change the last character
         if text.startswith(shown) and not text.endswith("\ufffd"):  # wait for whole characters
             print(text[len(shown) :], end="", flush=True)
             shown = text
@@ -245,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
             request["pixel_values"] = [processor.load_image(p).to(DTYPES[args.dtype]) for p in request["images"]]
         answers = generate(
             model, requests, args.max_new_tokens, stop_words, args.temperature, args.top_k, args.top_p,
-            args.repetition_penalty, args.seed, show if streaming else None,
+            args.repetition_penalty, args.seed, show if streaming else None, args.min_length, args.penalty_rule,
         )  # fmt: skip
         for conversation, request, ids in zip(some, requests, answers, strict=True):
             text = processor.decode(ids)

@@ -33,6 +33,7 @@ class LoraLinear(nn.Linear):
     scaling: float
     dropout: float
     seed: int  # from the module's name: dropout masks differ between modules
+    parts: tuple[int, int] | None  # (G, P): output rows are G groups of P parts, each part with an A and a B of its own
     first_channel: int  # even; tensor parallelism sets it where a rank has a slice of the input channels
     dropout_keys: tuple | None  # see set_dropout_keys
 
@@ -44,7 +45,17 @@ class LoraLinear(nn.Linear):
             scaling /= 1 - self.dropout
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.lora_A.weight.dtype)  # the adapter may be fp32 beside 16-bit weights
-        return y + (self.lora_B(self.lora_A(x)) * scaling).to(y.dtype)
+        update = self.lora_A(x)
+        update = self.lora_B(update) if self.parts is None else self.split_B(update)
+        return y + (update * scaling).to(y.dtype)
+
+    def split_B(self, z: torch.Tensor) -> torch.Tensor:
+        """lora_B(z), of whose weight only the blocks (part j of the rows, part j of the columns) count; the others stay
+        zero. So the file is an ordinary adapter of P times the rank, and merges as one."""
+        G, P = self.parts
+        blocks = self.lora_B.weight.unflatten(1, (P, -1)).unflatten(0, (G, P, -1))  # (G, P, D, P, r)
+        y = [F.linear(part, blocks[:, j, :, j].flatten(0, 1)) for j, part in enumerate(z.chunk(P, -1))]  # P x (T, G*D)
+        return torch.stack([part.unflatten(-1, (G, -1)) for part in y], -2).flatten(-3)
 
 
 # ---- dropout as a pure function
@@ -88,10 +99,13 @@ def set_dropout_keys(model: nn.Module, batch: dict | None) -> None:
 # ---- putting adapters into a model
 
 
-def inject(model: nn.Module, target_patterns: list[str], rank: int, alpha: float, dropout: float) -> list[str]:
+def inject(
+    model: nn.Module, target_patterns: list[str], rank: int, alpha: float, dropout: float, parts: dict | None = None
+) -> list[str]:
     """Turn each nn.Linear whose name fully matches a pattern into a LoraLinear; returns the names.
 
     Freezes nothing. Works on the meta device: fill the new parameters with `init_lora` then.
+    parts {name pattern: (G, P)}: packed weights whose P parts get a pair of this rank each (see LoraLinear.split_B).
     """
     if rank < 1:
         raise ValueError(f"lora_rank={rank}; expected at least 1")
@@ -113,18 +127,19 @@ def inject(model: nn.Module, target_patterns: list[str], rank: int, alpha: float
         names.update(hits)
     names = [name for name in linears if name in names]
     for name in names:
-        _to_lora(model, name, rank, alpha / rank, dropout)
+        split = next((p for pattern, p in (parts or {}).items() if re.fullmatch(pattern, name)), None)
+        _to_lora(model, name, rank * (split[1] if split else 1), alpha / rank, dropout, split)
     return names
 
 
-def _to_lora(model: nn.Module, name: str, rank: int, scaling: float, dropout: float) -> None:
+def _to_lora(model: nn.Module, name: str, rank: int, scaling: float, dropout: float, parts=None) -> None:
     module = model.get_submodule(name)
     where = {"device": module.weight.device, "dtype": module.weight.dtype}
     module.__class__ = LoraLinear
     module.lora_A = nn.Linear(module.in_features, rank, bias=False, **where)
     module.lora_B = nn.Linear(rank, module.out_features, bias=False, **where)
     nn.init.zeros_(module.lora_B.weight)
-    module.rank, module.scaling, module.dropout = rank, scaling, dropout
+    module.rank, module.scaling, module.dropout, module.parts = rank, scaling, dropout, parts
     module.seed = zlib.crc32(name.encode()) >> 1  # fits int32
     module.first_channel, module.dropout_keys = 0, None
 
@@ -155,9 +170,9 @@ def save_adapter(
     for name in module_names:
         module = model.get_submodule(name)
         if module.rank != rank:  # an adapter from PEFT, trained further, may vary by module
-            rank_pattern[name] = module.rank
+            rank_pattern["^" + name] = module.rank  # PEFT would take a name for the end of a longer one
         if not math.isclose(module.scaling * module.rank, alpha):
-            alpha_pattern[name] = module.scaling * module.rank
+            alpha_pattern["^" + name] = module.scaling * module.rank
     owners = sorted({name.rpartition(".")[0] for name in extra_trained})
     owners = [name for name in owners if not list(model.get_submodule(name).children())]
     names = [f"{name}.lora_{side}.weight" for name in module_names for side in "AB"]
@@ -169,9 +184,12 @@ def save_adapter(
             state[PREFIX + name] = tensor.detach().contiguous()
     if not write:
         return
+    targets, others = list(module_names), {n for n, m in model.named_modules() if type(m) is nn.Linear}
+    if any(other.endswith("." + name) for other in others for name in targets):  # so a list would name those too
+        targets = "|".join(map(re.escape, targets))
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_name), "r": rank,
-        "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": list(module_names), "bias": "none",
+        "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": targets, "bias": "none",
         "fan_in_fan_out": False, "modules_to_save": owners or None, "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern, "inference_mode": True,
     }  # fmt: skip
@@ -280,6 +298,11 @@ def load_adapter(model: nn.Module, directory, copy=lambda param, full: param.cop
     if unused:
         raise ValueError(f"{directory} has no tensors for {unused[0]}, which has a LoRA adapter in this model")
     for name, tensor in tensors.items():
+        parts = model.get_submodule(name.partition(".lora_")[0]).parts if ".lora_B." in name else None
+        if parts is not None:
+            blocks = tensor.unflatten(1, (parts[1], -1)).unflatten(0, (*parts, -1))
+            if any(blocks[:, i, :, j].any() for i in range(parts[1]) for j in range(parts[1]) if i != j):
+                raise ValueError(f"{directory}: {name} mixes parts of a packed weight; use lora_split=false")
         if not params[name].is_meta:
             copy(params[name], tensor)
     return list(scalings)

@@ -72,6 +72,14 @@ class QwenVLConfig:
     initializer_range: float = 0.02
     raw: dict = field(default_factory=dict)  # config.json as it was read, written back with the weights
 
+    @property
+    def num_image_tokens(self) -> int:
+        return self.visual.n_queries
+
+    @property
+    def mlp_width(self) -> int:
+        return self.intermediate_size // 2
+
     @classmethod
     def from_dict(cls, raw: dict) -> "QwenVLConfig":
         """Raises ValueError for a missing field or a shape that the architecture cannot have."""
@@ -460,6 +468,7 @@ PARTS = {
     "language model": "transformer.*",
     "head": "lm_head.*",
 }
+IMAGE_PARTS = ["resampler", "vision"]
 PRETRAIN_FREEZE = ["transformer.wte.*", "transformer.h.*", "transformer.ln_f.*", "lm_head.*"]  # stage "pretrain"
 # The official targets. By name they exist in the language model only: the vision tower's linears are in_proj,
 # out_proj, c_fc.

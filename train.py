@@ -38,6 +38,7 @@ import checkpoint
 import data
 import lora
 import parallel
+from kernels import dispatch
 from kernels.linear_cross_entropy import IGNORE_INDEX
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,7 +101,7 @@ class Config:
     fp16_opt_level: str = "O1"  # O1: fp32 weights, autocast; O2: computes in 16 bits, fp32 master weights
     recompute: bool = False  # activation checkpointing
     compile: bool = False  # torch.compile of the blocks
-    use_flash_attention: str | bool = "auto"  # auto, false: plain PyTorch
+    use_flash_attention: str | bool = "auto"  # auto: Triton kernels on a GPU; true: or an error; false: plain PyTorch
     # adapters
     lora: bool = False
     lora_rank: int = 8
@@ -108,6 +109,8 @@ class Config:
     lora_dropout: float = 0.05
     lora_target_modules: list[str] | None = None  # regular expressions, full match on module names
     lora_path: str | None = None  # start from this adapter
+    lora_split: bool = False  # an A and a B for each of q, k, v in a packed weight, as SwissArmyTransformer has them
+    pre_seq_len: int | None = None  # P-tuning: only so many keys and values in front of every sample are trained
     # layout
     tensor_parallel_degree: int = 1
     pipeline_parallel_degree: int = 1
@@ -131,7 +134,7 @@ CHOICES = {
     "evaluation_strategy": ("no", "epoch", "steps"),
     "lr_scheduler_type": ("linear", "cosine", "constant"), "fp16_opt_level": ("O1", "O2"),
     "metric_for_best_model": ("eval_loss", "eval_accuracy"), "sharding": (None, *parallel.STAGES),
-    "use_flash_attention": ("auto", False),
+    "use_flash_attention": ("auto", True, False),
 }  # fmt: skip
 
 
@@ -205,15 +208,11 @@ def parse_config(argv: list[str]) -> Config:
 def validate(cfg: Config) -> None:
     for key, choices in CHOICES.items():
         value = getattr(cfg, key)
-        if key == "use_flash_attention" and value in (True, "true"):
-            raise ValueError(
-                "use_flash_attention=true asks for a Triton kernel, and there is none yet; use auto or false"
-            )
         if value not in choices:
             raise ValueError(f"{key}={value!r}; expected one of {', '.join(map(str, choices))}")
     positive = ("max_length", "per_device_train_batch_size", "per_device_eval_batch_size",
                 "gradient_accumulation_steps",                "save_steps", "logging_steps", "lora_rank")  # fmt: skip
-    optional = ("max_steps", "max_images", "eval_steps", "save_total_limit", "eval_accumulation_steps")
+    optional = ("pre_seq_len", "max_steps", "max_images", "eval_steps", "save_total_limit", "eval_accumulation_steps")
     for key in (*positive, *(k for k in optional if getattr(cfg, k) is not None)):
         if getattr(cfg, key) < 1:
             raise ValueError(f"{key}={getattr(cfg, key)}; expected at least 1")
@@ -278,6 +277,8 @@ def choose_trainable(model: nn.Module, module, cfg: Config) -> None:
             p.requires_grad_(True)
         elif matches(name, frozen):
             p.requires_grad_(matches(name, cfg.freeze_exclude))
+        elif cfg.pre_seq_len:
+            p.requires_grad_(matches(name, [module.PREFIX_TUNING]))
         elif cfg.lora:
             p.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
@@ -306,20 +307,39 @@ def named_generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big"))
 
 
+def with_prefix(config: dict, module, cfg: Config) -> dict:
+    """config.json's contents, with P-tuning's prefix if one is asked for."""
+    if cfg.pre_seq_len and not hasattr(module, "PREFIX_TUNING"):
+        raise ValueError(f"pre_seq_len={cfg.pre_seq_len}: {module.__name__} has no P-tuning; use lora=true")
+    return {**config, "pre_seq_len": cfg.pre_seq_len} if cfg.pre_seq_len else config
+
+
+def lora_parts(model: nn.Module, module, cfg: Config) -> dict:
+    """The packed weights that lora_split adapts part by part."""
+    if cfg.lora_split and not hasattr(module, "lora_parts"):
+        raise ValueError(f"lora_split=true: {module.__name__} has no packed weight whose parts are adapted apart")
+    return module.lora_parts(model.config) if cfg.lora_split else {}
+
+
 def build(cfg: Config, directory: Path, world: parallel.World):
     """-> (model on the device with its weights, model file, LoRA module names, mesh or None)."""
     config = checkpoint.read_config(directory)
     module = importlib.import_module("model_" + checkpoint.model_kind(config))
-    weights = checkpoint.open_weights(directory)
+    config = with_prefix(config, module, cfg)
+    weights = checkpoint.open_weights(directory, getattr(module, "IGNORED_WEIGHTS", ()))
     with torch.device("meta"):
         model = module.build_model(config)
-    checkpoint.check_names({name: p.shape for name, p in model.named_parameters()}, weights)
-    base_names = {name for name, _ in model.named_parameters()}
+    # P-tuning's parameters are new, unless the base was P-tuned before
+    tuned = [module.PREFIX_TUNING] if cfg.pre_seq_len else None
+    new = {name for name, _ in model.named_parameters() if matches(name, tuned)} - weights.names
+    checkpoint.check_names({name: p.shape for name, p in model.named_parameters() if name not in new}, weights)
+    base_names = {name for name, _ in model.named_parameters()} - new
     lora_modules = []
     if cfg.lora:
         lora_modules = lora.inject(
-            model, cfg.lora_target_modules or module.LORA_TARGETS, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout
-        )
+            model, cfg.lora_target_modules or module.LORA_TARGETS, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout,
+            lora_parts(model, module, cfg),
+        )  # fmt: skip
     choose_trainable(model, module, cfg)
     dtype16 = {(True, False): torch.bfloat16, (False, True): torch.float16}.get((cfg.bf16, cfg.fp16))
     compute_dtype = dtype16 if cfg.fp16_opt_level == "O2" else None
@@ -344,7 +364,9 @@ def build(cfg: Config, directory: Path, world: parallel.World):
     checkpoint.load_into({name: parameters[name] for name in base_names}, weights)
     for name in parameters.keys() - base_names:
         full = torch.empty(parameters[name].shape)
-        lora.init_lora(name, full, named_generator(cfg.seed, name))
+        init = model.init_weights if name in new else lora.init_lora
+        with torch.no_grad():
+            init(name, full, named_generator(cfg.seed, name))
         checkpoint.copy_full_(parameters[name], full)
     if cfg.lora_path:
         lora.load_adapter(model, cfg.lora_path, checkpoint.copy_full_)
@@ -399,7 +421,8 @@ def to_device(batch: dict, device: torch.device, blank_image: bool, image_size: 
     entered together.
     """
     batch = {
-        k: v.to(device, non_blocking=True) if torch.is_tensor(v) and k != "cu_seqlens" else v for k, v in batch.items()
+        k: v.to(device, non_blocking=True) if torch.is_tensor(v) and k not in data.HOST_TENSORS else v
+        for k, v in batch.items()
     }
     if blank_image and batch["pixel_values"] is None and batch.get("image_features") is None:
         batch["pixel_values"] = torch.zeros(1, 3, image_size, image_size, device=device)
@@ -740,11 +763,12 @@ def peak_memory_gib(device: torch.device) -> float:
 def dry_run(cfg: Config, config: dict, module, plan, world_size: int) -> str:
     """Memory per device, disk, steps and FLOPs, from shapes alone."""
     with torch.device("meta"):
-        model = module.build_model(config)
+        model = module.build_model(with_prefix(config, module, cfg))
     if cfg.lora:
         lora.inject(
-            model, cfg.lora_target_modules or module.LORA_TARGETS, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout
-        )
+            model, cfg.lora_target_modules or module.LORA_TARGETS, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout,
+            lora_parts(model, module, cfg),
+        )  # fmt: skip
     choose_trainable(model, module, cfg)
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -766,7 +790,7 @@ def dry_run(cfg: Config, config: dict, module, plan, world_size: int) -> str:
         images, supervised = 1.0, 0.3 * tokens
     c = model.config
     width = 2 if sixteen else 4
-    inner = c.intermediate_size // 2
+    inner = c.mlp_width
     block = c.hidden_size if cfg.recompute else 11 * c.hidden_size + 4 * inner
     activations = worst * width * (block * c.num_hidden_layers + (11 * c.hidden_size + 4 * inner) * cfg.recompute)
     memory = {
@@ -858,6 +882,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
     say = print if world.main else (lambda *_a, **_k: None)
+    try:
+        kernels = dispatch.use({"auto": "auto", True: "triton", False: "ref"}[cfg.use_flash_attention], world.device)
+    except ValueError as e:
+        raise ValueError(f"use_flash_attention={cfg.use_flash_attention}: {e}") from None
     resume = prepare_output_dir(cfg, world)
     out = Path(cfg.output_dir)
     say(json.dumps(asdict(cfg), ensure_ascii=False))
@@ -897,7 +925,7 @@ def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
 
     model, module, lora_modules = build(cfg, directory, world)
     say(parameter_table(model, module.PARTS))
-    say(f"device {world.device.type} x {world.size}, kernels: plain PyTorch, {torch.get_num_threads()} threads")
+    say(f"device {world.device.type} x {world.size}, kernels: {kernels}, {torch.get_num_threads()} threads")
     optimizer = make_optimizer(model, cfg)
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     state = {"step": 0, "best_metric": None, "best_step": None, "bad": 0, "samples": 0, "scale": None}
@@ -911,7 +939,7 @@ def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
         if any(
             p.requires_grad
             for n, p in model.named_parameters()
-            if matches(n, [module.PARTS["vision"], module.PARTS["resampler"]])
+            if matches(n, [module.PARTS[part] for part in module.IMAGE_PARTS])
         ):
             raise ValueError(
                 "cache_image_features=true needs a frozen vision tower; add it to freeze_include or turn the cache off"

@@ -1,17 +1,27 @@
 """Attention over packed segments: one mask rule for every model.
 
-Inside a segment, key `j` is visible to query `i` if not `causal`, or `j <= i`, or `j < prefix_lens[segment]`; nothing
-is
-visible across segments. Queries stand at the end of their keys, so a segment with fewer queries than keys is decoding.
+Inside a segment, key `j` is visible to query `i` if not `causal`, or `j <= i`, or `j < prefix_lens[segment]`;
+nothing is visible across segments. Queries stand at the end of their keys, so a segment with fewer queries than keys
+is decoding.
 
 `attention_ref` is plain PyTorch: scaled_dot_product_attention segment by segment, in one batched call where all
 segments are equally long (pictures). On CPU this beats padding and any dense mask; no mask is built unless a prefix
-asks for one.
+asks for one. The Triton kernels follow it.
 """
+
+import functools
+import itertools
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.dispatch import FP32_DOTS, architecture, jit, tl, triton, use_triton
+
+LOG2E = 1 / math.log(2)
+# 16-bit dots do not read it
+PRECISION = {torch.float32: FP32_DOTS, torch.float16: "tf32", torch.bfloat16: "tf32"}
 
 
 def attention_ref(
@@ -61,6 +71,351 @@ def attention_ref(
     return torch.cat(outputs) if outputs else q
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Triton. One program does one block of one segment's rows (for one head), so no program is started for nothing and none
+# visits keys that its rows cannot see: `plan` lists the blocks on the host, where cu_seqlens is. Scores are kept in
+# units of log 2. Backward: dQ by query blocks, then dK and dV by key blocks; nobody shares an output, so there are no
+# atomics and results repeat bit by bit. (arXiv:2205.14135, arXiv:2307.08691)
+
+
+@jit
+def _tile(base, row, end, stride, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr):
+    """Rows row..row+BLOCK of one head, (BLOCK, BLOCK_D); zeros from row `end` (if CHECK) and channel D on."""
+    rows, channels = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    pointers = base + tl.cast(row, tl.int64) * stride + rows[:, None] * stride + channels[None, :]
+    if CHECK:
+        if BLOCK_D > D:
+            tile = tl.load(pointers, mask=(row + rows < end)[:, None] & (channels < D)[None, :], other=0.0)
+        else:
+            tile = tl.load(pointers, mask=(row + rows < end)[:, None], other=0.0)
+    elif BLOCK_D > D:
+        tile = tl.load(pointers, mask=(channels < D)[None, :], other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@jit
+def _store(base, row, end, stride, tile, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    rows, channels = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    pointers = base + tl.cast(row, tl.int64) * stride + rows[:, None] * stride + channels[None, :]
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=(row + rows < end)[:, None] & (channels < D)[None, :])
+
+
+@jit
+def _head(base, stride):
+    """Where this program's head starts; a multiple of 8 elements lets 16 bytes be copied at once."""
+    return base + tl.multiple_of(tl.program_id(1) * stride, 8)
+
+
+@jit
+def _forward_step(
+    acc, m, total, q, k, v, n, rows, end, last, prefix_end, stride_k, stride_v, scale,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    keys = _tile(k, n, end, stride_k, D, BLOCK_N, BLOCK_D, MASK)
+    s = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
+    if MASK:
+        cols = n + tl.arange(0, BLOCK_N)[None, :]
+        s = tl.where(((cols <= last + rows[:, None]) | (cols < prefix_end)) & (cols < end), s, float("-inf"))
+        new_m = tl.maximum(m, tl.max(s, 1) * scale)
+        safe_m = tl.where(new_m == float("-inf"), 0.0, new_m)  # a row that has seen no key yet
+    else:
+        new_m = tl.maximum(m, tl.max(s, 1) * scale)
+        safe_m = new_m
+    p = tl.exp2(s * scale - safe_m[:, None])
+    rescale = tl.exp2(m - safe_m)
+    total = total * rescale + tl.sum(p, 1)
+    values = _tile(v, n, end, stride_v, D, BLOCK_N, BLOCK_D, MASK)
+    acc = tl.dot(p.to(values.dtype), values, acc * rescale[:, None], input_precision=PRECISION)
+    return acc, new_m, total
+
+
+@jit
+def _attention_forward(
+    blocks, q, k, v, o, lse, num_q, stride_q, stride_k, stride_v, stride_o, head_q, head_k, head_v, head_o, scale,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """o (Tq, H, D) and lse (H, Tq) in log 2; `blocks`: rows of query_blocks()."""
+    blocks += tl.program_id(0) * 8
+    m0, m_end, n0 = tl.load(blocks), tl.load(blocks + 1), tl.load(blocks + 2)
+    n_full, n_end = tl.load(blocks + 3), tl.load(blocks + 4)
+    k_end, prefix_end, shift = tl.load(blocks + 5), tl.load(blocks + 6), tl.load(blocks + 7)
+    q, k, v = _head(q, head_q), _head(k, head_k), _head(v, head_v)
+    rows = tl.arange(0, BLOCK_M)
+    queries = _tile(q, m0, m_end, stride_q, D, BLOCK_M, BLOCK_D, True)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for n in range(n0, n_full, BLOCK_N):
+        acc, m, total = _forward_step(
+            acc, m, total, queries, k, v, n, rows, k_end, m0 + shift, prefix_end, stride_k, stride_v, scale, D,
+            BLOCK_N, BLOCK_D, PRECISION, False,
+        )  # fmt: skip
+    for n in range(n_full, n_end, BLOCK_N):
+        acc, m, total = _forward_step(
+            acc, m, total, queries, k, v, n, rows, k_end, m0 + shift, prefix_end, stride_k, stride_v, scale, D,
+            BLOCK_N, BLOCK_D, PRECISION, True,
+        )  # fmt: skip
+    # a row that sees no key: output 0, and lse = inf makes its probabilities 0 in the backward
+    seen = total > 0
+    total = tl.where(seen, total, 1.0)
+    acc = acc / total[:, None]
+    row_lse = tl.where(seen, m + tl.log2(total), float("inf"))
+    tl.store(lse + tl.program_id(1) * num_q + m0 + rows, row_lse, mask=m0 + rows < m_end)
+    _store(o + tl.program_id(1) * head_o, m0, m_end, stride_o, acc, D, BLOCK_M, BLOCK_D)
+
+
+@jit
+def _dq_step(
+    dq, q, do, lse, delta, k, v, n, rows, end, last, prefix_end, stride_k, stride_v, scale,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    keys = _tile(k, n, end, stride_k, D, BLOCK_N, BLOCK_D, MASK)
+    values = _tile(v, n, end, stride_v, D, BLOCK_N, BLOCK_D, MASK)
+    p = tl.exp2(tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale - lse[:, None])
+    if MASK:
+        cols = n + tl.arange(0, BLOCK_N)[None, :]
+        p = tl.where(((cols <= last + rows[:, None]) | (cols < prefix_end)) & (cols < end), p, 0.0)
+    ds = p * (tl.dot(do, tl.trans(values), input_precision=PRECISION) - delta[:, None])
+    return tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
+
+
+@jit
+def _attention_dq(
+    blocks, q, k, v, o, do, lse, delta, dq, num_q, stride_q, stride_k, stride_v, stride_o, stride_do, stride_dq,
+    head_q, head_k, head_v, head_o, head_do, head_dq, scale, score_scale,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq (Tq, H, D), and delta (H, Tq) = rowsum(o * do), which _attention_dkdv reads."""
+    blocks += tl.program_id(0) * 8
+    m0, m_end, n0 = tl.load(blocks), tl.load(blocks + 1), tl.load(blocks + 2)
+    n_full, n_end = tl.load(blocks + 3), tl.load(blocks + 4)
+    k_end, prefix_end, shift = tl.load(blocks + 5), tl.load(blocks + 6), tl.load(blocks + 7)
+    k, v = _head(k, head_k), _head(v, head_v)
+    rows = tl.arange(0, BLOCK_M)
+    outputs = _tile(_head(o, head_o), m0, m_end, stride_o, D, BLOCK_M, BLOCK_D, True)
+    grads = _tile(_head(do, head_do), m0, m_end, stride_do, D, BLOCK_M, BLOCK_D, True)
+    row_delta = tl.sum(outputs.to(tl.float32) * grads.to(tl.float32), 1)
+    place = tl.program_id(1) * num_q + m0 + rows
+    tl.store(delta + place, row_delta, mask=m0 + rows < m_end)
+    row_lse = tl.load(lse + place, mask=m0 + rows < m_end, other=float("inf"))
+    queries = _tile(_head(q, head_q), m0, m_end, stride_q, D, BLOCK_M, BLOCK_D, True)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for n in range(n0, n_full, BLOCK_N):
+        acc = _dq_step(
+            acc, queries, grads, row_lse, row_delta, k, v, n, rows, k_end, m0 + shift, prefix_end, stride_k,
+            stride_v, scale, D, BLOCK_N, BLOCK_D, PRECISION, False,
+        )  # fmt: skip
+    for n in range(n_full, n_end, BLOCK_N):
+        acc = _dq_step(
+            acc, queries, grads, row_lse, row_delta, k, v, n, rows, k_end, m0 + shift, prefix_end, stride_k,
+            stride_v, scale, D, BLOCK_N, BLOCK_D, PRECISION, True,
+        )  # fmt: skip
+    _store(dq + tl.program_id(1) * head_dq, m0, m_end, stride_dq, acc * score_scale, D, BLOCK_M, BLOCK_D)
+
+
+@jit
+def _dkdv_step(
+    dk, dv, k, v, q, do, lse, delta, m, end, cols, shift, prefix_end, stride_q, stride_do, scale,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    queries = _tile(q, m, end, stride_q, D, BLOCK_M, BLOCK_D, True)
+    rows = m + tl.arange(0, BLOCK_M)
+    row_lse = tl.load(lse + rows, mask=rows < end, other=float("inf"))  # rows beyond the segment: probability 0
+    p = tl.exp2(tl.dot(k, tl.trans(queries), input_precision=PRECISION) * scale - row_lse[None, :])
+    if MASK:
+        p = tl.where((cols[:, None] <= rows[None, :] + shift) | (cols < prefix_end)[:, None], p, 0.0)
+    grads = _tile(do, m, end, stride_do, D, BLOCK_M, BLOCK_D, True)
+    dv = tl.dot(p.to(grads.dtype), grads, dv, input_precision=PRECISION)
+    row_delta = tl.load(delta + rows, mask=rows < end, other=0.0)
+    ds = p * (tl.dot(v, tl.trans(grads), input_precision=PRECISION) - row_delta[None, :])
+    dk = tl.dot(ds.to(queries.dtype), queries, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@jit
+def _attention_dkdv(
+    blocks, q, k, v, do, lse, delta, dk, dv, num_q, stride_q, stride_k, stride_v, stride_do, stride_dk,
+    head_q, head_k, head_v, head_do, head_dk, scale, score_scale,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv (Tk, H, D); `blocks`: rows of key_blocks()."""
+    blocks += tl.program_id(0) * 8
+    n0, n_end, m0 = tl.load(blocks), tl.load(blocks + 1), tl.load(blocks + 2)
+    m_full, m_end = tl.load(blocks + 3), tl.load(blocks + 4)
+    prefix_end, shift = tl.load(blocks + 5), tl.load(blocks + 6)
+    q, do = _head(q, head_q), _head(do, head_do)
+    lse += tl.program_id(1) * num_q
+    delta += tl.program_id(1) * num_q
+    cols = n0 + tl.arange(0, BLOCK_N)
+    keys = _tile(_head(k, head_k), n0, n_end, stride_k, D, BLOCK_N, BLOCK_D, True)
+    values = _tile(_head(v, head_v), n0, n_end, stride_v, D, BLOCK_N, BLOCK_D, True)
+    acc_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    acc_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for m in range(m0, m_full, BLOCK_M):
+        acc_k, acc_v = _dkdv_step(
+            acc_k, acc_v, keys, values, q, do, lse, delta, m, m_end, cols, shift, prefix_end, stride_q, stride_do,
+            scale, D, BLOCK_M, BLOCK_D, PRECISION, True,
+        )  # fmt: skip
+    for m in range(m_full, m_end, BLOCK_M):
+        acc_k, acc_v = _dkdv_step(
+            acc_k, acc_v, keys, values, q, do, lse, delta, m, m_end, cols, shift, prefix_end, stride_q, stride_do,
+            scale, D, BLOCK_M, BLOCK_D, PRECISION, False,
+        )  # fmt: skip
+    _store(dk + tl.program_id(1) * head_dk, n0, n_end, stride_dk, acc_k * score_scale, D, BLOCK_N, BLOCK_D)
+    _store(dv + tl.program_id(1) * head_dk, n0, n_end, stride_dk, acc_v, D, BLOCK_N, BLOCK_D)
+
+
+# (bytes of an element, largest head size) -> (rows of queries, rows of keys, warps, stages); kernels/report.py checks
+# them. sm_80's fit the 99 KB of shared memory of sm_86 and sm_89 too.
+TILES = {
+    "sm_80": {
+        "forward": {(2, 64): (128, 64, 8, 2), (2, 128): (128, 64, 8, 2),
+                    (4, 64): (64, 32, 4, 2), (4, 128): (16, 32, 4, 2)},
+        "decode": {(2, 64): (16, 64, 4, 2), (2, 128): (16, 32, 4, 2),
+                   (4, 64): (16, 32, 4, 2), (4, 128): (16, 32, 4, 2)},
+        "dq": {(2, 64): (128, 64, 8, 2), (2, 128): (128, 64, 8, 2), (4, 64): (32, 32, 4, 2), (4, 128): (16, 32, 4, 2)},
+        "dkdv": {(2, 64): (64, 64, 4, 2), (2, 128): (64, 64, 8, 2), (4, 64): (32, 32, 4, 2), (4, 128): (32, 16, 4, 2)},
+    },
+    "sm_90": {
+        "forward": {(2, 64): (128, 64, 8, 3), (2, 128): (128, 64, 8, 3),
+                    (4, 64): (64, 32, 4, 2), (4, 128): (16, 32, 4, 2)},
+        "decode": {(2, 64): (16, 64, 4, 2), (2, 128): (16, 64, 4, 2),
+                   (4, 64): (16, 32, 4, 2), (4, 128): (16, 32, 4, 2)},
+        "dq": {(2, 64): (128, 64, 8, 2), (2, 128): (128, 64, 8, 2), (4, 64): (64, 32, 4, 2), (4, 128): (16, 32, 4, 2)},
+        "dkdv": {(2, 64): (64, 128, 8, 2), (2, 104): (32, 64, 4, 2), (2, 128): (64, 128, 8, 2),
+                 (4, 64): (64, 32, 8, 2), (4, 128): (32, 16, 4, 2)},
+    },
+}  # fmt: skip
+
+
+def tile(architecture: str, kernel: str, element_size: int, D: int) -> tuple[int, int, int, int]:
+    table = TILES[architecture][kernel]
+    return table[min(key for key in table if key >= (element_size, D))]
+
+
+def strides(*tensors: Tensor) -> list[int]:
+    return [x.stride(axis) for axis in (0, 1) for x in tensors]
+
+
+def query_blocks(segments, block_m: int, block_n: int) -> list[tuple[int, ...]]:
+    """One row per block of queries: its first row, the segment's end; first key, first key of the blocks that not
+    every row sees whole, end of the keys that any row sees; the segment's last key + 1, end of its prefix, and what to
+    add to a query's row for the last key it sees."""
+    blocks = []
+    for q0, q_end, k0, k_end, prefix_end in segments:
+        shift = k_end - q_end
+        for m in range(q0, q_end, block_m):
+            seen_by_all = max(k0, min(k_end, max(prefix_end, m + shift + 1)))
+            seen_by_any = max(k0, min(k_end, max(prefix_end, min(m + block_m, q_end) + shift)))
+            full = k0 + (seen_by_all - k0) // block_n * block_n
+            blocks.append((m, q_end, k0, full, seen_by_any, k_end, prefix_end, shift))
+    return sorted(blocks, key=lambda b: b[2] - b[4])  # longest first: the last wave is then short
+
+
+def key_blocks(segments, block_m: int, block_n: int) -> list[tuple[int, ...]]:
+    """One row per block of keys: its first key, the segment's end; first query that sees a key, first query of the
+    blocks that see every key, the segment's last query + 1; end of the prefix, shift as in query_blocks."""
+    blocks = []
+    for q0, q_end, k0, k_end, prefix_end in segments:
+        shift = k_end - q_end
+        for n in range(k0, k_end, block_n):
+            last = min(n + block_n, k_end) - 1
+            first = q0 if n < prefix_end else min(max(q0, n - shift), q_end)
+            full = first if last < prefix_end else min(max(first, last - shift), q_end)
+            full = min(first + -(-(full - first) // block_m) * block_m, q_end)
+            blocks.append((n, k_end, first, full, q_end, prefix_end, shift, 0))
+    return sorted(blocks, key=lambda b: b[2] - b[4])
+
+
+@functools.lru_cache(maxsize=64)
+def plan(
+    kind, bounds_q: tuple, bounds_k: tuple, prefixes: tuple | None, block_m: int, block_n: int, device: torch.device
+) -> Tensor:
+    """query_blocks or key_blocks on the device. Kept, so that all layers of a step share one copy over the bus."""
+    segments = []
+    for s, (q0, q_end, k0, k_end) in enumerate(zip(bounds_q, bounds_q[1:], bounds_k, bounds_k[1:], strict=False)):
+        segments.append((q0, q_end, k0, k_end, k_end if prefixes is None else min(k_end, k0 + prefixes[s])))
+    table = torch.tensor(kind(segments, block_m, block_n), dtype=torch.int32).view(-1, 8)
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
+def _loadable(x: Tensor) -> Tensor:
+    """x (T, H, D) as the kernels read it: channels adjacent, rows and heads on 16-byte borders."""
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0
+    return x if x.stride(2) == 1 and aligned else x.contiguous()
+
+
+def _launch(name: str, fn, kind, segments: tuple, q: Tensor, *args) -> None:
+    H, D = q.shape[1:]
+    block_d = max(16, triton.next_power_of_2(D))
+    longest = max((b - a for a, b in itertools.pairwise(segments[0])), default=0)
+    if name == "forward" and longest <= 16:
+        name = "decode"
+    block_m, block_n, warps, stages = tile(architecture(q.device), name, q.element_size(), D)
+    blocks = plan(kind, *segments, block_m, block_n, q.device)
+    if len(blocks):
+        fn[(len(blocks), H)](
+            blocks, *args, D=D, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, PRECISION=PRECISION[q.dtype],
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, *segments):
+        q, k, v = _loadable(q), _loadable(k), _loadable(v)
+        Tq, H, D = q.shape
+        o = torch.empty(Tq, H, D, dtype=q.dtype, device=q.device)
+        lse = torch.empty(H, Tq, dtype=torch.float32, device=q.device)
+        _launch(
+            "forward", _attention_forward, query_blocks, segments, q, q, k, v, o, lse, Tq, *strides(q, k, v, o),
+            LOG2E / math.sqrt(D),
+        )  # fmt: skip
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.segments = segments
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        q, k, v, o, lse = ctx.saved_tensors
+        do = _loadable(do)
+        Tq, _, D = q.shape
+        scales = LOG2E / math.sqrt(D), 1 / math.sqrt(D)
+        dq, delta = torch.empty_like(o), torch.empty_like(lse)
+        _launch(
+            "dq", _attention_dq, query_blocks, ctx.segments, q, q, k, v, o, do, lse, delta, dq, Tq, *strides(q, k,
+            v, o, do, dq), *scales,
+        )  # fmt: skip
+        dk = dv = None
+        if any(ctx.needs_input_grad[1:3]):
+            dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+            _launch(
+                "dkdv", _attention_dkdv, key_blocks, ctx.segments, q, q, k, v, do, lse, delta, dk, dv, Tq,
+                *strides(q, k, v, do, dk), *scales,
+            )  # fmt: skip
+        return dq, dk, dv, None, None, None
+
+
+@torch.compiler.disable
+def attention_triton(q, k, v, cu_seqlens_q, cu_seqlens_k, causal: bool, prefix_lens=None) -> Tensor:
+    bounds_q, bounds_k = tuple(cu_seqlens_q.tolist()), tuple(cu_seqlens_k.tolist())
+    D = q.shape[-1]
+    if D % 8 or D > 128 or q.dtype not in PRECISION:
+        takes = "multiples of 8 up to 128 in fp32, fp16, bf16"
+        raise ValueError(f"head_dim={D}, {q.dtype}: the Triton kernel takes {takes}; set use_flash_attention=false")
+    if bounds_q[-1] != len(q) or bounds_k[-1] != len(k):
+        rows = f"{len(q)} queries and {len(k)} keys"
+        raise ValueError(f"cu_seqlens end at {bounds_q[-1]} and {bounds_k[-1]}, but there are {rows}")
+    prefixes = None
+    if causal:
+        prefixes = (0,) * (len(bounds_q) - 1) if prefix_lens is None else tuple(prefix_lens.tolist())
+    if torch.is_autocast_enabled(q.device.type):  # as scaled_dot_product_attention does
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    return _Attention.apply(q, k, v, bounds_q, bounds_k, prefixes)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -71,12 +426,15 @@ def attention(
     causal: bool,
     prefix_lens: Tensor | None = None,
     bias: Tensor | None = None,
+    impl: str = "auto",
 ) -> Tensor:
     """Softmax attention inside segments, scores divided by sqrt(D).
 
     q (Tq, H, D), k and v (Tk, H, D); cu_seqlens_q and cu_seqlens_k (S+1,) int32 on the host: segment s of the queries
-    is
-    rows cu_seqlens_q[s]:cu_seqlens_q[s+1]; max_len the longest segment; prefix_lens (S,): keys visible to every query
-    of a causal segment; bias (H, Lq, Lk), added to the scores. Returns (Tq, H, D).
+    is rows cu_seqlens_q[s]:cu_seqlens_q[s+1]; max_len the longest segment; prefix_lens (S,), on the host: keys visible
+    to every query of a causal segment; bias (H, Lq, Lk), added to the scores (plain PyTorch whatever `impl`).
+    Returns (Tq, H, D).
     """
+    if bias is None and use_triton(impl, q):
+        return attention_triton(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, prefix_lens)
     return attention_ref(q, k, v, cu_seqlens_q, cu_seqlens_k, max_len, causal, prefix_lens, bias)

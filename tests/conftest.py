@@ -28,7 +28,8 @@ import train  # noqa: E402
 torch.set_num_threads(2)
 
 ROOT = Path(__file__).resolve().parent.parent
-VARIANTS = {"qwen_vl_variant": "qwen_vl/tiny_*"}  # test argument -> directories below the golden root
+# test argument -> directories below the golden root, or a file that each of them holds
+VARIANTS = {"qwen_vl_variant": "qwen_vl/tiny_*", "visualglm_variant": "visualglm/*/golden.json"}
 
 
 def pytest_addoption(parser):
@@ -54,7 +55,7 @@ def pytest_configure(config):
 def pytest_generate_tests(metafunc):
     for argument, pattern in VARIANTS.items():
         if argument in metafunc.fixturenames:
-            found = sorted(path for path in metafunc.config.goldens.glob(pattern) if path.is_dir())
+            found = sorted(p if p.is_dir() else p.parent for p in metafunc.config.goldens.glob(pattern))
             # one failing case, not none: an empty parameter list would be a silent skip
             metafunc.parametrize(argument, found or [None], ids=[p.name for p in found] or ["none"], indirect=True)
 
@@ -64,6 +65,14 @@ def qwen_vl_variant(request) -> Path:
     """One directory `qwen_vl/tiny_*` of the golden root."""
     if request.param is None:
         pytest.fail(f"no variant {VARIANTS['qwen_vl_variant']} below {request.config.goldens}", pytrace=False)
+    return request.param
+
+
+@pytest.fixture
+def visualglm_variant(request) -> Path:
+    """One directory `visualglm/*` of the golden root."""
+    if request.param is None:
+        pytest.fail(f"no variant {VARIANTS['visualglm_variant']} below {request.config.goldens}", pytrace=False)
     return request.param
 
 

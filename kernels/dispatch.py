@@ -1,0 +1,76 @@
+"""Which implementation an operation runs: its Triton kernel or plain PyTorch. Chosen once, at start-up, by `use`.
+
+    use("auto")    Triton for tensors on a GPU it compiles for, plain PyTorch elsewhere
+    use("triton")  Triton, or an error
+    use("ref")     plain PyTorch
+
+Without a GPU the kernels run in Triton's interpreter (slow: for tests) if TRITON_INTERPRET=1 is set before the start.
+"""
+
+import types
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+    from triton import jit
+
+    INTERPRETER = bool(triton.knobs.runtime.interpret)
+except (
+    ImportError
+):  # not made for this platform: the kernels below their references are then plain functions, never called
+    triton, tl, jit, INTERPRETER = None, types.SimpleNamespace(constexpr=None), lambda f: f, False
+
+# dots of fp32 tiles: three TF32 products, as exact as fp32 and on tensor cores, which AMD's compiler has not
+FP32_DOTS = "tf32x3" if torch.version.hip is None else "ieee"
+IMPLS = ("auto", "triton", "ref")
+default = "auto"
+
+
+def problem(device: torch.device) -> str | None:
+    """Why Triton cannot run on tensors of this device; None where it can."""
+    if triton is None:
+        return "the package triton is not installed"
+    if INTERPRETER:
+        return None
+    if device.type != "cuda":
+        return f"there is no GPU (the device is {device.type})"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    return None
+
+
+def use(impl: str, device: torch.device) -> str:
+    """Sets what impl="auto" means from now on; returns what runs, in words. Raises ValueError where it cannot."""
+    global default
+    if impl not in IMPLS:
+        raise ValueError(f"impl={impl!r}; expected one of {', '.join(IMPLS)}")
+    reason = problem(device)
+    if impl == "triton" and reason:
+        raise ValueError(f"Triton kernels are forced, but {reason}; use auto or false")
+    default = impl
+    if impl == "ref" or reason:
+        return f"plain PyTorch ({'as asked' if impl == 'ref' else reason})"
+    where = "in the interpreter" if INTERPRETER else f"on {torch.cuda.get_device_name(device)}"
+    return f"Triton {triton.__version__} {where}"
+
+
+def use_triton(impl: str, x: Tensor) -> bool:
+    """Whether an operation called with `impl` on tensor x runs its kernel."""
+    if impl == "auto":
+        impl = default
+    if impl == "ref":
+        return False
+    if impl == "auto":
+        return x.device.type == "cuda" and problem(x.device) is None
+    if reason := problem(x.device):
+        raise ValueError(f'impl="triton", but {reason}')
+    return True
+
+
+def architecture(device: torch.device) -> str:
+    """The family of tile sizes: "sm_90" (228 KB of shared memory), or "sm_80", which fits sm_86 and sm_89 too."""
+    hopper = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+    return "sm_90" if hopper else "sm_80"

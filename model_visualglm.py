@@ -1,0 +1,1088 @@
+"""VisualGLM-6B: EVA ViT-g, a Q-Former with 32 queries, ChatGLM-6B, and everything about its data format.
+
+    python train.py --model visualglm --lora
+    python generate.py --model visualglm --image picture.png --prompt "这张图片里有什么？"
+
+Text has no batch dimension: a micro-batch is one stream of T tokens, cut into segments (samples) by `cu_seqlens`. Of
+each segment the context (up to and without `<sop>`) is seen by every token, the answer is causal. Numerics follow the
+Hugging Face code of THUDM/visualglm-6b and, where they differ, SwissArmyTransformer (SAT) by an option; where this
+file differs on purpose, it says so. Parameter names are those of the Hugging Face checkpoint.
+"""
+
+import hashlib
+import json
+import math
+import re
+import struct
+import unicodedata
+from base64 import b64decode
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import Tokenizer, models
+from torch import Tensor, nn
+
+from kernels.attention import attention
+from kernels.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from kernels.rotary import rotary
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclass
+class VisionConfig:
+    """EVA ViT, config.json's `eva_config`."""
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    inner_hidden_size: int
+    image_size: list[int]
+    patch_size: int
+    layernorm_epsilon: float = 1e-6
+
+    @property
+    def num_tokens(self) -> int:
+        """Of one picture: its patches and the class token in front."""
+        return (self.image_size[0] // self.patch_size) ** 2 + 1
+
+
+@dataclass
+class QFormerConfig:
+    """config.json's `qformer_config`; its vocab_size is the number of queries."""
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    is_decoder: list[bool]  # which layers attend to the picture
+    vocab_size: int = 32
+    inner_hidden_size: int | None = None  # default: 4 x hidden_size
+    layernorm_epsilon: float = 1e-12
+
+
+@dataclass
+class VisualGLMConfig:
+    """The fields of the published config.json that change what is computed; other fields of the file are kept and
+    ignored."""
+
+    hidden_size: int
+    num_layers: int
+    num_attention_heads: int
+    inner_hidden_size: int
+    vocab_size: int
+    eva_config: VisionConfig
+    qformer_config: QFormerConfig
+    layernorm_epsilon: float = 1e-5
+    bos_token_id: int = 130004  # <sop>
+    eos_token_id: int = 130005  # <eop>
+    mask_token_id: int = 130000
+    gmask_token_id: int = 130001
+    pad_token_id: int = 3
+    # HF rounds the rotary frequencies to half precision, whatever dtype follows; SAT >= 0.4.4 does not
+    exact_inv_freq: bool = False
+    prompt_language: str = "zh"  # zh: 问/答, as the Hugging Face code always does; en: Q/A, SAT's English mode
+    pre_seq_len: int | None = None  # P-tuning: keys and values in front of every segment, in each layer
+    prefix_projection: bool = False  # P-tuning: made by a two-layer network from embeddings
+    initializer_range: float = 0.02
+    raw: dict = field(default_factory=dict)  # config.json as it was read, written back with the weights
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.num_layers
+
+    @property
+    def mlp_width(self) -> int:
+        return self.inner_hidden_size
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_image_tokens(self) -> int:
+        return self.qformer_config.vocab_size
+
+    @classmethod
+    def from_dict(cls, raw: dict) -> "VisualGLMConfig":
+        """Raises ValueError for a missing field or a shape that the architecture cannot have."""
+
+        def pick(kind, values, where: str):
+            if not isinstance(values, dict):
+                raise ValueError(f"config.json has no {where!r} section; expected a VisualGLM checkpoint")
+            known = {f.name: f for f in fields(kind) if f.name not in ("raw", "eva_config", "qformer_config")}
+            missing = [n for n, f in known.items() if n not in values and f.default is f.default_factory]
+            if missing:
+                raise ValueError(f"config.json: {where} lacks {', '.join(missing)}; is it a VisualGLM checkpoint?")
+            return {n: values[n] for n in known if n in values}
+
+        vision = VisionConfig(**pick(VisionConfig, raw.get("eva_config"), "eva_config"))
+        qformer = QFormerConfig(**pick(QFormerConfig, raw.get("qformer_config"), "qformer_config"))
+        c = cls(eva_config=vision, qformer_config=qformer, raw=raw, **pick(cls, raw, "the file"))
+        width, height = vision.image_size
+        for ok, message in (
+            (
+                c.hidden_size % (4 * c.num_attention_heads) == 0,
+                f"num_attention_heads={c.num_attention_heads} must cut hidden_size={c.hidden_size} by 4s",
+            ),
+            (width == height, f"eva_config.image_size={vision.image_size} must be square"),
+            (
+                width % vision.patch_size == 0,
+                f"eva_config.patch_size={vision.patch_size} does not divide image_size={width}",
+            ),
+            (
+                vision.hidden_size % vision.num_attention_heads == 0,
+                "eva_config: num_attention_heads does not divide hidden_size",
+            ),
+            (
+                qformer.hidden_size % qformer.num_attention_heads == 0,
+                "qformer_config: num_attention_heads does not divide hidden_size",
+            ),
+            (
+                len(qformer.is_decoder) == qformer.num_layers,
+                f"qformer_config.is_decoder must have {qformer.num_layers} entries",
+            ),
+            (
+                raw.get("image_length", qformer.vocab_size) == qformer.vocab_size,
+                f"image_length={raw.get('image_length')} must be qformer_config.vocab_size={qformer.vocab_size}",
+            ),
+            (raw.get("position_encoding_2d", True), "position_encoding_2d=false is not supported; VisualGLM has true"),
+            (
+                c.prompt_language in TEMPLATES,
+                f"prompt_language={c.prompt_language!r}; expected one of {', '.join(TEMPLATES)}",
+            ),
+        ):
+            if not ok:
+                raise ValueError(f"config.json: {message}")
+        return c
+
+
+PRESETS = {
+    "visualglm-6b": {
+        "architectures": ["ChatGLMModel"], "model_type": "chatglm", "hidden_size": 4096, "inner_hidden_size": 16384,
+        "num_layers": 28, "num_attention_heads": 32, "vocab_size": 130528, "layernorm_epsilon": 1e-5,
+        "max_sequence_length": 2048, "position_encoding_2d": True, "use_cache": True, "torch_dtype": "float16",
+        "bos_token_id": 130004, "eos_token_id": 130005, "mask_token_id": 130000, "gmask_token_id": 130001,
+        "pad_token_id": 3,
+        "image_length": 32,
+        "eva_config": {
+            "num_layers": 39, "hidden_size": 1408, "num_attention_heads": 16, "vocab_size": 1, "layernorm_order": "pre",
+            "model_parallel_size": 1, "max_sequence_length": 257, "inner_hidden_size": 6144,
+            "use_final_layernorm": False,
+            "layernorm_epsilon": 1e-6, "image_size": [224, 224], "pre_len": 1, "post_len": 0, "in_channels": 3,
+            "num_classes": 0, "patch_size": 14,
+        },
+        "qformer_config": {
+            "num_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "vocab_size": 32,
+            "layernorm_order": "post",
+            "model_parallel_size": 1, "max_sequence_length": 0, "is_decoder": [True, False] * 6,
+            "cross_attn_hidden_size": 1408, "layernorm_epsilon": 1e-12,
+        },
+    },
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Language model
+
+
+@dataclass
+class Context:
+    """What every block of one forward pass shares."""
+
+    cu_seqlens: Tensor  # (S+1,) int32, host
+    max_len: int
+    prefix_lens: Tensor | None  # (S,) host: the context's length, seen by the whole segment
+    cos: Tensor  # (2, T, D/4) fp32: place in the context, place in the answer
+    sin: Tensor
+    tuned: Tensor | None = None  # P-tuning's (layers, 2, P, H, D) keys and values
+    cache: object | None = None  # generate.KVCache
+
+
+def inverse_frequencies(head_dim: int, exact: bool = False, device=None) -> Tensor:
+    """(D/4,) fp32. Each half of a head turns by its own position, so the rotary dimension is D/2."""
+    half = torch.arange(0, head_dim // 2, 2, device=device, dtype=torch.float32) / (head_dim // 2)
+    inv_freq = 1.0 / 10000.0**half
+    return inv_freq if exact else inv_freq.half().float()
+
+
+def prepend_to_segments(prefix: Tensor, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """prefix (P, H, D) in front of each segment of x (T, H, D)."""
+    return torch.cat(
+        [part for segment in x.split(cu_seqlens.diff().tolist()) for part in (prefix.to(x.dtype), segment)]
+    )
+
+
+class Attention(nn.Module):
+    def __init__(self, config: VisualGLMConfig, layer: int):
+        super().__init__()
+        C = config.hidden_size
+        self.layer = layer
+        self.num_heads = config.num_attention_heads
+        self.query_key_value = nn.Linear(C, 3 * C)  # per head: q, k, v (SAT >= 0.4: [all q | all k | all v])
+        self.dense = nn.Linear(C, C)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        q, k, v = self.query_key_value(x).unflatten(-1, (self.num_heads, 3, -1)).unbind(2)  # 3 x (T, H, D)
+        q, k = (
+            torch.cat([rotary(half, ctx.cos[i], ctx.sin[i]) for i, half in enumerate(t.chunk(2, -1))], -1)
+            for t in (q, k)
+        )
+        # HF divides the scores by layer + 1 and multiplies them again (fp16 range): nothing is left of that
+        tuned = None if ctx.tuned is None else ctx.tuned[self.layer]
+        if ctx.cache is not None:
+            o = ctx.cache.attend(self.layer, q, k, v, ctx.cu_seqlens, ctx.max_len, ctx.prefix_lens, tuned)
+        elif tuned is None:
+            o = attention(
+                q, k, v, ctx.cu_seqlens, ctx.cu_seqlens, ctx.max_len, causal=True, prefix_lens=ctx.prefix_lens
+            )
+        else:  # queries stand at the end of their keys
+            P = tuned.shape[1]
+            k, v = (prepend_to_segments(p, t, ctx.cu_seqlens) for p, t in zip(tuned, (k, v), strict=True))
+            cu_seqlens_k = ctx.cu_seqlens + P * torch.arange(len(ctx.cu_seqlens), dtype=torch.int32)
+            prefix_lens = P + (
+                ctx.prefix_lens
+                if ctx.prefix_lens is not None
+                else torch.zeros(len(cu_seqlens_k) - 1, dtype=torch.int64)
+            )
+            o = attention(q, k, v, ctx.cu_seqlens, cu_seqlens_k, ctx.max_len + P, causal=True, prefix_lens=prefix_lens)
+        return self.dense(o.flatten(1))
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, inner: int, gelu: str):
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(width, inner)
+        self.dense_4h_to_h = nn.Linear(inner, width)
+        self.gelu = gelu  # "tanh" in the language model, "none" (exact) in the vision tower and the Q-Former
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x), approximate=self.gelu))
+
+
+class Block(nn.Module):
+    def __init__(self, config: VisualGLMConfig, layer: int):
+        super().__init__()
+        C, eps = config.hidden_size, config.layernorm_epsilon
+        # HF forgets to pass num_layers on, so there it is sqrt(56) for any depth; here as in SAT. Equal for 28 layers.
+        self.alpha = math.sqrt(2 * config.num_layers)
+        self.input_layernorm = nn.LayerNorm(C, eps)
+        self.attention = Attention(config, layer)
+        self.post_attention_layernorm = nn.LayerNorm(C, eps)
+        self.mlp = MLP(C, config.inner_hidden_size, "tanh")
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        a = self.input_layernorm(x)
+        b = self.post_attention_layernorm(self.alpha * a + self.attention(a, ctx))
+        return self.alpha * b + self.mlp(b)  # both residuals start from the normalised input
+
+
+class PrefixEncoder(nn.Module):
+    """P-tuning: the keys and values that every layer sees before a segment's own. Deviation: without HF's dropout of
+    0.1."""
+
+    def __init__(self, config: VisualGLMConfig):
+        super().__init__()
+        P, C, size = config.pre_seq_len, config.hidden_size, 2 * config.num_layers * config.hidden_size
+        self.shape = P, config.num_layers, 2, config.num_attention_heads, config.head_dim
+        self.embedding = nn.Embedding(P, C if config.prefix_projection else size)
+        if config.prefix_projection:
+            self.trans = nn.Sequential(nn.Linear(C, C), nn.Tanh(), nn.Linear(C, size))
+
+    def forward(self) -> Tensor:
+        """(layers, 2, P, H, D)"""
+        x = self.embedding.weight
+        x = self.trans(x) if hasattr(self, "trans") else x
+        return x.view(self.shape).permute(1, 2, 0, 3, 4)
+
+
+class LMHead(nn.Linear):
+    """Logits, or with targets their cross entropy without the logits of the whole stream."""
+
+    def forward(self, x: Tensor, targets: Tensor | None = None):
+        return super().forward(x) if targets is None else linear_cross_entropy(x, self.weight, targets)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Vision: pictures are a plain batch; inside, their tokens are one stream of N*P rows
+
+
+def even_segments(num_segments: int, length: int) -> Tensor:
+    return torch.arange(0, (num_segments + 1) * length, length, dtype=torch.int32)
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.query_key_value = nn.Linear(width, 3 * width)  # [q | k | v], each head-major: not as in the language model
+        self.dense = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+        q, k, v = self.query_key_value(x).unflatten(-1, (3, self.heads, -1)).unbind(1)  # 3 x (N*P, H, D)
+        return self.dense(attention(q, k, v, cu_seqlens, cu_seqlens, max_len, causal=False).flatten(1))
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        W, eps = config.hidden_size, config.layernorm_epsilon
+        self.input_layernorm = nn.LayerNorm(W, eps)
+        self.attention = VisionAttention(W, config.num_attention_heads)
+        self.post_attention_layernorm = nn.LayerNorm(W, eps)
+        self.mlp = MLP(W, config.inner_hidden_size, "none")
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+        x = x + self.attention(self.input_layernorm(x), cu_seqlens, max_len)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class ViT(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        W = config.hidden_size
+        self.transformer = nn.Module()
+        self.transformer.word_embeddings = nn.Embedding(1, W)  # the class token
+        self.transformer.position_embeddings = nn.Embedding(config.num_tokens, W)
+        self.transformer.layers = nn.ModuleList(VisionBlock(config) for _ in range(config.num_layers))
+        self.mixins = nn.ModuleDict()
+        self.mixins["patch_embedding"] = nn.Module()
+        self.mixins["patch_embedding"].proj = nn.Conv2d(3, W, kernel_size=config.patch_size, stride=config.patch_size)
+        self.mixins["cls"] = nn.Module()
+        self.mixins["cls"].ln_vision = nn.LayerNorm(W, 1e-5)  # fixed, not the blocks' 1e-6
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, int]:
+        """(N, 3, H, W) -> (N*P, W), P"""
+        proj, t = self.mixins["patch_embedding"].proj, self.transformer
+        x = proj(pixel_values.to(proj.weight.dtype)).flatten(2).transpose(1, 2)  # (N, P-1, W)
+        x = (
+            torch.cat((t.word_embeddings.weight.to(x.dtype).expand(len(x), 1, -1), x), dim=1)
+            + t.position_embeddings.weight
+        )
+        N, P, _ = x.shape
+        x, cu_seqlens = x.flatten(0, 1), even_segments(N, P)
+        for block in t.layers:
+            x = block(x, cu_seqlens, P)
+        return self.mixins["cls"].ln_vision(x), P
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, width: int, heads: int, kv_width: int):
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(kv_width, 2 * width)  # [k | v], each head-major
+        self.dense = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, image: Tensor, num_images: int) -> Tensor:
+        q = self.query(x).unflatten(-1, (self.heads, -1))  # (N*Q, H, D)
+        k, v = self.key_value(image).unflatten(-1, (2, self.heads, -1)).unbind(1)  # 2 x (N*P, H, D)
+        Q, P = len(q) // num_images, len(k) // num_images
+        o = attention(q, k, v, even_segments(num_images, Q), even_segments(num_images, P), max(Q, P), causal=False)
+        return self.dense(o.flatten(1))
+
+
+class QFormerBlock(nn.Module):
+    """A BERT layer shifted by one norm: each layer's output norm stands in the next one as `input_layernorm`."""
+
+    def __init__(self, config: QFormerConfig, kv_width: int, cross: bool):
+        super().__init__()
+        W, heads, eps = config.hidden_size, config.num_attention_heads, config.layernorm_epsilon
+        self.input_layernorm = nn.LayerNorm(W, eps)
+        self.attention = VisionAttention(W, heads)
+        self.post_attention_layernorm = nn.LayerNorm(W, eps)
+        self.cross_attention = CrossAttention(W, heads, kv_width) if cross else None
+        self.post_cross_attention_layernorm = nn.LayerNorm(W, eps) if cross else None
+        self.mlp = MLP(W, config.inner_hidden_size or 4 * W, "none")
+
+    def forward(self, x: Tensor, image: Tensor, num_images: int) -> Tensor:
+        Q = len(x) // num_images
+        a = self.input_layernorm(x)
+        y = self.post_attention_layernorm(a + self.attention(a, even_segments(num_images, Q), Q))
+        if self.cross_attention is not None:
+            y = self.post_cross_attention_layernorm(y + self.cross_attention(y, image, num_images))
+        return y + self.mlp(y)
+
+
+class QFormer(nn.Module):
+    def __init__(self, config: QFormerConfig, kv_width: int):
+        super().__init__()
+        self.transformer = nn.Module()
+        self.transformer.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)  # the queries
+        self.transformer.layers = nn.ModuleList(QFormerBlock(config, kv_width, cross) for cross in config.is_decoder)
+        self.transformer.final_layernorm = nn.LayerNorm(config.hidden_size, config.layernorm_epsilon)
+
+    def forward(self, image: Tensor, num_images: int) -> Tensor:
+        """(N*P, W) -> (N*Q, C)"""
+        x = self.transformer.word_embeddings.weight.repeat(num_images, 1)
+        for block in self.transformer.layers:
+            x = block(x, image, num_images)
+        return self.transformer.final_layernorm(x)
+
+
+class ImageEncoder(nn.Module):
+    def __init__(self, config: VisualGLMConfig):
+        super().__init__()
+        self.vit = ViT(config.eva_config)
+        self.qformer = QFormer(config.qformer_config, config.eva_config.hidden_size)
+        self.glm_proj = nn.Linear(config.qformer_config.hidden_size, config.hidden_size)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(N, 3, H, W) -> features (N, Q, C) of the language model."""
+        image, P = self.vit(pixel_values)
+        N = len(image) // P
+        return self.glm_proj(self.qformer(image, N)).unflatten(0, (N, -1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole model
+
+
+class VisualGLM(nn.Module):
+    # what a decoding step adds to a sequence's last position: the place in the context stays, that in the answer grows
+    position_step = torch.tensor([[0], [1]])
+
+    def __init__(self, config: VisualGLMConfig):
+        super().__init__()
+        self.config = config
+        self.image_encoder = ImageEncoder(config)
+        self.transformer = nn.Module()
+        self.transformer.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.transformer.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
+        self.transformer.final_layernorm = nn.LayerNorm(config.hidden_size, config.layernorm_epsilon)
+        if config.pre_seq_len:
+            self.transformer.prefix_encoder = PrefixEncoder(config)
+        self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)  # not tied to word_embeddings
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.transformer.layers
+
+    @property
+    def vision_blocks(self) -> nn.ModuleList:
+        return self.image_encoder.vit.transformer.layers
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        return self.image_encoder(pixel_values)
+
+    def embed(self, batch: dict) -> Tensor:
+        """Word embeddings (T, C), those of the picture slots replaced by features, in the order of the slots.
+
+        More pictures than slots: the others (a blank one, so that every rank of a sharded run enters the tower) count
+        nothing.
+        """
+        x = self.transformer.word_embeddings(batch["input_ids"])
+        features = batch.get("image_features")
+        if features is None and batch.get("pixel_values") is not None:
+            features = self.encode_images(batch["pixel_values"])
+        if features is not None:
+            positions = batch["image_positions"].flatten()
+            features = features.flatten(0, 1).to(x.dtype)
+            x = x.index_copy(0, positions, features[: len(positions)])
+            if len(features) > len(positions):
+                x = x + 0.0 * features[len(positions) :].sum()
+        return x
+
+    def context(self, batch: dict) -> Context:
+        """`position_ids` (2, T) as `glm_positions` makes them; (T,) stands for a stream without answers."""
+        c, positions = self.config, batch["position_ids"]
+        if positions.ndim == 1:
+            positions = torch.stack((positions, torch.zeros_like(positions)))
+        inv_freq = inverse_frequencies(c.head_dim, c.exact_inv_freq, positions.device)
+        # fp32: 16-bit angles lose the position past 256 (the original under .half() and .bfloat16() computes them so)
+        angles = positions[..., None].float() * inv_freq  # (2, T, D/4)
+        tuned = self.transformer.prefix_encoder() if c.pre_seq_len else None
+        return Context(
+            batch["cu_seqlens"],
+            batch["max_len"],
+            batch.get("prefix_lens"),
+            angles.cos(),
+            angles.sin(),
+            tuned,
+            batch.get("cache"),
+        )
+
+    def hidden(self, batch: dict) -> Tensor:
+        x, ctx = self.embed(batch), self.context(batch)
+        for block in self.blocks:
+            x = block(x, ctx)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.lm_head(self.transformer.final_layernorm(x))
+
+    def head(self, x: Tensor, batch: dict) -> tuple[Tensor, Tensor]:
+        """Summed loss of the supervised tokens and each one's own loss (detached), in stream order."""
+        rows = (batch["targets"] != IGNORE_INDEX).nonzero()[:, 0]
+        return self.lm_head(self.transformer.final_layernorm(x[rows]), batch["targets"][rows])
+
+    def forward(self, batch: dict, output: str = "loss"):
+        """The one entrance of a sharded model. `output`: "loss" as head(); "logits" (S, V) of each segment's last
+        position; "features" (N, Q, C) of the pictures."""
+        if output == "features":
+            return self.encode_images(batch["pixel_values"])
+        x = self.hidden(batch)
+        if output == "logits":
+            return self.logits(x[batch["cu_seqlens"][1:].to(x.device) - 1])
+        return self.head(x, batch)
+
+    def init_weights(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
+        """Fills one full-size parameter for training from scratch: normal, output layers of the blocks smaller by
+        depth."""
+        c = self.config
+        if name.endswith("bias"):
+            tensor.zero_()
+        elif "layernorm" in name or "ln_vision" in name:
+            tensor.fill_(1.0)
+        elif "prefix_encoder" in name:
+            tensor.normal_(0, 0.01, generator=generator)
+        else:
+            deep = name.startswith("transformer.") and name.endswith(("dense.weight", "dense_4h_to_h.weight"))
+            tensor.normal_(0, c.initializer_range / (math.sqrt(2 * c.num_layers) if deep else 1.0), generator=generator)
+
+
+def build_model(config: dict) -> VisualGLM:
+    """The model for a config.json's contents; create it under `torch.device("meta")` and load the weights after."""
+    return VisualGLM(VisualGLMConfig.from_dict(config))
+
+
+# Parameters of each part, for the start-up table: the first pattern that matches
+PARTS = {
+    "q-former": "image_encoder.[qg]*",  # Q-Former and glm_proj
+    "vision": "image_encoder.*",
+    "embedding": "transformer.word_embeddings.*",
+    "prefix": "transformer.prefix_encoder.*",
+    "language model": "transformer.*",
+    "head": "lm_head.*",
+}
+IMAGE_PARTS = ["q-former", "vision"]
+PRETRAIN_FREEZE = ["transformer.*", "lm_head.*"]  # stage "pretrain"
+# In published files; the original ignores them too
+IGNORED_WEIGHTS = ["transformer.layers.*.attention.rotary_emb.inv_freq"]
+PREFIX_TUNING = "transformer.prefix_encoder.*"  # what P-tuning trains
+# The official targets, in the language model only
+LORA_TARGETS = [r"transformer\.layers\.\d+\.attention\.query_key_value", r"transformer\.layers\.\d+\.attention\.dense"]
+# How a weight is cut over tensor-parallel ranks: (kind, number of equal blocks packed along the cut dimension)
+TP_PLAN = {
+    "transformer.word_embeddings": ("vocab", 1),
+    "transformer.layers.*.attention.query_key_value": ("column", 1),  # grouped by head: a cut keeps heads whole
+    "transformer.layers.*.attention.dense": ("row", 1),
+    "transformer.layers.*.mlp.dense_h_to_4h": ("column", 1),
+    "transformer.layers.*.mlp.dense_4h_to_h": ("row", 1),
+    "image_encoder.vit.transformer.layers.*.attention.query_key_value": ("column", 3),
+    "image_encoder.vit.transformer.layers.*.attention.dense": ("row", 1),
+    "image_encoder.vit.transformer.layers.*.mlp.dense_h_to_4h": ("column", 1),
+    "image_encoder.vit.transformer.layers.*.mlp.dense_4h_to_h": ("row", 1),
+    "image_encoder.qformer.transformer.layers.*.attention.query_key_value": ("column", 3),
+    "image_encoder.qformer.transformer.layers.*.attention.dense": ("row", 1),
+    "image_encoder.qformer.transformer.layers.*.cross_attention.query": ("column", 1),
+    "image_encoder.qformer.transformer.layers.*.cross_attention.key_value": ("column", 2),
+    "image_encoder.qformer.transformer.layers.*.cross_attention.dense": ("row", 1),
+    "image_encoder.qformer.transformer.layers.*.mlp.dense_h_to_4h": ("column", 1),
+    "image_encoder.qformer.transformer.layers.*.mlp.dense_4h_to_h": ("row", 1),
+    "lm_head": ("vocab", 1),
+}
+
+
+def lora_parts(config: VisualGLMConfig) -> dict[str, tuple[int, int]]:
+    """Packed weights that SAT's LoRA adapts in parts, each with an A and a B of its own: {name pattern: (rows are so
+    many groups, each of so many parts)}: per head q, k, v."""
+    return {r"transformer\.layers\.\d+\.attention\.query_key_value": (config.num_attention_heads, 3)}
+
+
+def forward_flops(
+    config: VisualGLMConfig, tokens: int, supervised: int, images: int, segment_length: float
+) -> dict[str, float]:
+    """FLOPs of one forward pass by part (a multiply-add counts two): tokens in the stream, supervised tokens,
+    pictures."""
+    c, v, q = config, config.eva_config, config.qformer_config
+    C, W, P, E, Q = c.hidden_size, v.hidden_size, v.num_tokens, q.hidden_size, q.vocab_size
+    block = 2 * (4 * C * C + 2 * C * c.inner_hidden_size)
+    vision_block = 2 * P * (4 * W * W + 2 * W * v.inner_hidden_size) + 4 * P * P * W
+    self_block = 2 * Q * (4 * E * E + 2 * E * (q.inner_hidden_size or 4 * E)) + 4 * Q * Q * E
+    cross = 2 * (2 * Q * E * E + 2 * P * W * E) + 4 * Q * P * E
+    adapter = q.num_layers * self_block + sum(q.is_decoder) * cross + 2 * Q * E * C
+    return {
+        "language model": tokens * c.num_layers * (block + 4 * C * segment_length / 2),
+        "head": 2.0 * supervised * C * c.vocab_size,
+        "vision": images * (v.num_layers * vision_block + 2 * 3 * v.patch_size**2 * W * (P - 1)),
+        "q-former": images * float(adapter),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SAT checkpoints. Names differ by a few prefixes; the language model's query_key_value by its row order
+
+
+def sat_name(name: str) -> str:
+    """SAT's name of a Hugging Face parameter."""
+    if name == "lm_head.weight":
+        return "mixins.chatglm-final.lm_head.weight"
+    return name.replace("image_encoder.", "mixins.eva.model.", 1) if name.startswith("image_encoder.") else name
+
+
+def repack_qkv(name: str, tensor: Tensor, num_heads: int, to_sat: bool) -> Tensor:
+    """Rows of the language model's query_key_value: per head q, k, v <-> [all q | all k | all v]. Others as they
+    are."""
+    if not re.fullmatch(r"transformer\.layers\.\d+\.attention\.query_key_value\.(weight|bias)", name):
+        return tensor
+    order = (num_heads, 3) if to_sat else (3, num_heads)
+    return tensor.unflatten(0, (*order, -1)).transpose(0, 1).flatten(0, 2).contiguous()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer: a sentencepiece unigram model. The segmentation is the tokenizers library's, the normalisation is done here
+
+SPACE = "\u2581"  # sentencepiece's visible blank
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # sentencepiece's piece types
+NEWLINE, TAB = "<n>", "<|tab|>"
+BLANKS = [f"<|blank_{n}|>" for n in range(2, 81)]
+# Literally in a user's text these become the special ids, as in the original; [gMASK] and </s> do not
+TEXT_SPECIALS = ["<sop>", "<eop>", "<pad>", "<unk>", "[MASK]"]
+
+
+def protobuf_fields(data: bytes):
+    """(number, value) of each field of one message: ints, 4-byte floats, bytes.
+    https://protobuf.dev/programming-guides/encoding/"""
+    i = 0
+
+    def varint() -> int:
+        nonlocal i
+        value = shift = 0
+        while True:
+            byte = data[i]
+            i += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while i < len(data):
+        key = varint()
+        kind = key & 7
+        if kind == 0:
+            value = varint()
+        elif kind == 2:
+            size = varint()
+            value, i = data[i : i + size], i + size
+        elif kind in (1, 5):
+            size = 8 if kind == 1 else 4
+            value, i = struct.unpack("<d" if kind == 1 else "<f", data[i : i + size])[0], i + size
+        else:
+            raise ValueError(f"wire type {kind}")
+        yield key >> 3, value
+
+
+def read_sentencepiece(path: Path) -> tuple[list[tuple[str, float, int]], bytes]:
+    """-> ([(piece, score, type)], normalisation table) of a unigram model file.
+    https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto"""
+    pieces, table = [], b""
+    try:
+        for number, value in protobuf_fields(path.read_bytes()):
+            if number == 1:
+                piece = dict(protobuf_fields(value))
+                pieces.append((piece[1].decode(), piece.get(2, 0.0), piece.get(3, NORMAL)))
+            elif number == 2 and dict(protobuf_fields(value)).get(3, 1) != 1:
+                raise ValueError("its model type is not unigram")
+            elif number == 3:
+                table = dict(protobuf_fields(value)).get(2, b"")
+    except (ValueError, IndexError, KeyError, struct.error, TypeError) as e:
+        raise ValueError(f"{path}: not a sentencepiece unigram model ({e}); fetch it again") from None
+    return pieces, table
+
+
+def read_tokenizer_json(path: Path) -> tuple[list[tuple[str, float, int]], bytes]:
+    """The same from a tokenizers file with a Unigram model. Types go by name."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        vocab = document["model"]["vocab"]
+        if document["model"].get("type", "Unigram") != "Unigram":
+            raise ValueError(f"its model is {document['model']['type']}, expected Unigram")
+        control = {token["content"] for token in document.get("added_tokens", []) if token["special"]}
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{path}: not a Unigram tokenizer ({e})") from None
+    normalizer = document.get("normalizer") or {}
+    parts = normalizer.get("normalizers", [normalizer])
+    table = next((b64decode(n["precompiled_charsmap"]) for n in parts if n.get("type") == "Precompiled"), b"")
+
+    def kind(i: int, piece: str) -> int:
+        if i == document["model"]["unk_id"]:
+            return UNKNOWN
+        if piece in (NEWLINE, TAB) or re.fullmatch(r"<\|blank_\d+\|>", piece):
+            return USER_DEFINED
+        return BYTE if re.fullmatch(r"<0x[0-9A-F]{2}>", piece) else CONTROL if piece in control else NORMAL
+
+    return [(piece, score, kind(i, piece)) for i, (piece, score) in enumerate(vocab)], table
+
+
+class CharacterMap:
+    """sentencepiece's normalisation table: a Darts double array of UTF-8 prefixes -> offsets of their replacements."""
+
+    def __init__(self, table: bytes):
+        size = struct.unpack("<I", table[:4])[0] if table else 0
+        self.units = np.frombuffer(table[4 : 4 + size], dtype="<u4").tolist()
+        self.replacements = table[4 + size :]
+
+    def longest(self, data: bytes, start: int) -> tuple[int, str] | None:
+        """(length, replacement) of the longest prefix of data[start:] in the table."""
+        units, found = self.units, None
+        node = offset_of(units[0])
+        for i in range(start, len(data)):
+            node ^= data[i]
+            if node >= len(units) or units[node] & 0x800000FF != data[i]:
+                break
+            unit = units[node]
+            node ^= offset_of(unit)
+            if unit >> 8 & 1:  # a key ends here; its value is the next unit
+                found = i + 1 - start, units[node] & 0x7FFFFFFF
+        if found is None:
+            return None
+        end = self.replacements.index(b"\0", found[1])
+        return found[0], self.replacements[found[1] : end].decode()
+
+
+def offset_of(unit: int) -> int:
+    return (unit >> 10) << ((unit & 512) >> 6)
+
+
+class GLMTokenizer:
+    """ChatGLM-6B's tokenizer: `ice_text.model`, or a `tokenizer.json` with a Unigram model, in `directory`."""
+
+    def __init__(self, directory: str | Path):
+        directory = Path(directory)
+        if (directory / "ice_text.model").exists():
+            pieces, table = read_sentencepiece(directory / "ice_text.model")
+        elif (directory / "tokenizer.json").exists():
+            pieces, table = read_tokenizer_json(directory / "tokenizer.json")
+        else:
+            raise ValueError(f"{directory}: no tokenizer; expected ice_text.model or tokenizer.json beside the weights")
+        self.pieces = [piece for piece, _, _ in pieces]
+        self.types = [kind for _, _, kind in pieces]
+        self.ids = {piece: i for i, piece in enumerate(self.pieces)}
+        missing = [t for t in (*TEXT_SPECIALS, "[gMASK]", NEWLINE, "<0x00>", "<0xFF>") if t not in self.ids]
+        if missing:
+            raise ValueError(f"{directory}: the tokenizer has no piece {', '.join(missing)}; expected ChatGLM-6B's")
+        self.unk, self.pad, self.sop, self.eop, self.mask, self.gmask = (
+            self.ids[t] for t in ("<unk>", "<pad>", "<sop>", "<eop>", "[MASK]", "[gMASK]")
+        )
+        self.vocab_size = len(pieces)
+        # a name with a raw blank is never found in normalised text: only ordinary pieces are
+        vocab = [
+            (piece if kind in (NORMAL, UNUSED) else f" {i}", score) for i, (piece, score, kind) in enumerate(pieces)
+        ]
+        self.unigram = Tokenizer(models.Unigram(vocab, self.unk))
+        user = sorted((p for p, _, kind in pieces if kind == USER_DEFINED), key=len, reverse=True)
+        self.user_defined = re.compile("(" + "|".join(map(re.escape, user)) + ")")
+        self.specials = re.compile("(" + "|".join(map(re.escape, TEXT_SPECIALS)) + ")")
+        self.map = CharacterMap(table) if table else None
+        self.fingerprint = hashlib.sha256(json.dumps(pieces).encode() + table).hexdigest()
+
+    def normalise(self, text: str) -> str:
+        """As sentencepiece: characters by the table (plain NFKC without one), runs of blanks to one, none at the ends,
+        a dummy blank in front; user-defined pieces stay as they are."""
+        out, after_blank = [], True
+        for i, part in enumerate(self.user_defined.split(text)):
+            for piece in [part] if i % 2 else self.characters(part):
+                piece = piece.lstrip(" ") if after_blank else piece
+                if piece:
+                    out.append(piece.replace(" ", SPACE))
+                    after_blank = piece.endswith(" ")
+        text = "".join(out).rstrip(SPACE)
+        return SPACE + text if text else ""
+
+    def characters(self, text: str):
+        if self.map is None:
+            yield from unicodedata.normalize("NFKC", text)
+            return
+        data, i = text.encode("utf-8", "replace"), 0
+        while i < len(data):
+            found = self.map.longest(data, i)
+            if found is None:
+                size = 1 if data[i] < 0x80 else 2 if data[i] < 0xE0 else 3 if data[i] < 0xF0 else 4
+                found = size, data[i : i + size].decode()
+            yield found[1]
+            i += found[0]
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Without special tokens: line ends, tabs and runs of blanks have pieces of their own, unknown characters are
+        bytes."""
+        text = text.replace("\n", NEWLINE).replace("\t", TAB)
+        for n in range(80, 1, -1):
+            text = text.replace(" " * n, f"<|blank_{n}|>")
+        ids: list[int] = []
+        for i, part in enumerate(self.user_defined.split(self.normalise(text))):
+            if i % 2:
+                ids.append(self.ids[part])
+                continue
+            encoding = self.unigram.encode(part, add_special_tokens=False)
+            for token, (first, end) in zip(encoding.ids, encoding.offsets, strict=True):
+                ids += [token] if token != self.unk else [self.ids[f"<0x{b:02X}>"] for b in part[first:end].encode()]
+        return ids
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; TEXT_SPECIALS in it become their ids, blanks around them are lost, as in the original."""
+        ids, parts = [], self.specials.split(text)
+        for i, part in enumerate(parts):
+            if i % 2:
+                ids.append(self.ids[part])
+            else:
+                part = part.lstrip() if i else part
+                ids += self.encode_plain(part.rstrip() if i < len(parts) - 1 else part)
+        return ids
+
+    def decode(self, ids: list[int], skip_special: bool = False) -> str:
+        """Text of the ids. Pads and control pieces vanish; so do ids without a piece (the embedding has more rows than
+        the vocabulary), where the original raises IndexError."""
+        text, raw = "", b""
+        for token in map(int, ids):
+            if token >= self.vocab_size or token == self.pad:
+                continue
+            if skip_special and (token == self.unk or self.types[token] == CONTROL):
+                continue
+            piece, kind = self.pieces[token], self.types[token]
+            if kind == BYTE:
+                raw += bytes([int(piece[1:-1], 16)])
+                continue
+            text, raw = text + raw.decode("utf-8", "replace"), b""
+            if kind == UNKNOWN:
+                text += " \u2047 "
+            elif kind != CONTROL:
+                text += piece.replace(SPACE, " ") if text else piece.removeprefix(SPACE).replace(SPACE, " ")
+        text += raw.decode("utf-8", "replace")
+        text = text.replace(NEWLINE, "\n").replace(TAB, "\t")
+        return re.sub(r"<\|blank_(\d+)\|>", lambda m: " " * int(m[1]), text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures, prompt format, label mask
+
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
+STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
+MAX_PIXELS = 89_478_485  # PIL's own warning threshold; a larger picture is refused before it is decoded
+TEMPLATES = {"zh": "问：{}\n答：", "en": "Q:{}\nA:"}
+FRONT_IMAGE = re.compile(r"\s*(?:Picture 1:\s*)?<img>.*?</img>\n?", re.DOTALL)
+
+
+# same as model_qwen_vl.resize_image
+def resize_image(image: Image.Image, size: int) -> np.ndarray:
+    """(size, size, 3) uint8: alpha dropped, aspect ratio not kept, PIL's antialiased bicubic rounded to 8 bits."""
+    return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+
+
+# same as model_qwen_vl.preprocess_image
+def preprocess_image(image: Image.Image, size: int) -> Tensor:
+    """(3, size, size) fp32, normalised."""
+    pixels = resize_image(image, size).astype(np.float32) / np.float32(255)
+    return torch.from_numpy(np.ascontiguousarray(((pixels - MEAN) / STD).transpose(2, 0, 1)))
+
+
+def glm_positions(ids, bos: int, gmask: int, mask: int) -> tuple[np.ndarray, int]:
+    """-> position_ids (2, T), length of the context.
+
+    The context ends before the first `<sop>`. Channel 0 counts through it and then stays at the place of [gMASK] (of
+    [MASK] where there is none); channel 1 is 0 in the context and counts from 1 at `<sop>`.
+    """
+    ids = np.asarray(ids)
+    stops = [np.flatnonzero(ids == token) for token in (bos, gmask, mask)]
+    if not len(stops[0]) or not (len(stops[1]) or len(stops[2])):
+        raise ValueError("the tokens need a <sop> and a [gMASK] or [MASK]")
+    context = int(stops[0][0])
+    place = int(stops[1][0] if len(stops[1]) else stops[2][0])
+    count = np.arange(len(ids))
+    answer = count >= context
+    return np.stack((np.where(answer, place, count), np.where(answer, count - context + 1, 0))), context
+
+
+def context_text(query: str, history: list[tuple[str, str]] = (), language: str = "zh") -> str:
+    """Past rounds and the question, up to where the answer begins."""
+    template = TEMPLATES[language]
+    return "".join(template.format(q) + f"{a}\n" for q, a in history) + template.format(query)
+
+
+def context_ids(tokenizer: GLMTokenizer, text: str, num_image_tokens: int, slot: int) -> tuple[list[int], list[int]]:
+    """-> ids of `<img>`, the picture's slots, `</img>` and the text; [index of the first slot]. num_image_tokens 0:
+    no picture.
+
+    The tags are plain text to the tokenizer. No slot's id reaches an embedding: HF writes <unk> there, SAT <pad>.
+    """
+    if not num_image_tokens:
+        return tokenizer.encode(text), []
+    tag = tokenizer.encode("<img>")
+    return [*tag, *[slot] * num_image_tokens, *tokenizer.encode("</img>" + text)], [len(tag)]
+
+
+def chat_prompt(
+    tokenizer: GLMTokenizer,
+    query: str,
+    history: list[tuple[str, str]] = (),
+    num_image_tokens: int = 0,
+    language: str = "zh",
+    slot: int | None = None,
+) -> list[int]:
+    """Ids of a chat up to where the answer begins; a picture stands in front of the first round, whatever round it
+    is."""
+    slot = tokenizer.unk if slot is None else slot
+    ids, _ = context_ids(tokenizer, context_text(query, history, language), num_image_tokens, slot)
+    return [*ids, tokenizer.gmask, tokenizer.sop]
+
+
+def training_ids(
+    tokenizer: GLMTokenizer, context: list[int], answer: str, max_source=None, max_target=None
+) -> tuple[list, list]:
+    """Ids and UNSHIFTED labels of one sample as the official finetune_visualglm.py makes them: `<sop>`, the answer and
+    `<eop>` are supervised. max_source and max_target cut the context and the answer, each with its special tokens."""
+    tk = tokenizer
+    context = context if max_source is None else context[: max_source - 1]
+    answer = tk.encode(answer) if max_target is None else tk.encode(answer)[: max_target - 2]
+    ids = [*context, tk.gmask, tk.sop, *answer, tk.eop]
+    start = len(context) + 1
+    return ids, [IGNORE_INDEX] * start + ids[start:]
+
+
+def clean_response(text: str) -> str:
+    """The original's finish of an answer: Chinese punctuation, which the tokenizer's normalisation had made
+    half-width."""
+    text = text.strip().replace("[[训练时间]]", "2023年")
+    for half, full in ((",", "，"), ("!", "！"), (":", "："), (";", "；"), (r"\?", "？")):
+        text = re.sub(rf"([\u4e00-\u9fff]){half}", rf"\1{full}", text)
+        text = re.sub(rf"{half}([\u4e00-\u9fff])", rf"{full}\1", text)
+    return text
+
+
+def is_chinese(text: str) -> bool:
+    return any("\u4e00" <= c <= "\u9fff" for c in text)
+
+
+class VisualGLMProcessor:
+    """Conversations and pictures -> what the model takes. `stage` "pretrain" puts nothing but the picture before a
+    caption."""
+
+    def __init__(self, config: VisualGLMConfig, tokenizer: GLMTokenizer, stage: str = "sft"):
+        ids = {"<sop>": config.bos_token_id, "<eop>": config.eos_token_id, "[MASK]": config.mask_token_id,
+               "[gMASK]": config.gmask_token_id, "<pad>": config.pad_token_id}  # fmt: skip
+        for token, expected in ids.items():
+            if tokenizer.ids[token] != expected:
+                raise ValueError(
+                    f"tokenizer and config.json do not belong together: {token} is token {tokenizer.ids[token]}, "
+                    f"config.json says {expected}"
+                )
+        if tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, config.json's vocab_size is {config.vocab_size}"
+            )
+        self.config, self.tokenizer, self.stage = config, tokenizer, stage
+        self.image_size, self.num_image_tokens = config.eva_config.image_size[0], config.num_image_tokens
+        self.eos = tokenizer.eop
+        self.stop_words = [[tokenizer.eop]]
+
+    def fingerprint(self) -> str:
+        """Changes whenever the same conversation could get other ids."""
+        language, slots = self.config.prompt_language, self.num_image_tokens
+        return f"visualglm-1-{self.stage}-{language}-{slots}-{self.tokenizer.fingerprint}"
+
+    # same as model_qwen_vl.QwenVLProcessor.load_image
+    def load_image(self, path: str | Path) -> Tensor:
+        """(3, H, W) fp32. ValueError naming the file for anything that is not a whole picture of sane size."""
+        try:
+            with Image.open(path) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ValueError(f"{path}: {image.width}x{image.height} pixels, at most {MAX_PIXELS:,} are opened")
+                return preprocess_image(image, self.image_size)
+        except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+            if isinstance(e, FileNotFoundError):
+                raise ValueError(f"{path}: no such picture") from None
+            raise ValueError(f"{path}: not a readable picture ({e}); replace the file or remove its records") from None
+
+    def rounds(self, conversation) -> list[tuple[str, str | None]]:
+        """(question, answer) pairs without the picture's tag; the last answer may be missing. A system text is left
+        out: the format has no place for one. ValueError for more than one picture or one that is not at the front."""
+        turns = [turn for turn in conversation.turns if turn[0] != "system"]
+        texts = [text for _, text in turns]
+        if not texts:
+            raise ValueError("no turn to answer")
+        if conversation.images:
+            texts[0], at_front = (
+                FRONT_IMAGE.subn("", texts[0], count=1) if FRONT_IMAGE.match(texts[0]) else (texts[0], 0)
+            )
+            if len(conversation.images) > 1 or not at_front:
+                raise ValueError(
+                    f"VisualGLM takes one image, at the front of the first question; got {len(conversation.images)}"
+                    f"{'' if at_front else ', not at the front'}"
+                )
+        return list(zip(texts[::2], [*texts[1::2], None] if len(texts) % 2 else texts[1::2], strict=True))
+
+    def context(self, conversation, rounds, slot: int) -> tuple[list[int], list[int]]:
+        """Ids before [gMASK] and the picture's first slot: the rounds but the last one's answer."""
+        query = rounds[-1][0]
+        if conversation.kind == "caption" and not query:
+            query = "描述这张图片。" if is_chinese("".join(conversation.answers)) else "Describe this image."
+        text = context_text(query, rounds[:-1], self.config.prompt_language)
+        if self.stage == "pretrain" and conversation.kind == "caption":
+            text = ""
+        return context_ids(self.tokenizer, text, self.num_image_tokens if conversation.images else 0, slot)
+
+    def sample(self, ids, labels, starts, conversation, truncated: bool) -> dict:
+        tk = self.tokenizer
+        positions, context = glm_positions(ids, tk.sop, tk.gmask, tk.mask)
+        return {
+            "input_ids": np.array(ids, dtype=np.int32), "labels": np.array(labels, dtype=np.int32),
+            "position_ids": positions, "prefix_len": context,
+            "image_starts": starts, "images": conversation.images, "truncated": truncated,
+        }  # fmt: skip
+
+    def encode(self, conversation, max_length: int) -> dict:
+        """One training sample: ids, unshifted labels, slots, positions. Only the last answer is supervised: the format
+        has one `<sop>`, and earlier rounds are context, which every token sees. A long answer is cut at its end."""
+        rounds = self.rounds(conversation)
+        context, starts = self.context(conversation, rounds, self.tokenizer.pad)
+        ids, labels = training_ids(self.tokenizer, context, rounds[-1][1])
+        if len(context) + 3 > max_length:
+            raise ValueError(
+                f"the question alone has {len(context)} tokens: no answer fits within max_length={max_length}"
+            )
+        return self.sample(ids[:max_length], labels[:max_length], starts, conversation, len(ids) > max_length)
+
+    def prompt(self, conversation) -> dict:
+        """The ids that generation starts from; a trailing answer is left out."""
+        try:
+            context, starts = self.context(conversation, self.rounds(conversation), self.tokenizer.unk)
+            ids = [*context, self.tokenizer.gmask, self.tokenizer.sop]
+            # HF's repetition penalty counts every id of the prompt, the slots' <unk> too
+            return {**self.sample(ids, [IGNORE_INDEX] * len(ids), starts, conversation, False), "seen": ids}
+        except ValueError as e:
+            raise ValueError(f"{conversation.where}: {e}") from None
+
+    def decode(self, ids: list[int]) -> str:
+        """The reply: cut at the end marker, punctuation restored."""
+        ids = list(ids)
+        return clean_response(self.tokenizer.decode(ids[: ids.index(self.eos)] if self.eos in ids else ids))
+
+
+def probe_batch(processor: VisualGLMProcessor) -> dict:
+    """A fixed prompt with one synthetic picture, to compare two models' logits."""
+    tk, Q, size = processor.tokenizer, processor.num_image_tokens, processor.image_size
+    ids = chat_prompt(tk, "What is this? 这是什么？", num_image_tokens=Q)
+    positions, context = glm_positions(ids, tk.sop, tk.gmask, tk.mask)
+    ramp = torch.linspace(-1, 1, size)
+    return {
+        "input_ids": torch.tensor(ids), "position_ids": torch.from_numpy(positions), "max_len": len(ids),
+        "cu_seqlens": torch.tensor([0, len(ids)], dtype=torch.int32), "prefix_lens": torch.tensor([context]),
+        "pixel_values": torch.stack((ramp[:, None] + 0 * ramp, ramp + 0 * ramp[:, None], ramp[:, None] * ramp))[None],
+        "image_positions": (len(tk.encode("<img>")) + torch.arange(Q))[None],
+    }  # fmt: skip
+
+
+def load_processor(directory: str | Path, stage: str = "sft") -> VisualGLMProcessor:
+    """The processor of a checkpoint directory (config.json and tokenizer)."""
+    path = Path(directory) / "config.json"
+    try:
+        config = VisualGLMConfig.from_dict(json.loads(path.read_text()))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{path}: no such file; expected a checkpoint directory with config.json") from None
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}:{e.lineno}: malformed JSON ({e.msg})") from None
+    return VisualGLMProcessor(config, GLMTokenizer(directory), stage)

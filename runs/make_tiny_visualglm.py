@@ -1,0 +1,73 @@
+"""A small untrained VisualGLM: config.json, a unigram tokenizer trained on samples/, random weights.
+
+PYTHONPATH=. python runs/make_tiny_visualglm.py init runs/out/init_glm
+python train.py runs/tiny_visualglm.json
+PYTHONPATH=. python runs/make_tiny_visualglm.py round runs/out/trained_glm samples/tiny_visualglm      # weights to bf16
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from make_tiny_qwen_vl import round_weights, texts
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+import checkpoint
+import model_visualglm as glm
+from train import named_generator
+
+NUM_PIECES = 1400  # ordinary ones
+CONFIG = {
+    "architectures": ["ChatGLMModel"], "model_type": "chatglm", "hidden_size": 128, "inner_hidden_size": 512,
+    "num_layers": 4, "num_attention_heads": 4, "layernorm_epsilon": 1e-5, "max_sequence_length": 512,
+    "position_encoding_2d": True, "image_length": 16, "torch_dtype": "float32",
+    "eva_config": {"num_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "inner_hidden_size": 512,
+                   "layernorm_epsilon": 1e-6, "image_size": [64, 64], "patch_size": 8},
+    "qformer_config": {"num_layers": 2, "hidden_size": 128, "num_attention_heads": 4, "vocab_size": 16,
+                       "inner_hidden_size": 512, "is_decoder": [True, False], "layernorm_epsilon": 1e-12},
+    "initializer_range": 0.05,
+}  # fmt: skip
+CONTROL = ["[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"]
+
+
+def tokenizer() -> Tokenizer:
+    """Pieces in ChatGLM's order: special ones, `<n>`, ordinary ones, masks and markers, tab and blanks, bytes."""
+    trained = Tokenizer(models.Unigram())
+    trained.normalizer = normalizers.NFKC()
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    template = [f"\u95ee:{t}\u7b54:" for t in texts()] + ["<img></img>"] * 50
+    trained.train_from_iterator(
+        template, trainers.UnigramTrainer(vocab_size=NUM_PIECES, unk_token="<unk>", show_progress=False)
+    )
+    ordinary = [(p, s) for p, s in json.loads(trained.to_str())["model"]["vocab"] if p not in ("<unk>", "<n>")]
+    if glm.SPACE not in dict(ordinary):
+        ordinary.append((glm.SPACE, -8.0))
+    zero = ["<unk>", "<s>", "</s>", "<pad>", glm.NEWLINE]
+    late = [*CONTROL, glm.TAB, *glm.BLANKS, *(f"<0x{b:02X}>" for b in range(256))]
+    vocab = [(p, 0.0) for p in zero] + ordinary + [(p, 0.0) for p in late]
+    out = Tokenizer(models.Unigram(vocab, 0, byte_fallback=True))
+    out.normalizer = normalizers.NFKC()
+    out.add_special_tokens([AddedToken(t, normalized=False) for t in (*zero[:4], *CONTROL)])
+    return out
+
+
+def init(out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer().save(str(out / "tokenizer.json"), pretty=False)
+    tk = glm.GLMTokenizer(out)
+    ids = {"bos": tk.sop, "eos": tk.eop, "mask": tk.mask, "gmask": tk.gmask, "pad": tk.pad}
+    config = {**CONFIG, "vocab_size": -(-tk.vocab_size // 64) * 64, **{f"{k}_token_id": v for k, v in ids.items()}}
+    checkpoint.write_json(out / "config.json", config)
+    model = glm.build_model(config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            model.init_weights(name, p, named_generator(0, name))
+    checkpoint.save_weights(out, model.state_dict().items())
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "init":
+        init(Path(sys.argv[2]))
+    else:
+        round_weights(Path(sys.argv[2]), Path(sys.argv[3]))

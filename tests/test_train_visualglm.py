@@ -1,0 +1,224 @@
+"""VisualGLM in the loop: SFT, LoRA, P-tuning and pre-training; packs, layouts, resumption, answers learned by heart."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_train import arguments, assert_same_run, losses, run, weights
+from tokenizers import AddedToken, Tokenizer, models
+
+import checkpoint
+import data
+import evaluate
+import generate
+import merge
+import model_visualglm as glm
+import train
+
+QUESTIONS = ["what is it?", "这是什么？", "name it\nnow", "它是什么颜色？"]
+ANSWERS = ["a red bus, fast", "一只橘色的猫。", "two old men", "蓝色的，很亮！"]
+CONTROL = ["[MASK]", "[gMASK]", "<sop>", "<eop>"]
+
+
+@pytest.fixture(scope="session")
+def glm_base(tmp_path_factory):
+    """A checkpoint of 150 thousand parameters: random weights, a vocabulary of single characters."""
+    path = tmp_path_factory.mktemp("glm_base")
+    text = (
+        "".join(QUESTIONS + ANSWERS)
+        + "问答：,.:;?!<>/img0123456789abcdefghijklmnopqrstuvwxyzQADescribthmg描述这张图片。"
+    )
+    letters = sorted({c for c in text.replace("\n", "")} - {" "} | {glm.SPACE})
+    special = ["<unk>", "<s>", "</s>", "<pad>", glm.NEWLINE]
+    pieces = [*special, *letters, *CONTROL, glm.TAB, *glm.BLANKS, *(f"<0x{b:02X}>" for b in range(256))]
+    tokenizer = Tokenizer(models.Unigram([(p, 0.0 if p in special else -5.0) for p in pieces], 0))
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in (*special[:4], *CONTROL)])
+    tokenizer.save(str(path / "tokenizer.json"))
+    config = {
+        "model_type": "chatglm", "hidden_size": 64, "inner_hidden_size": 128, "num_layers": 2, "num_attention_heads": 4,
+        "vocab_size": len(pieces) + 3, "bos_token_id": pieces.index("<sop>"), "eos_token_id": pieces.index("<eop>"),
+        "mask_token_id": pieces.index("[MASK]"), "gmask_token_id": pieces.index("[gMASK]"), "pad_token_id": 3,
+        "image_length": 4, "initializer_range": 0.1,
+        "eva_config": {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "inner_hidden_size": 64,
+                       "image_size": [32, 32], "patch_size": 8},
+        "qformer_config": {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "vocab_size": 4,
+                           "is_decoder": [True, False]},
+    }  # fmt: skip
+    checkpoint.write_json(path / "config.json", config)
+    model = glm.build_model(config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            model.init_weights(name, p, train.named_generator(1, name))
+    extra = {f"transformer.layers.{i}.attention.rotary_emb.inv_freq": torch.zeros(4) for i in range(2)}
+    checkpoint.save_weights(path, {**model.state_dict(), **extra}.items())
+    return path
+
+
+@pytest.fixture(scope="session")
+def glm_dataset(tmp_path_factory):
+    """24 records in the model's own format and as chats of one or two rounds, every third without a picture."""
+    path = tmp_path_factory.mktemp("glm_data")
+    rng, own, chats = np.random.default_rng(0), [], []
+    for i in range(24):
+        Image.fromarray(rng.integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(path / f"{i}.png")
+        question, answer = QUESTIONS[i % 4] * (1 + i % 3), ANSWERS[i // 2 % 4]
+        if i % 2:
+            own.append({"img": f"{i}.png", "prompt": question, "label": answer})
+        else:
+            tag = "" if i % 3 == 2 else f"Picture 1: <img>{i}.png</img>\n"
+            rounds = [[tag + question, answer]] + ([["name it", "no"]] if i % 4 else [])
+            chats.append({"id": str(i), "conversations": rounds})
+    (path / "own.json").write_text(json.dumps(own))
+    (path / "chats.json").write_text(json.dumps(chats))
+    names = {"own.json": "visualglm_dataset", "chats.json": "chatml_dataset"}
+    return {"train": [{"name": name, "data_files": str(path / file)} for file, name in names.items()]}
+
+
+MODES = {
+    "sft": {},
+    "lora": {"lora": True, "lora_split": True, "lora_rank": 3, "lora_dropout": 0.3},
+    "plain lora": {"lora": True, "lora_target_modules": [".*query_key_value"]},
+    "ptuning": {"pre_seq_len": 3, "learning_rate": 0.05},
+}
+SIZE = {"per_device_train_batch_size": 8, "max_steps": 6}
+
+
+@pytest.fixture(scope="session")
+def glm_references(glm_base, glm_dataset, tmp_path_factory):
+    out = {}
+    for mode, options in MODES.items():
+        out[mode] = tmp_path_factory.mktemp("glm") / "out"
+        run(arguments(glm_base, glm_dataset, out[mode], **{**SIZE, **options}))
+        first, second = losses(out[mode])[:3], losses(out[mode])[3:]  # three steps are an epoch
+        assert len(second) == 3 and sum(second) < sum(first) - 1e-3, (mode, first, second)
+    return out
+
+
+@pytest.mark.parametrize(
+    "mode, sharding", [("sft", "stage1"), ("sft", "stage3"), ("lora", "stage2"), ("ptuning", "stage3")]
+)
+def test_two_processes_equal_one(glm_references, glm_base, glm_dataset, tmp_path, mode, sharding):
+    """Micro-batches of one sample, so that often only one of the ranks has a picture."""
+    split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 6, "sharding": sharding}
+    run(arguments(glm_base, glm_dataset, tmp_path / "out", **{**split, **MODES[mode]}), world=2)
+    assert_same_run(tmp_path / "out", glm_references[mode])
+
+
+@pytest.mark.parametrize("mode", ["sft", "lora", "ptuning"])
+def test_stopped_run_continues_exactly(glm_references, glm_base, glm_dataset, tmp_path, mode):
+    """Three steps of six, then the same command again, with recomputation."""
+    options = {**SIZE, **MODES[mode], "lr_scheduler_type": "constant"}
+    run(arguments(glm_base, glm_dataset, tmp_path / "reference", **options))
+    run(arguments(glm_base, glm_dataset, tmp_path / "out", **{**options, "max_steps": 3}))
+    run(arguments(glm_base, glm_dataset, tmp_path / "out", **options))
+    assert losses(tmp_path / "out") == losses(tmp_path / "reference")
+    a, b = weights(tmp_path / "out"), weights(tmp_path / "reference")
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in b)
+    run(arguments(glm_base, glm_dataset, tmp_path / "again", **options, recompute=True))
+    assert_same_run(tmp_path / "again", tmp_path / "reference")
+
+
+@pytest.mark.parametrize("pre_seq_len", [None, 3])
+def test_packed_equals_one_by_one(glm_base, glm_dataset, pre_seq_len):
+    """Loss and every gradient, the image encoder's included, with contexts and answers of different lengths."""
+    processor = glm.load_processor(glm_base)
+    index = data.build_index(glm_dataset["train"], processor, 128, None, 0, False)
+    samples = [data.load_sample(index, n, 0, processor, 128, 0) for n in range(4, 20)]
+    assert len({s["prefix_len"] for s in samples}) > 3 and len({len(s["images"]) for s in samples}) == 2
+    model = glm.build_model({**checkpoint.read_config(glm_base), "pre_seq_len": pre_seq_len}).train()
+    parameters = dict(model.named_parameters())
+    prefix = {n: parameters.pop(n) for n in list(parameters) if "prefix_encoder" in n}
+    checkpoint.load_into(parameters, checkpoint.open_weights(glm_base, glm.IGNORED_WEIGHTS))
+    for p in prefix.values():
+        torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(0))
+
+    def gradients(batches):
+        model.zero_grad()
+        total = sum(b["num_supervised"] for b in batches)
+        loss = sum(model(b)[0] for b in batches) / total
+        loss.backward()
+        return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    loss, packed = gradients([data.collate(samples)])
+    loss_single, single = gradients([data.collate([s]) for s in samples])
+    assert abs(loss - loss_single) < 1e-5
+    assert packed.keys() == single.keys() and any("qformer" in n for n in packed)
+    assert bool(prefix) == any("prefix_encoder" in n for n in packed)
+    for name in packed:
+        assert (packed[name] - single[name]).abs().max() < 1e-5, name
+
+
+def test_what_trains(glm_references, glm_base, glm_dataset, tmp_path):
+    before, tuned = weights(glm_base), weights(glm_references["ptuning"])
+    new = tuned.keys() - before.keys()
+    assert new == {"transformer.prefix_encoder.embedding.weight"}
+    assert all(torch.equal(tuned[n], before[n]) for n in tuned.keys() - new)
+    assert checkpoint.read_config(glm_references["ptuning"])["pre_seq_len"] == 3
+    captions = [
+        {"image": r["img"], "caption": r["label"]}
+        for r in json.loads(open(glm_dataset["train"][0]["data_files"]).read())
+    ]
+    file = tmp_path / "captions.json"
+    file.write_text(json.dumps(captions))
+    root = glm_dataset["train"][0]["data_files"].rsplit("/", 1)[0]
+    entries = {"train": [{"name": "coco_caption", "data_files": str(file), "image_root": root}]}
+    run(
+        arguments(glm_base, entries, tmp_path / "out", stage="pretrain", freeze_include=["image_encoder.vit.*"], **SIZE)
+    )
+    after = weights(tmp_path / "out")
+    changed = {n for n in after if not torch.equal(before[n], after[n])}
+    assert changed and all(n.startswith(("image_encoder.qformer.", "image_encoder.glm_proj.")) for n in changed)
+    assert losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0]
+
+
+@pytest.mark.parametrize("mode", ["lora", "plain lora"])
+def test_merge_folds_the_adapter(glm_references, glm_base, tmp_path, mode, capsys):
+    """merge.py's own check of tensors and logits, with the adapter and after folding."""
+    info = merge.merge(None, glm_references[mode], tmp_path / "merged")
+    assert info["logits_vs_adapter"] < 1e-4 < info["logits_vs_base"]
+    names = {n for n, t in weights(tmp_path / "merged").items() if not torch.equal(t, weights(glm_base)[n])}
+    assert any("query_key_value" in n for n in names)
+    assert (mode == "lora") == all(n.startswith("transformer.layers.") for n in names)
+
+
+def test_four_samples_by_heart(glm_base, tmp_path):
+    """Chinese and English, same picture for none: the answers come back exactly, and end."""
+    rng = np.random.default_rng(1)
+    records = []
+    for i, (question, answer) in enumerate(zip(QUESTIONS, ANSWERS, strict=True)):
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+        records.append({"img": f"{i}.png", "prompt": question, "label": answer})
+    (tmp_path / "four.json").write_text(json.dumps(records))
+    entries = {"train": [{"name": "visualglm_dataset", "data_files": str(tmp_path / "four.json")}]}
+    size = {"per_device_train_batch_size": 4, "max_steps": 80, "learning_rate": 5e-3}
+    run(arguments(glm_base, entries, tmp_path / "out", **size))
+    assert losses(tmp_path / "out")[-1] < 0.05
+    model, processor = generate.load_model(tmp_path / "out"), glm.load_processor(tmp_path / "out")
+    conversations = data.open_entries(entries["train"])[0]
+    questions = [c for i in range(4) for c in conversations.conversations(i)]
+    requests = [processor.prompt(c) for c in questions]
+    for request in requests:
+        request["pixel_values"] = [processor.load_image(p) for p in request["images"]]
+    answers = generate.generate(model, requests, 40, processor.stop_words)
+    assert [processor.decode(a) for a in answers] == ANSWERS and all(a[-1] == processor.eos for a in answers)
+    assert answers == [generate.generate(model, [r], 40, processor.stop_words)[0] for r in requests]
+    assert evaluate.exact_match(model, processor, questions, 2)["all"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "record, words",
+    [
+        ({"conversations": [["<img>0.png</img>a <img>1.png</img>b", "c"]]}, "one image, at the front.*got 2"),
+        ({"conversations": [["a", "b"], ["<img>0.png</img>c", "d"]]}, "not at the front"),
+        ({"conversations": [["what is it? " * 40, "b"]]}, "no answer fits within max_length=128"),
+    ],
+)
+def test_records_that_the_model_cannot_take(glm_base, tmp_path, record, words):
+    for i in range(2):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "a.json").write_text(json.dumps([record]))
+    entries = [{"name": "chatml_dataset", "data_files": str(tmp_path / "a.json")}]
+    with pytest.raises(ValueError, match=f"a.json record 0.*{words}"):
+        data.build_index(entries, glm.load_processor(glm_base), 128, None, 0, False)
