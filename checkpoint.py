@@ -107,7 +107,7 @@ def model_kind(config: dict) -> str:
 class Weights:
     """The tensors of a checkpoint directory by name."""
 
-    def __init__(self, directory):
+    def __init__(self, directory, aliases=None):
         directory = Path(directory)
         for file_name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
                           "pytorch_model.bin.index.json"):  # fmt: skip
@@ -131,6 +131,9 @@ class Weights:
         for name, shard in weight_map.items():
             if name not in self._entries:
                 raise ValueError(f"{directory / shard} does not hold {name!r}, which {file_name} says; fetch it again")
+        for alias, name in (aliases or {}).items():
+            if name in self._entries:
+                self._entries.pop(alias, None)
         self.names = set(self._entries)
 
     def __iter__(self):
@@ -190,8 +193,9 @@ class Weights:
         return self._shard[1]
 
 
-def open_weights(directory) -> Weights:
-    return Weights(directory)
+def open_weights(directory, aliases: dict | None = None) -> Weights:
+    """`aliases` {name: name}: names that say the same as another one are left out where that is there too (tied weights)."""
+    return Weights(directory, aliases)
 
 
 def _safetensors_entries(path: Path) -> dict:

@@ -26,19 +26,27 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class KVCache:
-    """Keys and values of each sequence: one (capacity, H, D) buffer per layer and sequence, so nothing is padded."""
+    """Keys and values of each sequence: one (capacity, H, D) buffer per layer and sequence, so nothing is padded. An
+    encoder's keys and values, which its decoder attends to, are the memory: kept once, never appended to."""
 
     def __init__(self, capacities: list[int]):
         self.capacities = capacities
         self.lengths = [0] * len(capacities)
         self.active = list(range(len(capacities)))  # the sequences in the stream, in its order
         self.buffers: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.memory: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.counts: list[int] = []  # tokens that the current pass adds to each active sequence
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
-        """Appends k and v (T, H, D) of the segments to their sequences, and attends to all that those hold then."""
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int,
+        prefix_lens: Tensor | None = None, bias: Tensor | None = None,
+    ) -> Tensor:
+        """Appends k and v (T, H, D) of the segments to their sequences, and attends to all that those hold then. A bias says
+        itself what is visible; prefix_lens as in attention()."""
         if layer not in self.buffers:
             self.buffers[layer] = [(k.new_empty(n, *k.shape[1:]), v.new_empty(n, *v.shape[1:])) for n in self.capacities]
         bounds, keys, values = cu_seqlens.tolist(), [], []
+        self.counts = cu_seqlens.diff().tolist()
         for s, i in enumerate(self.active):
             old, new = self.lengths[i], self.lengths[i] + bounds[s + 1] - bounds[s]
             for buffer, x, out in zip(self.buffers[layer][i], (k, v), (keys, values), strict=True):
@@ -46,12 +54,46 @@ class KVCache:
                 out.append(buffer[:new])
         cu_seqlens_k = torch.tensor([0, *(len(x) for x in keys)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         k, v = (x[0] if len(x) == 1 else torch.cat(x) for x in (keys, values))
-        return attention(q, k, v, cu_seqlens, cu_seqlens_k, int(cu_seqlens_k.diff().max()), causal=True)
+        longest = int(cu_seqlens_k.diff().max())
+        return attention(q, k, v, cu_seqlens, cu_seqlens_k, longest, bias is None, prefix_lens, bias)
 
-    def advance(self, counts: list[int]) -> None:
-        """After a whole forward pass: the sequences in the stream grew by `counts` tokens."""
-        for i, n in zip(self.active, counts, strict=True):
+    def attend_memory(
+        self, layer: int, q: Tensor, k: Tensor | None, v: Tensor | None, cu_seqlens: Tensor, memory_cu_seqlens: Tensor | None
+    ) -> Tensor:
+        """Attends to the memory of the segments' sequences, all of it; k and v (Tm, H, D) make it in the first pass."""
+        if k is not None:
+            lengths = memory_cu_seqlens.diff().tolist()
+            self.memory[layer] = list(zip(k.split(lengths), v.split(lengths), strict=True))
+        keys, values = zip(*(self.memory[layer][i] for i in self.active), strict=True)
+        cu_seqlens_k = torch.tensor([0, *(len(x) for x in keys)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return attention(q, torch.cat(keys), torch.cat(values), cu_seqlens, cu_seqlens_k, int(cu_seqlens_k.diff().max()), False)
+
+    def common_length(self) -> int:
+        """The length of the active sequences, where it is the same: a decoder's, which begin together."""
+        (length,) = {self.lengths[i] for i in self.active}
+        return length
+
+    def advance(self) -> None:
+        """After a whole forward pass: the sequences in the stream have grown."""
+        for i, n in zip(self.active, self.counts, strict=True):
             self.lengths[i] += n
+
+    def reorder(self, parents: list[int]) -> None:
+        """Sequence n goes on from sequence parents[n]; all are active then."""
+        for layer, buffers in self.buffers.items():
+            taken, new = set(), []
+            for p in parents:  # the first heir takes the buffers, the others copy what is in use
+                pair = buffers[p]
+                if p in taken:
+                    pair = tuple(b.new_empty(b.shape) for b in buffers[p])
+                    for fresh, old in zip(pair, buffers[p], strict=True):
+                        fresh[: self.lengths[p]] = old[: self.lengths[p]]
+                taken.add(p)
+                new.append(pair)
+            self.buffers[layer] = new
+        self.memory = {layer: [pairs[p] for p in parents] for layer, pairs in self.memory.items()}
+        self.lengths, self.capacities = [self.lengths[p] for p in parents], [self.capacities[p] for p in parents]
+        self.active = list(range(len(parents)))
 
 
 def sampling_probs(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
@@ -104,7 +146,7 @@ def generate(
     while True:
         batch = {k: v.to(device) if torch.is_tensor(v) and k not in ("cu_seqlens", "rope_lengths") else v for k, v in batch.items()}
         logits = model({**batch, "cache": cache}, output="logits").float()  # (B, V)
-        cache.advance(batch["cu_seqlens"].diff().tolist())
+        cache.advance()
         still = []
         for row, i in zip(logits, cache.active, strict=True):
             if repetition_penalty != 1.0:
