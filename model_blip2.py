@@ -886,6 +886,10 @@ class Blip2Qformer(nn.Module):
         return self.config.num_query_tokens
 
     @property
+    def decoder_start(self) -> int:
+        return self.config.qformer.vocab_size - 1  # [DEC], added behind BERT's vocabulary
+
+    @property
     def blocks(self) -> list:
         return []  # a layer is used by three passes a step: it is sharded and recomputed with the whole, not alone
 
@@ -998,8 +1002,9 @@ class Blip2Qformer(nn.Module):
         dropout = keys if self.training else None
         image = self.vision_model(batch["pixel_values"])
 
-        # queries are alone in the language-modelling pass too: it gives them what a pass without text would
-        x = self.hidden(batch, image)
+        # a caption begins with [DEC] where it is generated; queries don't see it, so this pass gives them what one without text would
+        started = batch["input_ids"].index_fill(0, rows[segments(lengths)[:-1].to(device).long()], self.decoder_start)
+        x = self.hidden({**batch, "input_ids": started}, image)
         image_feats = self.image_features(x[batch["image_positions"]])  # (B, Q, E)
         text_keys = None if dropout is None else batch["dropout_keys"][rows] + 1
         text_feats = self.text_features(self.encode_text(ids, lengths, text_keys), lengths)  # (B, E)
@@ -1370,8 +1375,7 @@ class Blip2Processor:
         self.image_size, self.num_image_tokens = config.vision.image_size, config.num_query_tokens
         self.kind = "bert" if stage == "pretrain1" else "t5" if config.is_t5 else "opt"
         self.slot = config.text.pad_token_id if config.image_token_index is None else config.image_token_index
-        if self.kind == "bert":  # the vocabulary's last entry was added to BERT's: what a caption begins with
-            self.decoder_start = config.qformer.vocab_size - 1
+        self.decoder_start = config.qformer.vocab_size - 1  # stage 1, as in Blip2Qformer
         # OPT ends at a line break; </s>, which stands in front of every text, ends nothing
         self.end = tokenizer.encode("\n") if self.kind == "opt" else [tokenizer.eos]
         self.eos, self.stop_words = self.end[-1], [self.end]

@@ -152,3 +152,108 @@ def test_golden_t5_loss_and_gradients(blip2_t5):
     variant = Variant(blip2_t5)
     model = variant.model()
     check_loss_and_gradients(variant, model, t5_batch(variant.io, model.num_image_tokens))
+
+
+def text_batch(ids, mask, Q, pixels):
+    """Stage 1's stream: slots, then [CLS] text [SEP]."""
+    rows, targets = [], []
+    for r, k in zip(ids, mask.bool(), strict=True):
+        text = r[k]
+        rows.append(torch.cat((torch.zeros(Q, dtype=torch.long), text)))
+        labels = torch.cat((torch.full((Q + 1,), -100), text[1:]))
+        targets.append(shifted(labels))
+    batch = stream(rows, targets, pixels, Q)
+    batch["num_supervised"] = int((batch["targets"] != -100).sum())
+    batch["image_dropout_keys"] = torch.arange(len(rows))
+    return batch
+
+
+@torch.no_grad()
+def test_golden_retrieval(blip2_itm):
+    variant = Variant(blip2_itm)
+    model, io = variant.model(), variant.io
+    mask = io["in.attention_mask"].bool()
+    ids, lengths = io["in.input_ids"][mask].long(), mask.sum(1)
+    image = model.vision_model(io["in.pixel_values"])
+    close(model.match(image, ids, lengths), io["out.itm_logits_per_image"])
+    close(model.multimodal(image, ids, lengths), io["out.itm_last_hidden_state"][:, : model.num_image_tokens])
+    text = model.encode_text(ids, lengths)
+    close(text, io["out.text_last_hidden_state"][mask])
+    close(model.image_features(blip2.encode_queries(model, image)), io["out.image_embeds"])
+    close(model.text_features(text, lengths), io["out.text_embeds"])
+    batch = text_batch(io["in.input_ids"], mask, model.num_image_tokens, io["in.pixel_values"])
+    close(model(batch, "itc"), io["out.itc_logits_per_image"])
+    close(model(batch, "itm"), io["out.itm_logits_per_image"].softmax(-1)[:, 1])
+
+
+def lavis_model(variant, text_config=None):
+    """A LAVIS variant's weights in our model."""
+    case = variant.golden["case"]
+    text = text_config or {"model_type": "opt"}
+    config = {
+        "model_type": "blip-2", "num_query_tokens": case["num_query_tokens"], "image_token_index": None,
+        "image_text_hidden_size": case.get("embed_dim", 256), "stage1_heads": text_config is None,
+        "vision_config": {**case["vision"], "post_layernorm_eps": 1e-5}, "text_config": text,
+        "qformer_config": {**case["qformer"], "use_qformer_text_input": text_config is None},
+    }  # fmt: skip
+    weights = load_file(variant.path / "model.safetensors")
+    state = blip2.from_lavis(weights)
+    if text_config is None:
+        config["qformer_config"]["vocab_size"] = len(state["embeddings.word_embeddings.weight"])
+    model = blip2.build_model(config)
+    model.load_state_dict(state, strict=True)
+    return model.eval(), weights
+
+
+def lavis_name(name):
+    """Our parameter for a LAVIS one; the two biases of a tower block are one of ours."""
+    if name.endswith(("q_bias", "v_bias")) or name in blip2.LAVIS_REDUNDANT:
+        return None
+    return blip2.translate(name, blip2.LAVIS_NAMES)
+
+
+def given(model, images, texts):
+    """Replaces the draw of negatives by what the original drew."""
+    model.draw = lambda scores, rows, columns, purpose: torch.tensor(images if purpose == 1 else texts)
+
+
+def stage1_losses(model, batch):
+    sums, facts = model(batch)
+    counts = torch.tensor(model.loss_counts(batch)).float()
+    close(facts.sum(0)[:, 0], sums)
+    assert torch.equal(facts.sum(0)[:, 1], counts)
+    return sums / counts
+
+
+def test_golden_stage1(blip2_stage1):
+    variant = Variant(blip2_stage1)
+    io, g = variant.io, variant.golden
+    for case in ("plain", "image_id"):
+        model, _ = lavis_model(variant)
+        Q = model.num_image_tokens
+        assert model.decoder_start == g["special_ids"]["dec(bos)"]
+        batch = text_batch(io["in.input_ids"], io["in.attention_mask"], Q, io["in.image"])
+        if case == "image_id":
+            batch["image_ids"] = io["in.image_id"]
+        drawn = {}
+        draw = model.draw
+
+        def record(scores, rows, columns, purpose, drawn=drawn, draw=draw):
+            drawn[purpose] = scores.exp()
+            return draw(scores, rows, columns, purpose)
+
+        model.draw = record
+        model(batch)
+        close(drawn[1], io[f"out.{case}.weights_t2i"])
+        close(drawn[2], io[f"out.{case}.weights_i2t"])
+        given(model, g[case]["negative_image_for_text"], g[case]["negative_text_for_image"])
+        losses = stage1_losses(model, batch)
+        losses.sum().backward()
+        for loss, name in zip(losses, model.LOSSES, strict=True):
+            assert abs(float(loss.detach()) - g[case][f"loss_{name}"]) < 1e-5, (case, name)
+        seen = check_gradients(model, {n: e for n, e in g[case]["grads"].items()}, lavis_name)
+        assert len(seen) > 0.7 * len(g["trainable"])
+        parameters = dict(model.named_parameters())
+        for name, grad in io.items():
+            if name.startswith(f"grad.{case}."):
+                close(parameters[lavis_name(name.removeprefix(f"grad.{case}."))].grad, grad, 1e-5)
