@@ -123,7 +123,7 @@ def penalise_repetition(logits: Tensor, seen: list[int], penalty: float) -> Tens
 def generate(
     model: nn.Module, requests: list[dict], max_new_tokens: int, stop_words: list[list[int]],
     temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, repetition_penalty: float = 1.0, seed: int = 0,
-    on_token: Callable[[int, int], None] | None = None,
+    min_new_tokens: int = 0, on_token: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
     """New token ids of each request, a stop word included as it came.
 
@@ -132,25 +132,18 @@ def generate(
     `on_token(request, token)` sees each token as it comes.
     """  # fmt: skip
     model.eval()
-    device = next(model.parameters()).device
-    prompts = [[int(t) for t in r["input_ids"]] for r in requests]
-    cache = KVCache([len(p) + max_new_tokens for p in prompts])
+    prompts, seen, cache, batch = prefill(model, requests, max_new_tokens)
     generators = [torch.Generator().manual_seed(seed) for _ in prompts]
     outputs: list[list[int]] = [[] for _ in prompts]
-    Q = model.config.visual.n_queries
-    batch = data.collate([{"labels": p, "num_image_tokens": Q, **r} for p, r in zip(prompts, requests, strict=True)])
-    prompt_lengths = torch.tensor([len(p) for p in prompts])
-    # a picture's slots are no tokens of the text
-    in_slots = [{i for s in r["image_starts"] for i in range(s, s + Q)} for r in requests]
-    seen = [[t for i, t in enumerate(p) if i not in slots] for p, slots in zip(prompts, in_slots, strict=True)]
+    ends = [word[0] for word in stop_words if len(word) == 1]
     while True:
-        batch = {k: v.to(device) if torch.is_tensor(v) and k not in ("cu_seqlens", "rope_lengths") else v for k, v in batch.items()}
-        logits = model({**batch, "cache": cache}, output="logits").float()  # (B, V)
-        cache.advance()
+        logits = next_logits(model, batch, cache)
         still = []
         for row, i in zip(logits, cache.active, strict=True):
             if repetition_penalty != 1.0:
                 row = penalise_repetition(row, seen[i], repetition_penalty)
+            if ends and len(outputs[i]) < min_new_tokens:
+                row = row.index_fill(0, torch.tensor(ends, device=row.device), float("-inf"))
             if temperature == 0:
                 token = int(row.argmax())
             else:
@@ -167,12 +160,109 @@ def generate(
         if not still:
             return outputs
         cache.active = still
-        batch = {
-            "input_ids": torch.tensor([outputs[i][-1] for i in still]),
-            "position_ids": torch.tensor([cache.lengths[i] for i in still]),
-            "cu_seqlens": torch.arange(len(still) + 1, dtype=torch.int32), "max_len": 1,
-            "rope_lengths": prompt_lengths[still],  # the cached keys were turned with the prompt's NTK base
-        }  # fmt: skip
+        batch = step_batch(cache, [outputs[i][-1] for i in still], [len(prompts[i]) for i in still])
+
+
+@torch.no_grad()
+def beam_search(
+    model: nn.Module, requests: list[dict], max_new_tokens: int, stop_words: list[list[int]], num_beams: int,
+    length_penalty: float = 1.0, repetition_penalty: float = 1.0, min_new_tokens: int = 0, rule: str = "transformers",
+) -> list[list[tuple[float, list[int]]]]:
+    """The num_beams best answers of each request as (score, new token ids), best first.
+
+    A score is the sum of log-probabilities (after the repetition penalty, which acts on them) / number of tokens **
+    length_penalty. An answer ends with one of the one-token `stop_words`, or at max_new_tokens. `rule`: when a request is
+    closed, and how an answer that the limit cuts is scored: "transformers" (5.x) or "lavis" (transformers 4.x fed with
+    embeddings: it counts the start token as one more).
+    """
+    model.eval()
+    K, ends, lavis = num_beams, {word[0] for word in stop_words if len(word) == 1}, rule == "lavis"
+    if len(ends) < len(stop_words):
+        raise ValueError("beam search ends at single tokens; a stop text of several tokens needs num_beams=1")
+    prompts, seen, cache, batch = prefill(model, requests, max_new_tokens)
+    live = list(range(len(requests)))  # requests that are still open; each has K sequences in the cache after the first pass
+    beams = {i: [(0.0, [])] for i in live}  # request -> its running (sum of log-probabilities, new tokens)
+    finished: list[list[tuple[float, list[int]]]] = [[] for _ in requests]
+
+    def finish(i: int, total: float, tokens: list[int], length: int) -> None:
+        finished[i] = sorted([*finished[i], (total / length**length_penalty, tokens)], key=lambda h: -h[0])[:K]
+
+    for n in range(1, max_new_tokens + 1):
+        logits = next_logits(model, batch, cache)
+        offset, parents, last, still = 0, [], [], []
+        for i in live:
+            rows = logits[offset : offset + len(beams[i])].log_softmax(-1)  # (1 or K, V)
+            V = rows.shape[1]
+            if repetition_penalty != 1.0:
+                rows = torch.stack([
+                    penalise_repetition(row, seen[i] + tokens, repetition_penalty)
+                    for row, (_, tokens) in zip(rows, beams[i], strict=True)
+                ])  # fmt: skip
+            if n <= min_new_tokens:
+                rows = rows.index_fill(1, torch.tensor(sorted(ends), device=rows.device), float("-inf"))
+            totals = rows + torch.tensor([total for total, _ in beams[i]], device=rows.device)[:, None]
+            best, index = totals.flatten().topk(min(2 * K, totals.numel()))
+            running, sources = [], []
+            for rank, (total, at) in enumerate(zip(best.tolist(), index.tolist(), strict=True)):
+                tokens = [*beams[i][at // V][1], at % V]
+                if tokens[-1] in ends:
+                    if rank < K:
+                        finish(i, total, tokens, n)
+                elif n == max_new_tokens and not lavis:
+                    if rank < K:
+                        finish(i, total, tokens, n)
+                elif len(running) < K:
+                    running.append((total, tokens))
+                    sources.append(offset + at // V)
+            offset += len(beams[i])
+            reachable = (float(best[0]) / (n + 1) ** length_penalty) if lavis else (
+                running[0][0] / n**length_penalty if running else float("-inf"))  # fmt: skip
+            closed = len(finished[i]) == K and finished[i][-1][0] >= reachable
+            if n == max_new_tokens and lavis and not closed:
+                for total, tokens in running:
+                    finish(i, total, tokens, n + 1)
+            if n < max_new_tokens and not closed:
+                still.append(i)
+                beams[i] = running
+                parents += sources
+                last += [tokens[-1] for _, tokens in running]
+        live = still
+        if not live:
+            break
+        cache.reorder(parents)
+        batch = step_batch(cache, last, [len(prompts[i]) for i in live for _ in beams[i]])
+    return finished
+
+
+def prefill(model: nn.Module, requests: list[dict], max_new_tokens: int) -> tuple[list, list, KVCache, dict]:
+    """-> (prompts, the tokens of each that the repetition penalty sees, an empty cache, the prompts as one stream)"""
+    prompts = [[int(t) for t in r["input_ids"]] for r in requests]
+    Q = model.num_image_tokens
+    batch = data.collate([{"labels": p, "num_image_tokens": Q, **r} for p, r in zip(prompts, requests, strict=True)])
+    seen = []
+    for r, p in zip(requests, prompts, strict=True):
+        slots = {i for s in r["image_starts"] for i in range(s, s + Q)}  # a picture's slots are no tokens of the text
+        seen.append(list(r.get("seen", (t for i, t in enumerate(p) if i not in slots))))
+    return prompts, seen, KVCache([len(p) + max_new_tokens for p in prompts]), batch
+
+
+def next_logits(model: nn.Module, batch: dict, cache: KVCache) -> Tensor:
+    """(B, V) fp32 of each segment's last position; the cache grows by the batch."""
+    device = next(model.parameters()).device
+    host = ("cu_seqlens", "rope_lengths")
+    batch = {k: v.to(device) if torch.is_tensor(v) and k not in host else v for k, v in batch.items()}
+    logits = model({**batch, "cache": cache}, output="logits").float()
+    cache.advance()
+    return logits
+
+
+def step_batch(cache: KVCache, tokens: list[int], prompt_lengths: list[int]) -> dict:
+    """One token more for each active sequence."""
+    return {
+        "input_ids": torch.tensor(tokens), "position_ids": torch.tensor([cache.lengths[i] for i in cache.active]),
+        "cu_seqlens": torch.arange(len(tokens) + 1, dtype=torch.int32), "max_len": 1,
+        "rope_lengths": torch.tensor(prompt_lengths),  # the cached keys were turned with the prompt's NTK base
+    }  # fmt: skip
 
 
 def base_of(model_name_or_path: str | None, lora_path: str | None) -> str:

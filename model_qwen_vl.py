@@ -329,6 +329,10 @@ class QwenVL(nn.Module):
             self.lm_head.weight = self.transformer.wte.weight
 
     @property
+    def num_image_tokens(self) -> int:
+        return self.config.visual.n_queries
+
+    @property
     def blocks(self) -> nn.ModuleList:
         return self.transformer.h
 

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import model_blip2 as blip2
-from generate import generate
+from generate import beam_search, generate
 
 
 def close(a, b, atol=1e-4, rtol=1e-4):
@@ -257,3 +257,76 @@ def test_golden_stage1(blip2_stage1):
         for name, grad in io.items():
             if name.startswith(f"grad.{case}."):
                 close(parameters[lavis_name(name.removeprefix(f"grad.{case}."))].grad, grad, 1e-5)
+
+
+def new_tokens(sequence, prompt_length, eos):
+    """What was generated, up to and including the first end token."""
+    out = sequence[prompt_length:]
+    return out[: out.index(eos) + 1] if eos in out else out
+
+
+def requests_of(ids, masks, pixels, Q, t5=False, seen=None):
+    requests = []
+    for row, keep, picture in zip(ids, masks.bool(), pixels, strict=True):
+        row = row[keep].tolist() + ([0] if t5 else [])
+        requests.append({"input_ids": row, "image_starts": [0], "pixel_values": [picture], "seen": seen or ([0] if t5 else row)})
+    assert Q <= min(len(r["input_ids"]) for r in requests)
+    return requests
+
+
+def check_generation(model, requests, expected, eos, new, beams=1, **options):
+    """`expected`: tokens (and scores) of each request, best first; alone, a request gives what it gives in a batch."""
+    if beams == 1:
+        out = [[row] for row in generate(model, requests, new, [[eos]], **options)]
+        alone = [[generate(model, [r], new, [[eos]], **options)[0]] for r in requests]
+    else:
+        out = beam_search(model, requests, new, [[eos]], beams, **options)
+        alone = [beam_search(model, [r], new, [[eos]], beams, **options)[0] for r in requests]
+        for o, a in zip(out, alone, strict=True):
+            close(torch.tensor([s for s, _ in o]), torch.tensor([s for s, _ in a]))
+        out, scores = [[t for _, t in o] for o in out], [[s for s, _ in o] for o in out]
+        alone = [[t for _, t in a] for a in alone]
+    assert out == alone
+    for o, e in zip(out, expected, strict=True):
+        assert o[: len(e)] == e
+    return scores if beams > 1 else None
+
+
+def check_hf_generations(variant, t5):
+    model, io, g = variant.model(), variant.io, variant.golden
+    Q = model.num_image_tokens
+    config = json.loads((variant.path / "config.json").read_text())
+    slot, bos = config["image_token_index"], config["text_config"]["bos_token_id"]
+    for name, case in g["generation"].items():
+        args = case["args"]
+        if "_prompt" in name:
+            ids, masks = io["in.prompt_ids"], io["in.prompt_attention_mask"]
+        else:
+            ids = torch.tensor([[slot] * Q + [bos]] * len(io["in.pixel_values"]))
+            masks = torch.ones_like(ids)
+        # transformers counts pads among what the penalty sees
+        requests = requests_of(ids, masks, io["in.pixel_values"], Q, t5)
+        if not t5:
+            for r, row in zip(requests, ids.tolist(), strict=True):
+                r["seen"] = row
+        start = 1 if t5 else ids.shape[1]
+        R = args.get("num_return_sequences", 1)
+        eos = args["eos_token_id"]
+        rows = [new_tokens(s, start, eos) for s in case["sequences"]]
+        expected = [rows[i : i + R] for i in range(0, len(rows), R)]
+        options = {k: args[k] for k in ("repetition_penalty", "length_penalty") if k in args}
+        scores = check_generation(
+            model, requests, expected, eos, args["max_new_tokens"], args.get("num_beams", 1),
+            min_new_tokens=args.get("min_new_tokens", 0), **options,
+        )  # fmt: skip
+        if "sequences_scores" in case:
+            close(torch.tensor([s for row in scores for s in row[:R]]), torch.tensor(case["sequences_scores"]))
+    assert len(g["generation"]) >= 9
+
+
+def test_golden_opt_generation(blip2_opt):
+    check_hf_generations(Variant(blip2_opt), t5=False)
+
+
+def test_golden_t5_generation(blip2_t5):
+    check_hf_generations(Variant(blip2_t5), t5=True)
