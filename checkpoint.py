@@ -72,8 +72,10 @@ def read_json(path, what: str) -> dict:
         raise ValueError(f"{path.parent} has no {path.name}; {what}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}:{e.lineno}: not valid JSON ({e.msg}); fetch or write it again") from None
     except ValueError as e:
-        raise ValueError(f"{path} is not valid JSON ({e}); fetch or write it again") from None
+        raise ValueError(f"{path} is not text ({e}); fetch or write it again") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object; fetch or write it again")
     return value

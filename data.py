@@ -857,8 +857,8 @@ def model_directory(model: str | None, name: str) -> str:
         return str(path)
     if not os.path.isdir(name):
         raise ValueError(
-            f"model_name_or_path={name!r} is no directory; download the checkpoint (config.json, weights, tokenizer files) "
-            "and give the path of its directory"
+            f"model_name_or_path={name!r} is no directory; download the checkpoint (config.json, weights, tokenizer "
+            "files) and give the path of its directory"
         )
     return name
 
@@ -869,7 +869,7 @@ def load_processor(directory: str, stage: str = "sft"):
     return importlib.import_module("model_" + kind).load_processor(directory, stage)
 
 
-def request(turns: list[tuple[str, str]], images: list[str], where: str, folder: str = "", id: str = "0") -> Conversation:
+def request(turns: list[tuple], images: list[str], where: str, folder: str = "", id: str = "0") -> Conversation:
     """A chat to be answered. Pictures of `images` stand in front of its last user turn, in Qwen's wording."""
     pictures, _ = join_parts([{"image": image} for image in images], 0)
     turns = [*turns[:-1], (turns[-1][0], pictures + turns[-1][1])]
@@ -878,7 +878,9 @@ def request(turns: list[tuple[str, str]], images: list[str], where: str, folder:
 
 
 def read_requests(path: str) -> list[Conversation]:
-    """Chats to be answered: {"prompt": ..., "image": path or list of paths} or a chat record, whose last answer is dropped."""
+    """Chats to be answered: {"prompt": ..., "image": path or list of paths} or a chat record, whose last answer is
+    dropped.
+    """
     requests = []
     for source in open_files([path]):
         for i in range(len(source)):

@@ -1,8 +1,10 @@
 """Dataset -> answers -> exact-match accuracy, by the records' "source".
 
-    python evaluate.py --model_name_or_path samples/tiny_qwen_vl --data_files samples/pretrain/vqa_val_en.jsonl --image_root samples
-    python evaluate.py --lora_path output                      # the default task of samples/, with an adapter
+python evaluate.py --model_name_or_path samples/tiny_qwen_vl --data_files samples/pretrain/vqa_val_en.jsonl
+--image_root samples
+python evaluate.py --lora_path output                      # the default task of samples/, with an adapter
 """
+
 import argparse
 import json
 import os
@@ -18,10 +20,15 @@ from generate import DTYPES, base_of, generate, load_model
 
 
 def exact_match(
-    model: nn.Module, processor, conversations: list[data.Conversation], batch_size: int, max_new_tokens: int = 32,
+    model: nn.Module,
+    processor,
+    conversations: list[data.Conversation],
+    batch_size: int,
+    max_new_tokens: int = 32,
     sink=None,
 ) -> dict[str, float]:
-    """Share of greedy answers that equal one of the reference answers, blanks at both ends aside: {"all": ..., source: ...}.
+    """Share of greedy answers that equal one of the reference answers, blanks at both ends aside: {"all": ...,
+    source: ...}.
 
     Answers go to `sink` as JSONL. Pictures that cannot be read raise ValueError.
     """  # fmt: skip
@@ -44,11 +51,17 @@ def exact_match(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     add = parser.add_argument
     add("config", nargs="?", default=None, help='training configuration whose "eval" entries are answered')
     add("--model", default="qwen_vl", help="whose samples/tiny_* to use if no checkpoint is named")
-    add("--model_name_or_path", default=None, help="checkpoint directory; default: the adapter's base, else the tiny model")
+    add(
+        "--model_name_or_path",
+        default=None,
+        help="checkpoint directory; default: the adapter's base, else the tiny model",
+    )
     add("--lora_path", default=None)
     add("--data_files", action="append", default=None, help="may be repeated; instead of a configuration")
     add("--name", default="coco_vqa", choices=data.READERS, help="format of --data_files")

@@ -7,6 +7,7 @@ A batch is ragged, never padded: the prompts are one packed stream in the prefil
 one token a step. So a batch gives what its requests give alone. Sampling follows transformers' order: repetition
 penalty, temperature, top-k, top-p; each request draws from its own generator.
 """
+
 import argparse
 import importlib
 import json
@@ -44,7 +45,9 @@ class KVCache:
         """Appends k and v (T, H, D) of the segments to their sequences, and attends to all that those hold then. A bias says
         itself what is visible; prefix_lens as in attention()."""
         if layer not in self.buffers:
-            self.buffers[layer] = [(k.new_empty(n, *k.shape[1:]), v.new_empty(n, *v.shape[1:])) for n in self.capacities]
+            self.buffers[layer] = [
+                (k.new_empty(n, *k.shape[1:]), v.new_empty(n, *v.shape[1:])) for n in self.capacities
+            ]
         bounds, keys, values = cu_seqlens.tolist(), [], []
         self.counts = cu_seqlens.diff().tolist()
         for s, i in enumerate(self.active):
@@ -97,8 +100,8 @@ class KVCache:
 
 
 def sampling_probs(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """logits (B, V) -> probabilities (B, V). top_k 0 and top_p 1 keep all; top_p keeps the smallest set of most probable
-    tokens whose total before each member is below top_p, and at least one."""
+    """logits (B, V) -> probabilities (B, V). top_k 0 and top_p 1 keep all; top_p keeps the smallest set of most
+    probable tokens whose total before each member is below top_p, and at least one."""
     logits = logits.float() / temperature
     if top_k > 0:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
@@ -113,7 +116,9 @@ def sampling_probs(logits: Tensor, temperature: float, top_k: int, top_p: float)
 
 
 def penalise_repetition(logits: Tensor, seen: list[int], penalty: float) -> Tensor:
-    """logits (V,): those of tokens seen before are divided by the penalty where positive, else multiplied (arXiv:1909.05858)."""
+    """logits (V,): those of tokens seen before are divided by the penalty where positive, else multiplied
+    (arXiv:1909.05858).
+    """
     index = torch.tensor(sorted(set(seen)), device=logits.device)
     values = logits[index]
     return logits.index_copy(0, index, torch.where(values > 0, values / penalty, values * penalty))
@@ -121,9 +126,17 @@ def penalise_repetition(logits: Tensor, seen: list[int], penalty: float) -> Tens
 
 @torch.no_grad()
 def generate(
-    model: nn.Module, requests: list[dict], max_new_tokens: int, stop_words: list[list[int]],
-    temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, repetition_penalty: float = 1.0, seed: int = 0,
-    min_new_tokens: int = 0, on_token: Callable[[int, int], None] | None = None,
+    model: nn.Module,
+    requests: list[dict],
+    max_new_tokens: int,
+    stop_words: list[list[int]],
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    min_new_tokens: int = 0,
+    on_token: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
     """New token ids of each request, a stop word included as it came.
 
@@ -297,10 +310,16 @@ def read_requests(args) -> list[data.Conversation]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     add = parser.add_argument
     add("--model", default="qwen_vl", help="whose samples/tiny_* to use if no checkpoint is named")
-    add("--model_name_or_path", default=None, help="checkpoint directory; default: the adapter's base, else the tiny model")
+    add(
+        "--model_name_or_path",
+        default=None,
+        help="checkpoint directory; default: the adapter's base, else the tiny model",
+    )
     add("--lora_path", default=None, help="adapter directory, applied without merging")
     add("--image", action="append", default=[], help="picture file; may be repeated")
     add("--prompt", default=None)
@@ -320,8 +339,16 @@ def main() -> int:
     add("--dtype", default="float32", choices=DTYPES)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.top_k < 0 or args.repetition_penalty <= 0 or args.max_new_tokens < 1:
-        raise ValueError("expected temperature >= 0, 0 < top_p <= 1, top_k >= 0, repetition_penalty > 0, max_new_tokens >= 1")
+    if (
+        args.temperature < 0
+        or not 0 < args.top_p <= 1
+        or args.top_k < 0
+        or args.repetition_penalty <= 0
+        or args.max_new_tokens < 1
+    ):
+        raise ValueError(
+            "expected temperature >= 0, 0 < top_p <= 1, top_k >= 0, repetition_penalty > 0, max_new_tokens >= 1"
+        )
 
     directory = data.model_directory(args.model, base_of(args.model_name_or_path, args.lora_path))
     processor = data.load_processor(directory, args.stage)

@@ -1,4 +1,5 @@
-"""Qwen-VL 7B (arXiv:2308.12966): ViT-bigG, one cross-attention resampler, Qwen-7B, and everything about its data format.
+"""Qwen-VL 7B (arXiv:2308.12966): ViT-bigG, one cross-attention resampler, Qwen-7B, and everything about its data
+format.
 
     python train.py --model qwen_vl --lora
     python generate.py --image picture.png --prompt "What is this?"
@@ -7,6 +8,7 @@ Text has no batch dimension: a micro-batch is one stream of T tokens, cut into s
 Numerics follow the original modeling_qwen.py and visual.py (2023); where this file differs on purpose, it says so.
 Parameter names are those of the published checkpoint.
 """
+
 import base64
 import hashlib
 import json
@@ -48,7 +50,9 @@ class VisualConfig:
 
 @dataclass
 class QwenVLConfig:
-    """The fields of the published config.json that change what is computed; other fields of the file are kept and ignored."""
+    """The fields of the published config.json that change what is computed; other fields of the file are kept and
+    ignored.
+    """
 
     hidden_size: int
     num_hidden_layers: int
@@ -81,15 +85,22 @@ class QwenVLConfig:
 
         if not isinstance(raw.get("visual"), dict):
             raise ValueError("config.json has no 'visual' section; expected a Qwen-VL checkpoint")
-        config = cls(visual=VisualConfig(**pick(VisualConfig, raw["visual"], "visual")), raw=raw, **pick(cls, raw, "it"))
+        config = cls(
+            visual=VisualConfig(**pick(VisualConfig, raw["visual"], "visual")), raw=raw, **pick(cls, raw, "it")
+        )
         c, v = config, config.visual
         for ok, message in (
-            (c.kv_channels * c.num_attention_heads == c.hidden_size,
-             f"kv_channels={c.kv_channels} x num_attention_heads={c.num_attention_heads} must be hidden_size={c.hidden_size}"),
+            (
+                c.kv_channels * c.num_attention_heads == c.hidden_size,
+                f"kv_channels x num_attention_heads = {c.kv_channels} x {c.num_attention_heads} is not hidden_size={c.hidden_size}",
+            ),
             (v.output_dim == c.hidden_size, f"visual.output_dim={v.output_dim} must be hidden_size={c.hidden_size}"),
             (v.output_dim % 128 == 0, f"visual.output_dim={v.output_dim} must be a multiple of 128 (resampler heads)"),
             (v.width % v.heads == 0, f"visual.heads={v.heads} does not divide visual.width={v.width}"),
-            (v.image_size % v.patch_size == 0, f"visual.patch_size={v.patch_size} does not divide image_size={v.image_size}"),
+            (
+                v.image_size % v.patch_size == 0,
+                f"visual.patch_size={v.patch_size} does not divide image_size={v.image_size}",
+            ),
             (math.isqrt(v.n_queries) ** 2 == v.n_queries, f"visual.n_queries={v.n_queries} must be a square"),
             (c.rotary_pct == 1.0, f"rotary_pct={c.rotary_pct} is not supported; every published Qwen-VL has 1.0"),
         ):
@@ -269,7 +280,8 @@ class Resampler(nn.Module):
     def __init__(self, config: VisualConfig):
         super().__init__()
         E, Q = config.output_dim, config.n_queries
-        # fixed sines in a fresh model, but always loaded: the published table is rounded to bf16 (and may be fine-tuned)
+        # fixed sines in a fresh model, but always loaded: the published table is rounded to bf16 (and may be
+        # fine-tuned)
         self.pos_embed = nn.Parameter(torch.empty(Q, E), requires_grad=False)
         self.query = nn.Parameter(torch.empty(Q, E))
         self.kv_proj = nn.Identity() if config.width == E else nn.Linear(config.width, E, bias=False)
@@ -282,7 +294,9 @@ class Resampler(nn.Module):
         grid = math.isqrt(x.shape[0] // num_images)
         k = kv + resize_positions(self.pos_embed, grid).to(kv.dtype).repeat(num_images, 1)
         q = self.ln_q(self.query)
-        return self.attn(q + self.pos_embed.to(q.dtype), k, kv, num_images)  # positions on queries and keys, not on values
+        return self.attn(
+            q + self.pos_embed.to(q.dtype), k, kv, num_images
+        )  # positions on queries and keys, not on values
 
 
 class Visual(nn.Module):
@@ -346,7 +360,8 @@ class QwenVL(nn.Module):
     def embed(self, batch: dict) -> Tensor:
         """Word embeddings (T, C), those of the picture slots replaced by features, in the order of the slots.
 
-        More pictures than slots: the others (a blank one, so that every rank of a sharded run enters the tower) count nothing.
+        More pictures than slots: the others (a blank one, so that every rank of a sharded run enters the tower) count
+        nothing.
         """
         x = self.transformer.wte(batch["input_ids"])
         features = batch.get("image_features")
@@ -363,8 +378,8 @@ class QwenVL(nn.Module):
     def context(self, batch: dict) -> Context:
         """Rotary angles and log-n factors. Both extrapolations act in evaluation only, as in the original.
 
-        `rope_lengths` (S,), host, optional: the length that decides a segment's NTK base, if it is not the segment's own
-        (while decoding: the prompt's; the cached keys were turned with it).
+        `rope_lengths` (S,), host, optional: the length that decides a segment's NTK base, if it is not the segment's
+        own (while decoding: the prompt's; the cached keys were turned with it).
         """
         c, positions, cu_seqlens = self.config, batch["position_ids"], batch["cu_seqlens"]
         half = torch.arange(0, c.kv_channels, 2, device=positions.device, dtype=torch.float32) / c.kv_channels
@@ -398,8 +413,8 @@ class QwenVL(nn.Module):
         return self.lm_head(self.transformer.ln_f(x[rows]), batch["targets"][rows])
 
     def forward(self, batch: dict, output: str = "loss"):
-        """The one entrance of a sharded model. `output`: "loss" as head(); "logits" (S, V) of each segment's last position;
-        "features" (N, Q, C) of the pictures."""
+        """The one entrance of a sharded model. `output`: "loss" as head(); "logits" (S, V) of each segment's last
+        position; "features" (N, Q, C) of the pictures."""
         if output == "features":
             return self.encode_images(batch["pixel_values"])
         x = self.hidden(batch)
@@ -450,9 +465,11 @@ PARTS = {
     "head": "lm_head.*",
 }
 PRETRAIN_FREEZE = ["transformer.wte.*", "transformer.h.*", "transformer.ln_f.*", "lm_head.*"]  # stage "pretrain"
-# The official targets. By name they exist in the language model only: the vision tower's linears are in_proj, out_proj, c_fc.
+# The official targets. By name they exist in the language model only: the vision tower's linears are in_proj,
+# out_proj, c_fc.
 LORA_TARGETS = [r".*\.attn\.c_attn", r".*\.attn\.c_proj", r".*\.mlp\.w1", r".*\.mlp\.w2"]
-# How a weight is cut over tensor-parallel ranks: (kind, number of equal blocks packed along the cut dimension, per-head interleaving)
+# How a weight is cut over tensor-parallel ranks: (kind, number of equal blocks packed along the cut dimension,
+# per-head interleaving)
 TP_PLAN = {
     "transformer.wte": ("vocab", 1),
     "transformer.h.*.attn.c_attn": ("column", 3),
@@ -460,7 +477,10 @@ TP_PLAN = {
     "transformer.h.*.mlp.w1": ("column", 1),
     "transformer.h.*.mlp.w2": ("column", 1),
     "transformer.h.*.mlp.c_proj": ("row", 1),
-    "transformer.visual.transformer.resblocks.*.attn.in_proj": ("column", 1),  # grouped by head: a cut keeps heads whole
+    "transformer.visual.transformer.resblocks.*.attn.in_proj": (
+        "column",
+        1,
+    ),  # grouped by head: a cut keeps heads whole
     "transformer.visual.transformer.resblocks.*.attn.out_proj": ("row", 1),
     "transformer.visual.transformer.resblocks.*.mlp.c_fc": ("column", 1),
     "transformer.visual.transformer.resblocks.*.mlp.c_proj": ("row", 1),
@@ -470,8 +490,12 @@ TP_PLAN = {
 }
 
 
-def forward_flops(config: QwenVLConfig, tokens: int, supervised: int, images: int, segment_length: float) -> dict[str, float]:
-    """FLOPs of one forward pass by part (a multiply-add counts two): tokens in the stream, supervised tokens, pictures."""
+def forward_flops(
+    config: QwenVLConfig, tokens: int, supervised: int, images: int, segment_length: float
+) -> dict[str, float]:
+    """FLOPs of one forward pass by part (a multiply-add counts two): tokens in the stream, supervised tokens,
+    pictures.
+    """
     c, v = config, config.visual
     C, W, E = c.hidden_size, v.width, v.output_dim
     P, Q = (v.image_size // v.patch_size) ** 2, v.n_queries
@@ -489,10 +513,11 @@ def forward_flops(config: QwenVLConfig, tokens: int, supervised: int, images: in
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizer
 
-# tiktoken's pattern: contractions | one non-letter + letters | ONE digit | blank + punctuation + line ends | white space
-PATTERN = (
-    r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
-)
+# tiktoken's pattern: contractions | one non-letter + letters | ONE digit | blank + punctuation + line ends | white
+# space
+PATTERN = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|
+?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+
+"""
 ENDOFTEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VISION_TAGS = ["<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>"]
 SPECIAL_TOKENS = [ENDOFTEXT, IM_START, IM_END, *(f"<|extra_{i}|>" for i in range(205)), *VISION_TAGS]
@@ -510,9 +535,13 @@ CHAR_TO_BYTE = {c: b for b, c in enumerate(BYTE_TO_CHAR)}
 
 
 def read_tiktoken(path: Path) -> Tokenizer:
-    """A byte-level BPE from a file of `base64(token) rank` lines. A merge is any pair of tokens that makes a token, by its rank."""
+    """A byte-level BPE from a file of `base64(token) rank` lines. A merge is any pair of tokens that makes a token,
+    by its rank.
+    """
     try:
-        ranks = {base64.b64decode(t): int(r) for t, r in (line.split() for line in path.read_bytes().splitlines() if line)}
+        ranks = {
+            base64.b64decode(t): int(r) for t, r in (line.split() for line in path.read_bytes().splitlines() if line)
+        }
     except ValueError as e:
         raise ValueError(f"{path}: not a tiktoken vocabulary (lines of 'base64 rank'): {e}") from None
     to_text = {token: "".join(BYTE_TO_CHAR[b] for b in token) for token in ranks}
@@ -534,7 +563,9 @@ def byte_level_split() -> pre_tokenizers.PreTokenizer:
 
 
 class QwenTokenizer:
-    """Qwen's tokenizer: `qwen.tiktoken` or `tokenizer.json` in `directory`, special tokens directly behind its vocabulary."""
+    """Qwen's tokenizer: `qwen.tiktoken` or `tokenizer.json` in `directory`, special tokens directly behind its
+    vocabulary.
+    """
 
     def __init__(self, directory: str | Path, num_image_tokens: int = 256):
         directory = Path(directory)
@@ -562,11 +593,13 @@ class QwenTokenizer:
         self.newline = self.encode("\n")
 
     def encode(self, text: str, special: str = "all", strict_paths: bool = True) -> list[int]:
-        """Token ids. `special`: which special tokens inside the text are parsed, "all" or "vision" (the rest is plain text).
+        """Token ids. `special`: which special tokens inside the text are parsed, "all" or "vision" (the rest is plain
+        text).
 
-        `<img>path</img>` becomes start, Q slots holding the path's BYTES as ids and then pads, end. Raises ValueError for an
-        unclosed tag or a path longer than Q bytes, TypeError for a special token inside the path. The model never reads a
-        path back, so `strict_paths=False` fills the slots of a long path with pads instead.
+        `<img>path</img>` becomes start, Q slots holding the path's BYTES as ids and then pads, end. Raises ValueError
+        for an
+        unclosed tag or a path longer than Q bytes, TypeError for a special token inside the path. The model never
+        reads a path back, so `strict_paths=False` fills the slots of a long path with pads instead.
         """
         text = unicodedata.normalize("NFC", text)
         pieces = (self.split_all if special == "all" else self.split_vision).split(text)
@@ -596,7 +629,9 @@ class QwenTokenizer:
     def decode(
         self, ids: list[int], skip_special: bool = False, keep_image_special: bool = False, errors: str = "replace"
     ) -> str:
-        """Text of the ids; a picture span becomes `<img>path</img>` again. ValueError for a span without a pad, as the original."""
+        """Text of the ids; a picture span becomes `<img>path</img>` again. ValueError for a span without a pad, as
+        the original.
+        """
         out, i = b"", 0
         kept_tags = {self.special[t] for t in VISION_TAGS[:6]} if keep_image_special else set()
         ids = [int(t) for t in ids]
@@ -616,7 +651,9 @@ class QwenTokenizer:
 
 
 def from_list_format(parts: list[dict]) -> str:
-    """[{"image": path} | {"text": ...} | {"ref": name, "box": [[x1, y1, x2, y2], ...]}, ...] as the text of one turn."""
+    """[{"image": path} | {"text": ...} | {"ref": name, "box": [[x1, y1, x2, y2], ...]}, ...] as the text of one
+    turn.
+    """
     text, pictures = "", 0
     for part in parts:
         if "image" in part:
@@ -687,11 +724,17 @@ def chat_ids(
 
 
 def chat_prompt(
-    tokenizer: QwenTokenizer, query: str, history: list[tuple[str, str]] = (), system: str = SYSTEM,
-    max_window_size: int = 6144, strict_paths: bool = True,
+    tokenizer: QwenTokenizer,
+    query: str,
+    history: list[tuple[str, str]] = (),
+    system: str = SYSTEM,
+    max_window_size: int = 6144,
+    strict_paths: bool = True,
 ) -> list[int]:
-    """Ids of a chat up to the assistant's header. In user and assistant text only the vision tags are special, so a typed
-    `<|im_end|>` is plain text. Past (question, answer) pairs are kept newest first while they fit in max_window_size tokens."""
+    """Ids of a chat up to the assistant's header. In user and assistant text only the vision tags are special, so a
+    typed
+    `<|im_end|>` is plain text. Past (question, answer) pairs are kept newest first while they fit in max_window_size
+    tokens."""
     tk = tokenizer
 
     def block(role: str, text: str) -> list[int]:
@@ -704,7 +747,16 @@ def chat_prompt(
         if len(head) + len(turn) + len(kept) >= max_window_size:
             break
         kept = turn + kept
-    return [*head, *kept, *tk.newline, *block("user", query), *tk.newline, tk.im_start, *tk.encode("assistant"), *tk.newline]
+    return [
+        *head,
+        *kept,
+        *tk.newline,
+        *block("user", query),
+        *tk.newline,
+        tk.im_start,
+        *tk.encode("assistant"),
+        *tk.newline,
+    ]
 
 
 def is_chinese(text: str) -> bool:
@@ -712,14 +764,17 @@ def is_chinese(text: str) -> bool:
 
 
 class QwenVLProcessor:
-    """Conversations and pictures -> what the model takes. `stage` "pretrain" uses the base model's raw captioning format."""
+    """Conversations and pictures -> what the model takes. `stage` "pretrain" uses the base model's raw captioning
+    format.
+    """
 
     def __init__(self, config: QwenVLConfig, tokenizer: QwenTokenizer, stage: str = "sft"):
         expected = tokenizer.img_start
         if config.visual.image_start_id != expected or tokenizer.vocab_size > config.vocab_size:
             raise ValueError(
-                f"tokenizer and config.json do not belong together: <img> is token {expected}, visual.image_start_id is "
-                f"{config.visual.image_start_id}; the tokenizer has {tokenizer.vocab_size} tokens, vocab_size is {config.vocab_size}"
+                f"tokenizer and config.json do not belong together: <img> is token {expected}, visual.image_start_id "
+                f"is {config.visual.image_start_id}; the tokenizer has {tokenizer.vocab_size} tokens, vocab_size is "
+                f"{config.vocab_size}"
             )
         self.config, self.tokenizer, self.stage = config, tokenizer, stage
         self.image_size, self.num_image_tokens = config.visual.image_size, config.visual.n_queries
@@ -728,7 +783,8 @@ class QwenVLProcessor:
 
     def fingerprint(self) -> str:
         """Changes whenever the same conversation could get other ids."""
-        return f"qwen_vl-1-{self.stage}-{self.num_image_tokens}-{hashlib.sha256(self.tokenizer.bpe.to_str().encode()).hexdigest()}"
+        vocabulary = hashlib.sha256(self.tokenizer.bpe.to_str().encode()).hexdigest()
+        return f"qwen_vl-1-{self.stage}-{self.num_image_tokens}-{vocabulary}"
 
     def load_image(self, path: str | Path) -> Tensor:
         """(3, H, W) fp32. ValueError naming the file for anything that is not a whole picture of sane size."""

@@ -1,8 +1,10 @@
 """Ranks, the device mesh, sharding by fully_shard, and recomputation. Everything is an identity at world size 1.
 
-ZeRO (arXiv:1910.02054) by torch.distributed.fsdp.fully_shard: stage 1 shards the optimiser's state and reduces gradients once
+ZeRO (arXiv:1910.02054) by torch.distributed.fsdp.fully_shard: stage 1 shards the optimiser's state and reduces
+gradients once
 a step, stage 2 also shards gradients (reduced every micro-batch), stage 3 also frees parameters between uses.
 """
+
 import os
 from dataclasses import dataclass
 
@@ -54,7 +56,9 @@ def shard(model: nn.Module, mesh: DeviceMesh, stage: str | None, dtype: torch.dt
         mesh = mesh["dp_shard"]
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for module in [*model.vision_blocks, *model.blocks, model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=stage == "stage3" and module is not model)
+        fully_shard(
+            module, mesh=mesh, mp_policy=policy, reshard_after_forward=stage == "stage3" and module is not model
+        )
 
 
 def set_gradient_sync(model: nn.Module, stage: str | None, last: bool) -> None:

@@ -2,12 +2,15 @@
 
     torchrun train.py --model qwen_vl --lora                              # the tiny model and data in samples/
     torchrun --nproc_per_node 8 train.py configs/qwen_vl/sft.json --learning_rate 2e-5
-    python train.py configs/qwen_vl/sft.json --dry_run                    # memory, steps and FLOPs before anything is loaded
+    python train.py configs/qwen_vl/sft.json --dry_run                    # memory, steps and FLOPs before anything is
+    loaded
 
-Keys come from JSON files and `--key value`; later wins; `--flag` alone means true. Losses are sums over supervised tokens,
+Keys come from JSON files and `--key value`; later wins; `--flag` alone means true. Losses are sums over supervised
+tokens,
 divided by their number over all micro-batches and ranks, so batch x accumulation x processes may be split in any way.
 Killed at any point, the same command continues from the last checkpoint with the same losses.
 """
+
 import contextlib
 import difflib
 import fnmatch
@@ -119,10 +122,13 @@ class Config:
     dry_run: bool = False  # print the plan and stop
 
 
-NO_EFFECT = ["src_length", "lazy", "task_name", "prefix_*", "neftune*", "device", "use_auto_parallel", "amp_*", "do_predict",
-             "zero_padding", "optim", "scale_loss", "unified_checkpoint", "use_fused_*", "dataloader_*", "ignore_*"]  # fmt: skip
+NO_EFFECT = [  # keys of the toolkit whose files run here unchanged
+    "src_length", "lazy", "task_name", "prefix_*", "neftune*", "device", "use_auto_parallel", "amp_*", "do_predict",
+    "zero_padding", "optim", "scale_loss", "unified_checkpoint", "use_fused_*", "dataloader_*", "ignore_*",
+]  # fmt: skip
 CHOICES = {
-    "stage": ("sft", "pretrain"), "save_strategy": ("no", "epoch", "steps"), "evaluation_strategy": ("no", "epoch", "steps"),
+    "stage": ("sft", "pretrain"), "save_strategy": ("no", "epoch", "steps"),
+    "evaluation_strategy": ("no", "epoch", "steps"),
     "lr_scheduler_type": ("linear", "cosine", "constant"), "fp16_opt_level": ("O1", "O2"),
     "metric_for_best_model": ("eval_loss", "eval_accuracy"), "sharding": (None, *parallel.STAGES),
     "use_flash_attention": ("auto", False),
@@ -152,7 +158,9 @@ def convert(key: str, value, kind, from_text: bool):
             return value
         if plain is int and isinstance(value, float) and value.is_integer():
             return int(value)
-    expected = " or ".join("null" if o is type(None) else str(o) if typing.get_origin(o) else o.__name__ for o in options)
+    expected = " or ".join(
+        "null" if o is type(None) else str(o) if typing.get_origin(o) else o.__name__ for o in options
+    )
     raise ValueError(f"{key}={value!r} has the wrong type; expected {expected}")
 
 
@@ -185,7 +193,10 @@ def parse_config(argv: list[str]) -> Config:
         if path.exists():
             defaults = {k: convert(k, v, hints[k], False) for k, v in json.loads(path.read_text()).items()}
             values = {**defaults, **values}
-            print(f"no dataset given: training on samples/ with the settings of {path.relative_to(data.ROOT)}", file=sys.stderr)
+            print(
+                f"no dataset given: training on samples/ with the settings of {path.relative_to(data.ROOT)}",
+                file=sys.stderr,
+            )
     cfg = Config(**values)
     validate(cfg)
     return cfg
@@ -195,16 +206,26 @@ def validate(cfg: Config) -> None:
     for key, choices in CHOICES.items():
         value = getattr(cfg, key)
         if key == "use_flash_attention" and value in (True, "true"):
-            raise ValueError("use_flash_attention=true asks for a Triton kernel, and there is none yet; use auto or false")
+            raise ValueError(
+                "use_flash_attention=true asks for a Triton kernel, and there is none yet; use auto or false"
+            )
         if value not in choices:
             raise ValueError(f"{key}={value!r}; expected one of {', '.join(map(str, choices))}")
-    positive = ("max_length", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-                "save_steps", "logging_steps", "lora_rank")  # fmt: skip
+    positive = ("max_length", "per_device_train_batch_size", "per_device_eval_batch_size",
+                "gradient_accumulation_steps",                "save_steps", "logging_steps", "lora_rank")  # fmt: skip
     optional = ("max_steps", "max_images", "eval_steps", "save_total_limit", "eval_accumulation_steps")
     for key in (*positive, *(k for k in optional if getattr(cfg, k) is not None)):
         if getattr(cfg, key) < 1:
             raise ValueError(f"{key}={getattr(cfg, key)}; expected at least 1")
-    for key in ("learning_rate", "weight_decay", "warmup_steps", "num_train_epochs", "num_workers", "max_grad_norm", "eta_min"):
+    for key in (
+        "learning_rate",
+        "weight_decay",
+        "warmup_steps",
+        "num_train_epochs",
+        "num_workers",
+        "max_grad_norm",
+        "eta_min",
+    ):
         if getattr(cfg, key) < 0:
             raise ValueError(f"{key}={getattr(cfg, key)}; expected 0 or more")
     for key in ("warmup_ratio", "lora_dropout", "max_bad_samples", "image_jitter", "adam_beta1", "adam_beta2"):
@@ -214,11 +235,13 @@ def validate(cfg: Config) -> None:
         raise ValueError("bf16 and fp16 are both true; use one")
     for key in ("tensor_parallel_degree", "pipeline_parallel_degree"):
         if getattr(cfg, key) not in (-1, 1):
-            raise ValueError(f"{key}={getattr(cfg, key)}; only data parallelism is available (sharding: stage1, stage2, stage3), use 1")
+            raise ValueError(
+                f"{key}={getattr(cfg, key)}; only data parallelism is available (see sharding), use 1"
+            )
     if cfg.load_best_model_at_end and (cfg.evaluation_strategy == "no" or cfg.save_strategy != cfg.evaluation_strategy):
         raise ValueError(
-            f"load_best_model_at_end needs evaluation_strategy={cfg.evaluation_strategy} and save_strategy={cfg.save_strategy} "
-            "to be the same of epoch and steps"
+            f"load_best_model_at_end needs evaluation_strategy={cfg.evaluation_strategy} and "
+            f"save_strategy={cfg.save_strategy} to be the same of epoch and steps"
         )
     if cfg.metric_for_best_model == "eval_accuracy" and not cfg.eval_with_do_generation:
         raise ValueError("metric_for_best_model=eval_accuracy needs eval_with_do_generation=true")
@@ -235,8 +258,8 @@ def matches(name: str, patterns: list[str] | None) -> bool:
 
 
 def choose_trainable(model: nn.Module, module, cfg: Config) -> None:
-    """Sets requires_grad: adapters and what freeze_exclude carves out train; what freeze_include matches, the rest under
-    `lora` and the language model in pre-training are frozen."""
+    """Sets requires_grad: adapters and what freeze_exclude carves out train; what freeze_include matches, the rest
+    under `lora` and the language model in pre-training are frozen."""
     names = [name for name, _ in model.named_parameters()]
     for key in ("freeze_include", "freeze_exclude"):
         for pattern in getattr(cfg, key) or ():
@@ -258,12 +281,19 @@ def choose_trainable(model: nn.Module, module, cfg: Config) -> None:
 def parameter_table(model: nn.Module, parts: dict[str, str]) -> str:
     rows = {part: [0, 0] for part in [*parts, "adapter"]}
     for name, p in model.named_parameters():
-        part = next(part for part, pattern in parts.items() if fnmatch.fnmatch(name, pattern)) if ".lora_" not in name else "adapter"
+        part = (
+            next(part for part, pattern in parts.items() if fnmatch.fnmatch(name, pattern))
+            if ".lora_" not in name
+            else "adapter"
+        )
         rows[part][0] += p.numel()
         rows[part][1] += p.numel() * p.requires_grad
     rows["all"] = [sum(r[0] for r in rows.values()), sum(r[1] for r in rows.values())]
+    shares = ", ".join(f"{part} {value / sum(forward.values()):.0%}" for part, value in forward.items())
     lines = [f"{'part':<16}{'parameters':>16}{'trainable':>16}"]
-    return "\n".join(lines + [f"{part:<16}{total:>16,}{trainable:>16,}" for part, (total, trainable) in rows.items() if total])
+    return "\n".join(
+        lines + [f"{part:<16}{total:>16,}{trainable:>16,}" for part, (total, trainable) in rows.items() if total]
+    )
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:
@@ -322,7 +352,9 @@ def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
     decayed = [p for n, p in trainable if not (n.endswith("bias") or p.ndim < 2)]
     groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     betas = (cfg.adam_beta1, cfg.adam_beta2)
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.learning_rate, betas=betas, eps=cfg.adam_epsilon)
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=cfg.learning_rate, betas=betas, eps=cfg.adam_epsilon
+    )
 
 
 def learning_rate_at(step: int, total: int, cfg: Config) -> float:
@@ -358,8 +390,12 @@ class LossScaler:
 
 
 def to_device(batch: dict, device: torch.device, blank_image: bool, image_size: int) -> dict:
-    """Moves a batch; a rank without a picture gets a blank one where another rank has one, since a sharded tower is entered together."""
-    batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) and k != "cu_seqlens" else v for k, v in batch.items()}
+    """Moves a batch; a rank without a picture gets a blank one where another rank has one, since a sharded tower is
+    entered together.
+    """
+    batch = {
+        k: v.to(device, non_blocking=True) if torch.is_tensor(v) and k != "cu_seqlens" else v for k, v in batch.items()
+    }
     if blank_image and batch["pixel_values"] is None and batch.get("image_features") is None:
         batch["pixel_values"] = torch.zeros(1, 3, image_size, image_size, device=device)
         batch["image_dropout_keys"] = torch.zeros(1, dtype=torch.int64, device=device)
@@ -376,10 +412,16 @@ def losses_by_dataset(batch: dict, row_losses: Tensor, num_datasets: int) -> Ten
 
 
 def step_facts(micro_batches: list[dict], signalled: int, world: parallel.World) -> tuple[int, int, int, list[bool]]:
-    """What all ranks hold together: supervised tokens, bad samples, a signal's number, which rounds have pictures."""  # all ranks
+    """What all ranks hold together: supervised tokens, bad samples, a signal's number, which rounds have pictures."""
+     # all ranks
     has_images = [b["pixel_values"] is not None for b in micro_batches]
     if world.size == 1:
-        return sum(b["num_supervised"] for b in micro_batches), sum(len(b["bad"]) for b in micro_batches), signalled, has_images
+        return (
+            sum(b["num_supervised"] for b in micro_batches),
+            sum(len(b["bad"]) for b in micro_batches),
+            signalled,
+            has_images,
+        )
     sums = torch.tensor([sum(b["num_supervised"] for b in micro_batches), sum(len(b["bad"]) for b in micro_batches)])
     maxima = torch.tensor([signalled, *has_images], dtype=torch.int64)
     sums, maxima = parallel.all_sum(sums, world).tolist(), parallel.all_max(maxima, world).tolist()
@@ -387,7 +429,9 @@ def step_facts(micro_batches: list[dict], signalled: int, world: parallel.World)
 
 
 def forward_backward(model, micro_batches, has_images, total, cfg, world, scaler, num_datasets, image_size) -> Tensor:
-    """Gradients of the mean loss over the whole step. Returns (num_datasets, 2) of this rank: loss sums and token counts."""
+    """Gradients of the mean loss over the whole step. Returns (num_datasets, 2) of this rank: loss sums and token
+    counts.
+    """
     sums = torch.zeros(num_datasets, 2, dtype=torch.float64, device=world.device)
     for i, batch in enumerate(micro_batches):
         batch = to_device(batch, world.device, has_images[i], image_size)
@@ -407,7 +451,9 @@ def autocast(cfg: Config, world: parallel.World):
 
 
 def clip_and_step(parameters: list[nn.Parameter], optimizer, max_grad_norm: float, scaler: LossScaler) -> float:
-    """One update; returns the gradient norm before clipping. A trainable parameter that got no gradient has a zero one."""
+    """One update; returns the gradient norm before clipping. A trainable parameter that got no gradient has a zero
+    one.
+    """
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
@@ -448,7 +494,9 @@ def evaluate_loss(model, plan, processor, cfg: Config, world) -> dict[str, float
         raise ValueError("the eval set has no supervised token")
     result = {"eval_loss": float(sums[:, 0].sum() / sums[:, 1].sum())}
     if len(sums) > 1:
-        result |= {f"eval_loss/{e.label}": float(s / n) for e, (s, n) in zip(plan.index.entries, sums, strict=True) if n}
+        result |= {
+            f"eval_loss/{e.label}": float(s / n) for e, (s, n) in zip(plan.index.entries, sums, strict=True) if n
+        }
     return result
 
 
@@ -465,8 +513,12 @@ class ImageFeatures:
 
 @torch.no_grad()
 def cache_features(model, plan, processor, cfg: Config, weights_id: str, world) -> ImageFeatures:
-    """Encodes every readable picture of the training set once, ranks in turn; a later run with the same files reads them."""
-    paths = sorted({path for e in plan.index.entries for i in range(len(e)) for c in e.conversations(i) for path in c.images})
+    """Encodes every readable picture of the training set once, ranks in turn; a later run with the same files reads
+    them.
+    """
+    paths = sorted(
+        {path for e in plan.index.entries for i in range(len(e)) for c in e.conversations(i) for path in c.images}
+    )
     stamp = [(p, os.path.getsize(p), os.path.getmtime(p)) for p in paths]
     key = hashlib.sha256(json.dumps([weights_id, cfg.bf16, cfg.fp16, stamp]).encode()).hexdigest()[:16]
     file = Path(cfg.output_dir) / "index" / f"features-{key}.f32"
@@ -506,7 +558,9 @@ def prepare_output_dir(cfg: Config, world: parallel.World) -> Path | None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"output_dir={out} is a file; choose a directory")
     if out.is_dir() and any(out.iterdir()) and not is_run:
-        raise ValueError(f"output_dir={out} is not empty and holds no earlier run (no train_config.json); choose another directory")
+        raise ValueError(
+            f"output_dir={out} is not empty and holds no earlier run (no train_config.json); choose another directory"
+        )
     resume = None
     if isinstance(cfg.resume_from_checkpoint, str):
         resume = Path(cfg.resume_from_checkpoint)
@@ -520,14 +574,25 @@ def prepare_output_dir(cfg: Config, world: parallel.World) -> Path | None:
     if world.main:
         out.mkdir(parents=True, exist_ok=True)
         if is_run and cfg.overwrite_output_dir:
-            for path in [*out.glob("checkpoint-*"), *(out / n for n in ("log.jsonl", "loss.png")), *out.glob("*model*.safetensors*")]:
+            for path in [
+                *out.glob("checkpoint-*"),
+                *(out / n for n in ("log.jsonl", "loss.png")),
+                *out.glob("*model*.safetensors*"),
+            ]:
                 if resume is None or path.resolve() != resume.resolve():
                     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         if is_run and resume is not None:
             old = json.loads((out / "train_config.json").read_text())
-            changed = [k for k, v in asdict(cfg).items() if old.get(k, v) != v and k not in ("overwrite_output_dir", "resume_from_checkpoint")]
+            changed = [
+                k
+                for k, v in asdict(cfg).items()
+                if old.get(k, v) != v and k not in ("overwrite_output_dir", "resume_from_checkpoint")
+            ]
             if changed:
-                print(f"warning: continuing with other settings than the run began with: {', '.join(changed)}", file=sys.stderr)
+                print(
+                    f"warning: continuing with other settings than the run began with: {', '.join(changed)}",
+                    file=sys.stderr,
+                )
         checkpoint.write_json(out / "train_config.json", asdict(cfg))
     parallel.barrier(world)
     return resume
@@ -609,14 +674,20 @@ class Log:
         if r["step"] % self.cfg.logging_steps == 0 or r["step"] in (1, self.total):
             sets = "".join(f" | {name} {loss:.4f}" for name, loss in r.get("loss_by_dataset", {}).items())
             print(
-                f"{self.clear()}step {r['step']:05d}/{self.total:05d} | loss {r['loss']:.4f} | lr {r['lr']:.1e} | gnorm {r['grad_norm']:.2f} | "
-                f"{r['ms']:.0f} ms | {r['tokens_per_s']:,.0f} tok/s ({r['supervised']:.0%} supervised) | data {r['data']:.0%} | "
+                f"{self.clear()}step {r['step']:05d}/{self.total:05d} | loss {r['loss']:.4f} | lr {r['lr']:.1e} | "
+                f"gnorm {r['grad_norm']:.2f} | {r['ms']:.0f} ms | {r['tokens_per_s']:,.0f} tok/s "
+                f"({r['supervised']:.0%} supervised) | data {r['data']:.0%} | "
                 f"mem {r['mem_gib']:.1f}G{sets}",
                 flush=True,
             )
         if self.bar:
             filled = 30 * r["step"] // self.total
-            print(f"\r[{'#' * filled}{'.' * (30 - filled)}] {r['step']}/{self.total} loss {r['loss']:.4f} ", end="", file=sys.stderr, flush=True)
+            print(
+                f"\r[{'#' * filled}{'.' * (30 - filled)}] {r['step']}/{self.total} loss {r['loss']:.4f} ",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def clear(self) -> str:
         return "\r\033[K" if self.bar else ""
@@ -666,7 +737,9 @@ def dry_run(cfg: Config, config: dict, module, plan, world_size: int) -> str:
     with torch.device("meta"):
         model = module.build_model(config)
     if cfg.lora:
-        lora.inject(model, cfg.lora_target_modules or module.LORA_TARGETS, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
+        lora.inject(
+            model, cfg.lora_target_modules or module.LORA_TARGETS, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout
+        )
     choose_trainable(model, module, cfg)
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -679,7 +752,10 @@ def dry_run(cfg: Config, config: dict, module, plan, world_size: int) -> str:
         tokens = float(index.length.sum()) / units * cfg.per_device_train_batch_size
         images = float(index.num_images.sum()) / units * cfg.per_device_train_batch_size
         supervised = float(index.num_supervised.sum()) / units * cfg.per_device_train_batch_size
-        segment, worst = float(index.length.mean()), (cfg.max_length if cfg.mixtoken else int(index.length.max())) * cfg.per_device_train_batch_size
+        segment, worst = (
+            float(index.length.mean()),
+            (cfg.max_length if cfg.mixtoken else int(index.length.max())) * cfg.per_device_train_batch_size,
+        )
     else:  # no tokenizer, so no data: full streams with one picture each
         tokens = worst = segment = cfg.max_length * cfg.per_device_train_batch_size
         images, supervised = 1.0, 0.3 * tokens
@@ -693,18 +769,28 @@ def dry_run(cfg: Config, config: dict, module, plan, world_size: int) -> str:
         "gradients": trainable * 4 / (shards if cfg.sharding in ("stage2", "stage3") else 1),
         "optimiser": trainable * 8 / shards,
         "activations": activations,
-        "loss": min(256 << 20, supervised * c.vocab_size * 4) + (c.vocab_size * c.hidden_size * 4 if not cfg.lora else 0),
+        "loss": min(256 << 20, supervised * c.vocab_size * 4) + (0 if cfg.lora else c.vocab_size * c.hidden_size * 4),
     }  # fmt: skip
     forward = module.forward_flops(c, tokens, supervised, images, segment)
     flops = 3 * sum(forward.values()) if not cfg.lora else 2 * sum(forward.values()) + forward["head"]
     global_batch = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps * world_size
     micro = cfg.gradient_accumulation_steps * world_size
-    lines = [parameter_table(model, module.PARTS), "", f"per device, {world_size} processes, {cfg.sharding or 'no sharding'}:"]
-    lines += [f"  {name:<12}{value / 2**30:>10.2f} GiB" for name, value in {**memory, "sum": sum(memory.values())}.items()]
+    lines = [
+        parameter_table(model, module.PARTS),
+        "",
+        f"per device, {world_size} processes, {cfg.sharding or 'no sharding'}:",
+    ]
+    lines += [
+        f"  {name:<12}{value / 2**30:>10.2f} GiB" for name, value in {**memory, "sum": sum(memory.values())}.items()
+    ]
     disk = (total if not cfg.lora else trainable) * (2 if o2 and not cfg.lora else 4) + trainable * 12
     lines.append(f"disk: {disk / 2**30:.2f} GiB a checkpoint, {cfg.save_total_limit or 'all'} of them kept")
-    lines.append(f"tokens per step: {tokens * micro:,.0f} ({supervised / tokens:.0%} supervised, {images * micro:,.0f} pictures)")
-    lines.append(f"FLOPs per step: {flops * micro:.3e} (forward: {', '.join(f'{k} {v / sum(forward.values()):.0%}' for k, v in forward.items())})")
+    lines.append(
+        f"tokens per step: {tokens * micro:,.0f} ({supervised / tokens:.0%} supervised, {images * micro:,.0f} pictures)"
+    )
+    lines.append(
+        f"FLOPs per step: {flops * micro:.3e} (forward: {shares})"
+    )
     if plan is not None:
         lines.append(f"steps: {total_steps(cfg, plan, global_batch):,}")
     return "\n".join(lines)
@@ -745,15 +831,24 @@ def main(argv: list[str] | None = None) -> int:
         if directory is not None:
             processor = module.load_processor(directory, cfg.stage)
             index = data.build_index(
-                (cfg.dataset or data.DEFAULT_DATASET)["train"], processor, cfg.max_length, None, cfg.num_workers, False, cfg.max_bad_samples
+                (cfg.dataset or data.DEFAULT_DATASET)["train"],
+                processor,
+                cfg.max_length,
+                None,
+                cfg.num_workers,
+                False,
+                cfg.max_bad_samples,
             )
             plan = data.Plan(index, cfg.seed, cfg.max_length, cfg.mixtoken, cfg.max_images)
         print(dry_run(cfg, config, module, plan, int(os.environ.get("WORLD_SIZE", 1))))
         return 0
     world = parallel.init_world()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return run(cfg, module, directory, world)
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         torch.distributed.destroy_process_group()
 
 
@@ -768,7 +863,14 @@ def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
     def plan_for(split: str, **options) -> data.Plan:
         if not dataset.get(split):
             raise ValueError(f"dataset has no {split!r} entry")
-        index_args = dataset[split], processor, cfg.max_length, out / "index", cfg.num_workers, world.main and not cfg.disable_tqdm
+        index_args = (
+            dataset[split],
+            processor,
+            cfg.max_length,
+            out / "index",
+            cfg.num_workers,
+            world.main and not cfg.disable_tqdm,
+        )
         if world.main:  # the others read what rank 0 measured
             index = data.build_index(*index_args, max_bad_samples=cfg.max_bad_samples)
         parallel.barrier(world)
@@ -777,7 +879,10 @@ def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
         for where, reason in index.problems[:10]:
             say(f"warning: left out {where}: {reason}", file=sys.stderr)
         if cut := int(index.truncated.sum()):
-            say(f"warning: {cut:,} of {len(index):,} {split} samples are longer than max_length={cfg.max_length} and are cut", file=sys.stderr)
+            say(
+                f"warning: {cut:,} of {len(index):,} {split} samples exceed max_length={cfg.max_length} and are cut",
+                file=sys.stderr,
+            )
         return data.Plan(index, cfg.seed, cfg.max_length, cfg.mixtoken, cfg.max_images, **options)
 
     plan = plan_for("train")
@@ -799,8 +904,14 @@ def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
     scaler.scale = state["scale"] or scaler.scale
     features = None
     if cfg.cache_image_features:
-        if any(p.requires_grad for n, p in model.named_parameters() if matches(n, [module.PARTS["vision"], module.PARTS["resampler"]])):
-            raise ValueError("cache_image_features=true needs a frozen vision tower; add its parameters to freeze_include or turn it off")
+        if any(
+            p.requires_grad
+            for n, p in model.named_parameters()
+            if matches(n, [module.PARTS["vision"], module.PARTS["resampler"]])
+        ):
+            raise ValueError(
+                "cache_image_features=true needs a frozen vision tower; add it to freeze_include or turn the cache off"
+            )
         features = cache_features(model, plan, processor, cfg, str(directory), world)
 
     entries = plan.index.entries
@@ -836,9 +947,10 @@ def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
         nonlocal signalled
         signalled = number
 
-    previous = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
     loader = data.TrainLoader(
-        plan, processor, start_step=start, total_steps=total if cfg.do_train else start, dp_rank=world.rank, dp_size=world.size,
+        plan, processor, start_step=start, total_steps=total, dp_rank=world.rank, dp_size=world.size,
         per_device_batch=cfg.per_device_train_batch_size, grad_accum=cfg.gradient_accumulation_steps,
         num_workers=cfg.num_workers, image_jitter=cfg.image_jitter, features=features,
     )  # fmt: skip
@@ -846,7 +958,7 @@ def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
     saved_at = start
     measured = {"samples": 0, "tokens": 0, "supervised": 0, "seconds": 0.0}
     clock = time.perf_counter()
-    for step, epoch, micro_batches in loader:
+    for step, epoch, micro_batches in loader if cfg.do_train else ():
         waited = time.perf_counter() - clock
         supervised, bad, stop, has_images = step_facts(micro_batches, signalled, world)
         for batch in micro_batches:
@@ -872,21 +984,28 @@ def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
         sums, (num_tokens, num_samples) = facts[:-2].view(-1, 2), facts[-2:].tolist()
         loss = float(sums[:, 0].sum() / supervised)
         if not math.isfinite(loss):
-            raise ValueError(f"the loss of step {step + 1} is {loss}; its samples: {', '.join(ids)}; the last checkpoint stands")
+            raise ValueError(
+                f"the loss of step {step + 1} is {loss}; its samples: {', '.join(ids)}; the last checkpoint stands"
+            )
         norm = clip_and_step(list(trainable.values()), optimizer, cfg.max_grad_norm, scaler)
         if not math.isfinite(norm) and not cfg.fp16:
-            raise ValueError(f"the gradient of step {step + 1} is {norm}; its samples: {', '.join(ids)}; the last checkpoint stands")
+            raise ValueError(
+                f"the gradient of step {step + 1} is {norm}; its samples: {', '.join(ids)}; the last checkpoint stands"
+            )
         state["step"] = step + 1
         now = time.perf_counter()
         seconds, clock = now - clock, now
         if log:
             record = {
                 "step": step + 1, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm, "ms": 1000 * seconds,
-                "tokens": int(num_tokens), "tokens_per_s": num_tokens / seconds / world.size, "supervised": supervised / num_tokens,
+                "tokens": int(num_tokens), "tokens_per_s": num_tokens / seconds / world.size,
+                "supervised": supervised / num_tokens,
                 "data": waited / seconds, "mem_gib": peak_memory_gib(world.device),
             }  # fmt: skip
             if len(entries) > 1:
-                record["loss_by_dataset"] = {e.label: float(s / n) for e, (s, n) in zip(entries, sums, strict=True) if n}
+                record["loss_by_dataset"] = {
+                    e.label: float(s / n) for e, (s, n) in zip(entries, sums, strict=True) if n
+                }
             log.step(record)
         if step >= start + 2:  # the first two warm up
             for key, value in zip(measured, (num_samples, num_tokens, supervised, seconds), strict=True):
@@ -896,19 +1015,24 @@ def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
         due = {"no": False, "epoch": last_of_epoch}
         if {**due, "steps": (step + 1) % (cfg.eval_steps or cfg.save_steps) == 0}[cfg.evaluation_strategy]:
             value = evaluate()[cfg.metric_for_best_model]
-            better = state["best_metric"] is None or (value < state["best_metric"]) == (cfg.metric_for_best_model == "eval_loss")
+            better = state["best_metric"] is None or (value < state["best_metric"]) == (
+                cfg.metric_for_best_model == "eval_loss"
+            )
             if better and value != state["best_metric"]:
                 state |= {"best_metric": value, "best_step": step + 1}
-        if {**due, "steps": (step + 1) % cfg.save_steps == 0}[cfg.save_strategy] or (stop and cfg.save_strategy != "no"):
+        if {**due, "steps": (step + 1) % cfg.save_steps == 0}[cfg.save_strategy] or (
+            stop and cfg.save_strategy != "no"
+        ):
             save()
             saved_at = step + 1
         if stop:
-            say(f"stopped by {signal.Signals(stop).name} after step {step + 1}; the same command continues from there", flush=True)
+            say(
+                f"stopped by {signal.Signals(stop).name} after step {step + 1}; the same command continues from there",
+                flush=True,
+            )
             return 128 + stop
         clock = time.perf_counter() if saved_at == step + 1 else clock
 
-    for number, handler in previous.items():
-        signal.signal(number, handler)
     if cfg.do_train and cfg.save_strategy != "no" and saved_at != state["step"]:
         save()
     if cfg.load_best_model_at_end and state["best_step"]:
@@ -926,7 +1050,8 @@ def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
         s = measured["seconds"]
         say(
             f"benchmark | {measured['samples'] / s:.2f} samples/s | {measured['tokens'] / s:,.0f} tokens/s | "
-            f"{measured['supervised'] / s:,.0f} supervised tokens/s | peak memory {peak_memory_gib(world.device):.2f} GiB"
+            f"{measured['supervised'] / s:,.0f} supervised tokens/s | "
+            f"peak memory {peak_memory_gib(world.device):.2f} GiB"
         )
     elif not cfg.skip_memory_metrics:
         say(f"peak memory {peak_memory_gib(world.device):.2f} GiB")

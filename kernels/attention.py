@@ -1,19 +1,29 @@
 """Attention over packed segments: one mask rule for every model.
 
-Inside a segment, key `j` is visible to query `i` if not `causal`, or `j <= i`, or `j < prefix_lens[segment]`; nothing is
+Inside a segment, key `j` is visible to query `i` if not `causal`, or `j <= i`, or `j < prefix_lens[segment]`; nothing
+is
 visible across segments. Queries stand at the end of their keys, so a segment with fewer queries than keys is decoding.
 
 `attention_ref` is plain PyTorch: scaled_dot_product_attention segment by segment, in one batched call where all
-segments are equally long (pictures). On CPU this beats padding and any dense mask; no mask is built unless a prefix asks for one.
+segments are equally long (pictures). On CPU this beats padding and any dense mask; no mask is built unless a prefix
+asks for one.
 """
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def attention_ref(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_len: int, causal: bool,
-    prefix_lens: Tensor | None = None, bias: Tensor | None = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_len: int,
+    causal: bool,
+    prefix_lens: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
     num_segments = len(lengths_q)
@@ -40,18 +50,32 @@ def attention_ref(
                 query = torch.arange(num_k - num_q, num_k, device=q.device)[:, None]
                 mask = (key <= query) | (key < prefix)
         if bias is not None:
-            mask = bias[..., :num_q, :num_k] if mask is None else bias[..., :num_q, :num_k].masked_fill(~mask, float("-inf"))
-        outputs.append(F.scaled_dot_product_attention(qs, ks, vs, attn_mask=mask, is_causal=is_causal)[0].transpose(0, 1))
+            mask = (
+                bias[..., :num_q, :num_k]
+                if mask is None
+                else bias[..., :num_q, :num_k].masked_fill(~mask, float("-inf"))
+            )
+        outputs.append(
+            F.scaled_dot_product_attention(qs, ks, vs, attn_mask=mask, is_causal=is_causal)[0].transpose(0, 1)
+        )
     return torch.cat(outputs) if outputs else q
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_len: int, causal: bool,
-    prefix_lens: Tensor | None = None, bias: Tensor | None = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_len: int,
+    causal: bool,
+    prefix_lens: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention inside segments, scores divided by sqrt(D).
 
-    q (Tq, H, D), k and v (Tk, H, D); cu_seqlens_q and cu_seqlens_k (S+1,) int32 on the host: segment s of the queries is
+    q (Tq, H, D), k and v (Tk, H, D); cu_seqlens_q and cu_seqlens_k (S+1,) int32 on the host: segment s of the queries
+    is
     rows cu_seqlens_q[s]:cu_seqlens_q[s+1]; max_len the longest segment; prefix_lens (S,): keys visible to every query
     of a causal segment; bias (H, Lq, Lk), added to the scores. Returns (Tq, H, D).
     """

@@ -4,6 +4,7 @@ Logits exist for one chunk of rows at a time, and the gradients are made in the 
 a target are left out first: with 30% supervised tokens that is a 3x saving in time, chunking the saving in memory
 (most of all with a frozen vocabulary matrix, whose gradient is never made).
 """
+
 import torch
 from torch import Tensor
 
@@ -31,7 +32,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 row_losses[i : i + chunk] = (log_z - logits.gather(1, target))[:, 0]
                 if not (need_x or need_w):
                     continue
-                grad = logits.sub_(log_z).exp_().scatter_add_(1, target, torch.full_like(log_z, -1.0))  # softmax - one_hot
+                grad = (
+                    logits.sub_(log_z).exp_().scatter_add_(1, target, torch.full_like(log_z, -1.0))
+                )  # softmax - one_hot
                 grad = grad.to(dtype)
                 if need_x:
                     torch.mm(grad, w, out=grad_x[i : i + chunk])
@@ -61,7 +64,8 @@ def linear_cross_entropy_ref(x: Tensor, weight: Tensor, targets: Tensor) -> tupl
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Summed cross entropy of softmax(x @ weight.T), and the loss of each row.
 
-    x (N, C): rows that have a target; weight (V, C); targets (N,) in 0..V-1. Returns (sum of losses, fp32, differentiable;
+    x (N, C): rows that have a target; weight (V, C); targets (N,) in 0..V-1. Returns (sum of losses, fp32,
+    differentiable;
     row losses (N,), fp32, detached). Logits are rounded to x's dtype as a matmul gives them and summed in fp32.
     The sum's gradient may be taken once (the buffers are scaled in place).
     """

@@ -1,4 +1,5 @@
 """RMSNorm (arXiv:1910.07467)."""
+
 import torch
 from torch import Tensor
 

@@ -1,4 +1,5 @@
 """Rotary position embedding, rotate-half convention (arXiv:2104.09864): channel j turns with channel j + D/2."""
+
 import torch
 from torch import Tensor
 

@@ -1,4 +1,5 @@
 """SwiGLU's gate (arXiv:2002.05202)."""
+
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -1,8 +1,9 @@
 """A small untrained Qwen-VL: config.json, a byte-level BPE trained on samples/, random weights. See runs/make_tiny.sh.
 
-    PYTHONPATH=. python runs/make_tiny_qwen_vl.py init runs/out/init
-    PYTHONPATH=. python runs/make_tiny_qwen_vl.py round runs/out/trained samples/tiny_qwen_vl      # weights to bf16
+PYTHONPATH=. python runs/make_tiny_qwen_vl.py init runs/out/init
+PYTHONPATH=. python runs/make_tiny_qwen_vl.py round runs/out/trained samples/tiny_qwen_vl      # weights to bf16
 """
+
 import base64
 import json
 import sys
@@ -18,7 +19,8 @@ from train import named_generator
 NUM_TOKENS = 1500  # of the BPE, special tokens not counted
 CONFIG = {
     "architectures": ["QWenLMHeadModel"], "model_type": "qwen", "hidden_size": 128, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "kv_channels": 32, "intermediate_size": 704, "vocab_size": 1728, "layer_norm_epsilon": 1e-6,
+    "num_attention_heads": 4, "kv_channels": 32, "intermediate_size": 704, "vocab_size": 1728,
+    "layer_norm_epsilon": 1e-6,
     "rotary_emb_base": 10000, "rotary_pct": 1.0, "seq_length": 512, "use_dynamic_ntk": True, "use_logn_attn": True,
     "no_bias": True, "tie_word_embeddings": False, "initializer_range": 0.02, "torch_dtype": "float32",
     "visual": {"image_size": 64, "patch_size": 8, "width": 128, "layers": 4, "heads": 4, "mlp_ratio": 4.0,
@@ -49,7 +51,9 @@ def init(out: Path) -> None:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = qwen.byte_level_split()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(texts(), trainers.BpeTrainer(vocab_size=NUM_TOKENS, initial_alphabet=alphabet, show_progress=False))
+    bpe.train_from_iterator(
+        texts(), trainers.BpeTrainer(vocab_size=NUM_TOKENS, initial_alphabet=alphabet, show_progress=False)
+    )
     vocab = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
     assert len(vocab) == NUM_TOKENS, len(vocab)
     out.mkdir(parents=True, exist_ok=True)

@@ -9,13 +9,21 @@ A test that takes an argument named in VARIANTS (e.g. `qwen_vl_variant`) runs on
 golden root, and fails where there is none.
 """
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads of several test processes starve each other
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+
+import checkpoint  # noqa: E402
+import model_qwen_vl as qwen  # noqa: E402
+import train  # noqa: E402
 
 torch.set_num_threads(2)
 
@@ -85,3 +93,44 @@ def goldens(request) -> Path:
 def tokenizers_dir(request) -> Path | None:
     """Directory with real tokenizer files, or None."""
     return request.config.tokenizers
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A checkpoint of a few thousand parameters, random weights."""
+    path = tmp_path_factory.mktemp("base")
+    shutil.copy((ROOT / "samples/tiny_qwen_vl/qwen.tiktoken"), path)
+    num_tokens = len((path / "qwen.tiktoken").read_text().splitlines())
+    config = {
+        **qwen.PRESETS["qwen-vl-7b"], "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "kv_channels": 32,
+        "intermediate_size": 256, "vocab_size": num_tokens + 228, "seq_length": 64, "torch_dtype": "float32",
+        "visual": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "heads": 2, "mlp_ratio": 2.0,
+                   "output_dim": 128,
+                   "image_start_id": num_tokens + qwen.SPECIAL_TOKENS.index("<img>"), "n_queries": 4},
+    }  # fmt: skip
+    checkpoint.write_json(path / "config.json", config)
+    model = qwen.build_model(config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            model.init_weights(name, p, train.named_generator(1, name))
+    checkpoint.save_weights(path, model.state_dict().items())
+    return path
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """40 chats in two files, every third one without a picture, lengths from 12 to 60 tokens."""
+    path = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    records = []
+    for i in range(40):
+        Image.fromarray(rng.integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(path / f"{i}.png")
+        tag = "" if i % 3 == 2 else f"Picture 1: <img>{i}.png</img>\n"
+        records.append(
+            {"id": str(i), "conversations": [[f"{tag}what {'is ' * (i % 7)}it?", f"number {i} " * (1 + i % 4)]]}
+        )
+    (path / "a.jsonl").write_text("\n".join(map(json.dumps, records[:30])))
+    (path / "b.json").write_text(json.dumps(records[30:]))
+    entries = [{"name": "chatml_dataset", "data_files": str(path / name)} for name in ("a.jsonl", "b.json")]
+    return {"train": entries, "eval": entries[1:]}

@@ -128,7 +128,7 @@ def test_chatml_three_shapes_read_alike(tmp_path):
         ({"conversations": [["q", 3]]}, "turn 1 .assistant. has no text"),
         ({"conversations": [["<img>a.png", "x"]]}, "don't match"),
         ({"conversations": [{"from": "tool", "value": "x"}]}, "expected a role among"),
-        ({"messages": [{"role": "user", "content": "x"}]}, "must alternate"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "last turn must be the assistant's"),
         ({"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "x"}]}, "must alternate"),
         ("just text", "expected an object"),
     ],

@@ -1,5 +1,6 @@
-"""Qwen-VL against frozen outputs of the original implementation (tolerances: 1e-4 on features, logits and hidden states,
-1e-5 on losses, 1e-4 relative on gradients; greedy tokens, ids and labels exactly)."""
+"""Qwen-VL against frozen outputs of the original implementation (tolerances: 1e-4 on features, logits and hidden
+states, 1e-5 on losses, 1e-4 relative on gradients; greedy tokens, ids and labels exactly)."""
+
 import hashlib
 import json
 import math
@@ -13,7 +14,8 @@ from safetensors.torch import load_file
 import model_qwen_vl as qwen
 from generate import generate, sampling_probs
 
-IMAGES = {"image1": [0], "image2": [1, 0], "image2_train": [1, 0], "left_pad": [0], "right_pad": [0], "left_pad_2img": [1, 0],
+IMAGES = {"image1": [0], "image2": [1, 0], "image2_train": [1, 0], "left_pad": [0], "right_pad": [0],
+          "left_pad_2img": [1, 0],
           "gen_image": [0], "gen_left_pad": [0]}  # fmt: skip
 
 
@@ -33,7 +35,11 @@ class Variant:
 
     def rows(self, name):
         """The case's rows without their pads, each with its first position in the padded row."""
-        ids = self.io["long.input_ids"][None, : self.golden["cases"][name]["shape"][1]] if name.startswith("long") else self.io[f"{name}.input_ids"]
+        ids = (
+            self.io["long.input_ids"][None, : self.golden["cases"][name]["shape"][1]]
+            if name.startswith("long")
+            else self.io[f"{name}.input_ids"]
+        )
         mask = self.io.get(f"{name}.attention_mask", torch.ones_like(ids)).bool()
         return [(row[keep].long(), int(keep.int().argmax())) for row, keep in zip(ids, mask, strict=True)], ids.shape[1]
 
@@ -79,13 +85,22 @@ def test_golden_vision(variant):
     model, io = variant.model(), variant.io
     seen = {}
     visual = model.transformer.visual
-    for name in ("ln_pre", "attn_pool.ln_kv", "attn_pool", "ln_post", *(f"transformer.resblocks.{i}" for i in range(len(model.vision_blocks)))):
+    for name in (
+        "ln_pre",
+        "attn_pool.ln_kv",
+        "attn_pool",
+        "ln_post",
+        *(f"transformer.resblocks.{i}" for i in range(len(model.vision_blocks))),
+    ):
         visual.get_submodule(name).register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: out}))
     for i, pixels in enumerate(variant.pixels):
         close(model.encode_images(pixels[None])[0], io[f"image{i}.features"])
         if i == 0:
             first = dict(seen)
-    close(model.encode_images(torch.stack(variant.pixels)), torch.stack([io[f"image{i}.features"] for i in range(len(variant.pixels))]))
+    close(
+        model.encode_images(torch.stack(variant.pixels)),
+        torch.stack([io[f"image{i}.features"] for i in range(len(variant.pixels))]),
+    )
     rows = io["vision.rows"].long()
     close(first["ln_pre"][rows], io["vision.ln_pre"])
     close(first["attn_pool.ln_kv"][rows], io["vision.ln_kv"])
@@ -112,7 +127,7 @@ def test_golden_logits(variant):
         batch = variant.batch(name)
         rows, _ = variant.rows(name)
         inputs = []
-        hooks = [b.register_forward_pre_hook(lambda _m, args: inputs.append(args[0])) for b in model.blocks]
+        hooks = [b.register_forward_pre_hook(lambda _m, args, to=inputs: to.append(args[0])) for b in model.blocks]
         x = model.hidden(batch)
         for hook in hooks:
             hook.remove()
@@ -130,7 +145,10 @@ def test_golden_logits(variant):
             half = variant.model(torch.bfloat16)
             error = (half.logits(half.hidden(batch))[positions].float() - variant.io[f"{name}.logits"][0]).abs()
             case = variant.golden["cases"][name]
-            assert error.mean() < 1.5 * case["bf16_mean_abs_diff_to_fp32"] and error.max() < 2 * case["bf16_max_abs_diff_to_fp32"]
+            assert (
+                error.mean() < 1.5 * case["bf16_mean_abs_diff_to_fp32"]
+                and error.max() < 2 * case["bf16_max_abs_diff_to_fp32"]
+            )
 
 
 @torch.no_grad()
@@ -180,12 +198,14 @@ def test_golden_gradients(variant):
 
 def requests_of(variant, name):
     rows, padded_length = variant.rows(name)
-    Q, start = variant.golden["n_queries"], variant.golden["special_ids"]["image_start"]
+    start = variant.golden["special_ids"]["image_start"]
     pixels = iter([variant.pixels[i] for i in IMAGES.get(name, [])])
     requests = []
     for row, _ in rows:
         starts = [int(i) + 1 for i in (row == start).nonzero()]
-        requests.append({"input_ids": row.numpy(), "image_starts": starts, "pixel_values": [next(pixels) for _ in starts]})
+        requests.append(
+            {"input_ids": row.numpy(), "image_starts": starts, "pixel_values": [next(pixels) for _ in starts]}
+        )
     return requests
 
 
@@ -262,7 +282,11 @@ def chat_golden(goldens):
 
 def test_golden_tokenizer_strings(tokenizer, tokenizer_golden):
     g = tokenizer_golden
-    assert (tokenizer.num_base_tokens, tokenizer.vocab_size, tokenizer.pad) == (g["base_tokens"], g["n_vocab"], g["pad_token_id"])
+    assert (tokenizer.num_base_tokens, tokenizer.vocab_size, tokenizer.pad) == (
+        g["base_tokens"],
+        g["n_vocab"],
+        g["pad_token_id"],
+    )
     assert {t: tokenizer.special[t] for t in g["special"]} == g["special"]
     assert tokenizer.special["<|extra_0|>"] == g["extra_0"] and tokenizer.special["<|extra_204|>"] == g["extra_204"]
     assert tokenizer.newline == g["newline"] and tokenizer.encode("Human:") == g["stop_words_ids_raw"][0]
@@ -298,7 +322,10 @@ def test_golden_tokenizer_errors_and_lists(tokenizer, tokenizer_golden):
     for case in tokenizer_golden["decode"]:
         assert tokenizer.decode(case["ids"]) == case["decoded"]
         assert tokenizer.decode(case["ids"], skip_special=True) == case["skip_special"]
-        assert tokenizer.decode(case["ids"], skip_special=True, keep_image_special=True) == case["skip_special_keep_image_special"]
+        assert (
+            tokenizer.decode(case["ids"], skip_special=True, keep_image_special=True)
+            == case["skip_special_keep_image_special"]
+        )
         assert tokenizer.decode(case["ids"], errors="ignore") == case["errors_ignore"]
     for case in tokenizer_golden["batches"]:
         for text, row in zip(case["texts"], case["input_ids"], strict=True):
@@ -326,8 +353,12 @@ def test_golden_chat_and_labels(tokenizer, chat_golden):
     processor = qwen.QwenVLProcessor(config, tokenizer)
     for case in chat_golden["decode_reply"]:
         reply = processor.decode(case["generated_ids"])
-        if "LAST token is cut" in case.get("note", ""):  # the original's bug: without an end marker its last token is lost
-            assert reply.startswith(case["response"]) and tokenizer.encode(reply)[:-1] == tokenizer.encode(case["response"])
+        if "LAST token is cut" in case.get(
+            "note", ""
+        ):  # the original's bug: without an end marker its last token is lost
+            assert reply.startswith(case["response"]) and tokenizer.encode(reply)[:-1] == tokenizer.encode(
+                case["response"]
+            )
         else:
             assert reply == case["response"]
 
@@ -346,7 +377,11 @@ def test_resampler_table_is_the_published_one(variant):
 
 def test_config_mistakes_are_named():
     preset = qwen.PRESETS["qwen-vl-7b"]
-    for change, word in (({"kv_channels": 64}, "kv_channels"), ({"rotary_pct": 0.5}, "rotary_pct"), ({"visual": None}, "visual")):
+    for change, word in (
+        ({"kv_channels": 64}, "kv_channels"),
+        ({"rotary_pct": 0.5}, "rotary_pct"),
+        ({"visual": None}, "visual"),
+    ):
         with pytest.raises(ValueError, match=word):
             qwen.QwenVLConfig.from_dict({**preset, **change})
     with pytest.raises(ValueError, match="hidden_size"):

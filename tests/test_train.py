@@ -1,9 +1,11 @@
-"""The loop against itself: layouts, splits, resumption, frozen parameters, precision modes. One process is the reference."""
+"""The loop against itself: layouts, splits, resumption, frozen parameters, precision modes. One process is the
+reference.
+"""
+
 import json
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -11,10 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import checkpoint
 import data
@@ -23,48 +23,12 @@ import model_qwen_vl as qwen
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
-TOKENIZER = ROOT / "samples" / "tiny_qwen_vl" / "qwen.tiktoken"
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    """A checkpoint of a few thousand parameters, random weights."""
-    path = tmp_path_factory.mktemp("base")
-    shutil.copy(TOKENIZER, path)
-    num_tokens = len(TOKENIZER.read_text().splitlines())
-    config = {
-        **qwen.PRESETS["qwen-vl-7b"], "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "kv_channels": 32,
-        "intermediate_size": 256, "vocab_size": num_tokens + 228, "seq_length": 64, "torch_dtype": "float32",
-        "visual": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "heads": 2, "mlp_ratio": 2.0, "output_dim": 128,
-                   "image_start_id": num_tokens + qwen.SPECIAL_TOKENS.index("<img>"), "n_queries": 4},
-    }  # fmt: skip
-    checkpoint.write_json(path / "config.json", config)
-    model = qwen.build_model(config)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            model.init_weights(name, p, train.named_generator(1, name))
-    checkpoint.save_weights(path, model.state_dict().items())
-    return path
-
-
-@pytest.fixture(scope="session")
-def dataset(tmp_path_factory):
-    """40 chats in two files, every third one without a picture, lengths from 12 to 60 tokens."""
-    path = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    records = []
-    for i in range(40):
-        Image.fromarray(rng.integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(path / f"{i}.png")
-        tag = "" if i % 3 == 2 else f"Picture 1: <img>{i}.png</img>\n"
-        records.append({"id": str(i), "conversations": [[f"{tag}what {'is ' * (i % 7)}it?", f"number {i} " * (1 + i % 4)]]})
-    (path / "a.jsonl").write_text("\n".join(map(json.dumps, records[:30])))
-    (path / "b.json").write_text(json.dumps(records[30:]))
-    entries = [{"name": "chatml_dataset", "data_files": str(path / name)} for name in ("a.jsonl", "b.json")]
-    return {"train": entries, "eval": entries[1:]}
 
 
 def rank_main(rank, world, port, argv):
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     torch.set_num_threads(1)
     sys.exit(checkpoint.cli(lambda: train.main(argv)))
 
@@ -75,7 +39,7 @@ def run(argv, world=1):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=rank_main, args=(r, world, port, argv)) for r in range(world)]
+    processes = [fork.Process(target=rank_main, args=(r, world, port, argv), daemon=True) for r in range(world)]
     for p in processes:
         p.start()
     for p in processes:
@@ -88,8 +52,9 @@ def run(argv, world=1):
 
 
 def arguments(base, dataset, out, **options):
-    options = {"model_name_or_path": str(base), "dataset": dataset, "output_dir": str(out), "learning_rate": 1e-2, "max_steps": 10,
-               "lr_scheduler_type": "cosine", "num_workers": 0, "logging_steps": 1000, "max_length": 128, "disable_tqdm": True, **options}  # fmt: skip
+    options = {"model_name_or_path": str(base), "dataset": dataset, "output_dir": str(out), "learning_rate": 1e-2,
+               "max_steps": 10, "lr_scheduler_type": "cosine", "num_workers": 0, "logging_steps": 1000,
+               "max_length": 128, "disable_tqdm": True, **options}  # fmt: skip
     return [a for k, v in options.items() for a in (f"--{k}", v if isinstance(v, str) else json.dumps(v))]
 
 
@@ -113,7 +78,10 @@ def assert_same_run(out, reference, loss_tol=1e-5, weight_tol=1e-4):
         assert (wa[name] - wb[name]).abs().max() < weight_tol, name
 
 
-MODES = {"sft": {}, "lora": {"lora": True, "lora_dropout": 0.3, "lora_target_modules": [*qwen.LORA_TARGETS, r".*resblocks.*c_fc"]}}
+MODES = {
+    "sft": {},
+    "lora": {"lora": True, "lora_dropout": 0.3, "lora_target_modules": [*qwen.LORA_TARGETS, r".*resblocks.*c_fc"]},
+}
 SPLIT = {"per_device_train_batch_size": 8}
 
 
@@ -158,7 +126,9 @@ def test_packed_streams_on_two_processes_equal_one(references, base, dataset, tm
     assert_same_run(tmp_path / "out", references["lora", True])
 
 
-@pytest.mark.parametrize("option", [{"recompute": True}, {"cache_image_features": True}, {"num_workers": 2}, {"eval_steps": 3}])
+@pytest.mark.parametrize(
+    "option", [{"recompute": True}, {"cache_image_features": True}, {"num_workers": 2}, {"eval_steps": 3}]
+)
 def test_options_that_must_not_change_a_run(references, base, dataset, tmp_path, option):
     frozen = {"freeze_include": ["*visual*"]} if "cache_image_features" in option else {}
     reference = references["sft", False]
@@ -201,7 +171,14 @@ def test_packed_equals_one_by_one(base, dataset):
 
 def start(argv):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "train.py", *argv], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [sys.executable, "train.py", *argv],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def wait_for_step(out, step):
@@ -250,7 +227,17 @@ def test_sigterm_saves_and_the_same_command_continues(base, dataset, tmp_path):
 
 def test_frozen_parameters_are_bit_equal_and_carved_ones_train(base, dataset, tmp_path):
     out = tmp_path / "out"
-    run(arguments(base, dataset, out, freeze_include=["*visual*"], freeze_exclude=["*visual.attn_pool*"], weight_decay=0.1, **SPLIT))
+    run(
+        arguments(
+            base,
+            dataset,
+            out,
+            freeze_include=["*visual*"],
+            freeze_exclude=["*visual.attn_pool*"],
+            weight_decay=0.1,
+            **SPLIT,
+        )
+    )
     before, after = weights(base), weights(out)
     for name in before:
         frozen = "visual" in name and "attn_pool" not in name
@@ -266,16 +253,23 @@ def test_pretraining_trains_vision_only(base, dataset, tmp_path):
     run(arguments(base, entry, tmp_path / "out", stage="pretrain", **SPLIT))
     before, after = weights(base), weights(tmp_path / "out")
     changed = {n for n in before if not torch.equal(before[n], after[n])}
-    assert changed and all("visual" in n for n in changed) and losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0]
+    assert (
+        changed and all("visual" in n for n in changed) and losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0]
+    )
 
 
 def test_best_model_is_kept_and_loaded(base, dataset, tmp_path):
     """With a learning rate that first helps and then destroys, the best is not the last."""
     out = tmp_path / "out"
-    options = {"evaluation_strategy": "steps", "eval_steps": 2, "save_steps": 2, "save_total_limit": 1, "load_best_model_at_end": True,
-               "lr_scheduler_type": "linear", "warmup_steps": 10, "learning_rate": 0.3, "max_grad_norm": 0.0}  # fmt: skip
+    options = {"evaluation_strategy": "steps", "eval_steps": 2, "save_steps": 2, "save_total_limit": 1,
+               "load_best_model_at_end": True, "lr_scheduler_type": "linear", "warmup_steps": 10, "learning_rate": 0.3,
+               "max_grad_norm": 0.0}  # fmt: skip
     run(arguments(base, dataset, out, **options, **SPLIT))
-    evals = {r["step"]: r["eval_loss"] for r in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "eval_loss" in r}
+    evals = {
+        r["step"]: r["eval_loss"]
+        for r in map(json.loads, (out / "log.jsonl").read_text().splitlines())
+        if "eval_loss" in r
+    }
     best = min(evals, key=evals.get)
     assert best != 10
     assert {p.name for p in out.glob("checkpoint-*")} == {f"checkpoint-{best}", "checkpoint-10"}
@@ -288,17 +282,44 @@ def test_best_model_is_kept_and_loaded(base, dataset, tmp_path):
 @pytest.mark.parametrize("mode", MODES)
 def test_sixteen_bits(references, base, dataset, tmp_path, kind, level, mode):
     out = tmp_path / "out"
-    run(arguments(base, dataset, out, **{kind: True}, fp16_opt_level=level, max_steps=4, lr_scheduler_type="constant", **SPLIT, **MODES[mode]))
+    run(
+        arguments(
+            base,
+            dataset,
+            out,
+            **{kind: True},
+            fp16_opt_level=level,
+            max_steps=4,
+            lr_scheduler_type="constant",
+            **SPLIT,
+            **MODES[mode],
+        )
+    )
     exact = losses(references[mode, False])
     assert 0 < abs(losses(out)[0] - exact[0]) < 0.03
     assert losses(out)[3] < losses(out)[0]
     assert checkpoint.last_checkpoint(out).name == "checkpoint-4"
-    run(arguments(base, dataset, out, **{kind: True}, fp16_opt_level=level, max_steps=6, lr_scheduler_type="constant", **SPLIT, **MODES[mode]))
+    run(
+        arguments(
+            base,
+            dataset,
+            out,
+            **{kind: True},
+            fp16_opt_level=level,
+            max_steps=6,
+            lr_scheduler_type="constant",
+            **SPLIT,
+            **MODES[mode],
+        )
+    )
     assert len(losses(out)) == 6
 
 
 def test_dry_run_loads_nothing(capsys):
-    assert train.main(["--model_name_or_path", "qwen-vl-7b", "--lora", "--bf16", "--fp16_opt_level", "O2", "--dry_run"]) == 0
+    assert (
+        train.main(["--model_name_or_path", "qwen-vl-7b", "--lora", "--bf16", "--fp16_opt_level", "O2", "--dry_run"])
+        == 0
+    )
     text = capsys.readouterr().out
     assert "9,6" in text and re.search(r"sum +\d+\.\d+ GiB", text) and "FLOPs per step" in text
     weights_gib = float(re.search(r"weights +([\d.]+) GiB", text)[1])
@@ -325,7 +346,13 @@ PADDLEMIX_SFT = {"freeze_include": ["*visual*"], "freeze_exclude": ["*visual.att
 @pytest.mark.parametrize("own", [PADDLEMIX_LORA, PADDLEMIX_SFT])
 def test_paddlemix_files_run_unchanged(base, dataset, tmp_path, own):
     entries = {split: [{**e, "chat_template": "chat_template.json"} for e in dataset[split]] for split in dataset}
-    config = {**PADDLEMIX, **own, "model_name_or_path": str(base), "dataset": entries, "output_dir": str(tmp_path / "out")}
+    config = {
+        **PADDLEMIX,
+        **own,
+        "model_name_or_path": str(base),
+        "dataset": entries,
+        "output_dir": str(tmp_path / "out"),
+    }
     (tmp_path / "argument.json").write_text(json.dumps(config))
     run([str(tmp_path / "argument.json")])
     records = list(map(json.loads, (tmp_path / "out" / "log.jsonl").read_text().splitlines()))

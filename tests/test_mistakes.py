@@ -1,0 +1,269 @@
+"""A user's mistake is one clear line and exit code 1: no traceback, nothing lost."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+import evaluate
+import generate
+import merge
+import train
+
+
+def write(path, value):
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return str(path)
+
+
+def fails(capsys, main, argv, *words, monkeypatch=None):
+    """Runs a script's main; exactly one error line that holds all the words."""
+    if main is not train.main:
+        monkeypatch.setattr(sys, "argv", ["script", *argv])
+    code = checkpoint.cli(lambda: main(argv) if main is train.main else main())
+    err = capsys.readouterr().err
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 1 and len(lines) == 1 and "Traceback" not in err, err
+    for word in words:
+        assert str(word) in lines[0], (word, lines[0])
+
+
+def common(base, dataset, out, **options):
+    options = {"model_name_or_path": str(base), "dataset": dataset, "output_dir": str(out), "max_steps": 3,
+               "num_workers": 0,
+               "disable_tqdm": True, "max_length": 128, **options}  # fmt: skip
+    return [a for k, v in options.items() for a in (f"--{k}", v if isinstance(v, str) else json.dumps(v))]
+
+
+SETTINGS = [
+    (["--learning_rat", "1"], ["learning_rat", "learning_rate"]),
+    (["--max_length", "abc"], ["max_length='abc'", "int"]),
+    (["--bf16", "yes"], ["bf16='yes'", "bool"]),
+    (["--max_length", "0"], ["max_length=0", "at least 1"]),
+    (["--lr_scheduler_type", "cosin"], ["cosin", "cosine"]),
+    (["--stage", "sff"], ["stage='sff'", "sft"]),
+    (["--bf16", "--fp16"], ["bf16 and fp16"]),
+    (["--tensor_parallel_degree", "2"], ["tensor_parallel_degree=2"]),
+    (["--sharding", "stage4"], ["stage4", "stage3"]),
+    (["--load_best_model_at_end"], ["load_best_model_at_end", "evaluation_strategy"]),
+    (["--use_flash_attention", "true"], ["Triton"]),
+    (["--freeze_include", "*vsual*"], ["*vsual*", "visual"]),
+    (["--freeze_include", "*"], ["nothing is trainable"]),
+    (["--lora", "--lora_target_modules", ".*c_atn"], [".*c_atn", "c_attn"]),
+    (["--lora", "--lora_path", "nowhere"], ["nowhere"]),
+    (["--model_name_or_path", "qwen-vl/qwen-vl-chat-7b"], ["qwen-vl/qwen-vl-chat-7b", "download"]),
+    (["--model_name_or_path", "qwen-vl-7b"], ["without weights"]),
+    (["--model", "blip2"], ["blip2", "qwen_vl"]),
+    (["--resume_from_checkpoint", "true"], ["no complete checkpoint"]),
+    (["--resume_from_checkpoint", "nowhere"], ["nowhere"]),
+    (["--cache_image_features"], ["frozen vision tower"]),
+    (["--report_to", "wandb"], ["wandb", "tensorboard"]),
+    (["no_such_config.json"], ["no_such_config.json"]),
+    (["--dataset", '{"trian": []}'], ["trian", "train"]),
+    (["--dataset", '{"train": []}'], ["train"]),
+    (["--dataset", '{"train": [{"name": "coco_vqa", "data_file": "x"}]}'], ["data_file", "data_files"]),
+    (["--dataset", '{"train": [{"name": "coco_vqq", "data_files": "x"}]}'], ["coco_vqq", "coco_vqa"]),
+    (["--dataset", '{"train": [{"name": "coco_vqa", "data_files": "missing.json"}]}'], ["missing.json"]),
+]
+
+
+@pytest.mark.parametrize("argv, words", SETTINGS, ids=[" ".join(argv)[:40] for argv, _ in SETTINGS])
+def test_settings(capsys, base, dataset, tmp_path, argv, words):
+    fails(capsys, train.main, common(base, dataset, tmp_path / "out") + argv, *words)
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_malformed_configuration_names_its_line(capsys, tmp_path):
+    path = write(tmp_path / "c.json", '{"lora": true,\n"bf16": tru}')
+    fails(capsys, train.main, [path], f"{path}:2")
+
+
+def png(path, size=(8, 8)):
+    Image.new("RGB", size, "red").save(path)
+
+
+def bad_records(tmp_path):
+    png(tmp_path / "good.png", (64, 64))
+    whole = (tmp_path / "good.png").read_bytes()
+    (tmp_path / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "zero.png").write_bytes(b"")
+    (tmp_path / "text.png").write_text("no picture")
+    Image.new("1", (12000, 12000)).save(tmp_path / "bomb.png")
+    (tmp_path / "in").mkdir()
+    chat = {"conversations": [["Picture 1: <img>good.png</img>\nwhat?", "this"]]}
+
+    def picture(name):
+        return {"conversations": [[f"Picture 1: <img>{name}</img>\nwhat?", "this"]]}
+
+    return {
+        "truncated": ([picture("truncated.png")], {}, ["truncated.png"]),
+        "zero bytes": ([picture("zero.png")], {}, ["zero.png"]),
+        "no picture": ([picture("text.png")], {}, ["text.png"]),
+        "bomb": ([picture("bomb.png")], {}, ["12000x12000"]),
+        "missing": ([picture("gone.png")], {}, ["gone.png", "data.jsonl:1"]),
+        "outside": ([picture("../good.png")], {"image_root": str(tmp_path / "in")}, ["../good.png", "image_root"]),
+        "malformed": ("\n".join([json.dumps(chat)] * 2 + ['{"conversations": [']), {}, ["data.jsonl:3"]),
+        "empty": ("", {}, ["empty"]),
+        "no answer": ([{"conversations": [{"from": "user", "value": "hello"}]}], {}, ["data.jsonl:1", "assistant"]),
+        "too long": ([{"conversations": [["word " * 300, "answer"]]}], {}, ["data.jsonl:1", "max_length"]),
+        "unclosed": ([{"conversations": [["<img>good.png what?", "this"]]}], {}, ["data.jsonl:1", "<img>"]),
+    }
+
+
+CASES = "truncated, zero bytes, no picture, bomb, missing, outside, malformed, empty, no answer, too long, unclosed"
+
+
+@pytest.mark.parametrize("case", CASES.split(", "))
+def test_data(capsys, base, tmp_path, case):
+    records, entry, words = bad_records(tmp_path)[case]
+    text = records if isinstance(records, str) else "\n".join(map(json.dumps, records))
+    files = write(tmp_path / "data.jsonl", text)
+    dataset = {"train": [{"name": "chatml_dataset", "data_files": files, **entry}]}
+    out = tmp_path / "out"
+    argv = common(base, dataset, out)
+    code = checkpoint.cli(lambda: train.main(argv))
+    err = capsys.readouterr().err
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 1 and len(lines) == 1 and "Traceback" not in err, err
+    # pictures are opened while training: the run names each one as it comes and stops over the limit
+    assert all(word in err for word in words), err
+    assert not list(out.glob("checkpoint-*"))
+
+
+def test_few_bad_pictures_are_named_and_left_out(capsys, base, dataset, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(Path(dataset["train"][0]["data_files"]).parent, folder)
+    (folder / "4.png").write_bytes(b"")
+    entries = [{**e, "data_files": str(folder / Path(e["data_files"]).name)} for e in dataset["train"]]
+    argv = common(
+        base, {"train": entries}, tmp_path / "out", max_bad_samples=0.05, max_steps=5, per_device_train_batch_size=8
+    )
+    assert checkpoint.cli(lambda: train.main(argv)) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "4.png" in line]
+    assert len(warnings) == 1 and "a.jsonl:5" in warnings[0]
+
+
+def test_output_directory_that_is_no_run(capsys, base, dataset, tmp_path):
+    write(tmp_path / "thesis.txt", "precious")
+    fails(capsys, train.main, common(base, dataset, tmp_path, overwrite_output_dir=True), "not empty", tmp_path)
+    fails(capsys, train.main, common(base, dataset, tmp_path / "thesis.txt"), "is a file")
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("case", ["missing", "extra", "shape", "truncated", "no config", "wrong tokenizer"])
+def test_broken_checkpoints(capsys, base, dataset, tmp_path, case):
+    broken = tmp_path / "broken"
+    shutil.copytree(base, broken)
+    file = broken / "model.safetensors"
+    state, words = load_file(file), ["transformer.h.1.mlp.w1.weight"]
+    if case == "missing":
+        del state[words[0]]
+    elif case == "extra":
+        words = ["transformer.h.9.odd"]
+        state[words[0]] = torch.zeros(1)
+    elif case == "shape":
+        state[words[0]] = torch.zeros(3, 3)
+    save_file(state, file)
+    if case == "truncated":
+        file.write_bytes(file.read_bytes()[:-1000])
+        words = ["model.safetensors"]
+    elif case == "no config":
+        (broken / "config.json").unlink()
+        words = ["config.json"]
+    elif case == "wrong tokenizer":
+        lines = (broken / "qwen.tiktoken").read_text().splitlines()
+        (broken / "qwen.tiktoken").write_text("\n".join(lines[:-1]))
+        words = ["tokenizer", "image_start_id"]
+    fails(capsys, train.main, common(broken, dataset, tmp_path / "out"), *words)
+
+
+def limited(argv):
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    sys.stderr = open(argv[0], "w")
+    sys.exit(checkpoint.cli(lambda: train.main(argv[1:])))
+
+
+def test_disk_that_fills_during_a_save(base, dataset, tmp_path):
+    """A file size limit stands in for a full disk. The checkpoint before stays good, and the run continues from it."""
+    out = tmp_path / "out"
+    argv = common(base, dataset, out, save_steps=2, max_steps=2)
+    assert checkpoint.cli(lambda: train.main(argv)) == 0
+    argv = common(base, dataset, out, save_steps=2, max_steps=6)
+    process = get_context("fork").Process(target=limited, args=([str(tmp_path / "err"), *argv],), daemon=True)
+    process.start()
+    process.join(120)
+    err = (tmp_path / "err").read_text()
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert process.exitcode == 1 and len(lines) == 1 and "checkpoint-4" in lines[0] and "Traceback" not in err, err
+    assert checkpoint.last_checkpoint(out).name == "checkpoint-2"
+    assert not list(out.glob("*.tmp"))
+    assert checkpoint.cli(lambda: train.main(argv)) == 0
+    assert checkpoint.last_checkpoint(out).name == "checkpoint-6"
+
+
+def test_no_supervised_token_in_a_step(base, dataset, tmp_path, monkeypatch, capsys):
+    """Cannot come from files, since such samples are dropped before; pictures that all fail can empty a step."""
+    folder = tmp_path / "data"
+    shutil.copytree(Path(dataset["train"][0]["data_files"]).parent, folder)
+    for path in folder.glob("*.png"):
+        path.write_bytes(b"")
+    entries = [{**e, "data_files": str(folder / Path(e["data_files"]).name)} for e in dataset["train"]]
+    fails(
+        capsys,
+        train.main,
+        common(base, {"train": entries}, tmp_path / "out", max_bad_samples=1.0, max_steps=30),
+        "no supervised token",
+    )
+
+
+def test_non_finite_loss_names_its_samples(base, dataset, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(base, broken)
+    state = load_file(broken / "model.safetensors")
+    state["lm_head.weight"][5] = float("nan")
+    save_file(state, broken / "model.safetensors")
+    fails(capsys, train.main, common(broken, dataset, tmp_path / "out"), "step 1 is nan", "b.json record", "#")
+
+
+SCRIPTS = [
+    (generate.main, ["--image", "gone.png", "--prompt", "what?"], ["gone.png"]),
+    (generate.main, [], ["--prompt"]),
+    (generate.main, ["--prompt", "x", "--temperature", "-1"], ["temperature"]),
+    (generate.main, ["--prompt", "x", "--lora_path", "nowhere"], ["nowhere"]),
+    (generate.main, ["--prompt", "x", "--model_name_or_path", "nowhere"], ["nowhere"]),
+    (evaluate.main, ["--data_files", "nowhere.json"], ["nowhere.json"]),
+    (merge.main, ["--lora_path", "nowhere"], ["nowhere"]),
+]
+
+
+@pytest.mark.parametrize(
+    "main, argv, words", SCRIPTS, ids=[f"{m.__module__} {' '.join(a)}"[:40] for m, a, _ in SCRIPTS]
+)
+def test_other_scripts(capsys, monkeypatch, base, main, argv, words):
+    if main in (generate.main, evaluate.main) and "--model_name_or_path" not in argv and "--lora_path" not in argv:
+        argv = ["--model_name_or_path", str(base), *argv]
+    fails(capsys, main, argv, *words, monkeypatch=monkeypatch)
+
+
+def test_malformed_request_names_its_line(capsys, monkeypatch, base, tmp_path):
+    path = write(tmp_path / "r.jsonl", '{"prompt": "hello"}\n{"prompt": ')
+    fails(
+        capsys,
+        generate.main,
+        ["--model_name_or_path", str(base), "--requests", path],
+        f"{path}:2",
+        monkeypatch=monkeypatch,
+    )
+    assert not os.path.exists(tmp_path / "boxes.png")
