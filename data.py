@@ -984,8 +984,8 @@ def preview(dataset: dict, processor, settings: dict) -> int:
     return 0
 
 
-def main() -> int:
-    argv = sys.argv[1:]
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     usage = "usage: python data.py check|preview [CONFIG.json] [--key value ...]"
     if not argv or argv[0] not in ("check", "preview"):
         raise ValueError(f"{usage}; got {' '.join(argv) or 'nothing'}")

@@ -50,7 +50,7 @@ def exact_match(
     return {"all": sum(map(sum, hits.values())) / len(conversations), **scores}
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -71,7 +71,7 @@ def main() -> int:
     add("--batch_size", type=int, default=32)
     add("--dtype", default="float32", choices=DTYPES)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.data_files:
         entries = [{"name": args.name, "data_files": args.data_files, "image_root": args.image_root}]
     else:

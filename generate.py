@@ -309,7 +309,7 @@ def read_requests(args) -> list[data.Conversation]:
     return [data.request(turns, args.image, where="--prompt")]
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -338,7 +338,7 @@ def main() -> int:
     add("--batch_size", type=int, default=8)
     add("--dtype", default="float32", choices=DTYPES)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if (
         args.temperature < 0
         or not 0 < args.top_p <= 1

@@ -136,7 +136,7 @@ def check_logits(kind: str, base: Path, adapter: Path, merged: Path) -> dict:
     return {"logits_vs_adapter": largest, "logits_vs_base": from_base}
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model_name_or_path", help="base checkpoint directory (default: the one the adapter names)")
     parser.add_argument("--lora_path", default="output", help="directory of the adapter")
@@ -146,7 +146,8 @@ def main(argv: list[str] | None = None) -> None:
     dtype = None if args.dtype == "keep" else getattr(torch, args.dtype)
     merge(args.model_name_or_path, args.lora_path, args.merge_model_path, dtype)
     print(f"merged model: {args.merge_model_path}")
-    print(f"next: python generate.py --model_name_or_path {args.merge_model_path}")
+    print(f"next: python generate.py --model_name_or_path {args.merge_model_path} --image PICTURE --prompt QUESTION")
+    return 0
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ class QwenVLConfig:
         for ok, message in (
             (
                 c.kv_channels * c.num_attention_heads == c.hidden_size,
-                f"kv_channels x num_attention_heads = {c.kv_channels} x {c.num_attention_heads} is not hidden_size={c.hidden_size}",
+                f"kv_channels={c.kv_channels} x num_attention_heads={c.num_attention_heads} is not the hidden_size",
             ),
             (v.output_dim == c.hidden_size, f"visual.output_dim={v.output_dim} must be hidden_size={c.hidden_size}"),
             (v.output_dim % 128 == 0, f"visual.output_dim={v.output_dim} must be a multiple of 128 (resampler heads)"),
@@ -515,9 +515,10 @@ def forward_flops(
 
 # tiktoken's pattern: contractions | one non-letter + letters | ONE digit | blank + punctuation + line ends | white
 # space
-PATTERN = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|
-?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+
-"""
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 ENDOFTEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VISION_TAGS = ["<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>"]
 SPECIAL_TOKENS = [ENDOFTEXT, IM_START, IM_END, *(f"<|extra_{i}|>" for i in range(205)), *VISION_TAGS]

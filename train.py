@@ -243,6 +243,12 @@ def validate(cfg: Config) -> None:
             f"load_best_model_at_end needs evaluation_strategy={cfg.evaluation_strategy} and "
             f"save_strategy={cfg.save_strategy} to be the same of epoch and steps"
         )
+    eval_steps = cfg.eval_steps or cfg.save_steps
+    if cfg.load_best_model_at_end and cfg.save_strategy == "steps" and eval_steps % cfg.save_steps:
+        raise ValueError(
+            f"load_best_model_at_end needs a checkpoint of every evaluation: eval_steps={eval_steps} must be a "
+            f"multiple of save_steps={cfg.save_steps}"
+        )
     if cfg.metric_for_best_model == "eval_accuracy" and not cfg.eval_with_do_generation:
         raise ValueError("metric_for_best_model=eval_accuracy needs eval_with_do_generation=true")
     if cfg.dataset is not None and (unknown := set(cfg.dataset) - {"train", "eval"}):
@@ -289,7 +295,6 @@ def parameter_table(model: nn.Module, parts: dict[str, str]) -> str:
         rows[part][0] += p.numel()
         rows[part][1] += p.numel() * p.requires_grad
     rows["all"] = [sum(r[0] for r in rows.values()), sum(r[1] for r in rows.values())]
-    shares = ", ".join(f"{part} {value / sum(forward.values()):.0%}" for part, value in forward.items())
     lines = [f"{'part':<16}{'parameters':>16}{'trainable':>16}"]
     return "\n".join(
         lines + [f"{part:<16}{total:>16,}{trainable:>16,}" for part, (total, trainable) in rows.items() if total]
@@ -775,6 +780,7 @@ def dry_run(cfg: Config, config: dict, module, plan, world_size: int) -> str:
     flops = 3 * sum(forward.values()) if not cfg.lora else 2 * sum(forward.values()) + forward["head"]
     global_batch = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps * world_size
     micro = cfg.gradient_accumulation_steps * world_size
+    shares = ", ".join(f"{part} {value / sum(forward.values()):.0%}" for part, value in forward.items())
     lines = [
         parameter_table(model, module.PARTS),
         "",
@@ -788,9 +794,7 @@ def dry_run(cfg: Config, config: dict, module, plan, world_size: int) -> str:
     lines.append(
         f"tokens per step: {tokens * micro:,.0f} ({supervised / tokens:.0%} supervised, {images * micro:,.0f} pictures)"
     )
-    lines.append(
-        f"FLOPs per step: {flops * micro:.3e} (forward: {shares})"
-    )
+    lines.append(f"FLOPs per step: {flops * micro:.3e} (forward: {shares})")
     if plan is not None:
         lines.append(f"steps: {total_steps(cfg, plan, global_batch):,}")
     return "\n".join(lines)
@@ -896,7 +900,7 @@ def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
     say(f"device {world.device.type} x {world.size}, kernels: plain PyTorch, {torch.get_num_threads()} threads")
     optimizer = make_optimizer(model, cfg)
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    state = {"step": 0, "best_metric": None, "best_step": None, "bad": 0, "scale": None}
+    state = {"step": 0, "best_metric": None, "best_step": None, "bad": 0, "samples": 0, "scale": None}
     if resume:
         state |= checkpoint.load_train_state(resume, trainable, optimizer)
         say(f"continuing from {resume} at step {state['step']}")
@@ -965,10 +969,11 @@ def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
             for where, reason in batch["bad"]:
                 print(f"warning: left out {where}: {reason}", file=sys.stderr, flush=True)
         state["bad"] += bad
-        if state["bad"] > cfg.max_bad_samples * len(plan.index):
+        tried = max(len(plan.index), state["samples"])  # a bad one comes back in every epoch
+        if state["bad"] > cfg.max_bad_samples * tried:
             raise ValueError(
-                f"{state['bad']} of {len(plan.index)} samples could not be loaded (listed above), "
-                f"max_bad_samples={cfg.max_bad_samples:g} allows {int(cfg.max_bad_samples * len(plan.index))}"
+                f"{state['bad']} of {tried} samples could not be loaded (listed above), "
+                f"max_bad_samples={cfg.max_bad_samples:g} allows {int(cfg.max_bad_samples * tried)}"
             )
         ids = [i for batch in micro_batches for i in batch["sample_ids"]]
         if supervised == 0:
@@ -993,6 +998,7 @@ def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
                 f"the gradient of step {step + 1} is {norm}; its samples: {', '.join(ids)}; the last checkpoint stands"
             )
         state["step"] = step + 1
+        state["samples"] += int(num_samples)
         now = time.perf_counter()
         seconds, clock = now - clock, now
         if log:

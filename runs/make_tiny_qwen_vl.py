@@ -22,7 +22,7 @@ CONFIG = {
     "num_attention_heads": 4, "kv_channels": 32, "intermediate_size": 704, "vocab_size": 1728,
     "layer_norm_epsilon": 1e-6,
     "rotary_emb_base": 10000, "rotary_pct": 1.0, "seq_length": 512, "use_dynamic_ntk": True, "use_logn_attn": True,
-    "no_bias": True, "tie_word_embeddings": False, "initializer_range": 0.02, "torch_dtype": "float32",
+    "no_bias": True, "tie_word_embeddings": False, "initializer_range": 0.088, "torch_dtype": "float32",
     "visual": {"image_size": 64, "patch_size": 8, "width": 128, "layers": 4, "heads": 4, "mlp_ratio": 4.0,
                "output_dim": 128, "image_start_id": NUM_TOKENS + qwen.SPECIAL_TOKENS.index("<img>"), "n_queries": 16},
 }  # fmt: skip

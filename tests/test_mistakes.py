@@ -26,11 +26,9 @@ def write(path, value):
     return str(path)
 
 
-def fails(capsys, main, argv, *words, monkeypatch=None):
+def fails(capsys, main, argv, *words):
     """Runs a script's main; exactly one error line that holds all the words."""
-    if main is not train.main:
-        monkeypatch.setattr(sys, "argv", ["script", *argv])
-    code = checkpoint.cli(lambda: main(argv) if main is train.main else main())
+    code = checkpoint.cli(lambda: main(argv))
     err = capsys.readouterr().err
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 1 and len(lines) == 1 and "Traceback" not in err, err
@@ -56,6 +54,10 @@ SETTINGS = [
     (["--tensor_parallel_degree", "2"], ["tensor_parallel_degree=2"]),
     (["--sharding", "stage4"], ["stage4", "stage3"]),
     (["--load_best_model_at_end"], ["load_best_model_at_end", "evaluation_strategy"]),
+    (
+        "--load_best_model_at_end --evaluation_strategy steps --eval_steps 3 --save_steps 2".split(),
+        ["eval_steps=3", "save_steps=2"],
+    ),
     (["--use_flash_attention", "true"], ["Triton"]),
     (["--freeze_include", "*vsual*"], ["*vsual*", "visual"]),
     (["--freeze_include", "*"], ["nothing is trainable"]),
@@ -213,7 +215,7 @@ def test_disk_that_fills_during_a_save(base, dataset, tmp_path):
     assert checkpoint.last_checkpoint(out).name == "checkpoint-6"
 
 
-def test_no_supervised_token_in_a_step(base, dataset, tmp_path, monkeypatch, capsys):
+def test_no_supervised_token_in_a_step(base, dataset, tmp_path, capsys):
     """Cannot come from files, since such samples are dropped before; pictures that all fail can empty a step."""
     folder = tmp_path / "data"
     shutil.copytree(Path(dataset["train"][0]["data_files"]).parent, folder)
@@ -251,19 +253,17 @@ SCRIPTS = [
 @pytest.mark.parametrize(
     "main, argv, words", SCRIPTS, ids=[f"{m.__module__} {' '.join(a)}"[:40] for m, a, _ in SCRIPTS]
 )
-def test_other_scripts(capsys, monkeypatch, base, main, argv, words):
+def test_other_scripts(capsys, base, main, argv, words):
     if main in (generate.main, evaluate.main) and "--model_name_or_path" not in argv and "--lora_path" not in argv:
         argv = ["--model_name_or_path", str(base), *argv]
-    fails(capsys, main, argv, *words, monkeypatch=monkeypatch)
+    fails(capsys, main, argv, *words)
 
 
-def test_malformed_request_names_its_line(capsys, monkeypatch, base, tmp_path):
+def test_malformed_request_names_its_line(capsys, base, tmp_path):
     path = write(tmp_path / "r.jsonl", '{"prompt": "hello"}\n{"prompt": ')
     fails(
         capsys,
         generate.main,
         ["--model_name_or_path", str(base), "--requests", path],
-        f"{path}:2",
-        monkeypatch=monkeypatch,
-    )
+        f"{path}:2")
     assert not os.path.exists(tmp_path / "boxes.png")

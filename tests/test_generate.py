@@ -1,0 +1,208 @@
+"""Generation: a batch is its requests alone, sampling as transformers orders it, adapters, merged models, the command
+line.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import checkpoint
+import data
+import generate as g
+import lora
+import merge
+import model_qwen_vl as qwen
+import train
+
+
+@pytest.fixture(scope="module")
+def model(base):
+    return g.load_model(base)
+
+
+@pytest.fixture(scope="module")
+def processor(base):
+    return qwen.load_processor(base)
+
+
+@pytest.fixture(scope="module")
+def requests(processor, dataset):
+    """Prompts of unequal length, with no, one and two pictures."""
+    folder = Path(dataset["train"][0]["data_files"]).parent
+    pictures = [str(folder / f"{i}.png") for i in range(3)]
+    texts = [
+        ("hello", []),
+        ("what is it?", pictures[:1]),
+        ("which of the two is the larger one?", pictures[1:]),
+        ("a b c", []),
+    ]
+    found = []
+    for text, images in texts:
+        request = processor.prompt(data.request([("user", text)], images, "test"))
+        request["pixel_values"] = [processor.load_image(p) for p in request["images"]]
+        assert len(request["image_starts"]) == len(images)
+        found.append(request)
+    return found
+
+
+SETTINGS = [
+    {},
+    {"temperature": 1.0, "seed": 3},
+    {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.3, "seed": 4},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_batch_is_its_requests_alone(model, requests, settings):
+    """Past the trained length too: some prompts are near seq_length=64, so they cross it while decoding."""
+    streamed = [[] for _ in requests]
+    batch = g.generate(model, requests, 40, [], on_token=lambda i, t: streamed[i].append(t), **settings)
+    assert batch == streamed and all(len(ids) == 40 for ids in batch)
+    assert batch == [g.generate(model, [r], 40, [], **settings)[0] for r in requests]
+    if settings:
+        assert batch != g.generate(model, requests, 40, [], **{**settings, "seed": 99})
+
+
+def test_cached_decoding_equals_forward_passes_over_everything(model, requests):
+    """Below the trained length the whole sequence at once must choose the same tokens."""
+    request = requests[0]
+    ids = [int(t) for t in request["input_ids"]]
+    new = g.generate(model, [request], 12, [])[0]
+    for i, token in enumerate(new):
+        sample = {**request, "input_ids": np.array(ids + new[:i]), "labels": np.zeros(len(ids) + i)}
+        batch = data.collate([sample], num_image_tokens=4)
+        assert len(batch["input_ids"]) < model.config.seq_length
+        assert int(model(batch, output="logits")[0].argmax()) == token
+
+
+def test_stop_words_end_a_sequence_and_only_that(model, requests):
+    free = g.generate(model, requests, 12, [])
+    word = free[0][4:6]
+    stopped = g.generate(model, requests, 12, [word])
+    for a, b in zip(free, stopped, strict=True):
+        end = next((i for i in range(2, len(a) + 1) if a[i - 2 : i] == word), len(a))
+        assert b == a[:end]
+    assert len(stopped[0]) <= 6
+
+
+@pytest.mark.parametrize(
+    "temperature, top_k, top_p, penalty", [(1.0, 0, 1.0, 1.0), (0.6, 7, 0.9, 1.5), (2.0, 0, 0.3, 0.8)]
+)
+def test_sampling_follows_transformers(temperature, top_k, top_p, penalty):
+    from transformers.generation import logits_process as hf
+
+    torch.manual_seed(0)
+    logits, seen = torch.randn(1, 300) * 3, torch.randint(0, 300, (1, 50))
+    expected = hf.RepetitionPenaltyLogitsProcessor(penalty)(seen, logits.clone())
+    expected = hf.TemperatureLogitsWarper(temperature)(seen, expected)
+    if top_k:
+        expected = hf.TopKLogitsWarper(top_k)(seen, expected)
+    if top_p < 1:
+        expected = hf.TopPLogitsWarper(top_p)(seen, expected)
+    ours = g.penalise_repetition(logits[0], seen[0].tolist(), penalty)
+    torch.testing.assert_close(
+        g.sampling_probs(ours[None], temperature, top_k, top_p), expected.softmax(-1), atol=1e-6, rtol=0
+    )
+
+
+def test_lora_targets_the_language_model_unless_named(base):
+    with torch.device("meta"):
+        model = qwen.build_model(checkpoint.read_config(base))
+    names = lora.inject(model, qwen.LORA_TARGETS, 4, 8, 0.0)
+    assert len(names) == 4 * 2 and not any("visual" in name for name in names)
+    with torch.device("meta"):
+        model = qwen.build_model(checkpoint.read_config(base))
+    assert all("visual" in name for name in lora.inject(model, [r".*resblocks.*\.in_proj"], 4, 8, 0.0))
+
+
+@pytest.fixture(scope="module")
+def adapter(base, dataset, tmp_path_factory):
+    """An adapter with a trained resampler beside it."""
+    out = tmp_path_factory.mktemp("adapter") / "out"
+    argv = f"""--model_name_or_path {base} --output_dir {out} --max_steps 8 --learning_rate 0.02 --num_workers 0 --lora
+        --per_device_train_batch_size 8 --freeze_include *visual* --freeze_exclude *attn_pool* --max_length 128"""
+    assert checkpoint.cli(lambda: train.main([*argv.split(), "--dataset", json.dumps(dataset)])) == 0
+    return out
+
+
+def test_merged_answers_as_base_and_adapter_do(base, adapter, model, requests, tmp_path, capsys):
+    merged = tmp_path / "merged"
+    argv = ["--lora_path", str(adapter), "--merge_model_path", str(merged)]
+    assert checkpoint.cli(lambda: merge.main(argv)) == 0, capsys.readouterr().err
+    assert "largest logit difference" in capsys.readouterr().out
+    with_adapter = g.generate(g.load_model(base, lora_path=adapter), requests, 20, [])
+    assert g.generate(g.load_model(merged), requests, 20, []) == with_adapter
+    assert with_adapter != g.generate(model, requests, 20, [])
+    saved = lora.read_adapter(adapter)[1]
+    assert any("attn_pool" in name for name in saved)
+    changed = checkpoint.open_weights(merged)
+    assert torch.equal(changed.read("transformer.visual.attn_pool.query"), saved["transformer.visual.attn_pool.query"])
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "rank", "not trained"])
+def test_a_tampered_adapter_is_not_merged(adapter, tmp_path, capsys, change):
+    from safetensors.torch import load_file, save_file
+
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_bytes((adapter / name).read_bytes())
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    name = next(n for n in state if n.endswith("c_attn.lora_B.weight"))
+    if change == "missing":
+        del state[name]
+    elif change == "extra":
+        state[name.replace("h.0", "h.7").replace("h.1", "h.7")] = state[name].clone()
+    elif change == "rank":
+        state[name] = state[name][:, :-1].contiguous()
+    else:
+        state = {n: torch.zeros_like(t) if "lora_B" in n else t for n, t in state.items() if "lora_" in n}
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    argv = ["--lora_path", str(tmp_path), "--merge_model_path", str(tmp_path / "m")]
+    assert checkpoint.cli(lambda: merge.main(argv)) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and len(err.splitlines()) == 1 and not (tmp_path / "m").exists()
+    words = {"missing": "lacks", "extra": "h.7.attn", "rank": "expected (384", "not trained": "not trained"}
+    assert words[change] in err
+
+
+def test_boxes_are_drawn(tmp_path):
+    Image.new("RGB", (200, 100), "white").save(tmp_path / "a.png")
+    text = "<ref>dog</ref><box>(100,200),(500,900)</box> and <box>(0,0),(999,999)</box>"
+    assert data.draw_boxes(str(tmp_path / "a.png"), text, tmp_path / "b.png") == 2
+    with Image.open(tmp_path / "b.png") as image:
+        pixels = np.asarray(image)
+    assert (
+        tuple(pixels[50, 20]) == (255, 0, 0)
+        and tuple(pixels[89, 60]) == (255, 0, 0)
+        and tuple(pixels[50, 60]) == (255, 255, 255)
+    )
+    assert (
+        data.draw_boxes(str(tmp_path / "a.png"), "no box", tmp_path / "c.png") == 0
+        and not (tmp_path / "c.png").exists()
+    )
+
+
+def test_command_line_answers_requests(tmp_path):
+    """The tiny model on a validation picture: in a file of requests as alone, streamed."""
+    root = Path(g.__file__).parent
+    picture = "samples/images/digits/0464.png"
+    chinese = f"Picture 1: <img>{picture}</img>\n这里写的是哪个数字？"
+    lines = [
+        {"id": "a", "prompt": "What digit is written here?", "image": picture},
+        {"id": "b", "messages": [{"role": "user", "content": chinese}]},
+        {"id": "c", "conversations": [["What is 1 and 1?", "2"], ["and now?", "dropped"]]},
+    ]
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    command = [sys.executable, "generate.py", "--max_new_tokens", "10"]
+    requests = ["--requests", str(tmp_path / "r.jsonl"), "--output", str(tmp_path / "o.jsonl")]
+    subprocess.run([*command, *requests], cwd=root, check=True)
+    answers = {r["id"]: r["answer"] for r in map(json.loads, (tmp_path / "o.jsonl").read_text().splitlines())}
+    assert answers.keys() == {"a", "b", "c"} and answers["a"] in "0123456789" and answers["b"] in "0123456789"
+    alone = [*command, "--prompt", lines[0]["prompt"], "--image", picture]
+    streamed = subprocess.run(alone, cwd=root, check=True, capture_output=True, text=True).stdout
+    assert streamed.strip() == answers["a"] != ""
