@@ -294,7 +294,8 @@ def load_model(
     with torch.device("meta"):
         model = module.build_model(config)
     model = model.to(dtype).to_empty(device=device)
-    checkpoint.load_into(dict(model.named_parameters()), checkpoint.open_weights(directory))
+    weights = checkpoint.open_weights(directory, getattr(module, "ALIASES", None))
+    checkpoint.load_into(dict(model.named_parameters()), weights)
     if lora_path is not None:
         lora.load_adapter(model, lora_path)
     return model.eval()
@@ -327,12 +328,16 @@ def main(argv: list[str] | None = None) -> int:
     add("--requests", default=None, help='JSONL: {"prompt": ..., "image": path or list} or any chat record, one a line')
     add("--output", default=None, help="write answers as JSONL here")
     add("--draw", default="boxes.png", help="where a copy of the picture with the answer's boxes goes, if it has any")
-    add("--stage", default="sft", choices=("sft", "pretrain"), help="prompt format")
+    add("--stage", default="sft", choices=("sft", "pretrain", "pretrain1", "pretrain2"), help="prompt format")
     add("--max_new_tokens", type=int, default=256)
     add("--temperature", type=float, default=0.0, help="0: greedy")
     add("--top_k", type=int, default=0, help="0: off")
     add("--top_p", type=float, default=1.0, help="1: off")
     add("--repetition_penalty", type=float, default=1.0)
+    add("--min_new_tokens", type=int, default=0)
+    add("--num_beams", type=int, default=1, help="1: no beam search")
+    add("--length_penalty", type=float, default=1.0, help="beams: above 0 favours long answers")
+    add("--beam_rule", default="transformers", choices=("transformers", "lavis"), help="when a beam search ends")
     add("--stop", action="append", default=[], help="stop at this text too; may be repeated")
     add("--seed", type=int, default=0)
     add("--batch_size", type=int, default=8)
@@ -350,6 +355,8 @@ def main(argv: list[str] | None = None) -> int:
             "expected temperature >= 0, 0 < top_p <= 1, top_k >= 0, repetition_penalty > 0, max_new_tokens >= 1"
         )
 
+    if args.num_beams < 1 or args.min_new_tokens < 0 or (args.num_beams > 1 and args.temperature > 0):
+        raise ValueError("expected num_beams >= 1, min_new_tokens >= 0, and temperature=0 with num_beams > 1")
     directory = data.model_directory(args.model, base_of(args.model_name_or_path, args.lora_path))
     processor = data.load_processor(directory, args.stage)
     conversations = read_requests(args)
@@ -373,10 +380,17 @@ def main(argv: list[str] | None = None) -> int:
         requests = [processor.prompt(c) for c in some]
         for request in requests:
             request["pixel_values"] = [processor.load_image(p).to(DTYPES[args.dtype]) for p in request["images"]]
-        answers = generate(
-            model, requests, args.max_new_tokens, stop_words, args.temperature, args.top_k, args.top_p,
-            args.repetition_penalty, args.seed, show if streaming else None,
-        )  # fmt: skip
+        if args.num_beams > 1:
+            beams = beam_search(
+                model, requests, args.max_new_tokens, stop_words, args.num_beams, args.length_penalty,
+                args.repetition_penalty, args.min_new_tokens, args.beam_rule,
+            )  # fmt: skip
+            answers = [found[0][1] for found in beams]
+        else:
+            answers = generate(
+                model, requests, args.max_new_tokens, stop_words, args.temperature, args.top_k, args.top_p,
+                args.repetition_penalty, args.seed, args.min_new_tokens, show if streaming else None,
+            )  # fmt: skip
         for conversation, request, ids in zip(some, requests, answers, strict=True):
             text = processor.decode(ids)
             if streaming:

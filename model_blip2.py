@@ -876,7 +876,7 @@ class Blip2Qformer(nn.Module):
         self.text_projection = nn.Linear(C, config.image_text_hidden_size)
         self.itm_head = nn.Linear(C, 2)
         if config.stage1_heads:
-            self.temp = nn.Parameter(torch.tensor(0.07))
+            self.temp = nn.Parameter(torch.full((1,), 0.07))  # LAVIS's has no dimension, which fully_shard can't take
             self.cls = nn.Module()
             self.cls.predictions = LMPredictions(q)
         name_dropouts(self)
@@ -1242,13 +1242,15 @@ def from_lavis(state: dict[str, Tensor]) -> dict[str, Tensor]:
             if name.endswith("attn.q_bias"):
                 v = state[name.replace("q_bias", "v_bias")]
                 out[translate(name.replace("q_bias", "qkv.bias"), LAVIS_NAMES)] = torch.cat((tensor, torch.zeros_like(v), v))
+        elif name == "temp":
+            out[name] = tensor.reshape(1)
         elif name not in LAVIS_REDUNDANT:
             out[translate(name, LAVIS_NAMES)] = tensor
     return out
 
 
-def to_lavis(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse, with LAVIS's aliases. The k third of the towers' biases has no place there."""
+def to_lavis(state: dict[str, Tensor], max_positions: int = 512) -> dict[str, Tensor]:
+    """The inverse, with LAVIS's aliases and its buffer of text positions. The k third of the towers' biases has no place there."""
     lm = "t5" if any(n.startswith("language_model.shared") for n in state) else "opt"
     other = {"opt": "t5", "t5": "opt"}[lm]
     table = {new: old for old, new in LAVIS_NAMES.items() if not old.startswith(other)}
@@ -1259,12 +1261,11 @@ def to_lavis(state: dict[str, Tensor]) -> dict[str, Tensor]:
             base = translate(name, table).removesuffix("qkv.bias")
             out[base + "q_bias"], out[base + "v_bias"] = q.clone(), v.clone()
         else:
-            out[translate(name, table)] = tensor
+            out[translate(name, table)] = tensor.reshape(()) if name == "temp" else tensor
     for alias, name in LAVIS_REDUNDANT.items():
         if name in out:
             out[alias] = out[name]
-    if (positions := out.get("Qformer.bert.embeddings.position_embeddings.weight")) is not None:
-        out["Qformer.bert.embeddings.position_ids"] = torch.arange(len(positions))[None]
+    out["Qformer.bert.embeddings.position_ids"] = torch.arange(max_positions)[None]
     return out
 
 
@@ -1275,7 +1276,8 @@ def to_lavis(state: dict[str, Tensor]) -> dict[str, Tensor]:
 class Blip2Tokenizer:
     """OPT's byte-level BPE, T5's Unigram or BERT's WordPiece, from tokenizer.json, vocab.json + merges.txt, or vocab.txt.
 
-    encode() adds no special token and reads special tokens inside a text as plain text; the processor adds what a model needs.
+    encode() adds no special token: the processor does. Those inside a text are read, but for T5's padding token, which begins
+    the decoder's part of a sample: it is left out.
     """
 
     def __init__(self, directory: str | Path, kind: str):
@@ -1298,7 +1300,7 @@ class Blip2Tokenizer:
         else:
             expected = " or ".join(["tokenizer.json", *(["+".join(files)] if files else [])])
             raise ValueError(f"{directory}: no tokenizer; expected {expected} beside the weights")
-        self.model.encode_special_tokens = True
+        self.kind = kind
         self.model.no_truncation()
         self.model.no_padding()
 
@@ -1316,7 +1318,8 @@ class Blip2Tokenizer:
         self.vocab_size = self.model.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        return self.model.encode(text, add_special_tokens=False).ids if text else []
+        ids = self.model.encode(text, add_special_tokens=False).ids if text else []
+        return [i for i in ids if i != self.begin] if self.kind == "t5" else ids
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode([int(i) for i in ids if i < self.vocab_size], skip_special_tokens=True)
@@ -1561,7 +1564,8 @@ def main() -> int:
         state = read_model(args.directory)
         if args.trained_only:
             state = {n: t for n, t in state.items() if not n.startswith((*(p[:-1] for p in _TOWER), "language_model."))}
-        torch.save({"model": to_lavis(state)}, args.out)
+        positions = Blip2Config.from_dict(checkpoint.read_config(args.directory)).qformer.max_position_embeddings
+        torch.save({"model": to_lavis(state, positions)}, args.out)
     else:
         config = checkpoint.read_config(args.directory)
         config["vision_config"] = {**config["vision_config"], "image_size": args.image_size}

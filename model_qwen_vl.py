@@ -72,6 +72,10 @@ class QwenVLConfig:
     initializer_range: float = 0.02
     raw: dict = field(default_factory=dict)  # config.json as it was read, written back with the weights
 
+    @property
+    def mlp_size(self) -> int:
+        return self.intermediate_size // 2
+
     @classmethod
     def from_dict(cls, raw: dict) -> "QwenVLConfig":
         """Raises ValueError for a missing field or a shape that the architecture cannot have."""
@@ -464,7 +468,9 @@ PARTS = {
     "language model": "transformer.*",
     "head": "lm_head.*",
 }
-PRETRAIN_FREEZE = ["transformer.wte.*", "transformer.h.*", "transformer.ln_f.*", "lm_head.*"]  # stage "pretrain"
+IMAGE_PARAMETERS = ["transformer.visual.*"]  # what a picture's features depend on
+STAGES = ("sft", "pretrain")
+PRETRAIN_FREEZE = {"pretrain": ["transformer.wte.*", "transformer.h.*", "transformer.ln_f.*", "lm_head.*"]}
 # The official targets. By name they exist in the language model only: the vision tower's linears are in_proj,
 # out_proj, c_fc.
 LORA_TARGETS = [r".*\.attn\.c_attn", r".*\.attn\.c_proj", r".*\.mlp\.w1", r".*\.mlp\.w2"]

@@ -262,7 +262,8 @@ def test_golden_stage1(blip2_stage1):
         parameters = dict(model.named_parameters())
         for name, grad in io.items():
             if name.startswith(f"grad.{case}."):
-                close(parameters[lavis_name(name.removeprefix(f"grad.{case}."))].grad, grad, 1e-5)
+                ours = parameters[lavis_name(name.removeprefix(f"grad.{case}."))].grad
+                close(ours.view_as(grad), grad, 1e-5)
 
 
 def new_tokens(sequence, prompt_length, eos):
@@ -428,9 +429,11 @@ def test_golden_stage1_two_processes(blip2_stage1_ddp):
             (g["local_grads"], grads),
             (g["averaged_grads"], {n: sum(r[1][n] for r in results.values()) / world for n in grads}),
         ):
+            if expected is None:  # recorded once, with rank 0
+                continue
             holder = torch.nn.Module()
             holder.named_parameters = lambda tensors=tensors: [
-                (n, types.SimpleNamespace(grad=torch.from_numpy(t))) for n, t in tensors.items()
+                (n, types.SimpleNamespace(grad=torch.as_tensor(t))) for n, t in tensors.items()
             ]
             assert len(check_gradients(holder, expected, lavis_name)) > 80
 
@@ -507,14 +510,15 @@ def test_golden_stage2_generation(blip2_stage2):
         check_generation(model, requests, expected, eos, new, beams, min_new_tokens=minimum - 1, **options)
 
 
-def run_training(model, batch_of, steps, optimizer, expected, loss_of):
+def run_training(model, steps, optimizer, expected, loss_of):
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     for i in range(steps):
         loss = loss_of(i)
         assert abs(float(loss.detach()) - expected[i]["loss"]) < 2e-4, (i, float(loss.detach()), expected[i]["loss"])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        if i < steps - 1:  # the last loss is that after the last update
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
     return {n: float((p - before[n]).norm()) for n, p in model.named_parameters()}
 
 
@@ -528,11 +532,11 @@ def lavis_training(variant, model, train, loss_of, stage):
     loop.choose_trainable(model, blip2, cfg)
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trainable == {lavis_name(n) for n in variant.golden["trainable"]} - {None}
-    changes = run_training(model, None, len(train["steps"]), loop.make_optimizer(model, cfg), train["steps"], loss_of)
+    changes = run_training(model, len(train["steps"]), loop.make_optimizer(model, cfg), train["steps"], loss_of)
     noise = set(train["parameters_whose_change_is_not_reproducible"])
     assert len(noise) < len(train["parameter_change_norm_after_all_steps"]) / 4
     for name, expected in train["parameter_change_norm_after_all_steps"].items():
-        if name not in noise and (ours := lavis_name(name)):
+        if name not in noise and not name.endswith("key.bias") and (ours := lavis_name(name)):
             assert abs(changes[ours] - expected) < 1e-3 * expected + 1e-6, name
     assert all(changes[n] == 0 for n in changes.keys() - trainable)
 
@@ -610,7 +614,7 @@ def test_golden_lora(blip2_lora, goldens):
     steps = next(v for k, v in g.items() if k.startswith("adamw"))
     model.zero_grad()
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.05)
-    run_training(model, None, len(steps), optimizer, [{"loss": x} for x in steps], loss_of)
+    run_training(model, len(steps), optimizer, [{"loss": x} for x in steps], loss_of)
 
 
 def test_golden_lavis_names_go_round(blip2_stage1, blip2_stage2):
@@ -619,7 +623,7 @@ def test_golden_lavis_names_go_round(blip2_stage1, blip2_stage2):
             model, weights = lavis_model(Variant(path))
         else:
             _, model, weights, _ = stage2(path)
-        back = blip2.to_lavis(dict(model.named_parameters()))
+        back = blip2.to_lavis(dict(model.named_parameters()), model.config.qformer.max_position_embeddings)
         assert back.keys() == weights.keys() | (back.keys() & blip2.LAVIS_REDUNDANT.keys())
         for name, tensor in weights.items():
             assert torch.equal(back[name], tensor), name
