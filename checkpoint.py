@@ -110,7 +110,7 @@ def model_kind(config: dict) -> str:
 class Weights:
     """The tensors of a checkpoint directory by name."""
 
-    def __init__(self, directory):
+    def __init__(self, directory, ignore=(), aliases=None):
         directory = Path(directory)
         for file_name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
                           "pytorch_model.bin.index.json"):  # fmt: skip
@@ -134,15 +134,15 @@ class Weights:
         for name, shard in weight_map.items():
             if name not in self._entries:
                 raise ValueError(f"{directory / shard} does not hold {name!r}, which {file_name} says; fetch it again")
+        for alias, name in (aliases or {}).items():
+            if name in self._entries:
+                self._entries.pop(alias, None)
+        for name in [n for n in self._entries if any(fnmatch.fnmatch(n, pattern) for pattern in ignore)]:
+            del self._entries[name]
         self.names = set(self._entries)
 
     def __iter__(self):
         return iter(self._entries)  # in file order, so that each .bin shard is opened once
-
-    def leave_out(self, patterns) -> None:
-        for name in [n for n in self._entries if any(fnmatch.fnmatch(n, pattern) for pattern in patterns)]:
-            del self._entries[name]
-        self.names = set(self._entries)
 
     def shape(self, name: str) -> torch.Size:
         return self._entries[name][1]
@@ -198,11 +198,10 @@ class Weights:
         return self._shard[1]
 
 
-def open_weights(directory, ignore=()) -> Weights:
-    """`ignore`: fnmatch patterns of names to leave out (what a model's files hold but its code recomputes)."""
-    weights = Weights(directory)
-    weights.leave_out(ignore)
-    return weights
+def open_weights(directory, ignore=(), aliases: dict | None = None) -> Weights:
+    """`ignore`: fnmatch patterns of names to leave out (what a model's files hold but its code recomputes). `aliases`
+    {name: name}: names that say the same as another one are left out where that is there too (tied weights)."""
+    return Weights(directory, ignore, aliases)
 
 
 def _safetensors_entries(path: Path) -> dict:

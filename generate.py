@@ -28,28 +28,33 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class KVCache:
-    """Keys and values of each sequence: one (capacity, H, D) buffer per layer and sequence, so nothing is padded."""
+    """Keys and values of each sequence: one (capacity, H, D) buffer per layer and sequence, so nothing is padded. An
+    encoder's keys and values, which its decoder attends to, are the memory: kept once, never appended to."""
 
     def __init__(self, capacities: list[int]):
         self.capacities = capacities
         self.lengths = [0] * len(capacities)
         self.active = list(range(len(capacities)))  # the sequences in the stream, in its order
         self.buffers: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.memory: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.positions: Tensor | None = None  # (S,) or (n, S): of each sequence's last token
+        self.counts: list[int] = []  # tokens that the current pass adds to each active sequence
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int,
-        prefix_lens: Tensor | None = None, tuned: Tensor | None = None,
+        prefix_lens: Tensor | None = None, bias: Tensor | None = None, tuned: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Appends k and v (T, H, D) of the segments to their sequences, and attends to all that those hold then.
 
-        prefix_lens (S,) as attention() takes them, in the prefill; tuned (2, P, H, D): keys and values that every
-        sequence has before its own (P-tuning).
+        prefix_lens (S,) as attention() takes them, in the prefill. A bias says itself what is visible. tuned
+        (2, P, H, D): keys and values that every sequence has before its own (P-tuning).
         """
         if layer not in self.buffers:
             self.buffers[layer] = [
                 (k.new_empty(n, *k.shape[1:]), v.new_empty(n, *v.shape[1:])) for n in self.capacities
             ]
         bounds, keys, values = cu_seqlens.tolist(), [], []
+        self.counts = cu_seqlens.diff().tolist()
         for s, i in enumerate(self.active):
             old, new = self.lengths[i], self.lengths[i] + bounds[s + 1] - bounds[s]
             for buffer, x, out in zip(self.buffers[layer][i], (k, v), (keys, values), strict=True):
@@ -62,14 +67,47 @@ class KVCache:
             prefix_lens = prefix_lens + tuned.shape[1]
         cu_seqlens_k = torch.tensor([0, *(len(x) for x in keys)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         k, v = (x[0] if len(x) == 1 else torch.cat(x) for x in (keys, values))
-        return attention(
-            q, k, v, cu_seqlens, cu_seqlens_k, int(cu_seqlens_k.diff().max()), causal=True, prefix_lens=prefix_lens
-        )
+        longest = int(cu_seqlens_k.diff().max())
+        return attention(q, k, v, cu_seqlens, cu_seqlens_k, longest, bias is None, prefix_lens, bias)
 
-    def advance(self, counts: list[int]) -> None:
-        """After a whole forward pass: the sequences in the stream grew by `counts` tokens."""
-        for i, n in zip(self.active, counts, strict=True):
+    def attend_memory(
+        self, layer: int, q: Tensor, k: Tensor | None, v: Tensor | None, cu_seqlens: Tensor, memory_cu_seqlens: Tensor | None
+    ) -> Tensor:
+        """Attends to the memory of the segments' sequences, all of it; k and v (Tm, H, D) make it in the first pass."""
+        if k is not None:
+            lengths = memory_cu_seqlens.diff().tolist()
+            self.memory[layer] = list(zip(k.split(lengths), v.split(lengths), strict=True))
+        keys, values = zip(*(self.memory[layer][i] for i in self.active), strict=True)
+        cu_seqlens_k = torch.tensor([0, *(len(x) for x in keys)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return attention(q, torch.cat(keys), torch.cat(values), cu_seqlens, cu_seqlens_k, int(cu_seqlens_k.diff().max()), False)
+
+    def common_length(self) -> int:
+        """The length of the active sequences, where it is the same: a decoder's, which begin together."""
+        (length,) = {self.lengths[i] for i in self.active}
+        return length
+
+    def advance(self) -> None:
+        """After a whole forward pass: the sequences in the stream have grown."""
+        for i, n in zip(self.active, self.counts, strict=True):
             self.lengths[i] += n
+
+    def reorder(self, parents: list[int]) -> None:
+        """Sequence n goes on from sequence parents[n]; all are active then."""
+        for layer, buffers in self.buffers.items():
+            taken, new = set(), []
+            for p in parents:  # the first heir takes the buffers, the others copy what is in use
+                pair = buffers[p]
+                if p in taken:
+                    pair = tuple(b.new_empty(b.shape) for b in buffers[p])
+                    for fresh, old in zip(pair, buffers[p], strict=True):
+                        fresh[: self.lengths[p]] = old[: self.lengths[p]]
+                taken.add(p)
+                new.append(pair)
+            self.buffers[layer] = new
+        self.memory = {layer: [pairs[p] for p in parents] for layer, pairs in self.memory.items()}
+        self.positions = self.positions[..., parents]
+        self.lengths, self.capacities = [self.lengths[p] for p in parents], [self.capacities[p] for p in parents]
+        self.active = list(range(len(parents)))
 
 
 def sampling_probs(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
@@ -110,6 +148,7 @@ def generate(
     repetition_penalty: float = 1.0,
     seed: int = 0,
     on_token: Callable[[int, int], None] | None = None,
+    min_new_tokens: int = 0,
     min_length: int = 0,
     penalty_rule: str = "hf",
 ) -> list[list[int]]:
@@ -123,31 +162,20 @@ def generate(
     `on_token(request, token)` sees each token as it comes.
     """  # fmt: skip
     model.eval()
-    device = next(model.parameters()).device
-    prompts = [[int(t) for t in r["input_ids"]] for r in requests]
-    cache = KVCache([len(p) + max_new_tokens for p in prompts])
+    prompts, seen, cache, batch = prefill(model, requests, max_new_tokens)
     generators = [torch.Generator().manual_seed(seed) for _ in prompts]
     outputs: list[list[int]] = [[] for _ in prompts]
-    Q = model.config.num_image_tokens
-    batch = data.collate([{"labels": p, "num_image_tokens": Q, **r} for p, r in zip(prompts, requests, strict=True)])
-    prompt_lengths = torch.tensor([len(p) for p in prompts])
-    # a picture's slots are no tokens of the text
-    in_slots = [{i for s in r["image_starts"] for i in range(s, s + Q)} for r in requests]
-    seen = [[t for i, t in enumerate(p) if i not in slots] for p, slots in zip(prompts, in_slots, strict=True)]
-    seen = [list(map(int, r.get("seen", s))) for r, s in zip(requests, seen, strict=True)]
     seen = seen if penalty_rule == "hf" else [[] for _ in seen]
-    position_step = getattr(model, "position_step", 1)
-    positions = batch["position_ids"][..., batch["cu_seqlens"][1:].long() - 1]  # (S,) or (n, S): of each last token
+    ends = [word[0] for word in stop_words if len(word) == 1]
     while True:
-        batch = {k: v.to(device) if torch.is_tensor(v) and k not in data.HOST_TENSORS else v for k, v in batch.items()}
-        logits = model({**batch, "cache": cache}, output="logits").float()  # (B, V)
-        cache.advance(batch["cu_seqlens"].diff().tolist())
+        logits = next_logits(model, batch, cache)
         still = []
         for row, i in zip(logits, cache.active, strict=True):
             if repetition_penalty != 1.0:
                 row = penalise_repetition(row, seen[i], repetition_penalty, always_divide=penalty_rule == "sat")
-            if len(prompts[i]) + len(outputs[i]) < min_length:
-                row[[word[0] for word in stop_words if len(word) == 1]] = float("-inf")
+            made = len(outputs[i])
+            if ends and (made < min_new_tokens or len(prompts[i]) + made < min_length):
+                row = row.index_fill(0, torch.tensor(ends, device=row.device), float("-inf"))
             if temperature == 0:
                 token = int(row.argmax())
             else:
@@ -163,14 +191,112 @@ def generate(
                 still.append(i)
         if not still:
             return outputs
-        positions = positions[..., [cache.active.index(i) for i in still]] + position_step
         cache.active = still
-        batch = {
-            "input_ids": torch.tensor([outputs[i][-1] for i in still]),
-            "position_ids": positions,
-            "cu_seqlens": torch.arange(len(still) + 1, dtype=torch.int32), "max_len": 1,
-            "rope_lengths": prompt_lengths[still],  # the cached keys were turned with the prompt's NTK base
-        }  # fmt: skip
+        batch = step_batch(model, cache, [outputs[i][-1] for i in still], [len(prompts[i]) for i in still])
+
+
+@torch.no_grad()
+def beam_search(
+    model: nn.Module, requests: list[dict], max_new_tokens: int, stop_words: list[list[int]], num_beams: int,
+    length_penalty: float = 1.0, repetition_penalty: float = 1.0, min_new_tokens: int = 0, rule: str = "transformers",
+) -> list[list[tuple[float, list[int]]]]:
+    """The num_beams best answers of each request as (score, new token ids), best first.
+
+    A score is the sum of log-probabilities (after the repetition penalty, which acts on them) / number of tokens **
+    length_penalty. An answer ends with one of the one-token `stop_words`, or at max_new_tokens. `rule`: when a request is
+    closed, and how an answer that the limit cuts is scored: "transformers" (5.x) or "lavis" (transformers 4.x fed with
+    embeddings: it counts the start token as one more).
+    """
+    model.eval()
+    K, ends, lavis = num_beams, {word[0] for word in stop_words if len(word) == 1}, rule == "lavis"
+    if len(ends) < len(stop_words):
+        raise ValueError("beam search ends at single tokens; a stop text of several tokens needs num_beams=1")
+    prompts, seen, cache, batch = prefill(model, requests, max_new_tokens)
+    live = list(range(len(requests)))  # requests that are still open; each has K sequences in the cache after the first pass
+    beams = {i: [(0.0, [])] for i in live}  # request -> its running (sum of log-probabilities, new tokens)
+    finished: list[list[tuple[float, list[int]]]] = [[] for _ in requests]
+
+    def finish(i: int, total: float, tokens: list[int], length: int) -> None:
+        finished[i] = sorted([*finished[i], (total / length**length_penalty, tokens)], key=lambda h: -h[0])[:K]
+
+    for n in range(1, max_new_tokens + 1):
+        logits = next_logits(model, batch, cache)
+        offset, parents, last, still = 0, [], [], []
+        for i in live:
+            rows = logits[offset : offset + len(beams[i])].log_softmax(-1)  # (1 or K, V)
+            V = rows.shape[1]
+            if repetition_penalty != 1.0:
+                rows = torch.stack([
+                    penalise_repetition(row, seen[i] + tokens, repetition_penalty)
+                    for row, (_, tokens) in zip(rows, beams[i], strict=True)
+                ])  # fmt: skip
+            if n <= min_new_tokens:
+                rows = rows.index_fill(1, torch.tensor(sorted(ends), device=rows.device), float("-inf"))
+            totals = rows + torch.tensor([total for total, _ in beams[i]], device=rows.device)[:, None]
+            best, index = totals.flatten().topk(min(2 * K, totals.numel()))
+            running, sources = [], []
+            for rank, (total, at) in enumerate(zip(best.tolist(), index.tolist(), strict=True)):
+                tokens = [*beams[i][at // V][1], at % V]
+                if tokens[-1] in ends:
+                    if rank < K:
+                        finish(i, total, tokens, n)
+                elif n == max_new_tokens and not lavis:
+                    if rank < K:
+                        finish(i, total, tokens, n)
+                elif len(running) < K:
+                    running.append((total, tokens))
+                    sources.append(offset + at // V)
+            offset += len(beams[i])
+            reachable = (float(best[0]) / (n + 1) ** length_penalty) if lavis else (
+                running[0][0] / n**length_penalty if running else float("-inf"))  # fmt: skip
+            closed = len(finished[i]) == K and finished[i][-1][0] >= reachable
+            if n == max_new_tokens and lavis and not closed:
+                for total, tokens in running:
+                    finish(i, total, tokens, n + 1)
+            if n < max_new_tokens and not closed:
+                still.append(i)
+                beams[i] = running
+                parents += sources
+                last += [tokens[-1] for _, tokens in running]
+        live = still
+        if not live:
+            break
+        cache.reorder(parents)
+        batch = step_batch(model, cache, last, [len(prompts[i]) for i in live for _ in beams[i]])
+    return finished
+
+
+def prefill(model: nn.Module, requests: list[dict], max_new_tokens: int) -> tuple[list, list, KVCache, dict]:
+    """-> (prompts, the tokens of each that the repetition penalty sees, an empty cache, the prompts as one stream)"""
+    prompts = [[int(t) for t in r["input_ids"]] for r in requests]
+    Q = model.num_image_tokens
+    batch = data.collate([{"labels": p, "num_image_tokens": Q, **r} for p, r in zip(prompts, requests, strict=True)])
+    seen = []
+    for r, p in zip(requests, prompts, strict=True):
+        slots = {i for s in r["image_starts"] for i in range(s, s + Q)}  # a picture's slots are no tokens of the text
+        seen.append(list(map(int, r.get("seen", (t for i, t in enumerate(p) if i not in slots)))))
+    cache = KVCache([len(p) + max_new_tokens for p in prompts])
+    cache.positions = batch["position_ids"][..., batch["cu_seqlens"][1:].long() - 1]
+    return prompts, seen, cache, batch
+
+
+def next_logits(model: nn.Module, batch: dict, cache: KVCache) -> Tensor:
+    """(B, V) fp32 of each segment's last position; the cache grows by the batch."""
+    device = next(model.parameters()).device
+    batch = {k: v.to(device) if torch.is_tensor(v) and k not in data.HOST_TENSORS else v for k, v in batch.items()}
+    logits = model({**batch, "cache": cache}, output="logits").float()
+    cache.advance()
+    return logits
+
+
+def step_batch(model: nn.Module, cache: KVCache, tokens: list[int], prompt_lengths: list[int]) -> dict:
+    """One token more for each active sequence; its position is the last one plus the model's own step (default 1)."""
+    cache.positions[..., cache.active] += getattr(model, "position_step", 1)
+    return {
+        "input_ids": torch.tensor(tokens), "position_ids": cache.positions[..., cache.active],
+        "cu_seqlens": torch.arange(len(tokens) + 1, dtype=torch.int32), "max_len": 1,
+        "rope_lengths": torch.tensor(prompt_lengths),  # the cached keys were turned with the prompt's NTK base
+    }  # fmt: skip
 
 
 def base_of(model_name_or_path: str | None, lora_path: str | None) -> str:
@@ -189,7 +315,7 @@ def load_model(
     with torch.device("meta"):
         model = module.build_model(config)
     model = model.to(dtype).to_empty(device=device)
-    weights = checkpoint.open_weights(directory, getattr(module, "IGNORED_WEIGHTS", ()))
+    weights = checkpoint.open_weights(directory, module.IGNORED_WEIGHTS, module.ALIASES)
     checkpoint.load_into(dict(model.named_parameters()), weights)
     if lora_path is not None:
         lora.load_adapter(model, lora_path)
@@ -223,7 +349,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--requests", default=None, help='JSONL: {"prompt": ..., "image": path or list} or any chat record, one a line')
     add("--output", default=None, help="write answers as JSONL here")
     add("--draw", default="boxes.png", help="where a copy of the picture with the answer's boxes goes, if it has any")
-    add("--stage", default="sft", choices=("sft", "pretrain"), help="prompt format")
+    add("--stage", default="sft", choices=("sft", "pretrain", "pretrain1", "pretrain2"), help="prompt format")
     add("--max_new_tokens", type=int, default=256)
     add("--temperature", type=float, default=0.0, help="0: greedy")
     add("--top_k", type=int, default=0, help="0: off")
@@ -231,7 +357,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--repetition_penalty", type=float, default=1.0)
     rules = "whose repetition penalty; hf: prompt and answer; sat: answer only, always divided"
     add("--penalty_rule", default="hf", choices=("hf", "sat"), help=rules)
+    add("--min_new_tokens", type=int, default=0)
     add("--min_length", type=int, default=0, help="tokens, the prompt's included, before the answer may end")
+    add("--num_beams", type=int, default=1, help="1: no beam search")
+    add("--length_penalty", type=float, default=1.0, help="beams: above 0 favours long answers")
+    add("--beam_rule", default="transformers", choices=("transformers", "lavis"), help="when a beam search ends")
     add("--stop", action="append", default=[], help="stop at this text too; may be repeated")
     add("--seed", type=int, default=0)
     add("--batch_size", type=int, default=8)
@@ -250,6 +380,8 @@ def main(argv: list[str] | None = None) -> int:
             "expected temperature >= 0, 0 < top_p <= 1, top_k >= 0, repetition_penalty > 0, max_new_tokens >= 1"
         )
 
+    if args.num_beams < 1 or args.min_new_tokens < 0 or (args.num_beams > 1 and args.temperature > 0):
+        raise ValueError("expected num_beams >= 1, min_new_tokens >= 0, and temperature=0 with num_beams > 1")
     directory = data.model_directory(args.model, base_of(args.model_name_or_path, args.lora_path))
     processor = data.load_processor(directory, args.stage)
     conversations = read_requests(args)
@@ -278,10 +410,18 @@ def main(argv: list[str] | None = None) -> int:
         requests = [processor.prompt(c) for c in some]
         for request in requests:
             request["pixel_values"] = [processor.load_image(p).to(DTYPES[args.dtype]) for p in request["images"]]
-        answers = generate(
-            model, requests, args.max_new_tokens, stop_words, args.temperature, args.top_k, args.top_p,
-            args.repetition_penalty, args.seed, show if streaming else None, args.min_length, args.penalty_rule,
-        )  # fmt: skip
+        if args.num_beams > 1:
+            beams = beam_search(
+                model, requests, args.max_new_tokens, stop_words, args.num_beams, args.length_penalty,
+                args.repetition_penalty, args.min_new_tokens, args.beam_rule,
+            )  # fmt: skip
+            answers = [found[0][1] for found in beams]
+        else:
+            answers = generate(
+                model, requests, args.max_new_tokens, stop_words, args.temperature, args.top_k, args.top_p,
+                args.repetition_penalty, args.seed, show if streaming else None, args.min_new_tokens, args.min_length,
+                args.penalty_rule,
+            )  # fmt: skip
         for conversation, request, ids in zip(some, requests, answers, strict=True):
             text = processor.decode(ids)
             if streaming:

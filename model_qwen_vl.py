@@ -73,10 +73,6 @@ class QwenVLConfig:
     raw: dict = field(default_factory=dict)  # config.json as it was read, written back with the weights
 
     @property
-    def num_image_tokens(self) -> int:
-        return self.visual.n_queries
-
-    @property
     def mlp_width(self) -> int:
         return self.intermediate_size // 2
 
@@ -351,6 +347,10 @@ class QwenVL(nn.Module):
             self.lm_head.weight = self.transformer.wte.weight
 
     @property
+    def num_image_tokens(self) -> int:
+        return self.config.visual.n_queries
+
+    @property
     def blocks(self) -> nn.ModuleList:
         return self.transformer.h
 
@@ -468,8 +468,11 @@ PARTS = {
     "language model": "transformer.*",
     "head": "lm_head.*",
 }
-IMAGE_PARTS = ["resampler", "vision"]
-PRETRAIN_FREEZE = ["transformer.wte.*", "transformer.h.*", "transformer.ln_f.*", "lm_head.*"]  # stage "pretrain"
+IMAGE_PARAMETERS = ["transformer.visual.*"]  # what a picture's features depend on
+STAGES = ("sft", "pretrain")
+IGNORED_WEIGHTS: list[str] = []  # names that files hold but this file recomputes
+ALIASES: dict[str, str] = {}  # tied names
+PRETRAIN_FREEZE = {"pretrain": ["transformer.wte.*", "transformer.h.*", "transformer.ln_f.*", "lm_head.*"]}
 # The official targets. By name they exist in the language model only: the vision tower's linears are in_proj,
 # out_proj, c_fc.
 LORA_TARGETS = [r".*\.attn\.c_attn", r".*\.attn\.c_proj", r".*\.mlp\.w1", r".*\.mlp\.w2"]

@@ -459,6 +459,10 @@ class VisualGLM(nn.Module):
         self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)  # not tied to word_embeddings
 
     @property
+    def num_image_tokens(self) -> int:
+        return self.config.num_image_tokens
+
+    @property
     def blocks(self) -> nn.ModuleList:
         return self.transformer.layers
 
@@ -559,10 +563,12 @@ PARTS = {
     "language model": "transformer.*",
     "head": "lm_head.*",
 }
-IMAGE_PARTS = ["q-former", "vision"]
-PRETRAIN_FREEZE = ["transformer.*", "lm_head.*"]  # stage "pretrain"
+IMAGE_PARAMETERS = ["image_encoder.*"]  # what a picture's features depend on
+STAGES = ("sft", "pretrain")
+PRETRAIN_FREEZE = {"pretrain": ["transformer.*", "lm_head.*"]}
 # In published files; the original ignores them too
 IGNORED_WEIGHTS = ["transformer.layers.*.attention.rotary_emb.inv_freq"]
+ALIASES: dict[str, str] = {}  # tied names
 PREFIX_TUNING = "transformer.prefix_encoder.*"  # what P-tuning trains
 # The official targets, in the language model only
 LORA_TARGETS = [r"transformer\.layers\.\d+\.attention\.query_key_value", r"transformer\.layers\.\d+\.attention\.dense"]

@@ -86,6 +86,48 @@ def all_max(values: Tensor, world: World) -> Tensor:  # all ranks
     return values
 
 
+def gather_rows(x: Tensor, differentiable: bool = False) -> tuple[Tensor, int]:  # all ranks
+    """Rows of all ranks in rank order (ranks may have different numbers), and the place of this rank's first one."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return x, 0
+    counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
+    counts = [int(n) for n in counts]
+    first = sum(counts[: dist.get_rank()])
+    return (_GatherRows.apply(x, counts, first) if differentiable else _gather(x, counts)), first
+
+
+def _gather(x: Tensor, counts: list[int]) -> Tensor:  # all ranks
+    padded = x.new_zeros(max(counts), *x.shape[1:])
+    padded[: len(x)] = x
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+
+
+class _GatherRows(torch.autograd.Function):
+    """The gradient of a row is what all ranks have for it: summed, and its own rank takes it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, counts: list[int], first: int) -> Tensor:
+        ctx.rows = slice(first, first + len(x))
+        return _gather(x, counts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad[ctx.rows], None, None
+
+
+def largest(value: int, device: torch.device) -> int:  # all ranks
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    tensor = torch.tensor([value], device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor)
+
+
 def barrier(world: World) -> None:  # all ranks
     if world.size > 1:
         dist.barrier()

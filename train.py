@@ -50,7 +50,8 @@ class Config:
     # model and stage
     model: str | None = None  # qwen_vl; default: from the checkpoint's config.json
     model_name_or_path: str = "tiny"  # a checkpoint directory, or a preset: tiny is the one in samples/
-    stage: str = "sft"  # sft; pretrain: captioning with the language model frozen
+    stage: str = "sft"  # sft; the model's own pre-training stages: pretrain (Qwen-VL), pretrain1 and pretrain2 (BLIP-2)
+    init_from: str | None = None  # checkpoint whose tensors replace those of the same name: stage 2 begins with stage 1's
     freeze_include: list[str] | None = None  # fnmatch on parameter names: frozen
     freeze_exclude: list[str] | None = None  # carved out of freeze_include: trainable
     # data
@@ -90,7 +91,8 @@ class Config:
     adam_epsilon: float = 1e-8
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0  # 0: no clipping
-    lr_scheduler_type: str = "linear"  # linear, cosine, constant
+    decay_scalars: bool = False  # weight decay on single numbers too (LAVIS decays its temperature)
+    lr_scheduler_type: str = "linear"  # linear, cosine, constant; cosine_epochs: steps down once an epoch, as LAVIS
     warmup_ratio: float = 0.0
     warmup_steps: int = 0  # wins over warmup_ratio
     warmup_start_lr: float = 0.0
@@ -130,9 +132,9 @@ NO_EFFECT = [  # keys of the toolkit whose files run here unchanged
     "zero_padding", "optim", "scale_loss", "unified_checkpoint", "use_fused_*", "dataloader_*", "ignore_*",
 ]  # fmt: skip
 CHOICES = {
-    "stage": ("sft", "pretrain"), "save_strategy": ("no", "epoch", "steps"),
+    "save_strategy": ("no", "epoch", "steps"),
     "evaluation_strategy": ("no", "epoch", "steps"),
-    "lr_scheduler_type": ("linear", "cosine", "constant"), "fp16_opt_level": ("O1", "O2"),
+    "lr_scheduler_type": ("linear", "cosine", "constant", "cosine_epochs"), "fp16_opt_level": ("O1", "O2"),
     "metric_for_best_model": ("eval_loss", "eval_accuracy"), "sharding": (None, *parallel.STAGES),
     "use_flash_attention": ("auto", True, False),
 }  # fmt: skip
@@ -258,6 +260,11 @@ def validate(cfg: Config) -> None:
 # Model
 
 
+def check_stage(cfg: Config, module) -> None:
+    if cfg.stage not in module.STAGES:
+        raise ValueError(f"stage={cfg.stage!r}; expected one of {', '.join(module.STAGES)} for this model")
+
+
 def matches(name: str, patterns: list[str] | None) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns or ())
 
@@ -271,7 +278,7 @@ def choose_trainable(model: nn.Module, module, cfg: Config) -> None:
             if not fnmatch.filter(names, pattern):
                 near = difflib.get_close_matches(pattern.strip("*"), names, n=2, cutoff=0)
                 raise ValueError(f"{key}: {pattern!r} matches no parameter; near names: {', '.join(near)}")
-    frozen = (cfg.freeze_include or []) + (module.PRETRAIN_FREEZE if cfg.stage == "pretrain" else [])
+    frozen = (cfg.freeze_include or []) + module.PRETRAIN_FREEZE.get(cfg.stage, [])
     for name, p in model.named_parameters():
         if ".lora_A." in name or ".lora_B." in name:
             p.requires_grad_(True)
@@ -326,7 +333,7 @@ def build(cfg: Config, directory: Path, world: parallel.World):
     config = checkpoint.read_config(directory)
     module = importlib.import_module("model_" + checkpoint.model_kind(config))
     config = with_prefix(config, module, cfg)
-    weights = checkpoint.open_weights(directory, getattr(module, "IGNORED_WEIGHTS", ()))
+    weights = checkpoint.open_weights(directory, module.IGNORED_WEIGHTS, module.ALIASES)
     with torch.device("meta"):
         model = module.build_model(config)
     # P-tuning's parameters are new, unless the base was P-tuned before
@@ -362,6 +369,20 @@ def build(cfg: Config, directory: Path, world: parallel.World):
     model.to_empty(device=world.device)
     parameters = dict(model.named_parameters())
     checkpoint.load_into({name: parameters[name] for name in base_names}, weights)
+    if cfg.init_from:
+        other = checkpoint.open_weights(cfg.init_from, module.IGNORED_WEIGHTS, module.ALIASES)
+        common = sorted(base_names & other.names)
+        for name in common:
+            if other.shape(name) != parameters[name].shape:
+                raise ValueError(
+                    f"init_from={cfg.init_from}: {name} is {tuple(other.shape(name))}, expected {tuple(parameters[name].shape)}; "
+                    "use a checkpoint of the same sizes"
+                )
+            checkpoint.copy_full_(parameters[name], other.read(name))
+        if not common:
+            raise ValueError(f"init_from={cfg.init_from} has no tensor of this model; the two must share names")
+        if world.main:
+            print(f"{len(common)} tensors from {cfg.init_from}, {len(base_names) - len(common)} from {directory}")
     for name in parameters.keys() - base_names:
         full = torch.empty(parameters[name].shape)
         init = model.init_weights if name in new else lora.init_lora
@@ -375,8 +396,10 @@ def build(cfg: Config, directory: Path, world: parallel.World):
 
 def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
     trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    plain = [p for n, p in trainable if n.endswith("bias") or p.ndim < 2]
-    decayed = [p for n, p in trainable if not (n.endswith("bias") or p.ndim < 2)]
+    one_number = {n for n, p in trainable if p.numel() == 1 and cfg.decay_scalars}
+    exempt = {n for n, p in trainable if n.endswith("bias") or p.ndim < 2 and n not in one_number}
+    plain = [p for n, p in trainable if n in exempt]
+    decayed = [p for n, p in trainable if n not in exempt]
     groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     betas = (cfg.adam_beta1, cfg.adam_beta2)
     return torch.optim.AdamW(
@@ -384,9 +407,15 @@ def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
     )
 
 
-def learning_rate_at(step: int, total: int, cfg: Config) -> float:
+def learning_rate_at(step: int, total: int, cfg: Config, epoch: int = 0) -> float:
     """Of the update that follows `step` finished ones."""
     warmup = cfg.warmup_steps or math.ceil(cfg.warmup_ratio * total)
+    if cfg.lr_scheduler_type == "cosine_epochs":  # warm-up ends with the first epoch at the latest
+        if epoch == 0:
+            warmed = cfg.warmup_start_lr + (cfg.learning_rate - cfg.warmup_start_lr) * step / max(warmup, 1)
+            return min(cfg.learning_rate, warmed)
+        shape = (1 + math.cos(math.pi * epoch / cfg.num_train_epochs)) / 2
+        return cfg.eta_min + (cfg.learning_rate - cfg.eta_min) * shape
     if step < warmup:
         return cfg.warmup_start_lr + (cfg.learning_rate - cfg.warmup_start_lr) * step / warmup
     done = (step - warmup) / max(1, total - warmup)
@@ -430,46 +459,66 @@ def to_device(batch: dict, device: torch.device, blank_image: bool, image_size: 
     return batch
 
 
-def losses_by_dataset(batch: dict, row_losses: Tensor, num_datasets: int) -> Tensor:
-    """(num_datasets, 2) fp64: summed loss and supervised tokens of each dataset entry."""
-    rows = (batch["targets"] != IGNORE_INDEX).nonzero()[:, 0]
-    segments = torch.bucketize(rows, batch["cu_seqlens"][1:].to(rows.device), right=True)
-    index = batch["dataset_ids"][segments]
-    out = torch.zeros(num_datasets, 2, dtype=torch.float64, device=rows.device)
-    return out.index_add_(0, index, torch.stack((row_losses.double(), torch.ones_like(row_losses).double()), dim=1))
+def losses_by_dataset(batch: dict, losses: Tensor, num_datasets: int) -> Tensor:
+    """(num_datasets, K, 2) fp64: sum and count of each of the model's K losses by dataset entry.
 
-
-def step_facts(micro_batches: list[dict], signalled: int, world: parallel.World) -> tuple[int, int, int, list[bool]]:
-    """What all ranks hold together: supervised tokens, bad samples, a signal's number, which rounds have pictures."""
-     # all ranks
-    has_images = [b["pixel_values"] is not None for b in micro_batches]
-    if world.size == 1:
-        return (
-            sum(b["num_supervised"] for b in micro_batches),
-            sum(len(b["bad"]) for b in micro_batches),
-            signalled,
-            has_images,
-        )
-    sums = torch.tensor([sum(b["num_supervised"] for b in micro_batches), sum(len(b["bad"]) for b in micro_batches)])
-    maxima = torch.tensor([signalled, *has_images], dtype=torch.int64)
-    sums, maxima = parallel.all_sum(sums, world).tolist(), parallel.all_max(maxima, world).tolist()
-    return sums[0], sums[1], maxima[0], [bool(x) for x in maxima[1:]]
-
-
-def forward_backward(model, micro_batches, has_images, total, cfg, world, scaler, num_datasets, image_size) -> Tensor:
-    """Gradients of the mean loss over the whole step. Returns (num_datasets, 2) of this rank: loss sums and token
-    counts.
+    `losses`: each supervised token's own (K = 1), or (S, K, 2) sums and counts of the segments.
     """
-    sums = torch.zeros(num_datasets, 2, dtype=torch.float64, device=world.device)
+    if losses.ndim == 1:
+        rows = (batch["targets"] != IGNORE_INDEX).nonzero()[:, 0]
+        segments = torch.bucketize(rows, batch["cu_seqlens"][1:].to(rows.device), right=True)
+        index = batch["dataset_ids"][segments]
+        losses = torch.stack((losses.double(), torch.ones_like(losses).double()), dim=1)[:, None]
+    else:
+        index, losses = batch["dataset_ids"], losses.double()
+    out = torch.zeros(num_datasets, *losses.shape[1:], dtype=torch.float64, device=losses.device)
+    return out.index_add_(0, index, losses)
+
+
+def loss_counts(model: nn.Module, batch: dict) -> list[int]:
+    """What each of the model's losses is summed over: one loss over the supervised tokens, unless the model says else."""
+    return model.loss_counts(batch) if hasattr(model, "loss_counts") else [batch["num_supervised"]]
+
+
+def named_losses(model: nn.Module, sums: Tensor) -> dict[str, float]:
+    """Each of a model's several losses by its name; (K, 2) sums and counts."""
+    return dict(zip(getattr(model, "LOSSES", ()), means(sums).tolist(), strict=False))
+
+
+def means(sums: Tensor) -> Tensor:
+    """(..., K, 2) sums and counts -> (..., K), zero where nothing was counted."""
+    return sums[..., 0] / sums[..., 1].clamp(min=1)
+
+
+def step_facts(
+    model: nn.Module, micro_batches: list[dict], signalled: int, world: parallel.World
+) -> tuple[list[int], int, int, int, list[bool]]:  # all ranks
+    """What all ranks hold together: counts of the losses, supervised tokens, bad samples, a signal's number, which rounds
+    have pictures."""
+    counts = [sum(column) for column in zip(*(loss_counts(model, b) for b in micro_batches), strict=True)]
+    sums = [*counts, sum(b["num_supervised"] for b in micro_batches), sum(len(b["bad"]) for b in micro_batches)]
+    maxima = [signalled, *(b["pixel_values"] is not None for b in micro_batches)]
+    if world.size > 1:
+        sums = parallel.all_sum(torch.tensor(sums), world).tolist()
+        maxima = parallel.all_max(torch.tensor(maxima, dtype=torch.int64), world).tolist()
+    return sums[:-2], sums[-2], sums[-1], maxima[0], [bool(x) for x in maxima[1:]]
+
+
+def forward_backward(model, micro_batches, has_images, counts, cfg, world, scaler, num_datasets, image_size) -> Tensor:
+    """Gradients of the mean loss over the whole step, a sum of means where the model has several. Returns
+    (num_datasets, K, 2) of this rank: loss sums and counts.
+    """
+    sums = torch.zeros(num_datasets, len(counts), 2, dtype=torch.float64, device=world.device)
+    weights = torch.tensor([world.size / max(n, 1) * scaler.scale for n in counts], device=world.device)
     for i, batch in enumerate(micro_batches):
         batch = to_device(batch, world.device, has_images[i], image_size)
         parallel.set_gradient_sync(model, cfg.sharding, last=i == len(micro_batches) - 1)
         lora.set_dropout_keys(model, batch)
         with autocast(cfg, world):
-            loss_sum, row_losses = model(batch)
-        # sharded gradients are averaged over ranks: times their number, divided by the tokens of all
-        (loss_sum * (world.size / total * scaler.scale)).backward()
-        sums += losses_by_dataset(batch, row_losses, num_datasets)
+            loss_sum, losses = model(batch)
+        # sharded gradients are averaged over ranks: times their number, divided by the counts of all
+        (loss_sum * weights).sum().backward()
+        sums += losses_by_dataset(batch, losses, num_datasets)
     return sums
 
 
@@ -510,21 +559,21 @@ def evaluate_loss(model, plan, processor, cfg: Config, world) -> dict[str, float
     )  # fmt: skip
     kept, sums = [], 0
     for _, _, micro_batches in loader:
-        _, _, _, has_images = step_facts(micro_batches, 0, world)
+        *_, has_images = step_facts(model, micro_batches, 0, world)
         batch = to_device(micro_batches[0], world.device, has_images[0], processor.image_size)
         with autocast(cfg, world):
-            _, row_losses = model(batch)
-        kept.append(losses_by_dataset(batch, row_losses, len(plan.index.entries)))
+            _, losses = model(batch)
+        kept.append(losses_by_dataset(batch, losses, len(plan.index.entries)))
         if cfg.eval_accumulation_steps and len(kept) == cfg.eval_accumulation_steps:
             sums, kept = sums + sum(kept).cpu(), []
     sums = parallel.all_sum(sums + sum(kept).cpu() if kept else sums, world)
-    if not sums[:, 1].sum():
+    if not sums[..., 1].sum():
         raise ValueError("the eval set has no supervised token")
-    result = {"eval_loss": float(sums[:, 0].sum() / sums[:, 1].sum())}
+    result = {"eval_loss": float(means(sums.sum(0)).sum())}
+    result |= {f"eval_loss_{k}": v for k, v in named_losses(model, sums.sum(0)).items()}
     if len(sums) > 1:
-        result |= {
-            f"eval_loss/{e.label}": float(s / n) for e, (s, n) in zip(plan.index.entries, sums, strict=True) if n
-        }
+        pairs = zip(plan.index.entries, sums, strict=True)
+        result |= {f"eval_loss/{e.label}": float(means(x).sum()) for e, x in pairs if x[:, 1].any()}
     return result
 
 
@@ -855,6 +904,7 @@ def main(argv: list[str] | None = None) -> int:
             "give a checkpoint directory (config.json, weights, qwen.tiktoken)"
         )
     if cfg.dry_run:
+        check_stage(cfg, module)
         plan = None
         if directory is not None:
             processor = module.load_processor(directory, cfg.stage)
@@ -890,6 +940,7 @@ def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
     out = Path(cfg.output_dir)
     say(json.dumps(asdict(cfg), ensure_ascii=False))
     dataset = cfg.dataset or data.DEFAULT_DATASET
+    check_stage(cfg, module)
     processor = module.load_processor(directory, cfg.stage)
 
     def plan_for(split: str, **options) -> data.Plan:
@@ -939,7 +990,7 @@ def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
         if any(
             p.requires_grad
             for n, p in model.named_parameters()
-            if matches(n, [module.PARTS[part] for part in module.IMAGE_PARTS])
+            if matches(n, module.IMAGE_PARAMETERS)
         ):
             raise ValueError(
                 "cache_image_features=true needs a frozen vision tower; add it to freeze_include or turn the cache off"
@@ -992,7 +1043,7 @@ def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
     clock = time.perf_counter()
     for step, epoch, micro_batches in loader if cfg.do_train else ():
         waited = time.perf_counter() - clock
-        supervised, bad, stop, has_images = step_facts(micro_batches, signalled, world)
+        counts, supervised, bad, stop, has_images = step_facts(model, micro_batches, signalled, world)
         for batch in micro_batches:
             for where, reason in batch["bad"]:
                 print(f"warning: left out {where}: {reason}", file=sys.stderr, flush=True)
@@ -1006,16 +1057,16 @@ def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
         ids = [i for batch in micro_batches for i in batch["sample_ids"]]
         if supervised == 0:
             raise ValueError(f"step {step + 1} has no supervised token; its samples: {', '.join(ids)}")
-        lr = learning_rate_at(step, total, cfg)
+        lr = learning_rate_at(step, total, cfg, epoch)
         for group in optimizer.param_groups:
             group["lr"] = lr
         sums = forward_backward(
-            model, micro_batches, has_images, supervised, cfg, world, scaler, len(entries), processor.image_size
+            model, micro_batches, has_images, counts, cfg, world, scaler, len(entries), processor.image_size
         )
         tokens = torch.tensor([sum(len(b["input_ids"]) for b in micro_batches), len(ids)], dtype=torch.float64)
         facts = parallel.all_sum(torch.cat((sums.cpu().flatten(), tokens)), world)
-        sums, (num_tokens, num_samples) = facts[:-2].view(-1, 2), facts[-2:].tolist()
-        loss = float(sums[:, 0].sum() / supervised)
+        sums, (num_tokens, num_samples) = facts[:-2].view(len(entries), -1, 2), facts[-2:].tolist()
+        loss = float(means(sums.sum(0)).sum())
         if not math.isfinite(loss):
             raise ValueError(
                 f"the loss of step {step + 1} is {loss}; its samples: {', '.join(ids)}; the last checkpoint stands"
@@ -1038,8 +1089,9 @@ def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
             }  # fmt: skip
             if len(entries) > 1:
                 record["loss_by_dataset"] = {
-                    e.label: float(s / n) for e, (s, n) in zip(entries, sums, strict=True) if n
+                    e.label: float(means(x).sum()) for e, x in zip(entries, sums, strict=True) if x[:, 1].any()
                 }
+            record |= {f"loss_{k}": v for k, v in named_losses(model, sums.sum(0)).items()}
             log.step(record)
         if step >= start + 2:  # the first two warm up
             for key, value in zip(measured, (num_samples, num_tokens, supervised, seconds), strict=True):

@@ -28,8 +28,17 @@ import train  # noqa: E402
 torch.set_num_threads(2)
 
 ROOT = Path(__file__).resolve().parent.parent
-# test argument -> directories below the golden root, or a file that each of them holds
-VARIANTS = {"qwen_vl_variant": "qwen_vl/tiny_*", "visualglm_variant": "visualglm/*/golden.json"}
+VARIANTS = {  # test argument -> directories below the golden root, or a file that each of them holds
+    "qwen_vl_variant": "qwen_vl/tiny_*",
+    "blip2_opt": "blip2/hf_opt_*",
+    "blip2_t5": "blip2/hf_t5_*",
+    "blip2_itm": "blip2/hf_itm_*",
+    "blip2_lora": "blip2/lora_*",
+    "blip2_stage1": "blip2/lavis_stage1_[!d]*",
+    "blip2_stage1_ddp": "blip2/lavis_stage1_ddp*",
+    "blip2_stage2": "blip2/lavis_stage2_*",
+    "visualglm_variant": "visualglm/*/golden.json",
+}
 
 
 def pytest_addoption(parser):
@@ -60,20 +69,19 @@ def pytest_generate_tests(metafunc):
             metafunc.parametrize(argument, found or [None], ids=[p.name for p in found] or ["none"], indirect=True)
 
 
-@pytest.fixture
-def qwen_vl_variant(request) -> Path:
-    """One directory `qwen_vl/tiny_*` of the golden root."""
-    if request.param is None:
-        pytest.fail(f"no variant {VARIANTS['qwen_vl_variant']} below {request.config.goldens}", pytrace=False)
-    return request.param
+def variant_fixture(argument: str):
+    """A fixture that gives one directory of the golden root."""
+
+    def variant(request) -> Path:
+        if request.param is None:
+            pytest.fail(f"no variant {VARIANTS[argument]} below {request.config.goldens}", pytrace=False)
+        return request.param
+
+    return pytest.fixture(variant, name=argument)
 
 
-@pytest.fixture
-def visualglm_variant(request) -> Path:
-    """One directory `visualglm/*` of the golden root."""
-    if request.param is None:
-        pytest.fail(f"no variant {VARIANTS['visualglm_variant']} below {request.config.goldens}", pytrace=False)
-    return request.param
+for _argument in VARIANTS:
+    globals()[f"_{_argument}"] = variant_fixture(_argument)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,1579 @@
+"""BLIP-2 (arXiv:2301.12597): EVA ViT-g, Q-Former, OPT or Flan-T5, and everything about its data format.
+
+    python generate.py --model blip2 --image picture.png --prompt "Question: what is this? Answer:"
+    python model_blip2.py import blip2_pretrained.pth --config config.json --out stage1    # LAVIS checkpoints, and back
+    python model_blip2.py resize blip2-opt-2.7b blip2-opt-2.7b-364 --image_size 364
+
+Two models: `Blip2` reads a picture and writes text; `Blip2Qformer` is stage 1 of pre-training and retrieval (a config.json
+whose Q-Former takes text: `use_qformer_text_input`). Text has no batch dimension: a micro-batch is one stream of T tokens,
+cut into segments (samples) by `cu_seqlens`. Parameter names are those of the published Hugging Face checkpoints.
+Numerics follow LAVIS (2023) and transformers; where this file differs on purpose, it says so. Dropout acts on hidden states
+only (the originals drop attention probabilities too) and is a pure function of the sample, so that no layout changes it.
+"""
+import argparse
+import hashlib
+import json
+import math
+import re
+import sys
+import zlib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from torch import Tensor, nn
+
+import checkpoint
+import lora
+import parallel
+from kernels.attention import attention
+from kernels.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from kernels.norm import rms_norm
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration: the fields of the published config.json that change what is computed, with that file's defaults
+
+
+@dataclass
+class VisionConfig:
+    hidden_size: int = 1408
+    intermediate_size: int = 6144
+    num_hidden_layers: int = 39
+    num_attention_heads: int = 16
+    image_size: int = 224
+    patch_size: int = 14
+    layer_norm_eps: float = 1e-6
+    # LAVIS normalises the features with 1e-5, the published Hugging Face models with the blocks' eps; ours alone has the key
+    post_layernorm_eps: float | None = None
+
+
+@dataclass
+class QFormerConfig:
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    layer_norm_eps: float = 1e-12
+    cross_attention_frequency: int = 2
+    encoder_hidden_size: int = 1408
+    use_qformer_text_input: bool = False
+
+
+@dataclass
+class OPTConfig:
+    vocab_size: int = 50272
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    ffn_dim: int = 3072
+    max_position_embeddings: int = 2048
+    dropout: float = 0.1
+    pad_token_id: int = 1
+    bos_token_id: int = 2
+
+
+@dataclass
+class T5Config:
+    vocab_size: int = 32128
+    d_model: int = 512
+    d_kv: int = 64
+    d_ff: int = 2048
+    num_layers: int = 6
+    num_decoder_layers: int | None = None
+    num_heads: int = 8
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    dropout_rate: float = 0.1
+    layer_norm_epsilon: float = 1e-6
+    dense_act_fn: str = "gelu_new"  # the published BLIP-2 configs say gelu: the exact one, unlike Flan-T5's own
+    pad_token_id: int = 0  # also what the decoder starts with
+    eos_token_id: int = 1
+
+
+@dataclass
+class Blip2Config:
+    vision: VisionConfig
+    qformer: QFormerConfig
+    text: OPTConfig | T5Config
+    num_query_tokens: int = 32
+    image_text_hidden_size: int = 256
+    image_token_index: int | None = None  # null in older files: then the padding token stands for a picture
+    stage1_heads: bool = False  # temperature and language-modelling head of stage 1; published retrieval models lack them
+    raw: dict = field(default_factory=dict)  # config.json as it was read, written back with the weights
+
+    @classmethod
+    def from_dict(cls, raw: dict) -> "Blip2Config":
+        """Raises ValueError for a shape that the architecture cannot have."""
+
+        def pick(kind, values: dict):
+            return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values and f.name != "raw"})
+
+        parts = [raw.get(f"{part}_config") for part in ("vision", "qformer", "text")]
+        if not all(isinstance(part, dict) for part in parts):
+            raise ValueError("config.json lacks vision_config, qformer_config or text_config; is it a BLIP-2 checkpoint?")
+        kinds = {"opt": OPTConfig, "t5": T5Config}
+        if parts[2].get("model_type") not in kinds:
+            raise ValueError(f"config.json: text_config.model_type={parts[2].get('model_type')!r}; expected opt or t5")
+        text = pick(kinds[parts[2]["model_type"]], parts[2])
+        top = {f.name: raw[f.name] for f in fields(cls)[3:-1] if f.name in raw}
+        config = cls(vision=pick(VisionConfig, parts[0]), qformer=pick(QFormerConfig, parts[1]), text=text, raw=raw, **top)
+        v, q = config.vision, config.qformer
+        checks = [
+            (v.hidden_size % v.num_attention_heads == 0, "vision_config: num_attention_heads must divide hidden_size"),
+            (v.image_size % v.patch_size == 0, f"patch_size={v.patch_size} does not divide image_size={v.image_size}"),
+            (q.hidden_size % q.num_attention_heads == 0, "qformer_config: num_attention_heads must divide hidden_size"),
+            (q.encoder_hidden_size == v.hidden_size,
+             f"qformer_config.encoder_hidden_size={q.encoder_hidden_size} must be the vision tower's {v.hidden_size}"),
+            (q.cross_attention_frequency >= 1, "qformer_config.cross_attention_frequency must be at least 1"),
+        ]  # fmt: skip
+        if isinstance(text, OPTConfig):
+            checks += [
+                (text.hidden_size % text.num_attention_heads == 0, "text_config: num_attention_heads must divide hidden_size"),
+                (parts[2].get("word_embed_proj_dim", text.hidden_size) == text.hidden_size
+                 and parts[2].get("do_layer_norm_before", True) and parts[2].get("activation_function", "relu") == "relu",
+                 "text_config: OPT with projected embeddings, post-norm or another activation than relu is not supported"),
+            ]  # fmt: skip
+        else:
+            text.num_decoder_layers = text.num_decoder_layers or text.num_layers
+            checks += [
+                (text.dense_act_fn in T5_ACTIVATIONS and parts[2].get("feed_forward_proj", "gated-gelu") == "gated-gelu",
+                 f"text_config: dense_act_fn={text.dense_act_fn!r}; expected gelu or gelu_new, gated (Flan-T5)"),
+                (not parts[2].get("tie_word_embeddings", False),
+                 "text_config.tie_word_embeddings must be false: Flan-T5 has its own lm_head"),
+            ]  # fmt: skip
+        for ok, message in checks:
+            if not ok:
+                raise ValueError(f"config.json: {message}")
+        return config
+
+    @property
+    def is_t5(self) -> bool:
+        return isinstance(self.text, T5Config)
+
+    # what train.py asks of every model's config
+    @property
+    def hidden_size(self) -> int:
+        return self.text.d_model if self.is_t5 else self.text.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.text.vocab_size
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.text.num_layers + self.text.num_decoder_layers if self.is_t5 else self.text.num_hidden_layers
+
+    @property
+    def mlp_width(self) -> int:
+        return self.text.d_ff if self.is_t5 else self.text.ffn_dim
+
+
+def _preset(text: dict, image_token_index: int, **qformer) -> dict:
+    return {
+        "architectures": ["Blip2ForConditionalGeneration"], "model_type": "blip-2", "num_query_tokens": 32,
+        "image_token_index": image_token_index, "image_text_hidden_size": 256, "initializer_range": 0.02,
+        "use_decoder_only_language_model": text["model_type"] == "opt", "torch_dtype": "float32",
+        "vision_config": {"model_type": "blip_2_vision_model"},
+        "qformer_config": {"model_type": "blip_2_qformer", "vocab_size": 30522, **qformer}, "text_config": text,
+    }  # fmt: skip
+
+
+def _opt(hidden_size: int) -> dict:
+    return {
+        "model_type": "opt", "vocab_size": 50304, "hidden_size": hidden_size, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "ffn_dim": 4 * hidden_size, "word_embed_proj_dim": hidden_size,
+        "max_position_embeddings": 2048, "dropout": 0.1, "eos_token_id": 50118, "bos_token_id": 2, "pad_token_id": 1,
+    }  # fmt: skip
+
+
+def _flan_t5(d_model: int, d_ff: int, num_heads: int) -> dict:
+    return {
+        "model_type": "t5", "vocab_size": 32128, "d_model": d_model, "d_kv": 64, "d_ff": d_ff, "num_heads": num_heads,
+        "num_layers": 24, "num_decoder_layers": 24, "dropout_rate": 0.1, "layer_norm_epsilon": 1e-6,
+        "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu", "tie_word_embeddings": False, "bos_token_id": 1,
+        "eos_token_id": 1, "pad_token_id": 0, "decoder_start_token_id": 0,
+    }  # fmt: skip
+
+
+PRESETS = {
+    "blip2-opt-2.7b": _preset(_opt(2560), 50265),
+    "blip2-opt-6.7b": _preset(_opt(4096), 50265),
+    "blip2-flan-t5-xl": _preset(_flan_t5(2048, 5120, 32), 32100),
+    "blip2-flan-t5-xxl": _preset(_flan_t5(4096, 10240, 64), 32100),
+    "blip2-itm-vit-g": {
+        **_preset(_opt(2560), None, use_qformer_text_input=True), "architectures": ["Blip2ForImageTextRetrieval"],
+        "qformer_config": {"model_type": "blip_2_qformer", "vocab_size": 30523, "use_qformer_text_input": True},
+    },
+}  # fmt: skip
+PRESETS["blip2-stage1"] = {**PRESETS["blip2-itm-vit-g"], "stage1_heads": True}
+
+
+class Dropout(nn.Module):
+    """Zeroes entries with probability p in training, by a hash of row key, channel and place in the model."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p, self.seed = p, 0
+
+    def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
+        if not self.training or keys is None or self.p == 0:
+            return x
+        return x * lora.dropout_mask(x, keys, None, self.p, self.seed) / (1 - self.p)
+
+
+def name_dropouts(model: nn.Module) -> None:
+    """Masks differ between places."""
+    for name, module in model.named_modules():
+        if isinstance(module, Dropout):
+            module.seed = zlib.crc32(name.encode()) >> 1
+
+
+def even_segments(num_segments: int, length: int) -> Tensor:
+    return torch.arange(0, (num_segments + 1) * length, length, dtype=torch.int32)
+
+
+def segments(lengths: Tensor) -> Tensor:
+    """(S,) lengths -> (S+1,) int32 cumulative, on the host."""
+    return F.pad(lengths.cpu().cumsum(0), (1, 0)).int()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Vision: pictures are a plain batch; inside, their patches are one stream of N*P rows
+
+
+def resize_positions(table: Tensor, rows: int, columns: int) -> Tensor:
+    """A position table (1, 1 + G*G, C) for another grid: the class row kept, the rest bicubic in fp32, no antialiasing."""
+    G = math.isqrt(table.shape[1] - 1)
+    if (rows, columns) == (G, G):
+        return table
+    grid = table[:, 1:].float().unflatten(1, (G, G)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
+    return torch.cat((table[:, :1], grid.flatten(2).transpose(1, 2).to(table.dtype)), dim=1)
+
+
+class VisionEmbeddings(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        C, P = config.hidden_size, config.patch_size
+        self.class_embedding = nn.Parameter(torch.empty(1, 1, C))
+        self.position_embedding = nn.Parameter(torch.empty(1, 1 + (config.image_size // P) ** 2, C))
+        self.patch_embedding = nn.Conv2d(3, C, kernel_size=P, stride=P)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        x = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))  # (N, C, rows, columns)
+        positions = resize_positions(self.position_embedding, *x.shape[2:])
+        x = x.flatten(2).transpose(1, 2)
+        return torch.cat((self.class_embedding.expand(len(x), -1, -1).to(x.dtype), x), dim=1) + positions
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        C = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.qkv = nn.Linear(C, 3 * C)  # LAVIS has no bias for k: here its third starts 0, and does not change a softmax
+        self.projection = nn.Linear(C, C)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # 3 x (N*P, H, D)
+        return self.projection(attention(q, k, v, cu_seqlens, cu_seqlens, max_len, causal=False).flatten(1))
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.self_attn = VisionAttention(config)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = VisionMLP(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), cu_seqlens, max_len)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class VisionModel(nn.Module):
+    """EVA-CLIP-g without its last block. Only post_layernorm (LAVIS: ln_vision) belongs to what is always trained."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.embeddings = VisionEmbeddings(config)
+        self.encoder = nn.Module()
+        self.encoder.layers = nn.ModuleList(VisionBlock(config) for _ in range(config.num_hidden_layers))
+        eps = config.layer_norm_eps if config.post_layernorm_eps is None else config.post_layernorm_eps
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=eps)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, P, C), class token first."""
+        x = self.embeddings(pixel_values)
+        N, P, _ = x.shape
+        x, cu_seqlens = x.flatten(0, 1), even_segments(N, P)
+        for block in self.encoder.layers:
+            x = block(x, cu_seqlens, P)
+        return self.post_layernorm(x).unflatten(0, (N, P))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Q-Former: a stream whose segments hold queries, or text, or queries and then text
+
+
+@dataclass
+class QFormerContext:
+    """What every layer of one pass shares."""
+
+    cu_seqlens: Tensor  # (S+1,) int32, host
+    max_len: int
+    query_rows: Tensor | None  # (N*Q,) rows of the stream that hold queries, picture by picture; None: all text
+    text_rows: Tensor | None  # the other rows; None: all queries
+    image: Tensor | None  # (N, P, W): picture n is seen by queries n*Q .. n*Q+Q-1
+    prefix_lens: Tensor | None = None  # language modelling: text is causal, and sees this many queries before it
+    keys: Tensor | None = None  # (R,) dropout keys of the rows
+    cache: object | None = None  # generate.KVCache
+
+    def __post_init__(self):
+        both = self.query_rows is not None and self.text_rows is not None
+        self.order = torch.cat((self.query_rows, self.text_rows)).argsort() if both else None
+        self.query_keys, self.text_keys = (
+            self.keys if self.keys is None or rows is None else self.keys[rows] for rows in (self.query_rows, self.text_rows)
+        )
+
+
+def interleave(Q: int, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of queries (N*Q,) and of text, and cu_seqlens, of N segments with Q queries and then lengths[n] text tokens."""
+    device, N = lengths.device, len(lengths)
+    cu_seqlens = segments(lengths + Q)
+    starts = cu_seqlens[:-1].to(device).long()
+    query_rows = (starts[:, None] + torch.arange(Q, device=device)).flatten()
+    text_rows = torch.arange(int(lengths.sum()), device=device)
+    return query_rows, text_rows + Q * (1 + torch.arange(N, device=device)).repeat_interleave(lengths), cu_seqlens
+
+
+class QFormerOutput(nn.Module):
+    """Projection, dropout, residual, post-norm."""
+
+    def __init__(self, config: QFormerConfig, inner: int):
+        super().__init__()
+        self.dense = nn.Linear(inner, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x: Tensor, residual: Tensor, keys: Tensor | None) -> Tensor:
+        return self.LayerNorm(self.dropout(self.dense(x), keys) + residual)
+
+
+class QFormerAttention(nn.Module):
+    def __init__(self, config: QFormerConfig, layer: int, kv_size: int):
+        super().__init__()
+        C = config.hidden_size
+        self.layer, self.num_heads = layer, config.num_attention_heads
+        self.attention = nn.Module()
+        self.attention.query = nn.Linear(C, C)
+        self.attention.key = nn.Linear(kv_size, C)
+        self.attention.value = nn.Linear(kv_size, C)
+        self.output = QFormerOutput(config, C)
+
+    def forward(self, x: Tensor, ctx: QFormerContext, image: Tensor | None = None) -> Tensor:
+        """Self-attention of the stream, or with an image (N, P, W) cross-attention of the queries (N*Q, C)."""
+        kv = x if image is None else image.flatten(0, 1)
+        q, k, v = (
+            layer(t).unflatten(-1, (self.num_heads, -1))
+            for layer, t in ((self.attention.query, x), (self.attention.key, kv), (self.attention.value, kv))
+        )
+        if image is not None:
+            N, P, _ = image.shape
+            Q = len(x) // N
+            o = attention(q, k, v, even_segments(N, Q), even_segments(N, P), max(Q, P), causal=False)
+        elif ctx.cache is not None:
+            o = ctx.cache.attend(self.layer, q, k, v, ctx.cu_seqlens, ctx.max_len, prefix_lens=ctx.prefix_lens)
+        else:
+            causal = ctx.prefix_lens is not None
+            o = attention(q, k, v, ctx.cu_seqlens, ctx.cu_seqlens, ctx.max_len, causal, prefix_lens=ctx.prefix_lens)
+        return self.output(o.flatten(1), x, ctx.keys if image is None else ctx.query_keys)
+
+
+class QFormerIntermediate(nn.Module):
+    def __init__(self, config: QFormerConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.dense(x))
+
+
+class QFormerLayer(nn.Module):
+    def __init__(self, config: QFormerConfig, layer: int):
+        super().__init__()
+        self.attention = QFormerAttention(config, layer, config.hidden_size)
+        self.crossattention = None
+        if layer % config.cross_attention_frequency == 0:
+            self.crossattention = QFormerAttention(config, layer, config.encoder_hidden_size)
+        self.intermediate_query = QFormerIntermediate(config)
+        self.output_query = QFormerOutput(config, config.intermediate_size)
+        if config.use_qformer_text_input:
+            self.intermediate = QFormerIntermediate(config)
+            self.output = QFormerOutput(config, config.intermediate_size)
+
+    def forward(self, x: Tensor, ctx: QFormerContext) -> Tensor:
+        """(R, C) -> (R, C). Queries look at the picture and have a feed-forward of their own; text never sees it directly."""
+        x = self.attention(x, ctx)
+        parts = []
+        if ctx.query_rows is not None:
+            q = x if ctx.text_rows is None else x[ctx.query_rows]
+            if self.crossattention is not None:
+                q = self.crossattention(q, ctx, ctx.image)
+            parts.append(self.output_query(self.intermediate_query(q), q, ctx.query_keys))
+        if ctx.text_rows is not None:
+            t = x if ctx.query_rows is None else x[ctx.text_rows]
+            parts.append(self.output(self.intermediate(t), t, ctx.text_keys))
+        return parts[0] if ctx.order is None else torch.cat(parts)[ctx.order]
+
+
+class QFormer(nn.Module):
+    def __init__(self, config: QFormerConfig):
+        super().__init__()
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = Dropout(config.hidden_dropout_prob)
+        self.encoder = nn.Module()
+        self.encoder.layer = nn.ModuleList(QFormerLayer(config, i) for i in range(config.num_hidden_layers))
+
+    def forward(self, x: Tensor, ctx: QFormerContext) -> Tensor:
+        """Embedded queries and text (R, C) -> (R, C)."""
+        x = self.dropout(self.layernorm(x), ctx.keys)
+        for layer in self.encoder.layer:
+            x = layer(x, ctx)
+        return x
+
+
+def spread_keys(keys: Tensor | None, count: int, salt: int = 0) -> Tensor | None:
+    """One key per picture (N,) -> one per row (N*count,)."""
+    if keys is None:
+        return None
+    return (keys[:, None] + (torch.arange(count, device=keys.device) + 1) * 0x9E3779B97F4A7C1 + salt * 0x5851F42D4C957F2).flatten()
+
+
+def encode_queries(model: nn.Module, image: Tensor, keys: Tensor | None = None) -> Tensor:
+    """Image features (N, P, W) -> query outputs (N, Q, C); `keys` (N,) for dropout."""
+    N, Q = len(image), model.query_tokens.shape[1]
+    rows = torch.arange(N * Q, device=image.device)
+    ctx = QFormerContext(even_segments(N, Q), Q, rows, None, image, keys=spread_keys(keys, Q))
+    return model.qformer(model.query_tokens.expand(N, -1, -1).flatten(0, 1), ctx).unflatten(0, (N, Q))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# OPT (arXiv:2205.01068)
+
+
+@dataclass
+class Context:
+    """What every block of one forward pass shares."""
+
+    cu_seqlens: Tensor  # (S+1,) int32, host
+    max_len: int
+    keys: Tensor | None  # (T,) dropout keys of the rows
+    cache: object | None = None  # generate.KVCache
+    # T5 only
+    bias: Tensor | None = None  # (H, Lq, Lk), made by a stack's first block for all of them
+    memory: Tensor | None = None  # (Te, C) encoder output; None in a decoding step: its keys and values are cached
+    memory_cu_seqlens: Tensor | None = None
+
+
+class OPTAttention(nn.Module):
+    def __init__(self, config: OPTConfig, layer: int):
+        super().__init__()
+        C = config.hidden_size
+        self.layer, self.num_heads = layer, config.num_attention_heads
+        self.k_proj = nn.Linear(C, C)
+        self.v_proj = nn.Linear(C, C)
+        self.q_proj = nn.Linear(C, C)
+        self.out_proj = nn.Linear(C, C)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (self.num_heads, -1)) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        if ctx.cache is None:
+            o = attention(q, k, v, ctx.cu_seqlens, ctx.cu_seqlens, ctx.max_len, causal=True)
+        else:
+            o = ctx.cache.attend(self.layer, q, k, v, ctx.cu_seqlens, ctx.max_len)
+        return self.out_proj(o.flatten(1))
+
+
+class OPTBlock(nn.Module):
+    def __init__(self, config: OPTConfig, layer: int):
+        super().__init__()
+        C = config.hidden_size
+        self.self_attn = OPTAttention(config, layer)
+        self.self_attn_layer_norm = nn.LayerNorm(C)
+        self.fc1 = nn.Linear(C, config.ffn_dim)
+        self.fc2 = nn.Linear(config.ffn_dim, C)
+        self.final_layer_norm = nn.LayerNorm(C)
+        self.dropout1, self.dropout2 = Dropout(config.dropout), Dropout(config.dropout)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        x = x + self.dropout1(self.self_attn(self.self_attn_layer_norm(x), ctx), ctx.keys)
+        return x + self.dropout2(self.fc2(F.relu(self.fc1(self.final_layer_norm(x)))), ctx.keys)
+
+
+class OPT(nn.Module):
+    """The vocabulary projection is the word embedding itself."""
+
+    POSITION_OFFSET = 2  # the published table begins with two rows that no real token uses
+
+    def __init__(self, config: OPTConfig):
+        super().__init__()
+        C = config.hidden_size
+        self.model = nn.Module()
+        self.model.decoder = decoder = nn.Module()
+        decoder.embed_tokens = nn.Embedding(config.vocab_size, C)
+        decoder.embed_positions = nn.Embedding(config.max_position_embeddings + self.POSITION_OFFSET, C)
+        decoder.final_layer_norm = nn.LayerNorm(C)
+        decoder.layers = nn.ModuleList(OPTBlock(config, i) for i in range(config.num_hidden_layers))
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.model.decoder.layers
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        return self.model.decoder.embed_tokens(input_ids)
+
+    def hidden(self, x: Tensor, batch: dict, keys: Tensor | None) -> Tensor:
+        x = x + self.model.decoder.embed_positions(batch["position_ids"] + self.POSITION_OFFSET)
+        ctx = Context(batch["cu_seqlens"], batch["max_len"], keys, batch.get("cache"))
+        for block in self.blocks:
+            x = block(x, ctx)
+        return x
+
+    def targets(self, batch: dict) -> Tensor:
+        return batch["targets"]
+
+    def last_rows(self, batch: dict) -> Tensor:
+        return batch["cu_seqlens"][1:] - 1
+
+    def norm(self, x: Tensor) -> Tensor:
+        return self.model.decoder.final_layer_norm(x)
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.model.decoder.embed_tokens.weight
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flan-T5 (arXiv:1910.10683, arXiv:2210.11416). In the stream a segment holds the encoder's tokens, then the decoder's, which
+# begin with its start token (id 0); that token stands nowhere else, so it is where the stream is divided.
+
+T5_ACTIVATIONS = {"gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh")}
+
+
+class T5Norm(nn.Module):
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.d_model))
+        self.eps = config.layer_norm_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+def t5_buckets(distance: Tensor, bidirectional: bool, num_buckets: int, max_distance: int) -> Tensor:
+    """Distance key - query -> bucket: exact when near, logarithmic up to max_distance; half of them for each sign if both are seen."""
+    bucket = torch.zeros_like(distance)
+    if bidirectional:
+        num_buckets //= 2
+        bucket = (distance > 0).long() * num_buckets
+        distance = distance.abs()
+    else:
+        distance = (-distance).clamp(min=0)
+    exact = num_buckets // 2
+    far = torch.log(distance.float().clamp(min=1) / exact) / math.log(max_distance / exact) * (num_buckets - exact)
+    far = (exact + far.long()).clamp(max=num_buckets - 1)
+    return bucket + torch.where(distance < exact, distance, far)
+
+
+class T5Attention(nn.Module):
+    def __init__(self, config: T5Config, layer: int, decoder: bool, with_bias: bool = False):
+        super().__init__()
+        C, inner = config.d_model, config.num_heads * config.d_kv
+        self.layer, self.decoder, self.num_heads = layer, decoder, config.num_heads
+        self.num_buckets, self.max_distance = config.relative_attention_num_buckets, config.relative_attention_max_distance
+        self.q = nn.Linear(C, inner, bias=False)
+        self.k = nn.Linear(C, inner, bias=False)
+        self.v = nn.Linear(C, inner, bias=False)
+        self.o = nn.Linear(inner, C, bias=False)
+        self.relative_attention_bias = nn.Embedding(self.num_buckets, config.num_heads) if with_bias else None
+
+    def bias(self, first: int, length: int, device: torch.device) -> Tensor:
+        """(H, length - first, length), queries from position `first` on; -inf on what a decoder may not see."""
+        key = torch.arange(length, device=device)
+        distance = key - key[first:, None]
+        buckets = t5_buckets(distance, not self.decoder, self.num_buckets, self.max_distance)
+        bias = self.relative_attention_bias(buckets).permute(2, 0, 1)
+        return bias.masked_fill(distance > 0, float("-inf")) if self.decoder else bias
+
+    def project(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        return layer(x).unflatten(-1, (self.num_heads, -1))
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        if self.relative_attention_bias is not None:
+            first = 0 if ctx.cache is None else ctx.cache.common_length()
+            ctx.bias = self.bias(first, first + ctx.max_len, x.device)
+        q, k, v = (self.project(layer, x) for layer in (self.q, self.k, self.v))
+        q = q * q.shape[-1] ** 0.5  # T5 does not scale its scores, attention() does
+        bias = ctx.bias.to(q.dtype)
+        if ctx.cache is not None:
+            o = ctx.cache.attend(self.layer, q, k, v, ctx.cu_seqlens, ctx.max_len, bias=bias)
+        else:
+            o = attention(q, k, v, ctx.cu_seqlens, ctx.cu_seqlens, ctx.max_len, causal=False, bias=bias)
+        return self.o(o.flatten(1))
+
+    def cross(self, x: Tensor, ctx: Context) -> Tensor:
+        """Attention to the encoder's output, all of it seen."""
+        q = self.project(self.q, x)
+        q, k, v = q * q.shape[-1] ** 0.5, None, None
+        if ctx.memory is not None:
+            k, v = self.project(self.k, ctx.memory), self.project(self.v, ctx.memory)
+        if ctx.cache is not None:
+            o = ctx.cache.attend_memory(self.layer, q, k, v, ctx.cu_seqlens, ctx.memory_cu_seqlens)
+        else:
+            lengths = ctx.max_len, int(ctx.memory_cu_seqlens.diff().max())
+            o = attention(q, k, v, ctx.cu_seqlens, ctx.memory_cu_seqlens, max(lengths), causal=False)
+        return self.o(o.flatten(1))
+
+
+class T5MLP(nn.Module):
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.wi_0 = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.act, self.dropout = T5_ACTIVATIONS[config.dense_act_fn], Dropout(config.dropout_rate)
+
+    def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
+        return self.wo(self.dropout(self.act(self.wi_0(x)) * self.wi_1(x), keys))
+
+
+class T5Sublayer(nn.Module):
+    def __init__(self, config: T5Config, name: str, inner: nn.Module):
+        super().__init__()
+        self.add_module(name, inner)
+        self.layer_norm = T5Norm(config)
+        self.dropout = Dropout(config.dropout_rate)
+
+
+class T5Block(nn.Module):
+    def __init__(self, config: T5Config, layer: int, decoder: bool):
+        super().__init__()
+        sublayers = [T5Sublayer(config, "SelfAttention", T5Attention(config, layer, decoder, with_bias=layer == 0))]
+        if decoder:
+            sublayers.append(T5Sublayer(config, "EncDecAttention", T5Attention(config, layer, decoder)))
+        self.layer = nn.ModuleList([*sublayers, T5Sublayer(config, "DenseReluDense", T5MLP(config))])
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        own, *cross, mlp = self.layer
+        x = x + own.dropout(own.SelfAttention(own.layer_norm(x), ctx), ctx.keys)
+        for sub in cross:
+            x = x + sub.dropout(sub.EncDecAttention.cross(sub.layer_norm(x), ctx), ctx.keys)
+        return x + mlp.dropout(mlp.DenseReluDense(mlp.layer_norm(x), ctx.keys), ctx.keys)
+
+
+class T5Stack(nn.Module):
+    def __init__(self, config: T5Config, num_layers: int, decoder: bool):
+        super().__init__()
+        self.block = nn.ModuleList(T5Block(config, i, decoder) for i in range(num_layers))
+        self.final_layer_norm = T5Norm(config)
+        self.dropout_in, self.dropout_out = Dropout(config.dropout_rate), Dropout(config.dropout_rate)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        x = self.dropout_in(x, ctx.keys)
+        for block in self.block:
+            x = block(x, ctx)
+        return self.dropout_out(self.final_layer_norm(x), ctx.keys)
+
+
+class T5(nn.Module):
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.start = config.pad_token_id
+        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.encoder = T5Stack(config, config.num_layers, decoder=False)
+        self.decoder = T5Stack(config, config.num_decoder_layers, decoder=True)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return [*self.encoder.block, *self.decoder.block]
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        return self.shared(input_ids)
+
+    def decoder_rows(self, batch: dict) -> Tensor:
+        """(T,) bool: rows of the stream from their segment's start token on."""
+        starts = (batch["input_ids"] == self.start).int()
+        before = starts.cumsum(0)
+        lengths = batch["cu_seqlens"].diff().to(before.device)
+        first = batch["cu_seqlens"][:-1].to(before.device).long()
+        return before > (before - starts)[first].repeat_interleave(lengths)
+
+    def hidden(self, x: Tensor, batch: dict, keys: Tensor | None) -> Tensor:
+        """(T, C) -> the decoder's rows (Td, C), normalised."""
+        cache = batch.get("cache")
+        if cache is not None and cache.memory:  # a decoding step: decoder tokens only
+            return self.decoder(x, Context(batch["cu_seqlens"], batch["max_len"], keys, cache))
+        in_decoder = self.decoder_rows(batch)
+        rows = (~in_decoder).nonzero()[:, 0], in_decoder.nonzero()[:, 0]
+        cu_seqlens = batch["cu_seqlens"].to(x.device).long()
+        decoder_lengths = F.pad(in_decoder.long().cumsum(0), (1, 0))[cu_seqlens].diff()
+        cu = segments(cu_seqlens.diff() - decoder_lengths), segments(decoder_lengths)
+        row_keys = [None if keys is None else keys[r] for r in rows]
+        if keys is not None:  # adapters see the rows of one stack each
+            for stack, k in zip((self.encoder, self.decoder), row_keys, strict=True):
+                lora.set_dropout_keys(stack, {"dropout_keys": k})
+            for block in self.decoder.block:
+                for linear in (block.layer[1].EncDecAttention.k, block.layer[1].EncDecAttention.v):
+                    lora.set_dropout_keys(linear, {"dropout_keys": row_keys[0]})
+        memory = self.encoder(x[rows[0]], Context(cu[0], int(cu[0].diff().max()), row_keys[0]))
+        ctx = Context(cu[1], int(cu[1].diff().max()), row_keys[1], cache, None, memory, cu[0])
+        return self.decoder(x[rows[1]], ctx)
+
+    def targets(self, batch: dict) -> Tensor:
+        return batch["targets"][self.decoder_rows(batch)]
+
+    def last_rows(self, batch: dict) -> Tensor:
+        """Rows of hidden()'s result: in a prompt and in a step the decoder holds one token of each segment."""
+        return torch.arange(len(batch["cu_seqlens"]) - 1)
+
+    def norm(self, x: Tensor) -> Tensor:
+        return x  # hidden() did it
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.lm_head.weight
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Picture -> text: stage 2, fine-tuning, captioning, questions
+
+
+class Blip2(nn.Module):
+    def __init__(self, config: Blip2Config):
+        super().__init__()
+        self.config = config
+        self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, config.qformer.hidden_size))
+        self.vision_model = VisionModel(config.vision)
+        self.qformer = QFormer(config.qformer)
+        self.language_projection = nn.Linear(config.qformer.hidden_size, config.hidden_size)
+        self.language_model = T5(config.text) if config.is_t5 else OPT(config.text)
+        name_dropouts(self)
+
+    @property
+    def num_image_tokens(self) -> int:
+        return self.config.num_query_tokens
+
+    @property
+    def blocks(self):
+        return self.language_model.blocks
+
+    @property
+    def vision_blocks(self) -> nn.ModuleList:
+        return self.vision_model.encoder.layers
+
+    def encode_images(self, pixel_values: Tensor, keys: Tensor | None = None) -> Tensor:
+        """(N, 3, H, W) -> (N, Q, C of the language model)."""
+        return self.language_projection(encode_queries(self, self.vision_model(pixel_values), keys))
+
+    def embed(self, batch: dict) -> Tensor:
+        """Word embeddings (T, C), those of the picture slots replaced by features.
+
+        More pictures than slots: the others (a blank one, so that every rank of a sharded run enters the tower) count nothing.
+        """
+        x = self.language_model.embed(batch["input_ids"])
+        features = batch.get("image_features")
+        if features is None and batch.get("pixel_values") is not None:
+            features = self.encode_images(batch["pixel_values"], batch.get("image_dropout_keys"))
+        if features is not None:
+            positions = batch["image_positions"].flatten()
+            features = features.flatten(0, 1).to(x.dtype)
+            x = x.index_copy(0, positions, features[: len(positions)])
+            if len(features) > len(positions):
+                x = x + 0.0 * features[len(positions) :].sum()
+        return x
+
+    def hidden(self, batch: dict) -> Tensor:
+        return self.language_model.hidden(self.embed(batch), batch, batch.get("dropout_keys") if self.training else None)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return F.linear(self.language_model.norm(x), self.language_model.head_weight)
+
+    def head(self, x: Tensor, batch: dict) -> tuple[Tensor, Tensor]:
+        """Summed loss of the supervised tokens and each one's own loss (detached), in stream order."""
+        targets = self.language_model.targets(batch)
+        rows = (targets != IGNORE_INDEX).nonzero()[:, 0]
+        return linear_cross_entropy(self.language_model.norm(x[rows]), self.language_model.head_weight, targets[rows])
+
+    def forward(self, batch: dict, output: str = "loss"):
+        """The one entrance of a sharded model. `output`: "loss" as head(); "logits" (S, V) of each segment's last position;
+        "features" (N, Q, C) of the pictures."""
+        if output == "features":
+            return self.encode_images(batch["pixel_values"])
+        x = self.hidden(batch)
+        if output == "logits":
+            return self.logits(x[self.language_model.last_rows(batch).to(x.device)])
+        return self.head(x, batch)
+
+    def init_weights(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
+        init_weights(self.config, name, tensor, generator)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 1 and retrieval. A segment of the stream is Q slots (queries) and then [CLS] text [SEP].
+
+
+class LMPredictions(nn.Module):
+    """BERT's head; its vocabulary matrix is the word embedding."""
+
+    def __init__(self, config: QFormerConfig):
+        super().__init__()
+        C = config.hidden_size
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.transform = nn.Module()
+        self.transform.dense = nn.Linear(C, C)
+        self.transform.LayerNorm = nn.LayerNorm(C, eps=config.layer_norm_eps)
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(self.transform.LayerNorm(F.gelu(self.transform.dense(x))), weight, self.bias)
+
+
+class Blip2Qformer(nn.Module):
+    LOSSES = ("itc", "itm", "lm")
+    MASKED = -10000.0  # added to similarities that may not be drawn
+    SMOOTHING = 0.1  # of contrastive and language-modelling targets
+
+    def __init__(self, config: Blip2Config):
+        super().__init__()
+        self.config = config
+        q, C = config.qformer, config.qformer.hidden_size
+        self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, C))
+        self.vision_model = VisionModel(config.vision)
+        self.qformer = QFormer(q)
+        self.embeddings = nn.Module()
+        self.embeddings.word_embeddings = nn.Embedding(q.vocab_size, C)
+        self.embeddings.position_embeddings = nn.Embedding(q.max_position_embeddings, C)
+        self.vision_projection = nn.Linear(C, config.image_text_hidden_size)
+        self.text_projection = nn.Linear(C, config.image_text_hidden_size)
+        self.itm_head = nn.Linear(C, 2)
+        if config.stage1_heads:
+            self.temp = nn.Parameter(torch.full((1,), 0.07))  # LAVIS's has no dimension, which fully_shard can't take
+            self.cls = nn.Module()
+            self.cls.predictions = LMPredictions(q)
+        name_dropouts(self)
+
+    @property
+    def num_image_tokens(self) -> int:
+        return self.config.num_query_tokens
+
+    @property
+    def decoder_start(self) -> int:
+        return self.config.qformer.vocab_size - 1  # [DEC], added behind BERT's vocabulary
+
+    @property
+    def blocks(self) -> list:
+        return []  # a layer is used by three passes a step: it is sharded and recomputed with the whole, not alone
+
+    @property
+    def vision_blocks(self) -> nn.ModuleList:
+        return self.vision_model.encoder.layers
+
+    def embed_text(self, ids: Tensor, positions: Tensor) -> Tensor:
+        return self.embeddings.word_embeddings(ids) + self.embeddings.position_embeddings(positions)
+
+    def embed(self, batch: dict) -> Tensor:
+        """(T, C): queries in the slots; text positions count from the segment's first text token."""
+        x = self.embed_text(batch["input_ids"], (batch["position_ids"] - self.num_image_tokens).clamp(min=0))
+        slots = batch.get("image_positions")
+        if slots is not None and len(slots):
+            x = x.index_copy(0, slots.flatten(), self.query_tokens.expand(len(slots), -1, -1).flatten(0, 1).to(x.dtype))
+        return x
+
+    def hidden(self, batch: dict, image: Tensor | None = None) -> Tensor:
+        """The language-modelling pass: queries see queries, text sees queries and the text before it. (T, C)"""
+        slots, Q, cu_seqlens = batch.get("image_positions"), self.num_image_tokens, batch["cu_seqlens"]
+        query_rows, text_rows, prefix = None, torch.arange(len(batch["input_ids"]), device=batch["input_ids"].device), 0
+        if slots is not None and len(slots):
+            image = self.vision_model(batch["pixel_values"]) if image is None else image
+            is_text = torch.ones(len(text_rows), dtype=torch.bool, device=text_rows.device)
+            query_rows, prefix = slots.flatten(), Q
+            is_text[query_rows] = False
+            text_rows = text_rows[is_text]
+        prefix_lens = torch.full((len(cu_seqlens) - 1,), prefix)
+        keys = batch.get("dropout_keys") if self.training else None
+        ctx = QFormerContext(cu_seqlens, batch["max_len"], query_rows, text_rows, image, prefix_lens, keys, batch.get("cache"))
+        return self.qformer(self.embed(batch), ctx)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.cls.predictions(x, self.embeddings.word_embeddings.weight)
+
+    def encode_text(self, ids: Tensor, lengths: Tensor, keys: Tensor | None = None) -> Tensor:
+        """Text alone (T,), both directions -> (T, C)."""
+        positions = torch.arange(len(ids), device=ids.device)
+        cu_seqlens = segments(lengths)
+        positions = positions - cu_seqlens[:-1].to(ids.device).repeat_interleave(lengths)
+        rows = torch.arange(len(ids), device=ids.device)
+        ctx = QFormerContext(cu_seqlens, int(lengths.max()), None, rows, None, keys=keys)
+        return self.qformer(self.embed_text(ids, positions), ctx)
+
+    def match(self, image: Tensor, ids: Tensor, lengths: Tensor, keys: Tensor | None = None) -> Tensor:
+        """Matching logits (S, 2) of picture s (S, P, W) with text s: the mean over the queries, who see both."""
+        return self.itm_head(self.multimodal(image, ids, lengths, keys)).mean(1)
+
+    def multimodal(self, image: Tensor, ids: Tensor, lengths: Tensor, keys: Tensor | None = None) -> Tensor:
+        """Query outputs (S, Q, C) of queries and text that see each other, both directions."""
+        S, Q, C = len(image), *self.query_tokens.shape[1:]
+        query_rows, text_rows, cu_seqlens = interleave(Q, lengths)
+        starts = segments(lengths)[:-1].to(ids.device)
+        positions = torch.arange(len(ids), device=ids.device) - starts.repeat_interleave(lengths)
+        text = self.embed_text(ids, positions)
+        x = text.new_empty(S * Q + len(ids), C).index_copy(0, text_rows, text)
+        x = x.index_copy(0, query_rows, self.query_tokens.expand(S, -1, -1).flatten(0, 1).to(text.dtype))
+        longest = int(cu_seqlens.diff().max())
+        if keys is not None:  # (S,) -> one per row: the longest segment's worth, cut to each
+            table = spread_keys(keys, longest, salt=3).view(S, longest)
+            keys = table[torch.arange(longest, device=ids.device) < (lengths + Q)[:, None]]
+        ctx = QFormerContext(cu_seqlens, longest, query_rows, text_rows, image, keys=keys)
+        return self.qformer(x, ctx)[query_rows].unflatten(0, (S, Q))
+
+    def image_features(self, queries: Tensor) -> Tensor:
+        """(N, Q, C) -> (N, Q, E), unit length."""
+        return F.normalize(self.vision_projection(queries), dim=-1)
+
+    def text_features(self, text: Tensor, lengths: Tensor) -> Tensor:
+        """Encoded text -> (S, E) of the first tokens, unit length."""
+        return F.normalize(self.text_projection(text[segments(lengths)[:-1].to(text.device).long()]), dim=-1)
+
+    @staticmethod
+    def text_of(batch: dict) -> tuple[Tensor, Tensor]:
+        """The text rows' places in the stream, and how many each segment has."""
+        is_text = torch.ones(len(batch["input_ids"]), dtype=torch.bool, device=batch["input_ids"].device)
+        is_text[batch["image_positions"].flatten()] = False
+        cu_seqlens = batch["cu_seqlens"].to(is_text.device).long()
+        return is_text.nonzero()[:, 0], F.pad(is_text.long().cumsum(0), (1, 0))[cu_seqlens].diff()
+
+    def loss_counts(self, batch: dict) -> list[int]:
+        """What each of LOSSES is a sum over: pictures, pairs, tokens."""
+        B = len(batch["image_positions"])
+        return [B, 3 * B, batch["num_supervised"]]
+
+    def draw(self, scores: Tensor, rows: Tensor, columns: Tensor, purpose: int) -> Tensor:
+        """(B,) one column a row, drawn with probabilities softmax(scores) (B, M).
+
+        By adding Gumbel noise that is a hash of the two samples' keys: no number of ranks or their order changes it.
+        """
+        rows, columns = (lora.mix((k ^ (k >> 32)).to(torch.int32)) for k in (rows, columns))
+        bits = lora.mix(lora.mix(rows[:, None] + purpose) ^ columns)  # int32 (B, M)
+        uniform = (bits.double() + 2**31 + 0.5) / 2**32
+        return (scores.double() - (-uniform.log()).log()).argmax(1)
+
+    def losses(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """Summed losses (3,) as in LOSSES, and (S, 3, 2): sum and count of each segment (detached). all ranks
+
+        The batch of all ranks is what pictures and texts are contrasted in. `image_ids` (S,), optional: pairs of the same
+        picture are positives of each other and never negatives.
+        """
+        weight = 1.0
+        if not len(batch["image_positions"]):  # this rank has no sample left, but the others wait for it: a blank one, times 0
+            batch, weight = self.blank(batch), 0.0
+        B, Q, device = len(batch["image_positions"]), self.num_image_tokens, batch["input_ids"].device
+        real = B if weight else 0
+        rows, lengths = self.text_of(batch)
+        ids, keys = batch["input_ids"][rows], batch["image_dropout_keys"]
+        dropout = keys if self.training else None
+        image = self.vision_model(batch["pixel_values"])
+
+        # a caption begins with [DEC] where it is generated; queries don't see it, so this pass gives them what one without text would
+        started = batch["input_ids"].index_fill(0, rows[segments(lengths)[:-1].to(device).long()], self.decoder_start)
+        x = self.hidden({**batch, "input_ids": started}, image)
+        image_feats = self.image_features(x[batch["image_positions"]])  # (B, Q, E)
+        text_keys = None if dropout is None else batch["dropout_keys"][rows] + 1
+        text_feats = self.text_features(self.encode_text(ids, lengths, text_keys), lengths)  # (B, E)
+
+        # contrast: the gathered side is detached, also in one process, as in LAVIS: each direction trains one side
+        all_images, first = parallel.gather_rows(image_feats[:real].detach())
+        all_texts, _ = parallel.gather_rows(text_feats[:real].detach())
+        sim_i2t = torch.einsum("bqe,me->bmq", image_feats, all_texts).amax(-1) / self.temp  # (B, M)
+        sim_t2i = torch.einsum("be,mqe->bmq", text_feats, all_images).amax(-1) / self.temp
+        M = len(all_texts)
+        image_ids = batch.get("image_ids")
+        own = torch.arange(first, first + B, device=device)
+        if image_ids is None:
+            same = F.one_hot(own.clamp(max=M - 1), M).bool()
+        else:
+            same = image_ids[:, None] == parallel.gather_rows(image_ids[:real])[0]
+        targets = same / same.sum(1, keepdim=True) * (1 - self.SMOOTHING) + self.SMOOTHING / M
+        itc = -(targets * (sim_i2t.float().log_softmax(-1) + sim_t2i.float().log_softmax(-1))).sum(1) / 2  # (B,)
+
+        # matching: true pairs, hard negative pictures, hard negative texts
+        all_keys, _ = parallel.gather_rows(keys[:real])
+        with torch.no_grad():
+            negative_image, negative_text = (
+                self.draw(sim.masked_fill(same, self.MASKED).float().log_softmax(-1), keys, all_keys, purpose)
+                for purpose, sim in ((1, sim_t2i), (2, sim_i2t))
+            )
+        every_image, _ = parallel.gather_rows(image[:real], differentiable=True)
+        every_ids, every_length = self.gather_text(ids, lengths, real)
+        pairs = torch.cat((own.clamp(max=M - 1), own.clamp(max=M - 1), negative_text))  # texts
+        pair_ids, pair_lengths = every_ids[pairs], every_length[pairs]
+        pair_ids = pair_ids[torch.arange(pair_ids.shape[1], device=device) < pair_lengths[:, None]]
+        pictures = torch.cat((image, every_image[negative_image], image))
+        pair_keys = None if dropout is None else torch.cat((dropout, dropout + 1, dropout + 2))
+        matched = self.match(pictures, pair_ids, pair_lengths, pair_keys)  # (3B, 2)
+        labels = torch.ones(3 * B, dtype=torch.long, device=device)
+        labels[B:] = 0
+        itm = F.cross_entropy(matched.float(), labels, reduction="none").view(3, B).sum(0)  # (B,)
+
+        predicted = (batch["targets"] != IGNORE_INDEX).nonzero()[:, 0]
+        lm = F.cross_entropy(
+            self.logits(x[predicted]).float(), batch["targets"][predicted], reduction="none", label_smoothing=self.SMOOTHING
+        )
+        segment = torch.bucketize(predicted, batch["cu_seqlens"][1:].to(device), right=True)
+        lm_sums, lm_counts = torch.zeros(2, B, device=device)
+        lm_sums = lm_sums.index_add(0, segment, lm)
+        lm_counts = lm_counts.index_add(0, segment, torch.ones_like(lm))
+        sums = torch.stack((itc, itm, lm_sums), dim=1)  # (B, 3)
+        counts = torch.stack((torch.ones(B, device=device), torch.full((B,), 3.0, device=device), lm_counts), dim=1)
+        return sums.sum(0) * weight, torch.stack((sums.detach(), counts), dim=-1) * weight
+
+    def blank(self, batch: dict) -> dict:
+        """A batch of one sample without meaning."""
+        Q, device = self.num_image_tokens, batch["input_ids"].device
+        ids = torch.zeros(Q + 2, dtype=torch.long, device=device)
+        zero = torch.zeros(1, dtype=torch.long, device=device)
+        return {
+            **batch, "input_ids": ids, "targets": torch.cat((ids[:-1] + IGNORE_INDEX, zero)), "max_len": Q + 2,
+            "position_ids": torch.arange(Q + 2, device=device), "cu_seqlens": torch.tensor([0, Q + 2], dtype=torch.int32),
+            "image_positions": torch.arange(Q, device=device)[None], "dropout_keys": ids, "image_dropout_keys": zero,
+        }  # fmt: skip
+
+    @staticmethod
+    def gather_text(ids: Tensor, lengths: Tensor, real: int) -> tuple[Tensor, Tensor]:
+        """The texts of all ranks as (M, L) with pads, and their lengths (M,). all ranks"""
+        longest = parallel.largest(int(lengths.max()), ids.device)
+        padded = torch.zeros(len(lengths), longest, dtype=torch.long, device=ids.device)
+        padded[torch.arange(longest, device=ids.device) < lengths[:, None]] = ids
+        return parallel.gather_rows(padded[:real])[0], parallel.gather_rows(lengths[:real])[0]
+
+    def forward(self, batch: dict, output: str = "loss"):
+        """`output`: "loss" as losses(); "logits" (S, V) of each segment's last position (captioning with stage 1 alone);
+        "itc" (S, S) similarities of every picture with every text; "itm" (S,) probability that picture and text match."""
+        if output == "logits":
+            x = self.hidden(batch)
+            return self.logits(x[batch["cu_seqlens"][1:].to(x.device) - 1])
+        if output == "loss":
+            return self.losses(batch)
+        rows, lengths = self.text_of(batch)
+        image, ids = self.vision_model(batch["pixel_values"]), batch["input_ids"][rows]
+        if output == "itm":
+            return self.match(image, ids, lengths).softmax(-1)[:, 1]
+        image_feats = self.image_features(encode_queries(self, image))
+        text_feats = self.text_features(self.encode_text(ids, lengths), lengths)
+        return torch.einsum("bqe,me->bmq", image_feats, text_feats).amax(-1)
+
+    def init_weights(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
+        init_weights(self.config, name, tensor, generator)
+
+
+def init_weights(config: Blip2Config, name: str, tensor: Tensor, generator: torch.Generator) -> None:
+    """Fills one full-size parameter for training from scratch: N(0, 0.02), T5 by fan-in."""
+    std = 0.02
+    if config.is_t5 and name.startswith("language_model.") and tensor.ndim == 2:
+        t = config.text
+        kind = name.split(".")[-2]
+        std = {"shared": 1.0, "q": (t.d_model * t.d_kv) ** -0.5, "o": (t.num_heads * t.d_kv) ** -0.5, "wo": t.d_ff**-0.5}.get(
+            kind, t.d_model**-0.5  # the original draws lm_head from N(0, 1), which begins at a loss of hundreds
+        )
+    if name == "temp":
+        tensor.fill_(0.07)
+    elif name.endswith("bias"):
+        tensor.zero_()
+    elif tensor.ndim == 1:  # norms
+        tensor.fill_(1.0)
+    else:
+        tensor.normal_(0, std, generator=generator)
+
+
+def build_model(config: dict) -> Blip2 | Blip2Qformer:
+    """The model for a config.json's contents; create it under `torch.device("meta")` and load the weights after."""
+    config = Blip2Config.from_dict(config)
+    return Blip2Qformer(config) if config.qformer.use_qformer_text_input else Blip2(config)
+
+
+# Parameters of each part, for the start-up table: the first pattern that matches
+PARTS = {
+    "vision": "vision_model.*",
+    "resampler": "q*",  # query_tokens, qformer
+    "projection": "*_projection.*",
+    "language model": "language_model.*",
+    "text embedding": "embeddings.*",
+    "heads": "*",
+}
+IMAGE_PARAMETERS = ["vision_model.*", "q*", "language_projection.*"]  # what a picture's features depend on
+STAGES = ("sft", "pretrain1", "pretrain2")
+IGNORED_WEIGHTS: list[str] = []  # names that files hold but this file recomputes
+# Frozen by stage: not the tower's last norm, which both stages train. What fine-tuning freezes is the configuration's choice.
+_TOWER = ["vision_model.embeddings.*", "vision_model.encoder.*"]
+PRETRAIN_FREEZE = {"pretrain1": _TOWER, "pretrain2": [*_TOWER, "language_model.*"]}
+LORA_TARGETS = [r"language_model\.(model\.decoder\.layers.*\.(q_proj|v_proj)|.*Attention\.(q|v))"]
+# Aliases of tied weights that some files hold beside the one that is loaded
+ALIASES = {
+    "language_model.lm_head.weight": "language_model.model.decoder.embed_tokens.weight",
+    "language_model.encoder.embed_tokens.weight": "language_model.shared.weight",
+    "language_model.decoder.embed_tokens.weight": "language_model.shared.weight",
+}
+# Names of the toolkit PaddleMIX inside patterns of the configuration -> ours
+LEGACY_NAMES = {"language_model.opt.": "language_model.model.", "visual_encoder": "vision_model", "Qformer": "qformer"}
+# How a weight is cut over tensor-parallel ranks: (kind, number of equal blocks packed along the cut dimension)
+TP_PLAN = {
+    "vision_model.encoder.layers.*.self_attn.qkv": ("column", 3),
+    "vision_model.encoder.layers.*.self_attn.projection": ("row", 1),
+    "vision_model.encoder.layers.*.mlp.fc1": ("column", 1),
+    "vision_model.encoder.layers.*.mlp.fc2": ("row", 1),
+    "language_model.model.decoder.embed_tokens": ("vocab", 1),
+    "language_model.model.decoder.layers.*.self_attn.[qkv]_proj": ("column", 1),
+    "language_model.model.decoder.layers.*.self_attn.out_proj": ("row", 1),
+    "language_model.model.decoder.layers.*.fc1": ("column", 1),
+    "language_model.model.decoder.layers.*.fc2": ("row", 1),
+    "language_model.shared": ("vocab", 1),
+    "language_model.*Attention.[qkv]": ("column", 1),
+    "language_model.*Attention.o": ("row", 1),
+    "language_model.*DenseReluDense.wi_[01]": ("column", 1),
+    "language_model.*DenseReluDense.wo": ("row", 1),
+    "language_model.lm_head": ("vocab", 1),
+}
+
+
+def forward_flops(config: Blip2Config, tokens: int, supervised: int, images: int, segment_length: float) -> dict[str, float]:
+    """FLOPs of one forward pass by part (a multiply-add counts two): tokens in the stream, supervised tokens, pictures."""
+    v, q, C, N = config.vision, config.qformer, config.hidden_size, config.num_hidden_layers
+    W, P, Q, E = v.hidden_size, (v.image_size // v.patch_size) ** 2 + 1, config.num_query_tokens, q.hidden_size
+    tower = v.num_hidden_layers * (2 * P * (4 * W * W + 2 * W * v.intermediate_size) + 4 * P * P * W)
+    cross = -(-q.num_hidden_layers // q.cross_attention_frequency)
+    qformer = q.num_hidden_layers * (2 * Q * (4 * E * E + 2 * E * q.intermediate_size) + 4 * Q * Q * E)
+    qformer += cross * (2 * (2 * Q * E * E + 2 * P * W * E) + 4 * Q * P * E)
+    result = {"vision": float(images * (tower + 2 * 3 * v.patch_size**2 * W * P)), "resampler": float(images * qformer)}
+    if q.use_qformer_text_input:  # three passes over the text, and queries in two more
+        text = tokens * 2 * (4 * E * E + 2 * E * q.intermediate_size) * q.num_hidden_layers
+        return {**result, "resampler": images * 4 * qformer + 5.0 * text, "head": 2.0 * supervised * E * q.vocab_size}
+    inner, mlp = (config.text.num_heads * config.text.d_kv, 3) if config.is_t5 else (C, 2)
+    block = 2 * (4 * C * inner + mlp * C * config.mlp_width)
+    if config.is_t5:  # a token passes one of the two stacks
+        N = N / 2
+    result["language model"] = tokens * N * (block + 4 * inner * segment_length / 2)
+    return {**result, "head": 2.0 * supervised * C * config.vocab_size}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LAVIS's names. {} is a layer number.
+
+LAVIS_NAMES = {
+    "query_tokens": "query_tokens",
+    "visual_encoder.cls_token": "vision_model.embeddings.class_embedding",
+    "visual_encoder.pos_embed": "vision_model.embeddings.position_embedding",
+    "visual_encoder.patch_embed.proj": "vision_model.embeddings.patch_embedding",
+    "visual_encoder.blocks.{}.norm1": "vision_model.encoder.layers.{}.layer_norm1",
+    "visual_encoder.blocks.{}.norm2": "vision_model.encoder.layers.{}.layer_norm2",
+    "visual_encoder.blocks.{}.attn.qkv": "vision_model.encoder.layers.{}.self_attn.qkv",
+    "visual_encoder.blocks.{}.attn.proj": "vision_model.encoder.layers.{}.self_attn.projection",
+    "visual_encoder.blocks.{}.mlp": "vision_model.encoder.layers.{}.mlp",
+    "ln_vision": "vision_model.post_layernorm",
+    "Qformer.bert.embeddings.LayerNorm": "qformer.layernorm",
+    "Qformer.bert.embeddings.word_embeddings": "embeddings.word_embeddings",
+    "Qformer.bert.embeddings.position_embeddings": "embeddings.position_embeddings",
+    "Qformer.bert.encoder.layer.{}.attention.self": "qformer.encoder.layer.{}.attention.attention",
+    "Qformer.bert.encoder.layer.{}.crossattention.self": "qformer.encoder.layer.{}.crossattention.attention",
+    "Qformer.bert.encoder.layer": "qformer.encoder.layer",
+    "Qformer.cls": "cls",
+    "temp": "temp",
+    "vision_proj": "vision_projection",
+    "text_proj": "text_projection",
+    "itm_head": "itm_head",
+    "opt_proj": "language_projection",
+    "t5_proj": "language_projection",
+    "opt_model": "language_model",
+    "t5_model": "language_model",
+}
+# Aliases and a buffer: they say nothing that the other names don't
+LAVIS_REDUNDANT = {
+    "Qformer.bert.embeddings.position_ids": None,
+    "Qformer.cls.predictions.decoder.weight": "Qformer.bert.embeddings.word_embeddings.weight",
+    "Qformer.cls.predictions.decoder.bias": "Qformer.cls.predictions.bias",
+    "opt_model.lm_head.weight": "opt_model.model.decoder.embed_tokens.weight",
+    "t5_model.encoder.embed_tokens.weight": "t5_model.shared.weight",
+    "t5_model.decoder.embed_tokens.weight": "t5_model.shared.weight",
+}
+
+
+def translate(name: str, table: dict[str, str]) -> str:
+    for old, new in table.items():
+        if match := re.fullmatch(re.escape(old).replace(r"\{\}", r"(\d+)") + r"((?:\..*)?)", name):
+            *layer, rest = match.groups()
+            return new.format(*layer) + rest
+    raise ValueError(f"no name for {name!r}; expected a tensor of LAVIS's BLIP-2 models")
+
+
+def from_lavis(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A LAVIS checkpoint's "model" (or the bare eva_vit_g.pth) under our names. It holds what LAVIS trained, so stage-2 files
+    lack the tower and the language model."""
+    if "cls_token" in state:  # bare tower; its own norm and head, and the block that BLIP-2 leaves out, belong to EVA-CLIP
+        state = {f"visual_encoder.{n}": t for n, t in state.items() if n.split(".")[0] in ("cls_token", "pos_embed", "patch_embed", "blocks")}
+    out = {}
+    for name, tensor in state.items():
+        if name.endswith(("attn.q_bias", "attn.v_bias")):
+            if name.endswith("attn.q_bias"):
+                v = state[name.replace("q_bias", "v_bias")]
+                out[translate(name.replace("q_bias", "qkv.bias"), LAVIS_NAMES)] = torch.cat((tensor, torch.zeros_like(v), v))
+        elif name == "temp":
+            out[name] = tensor.reshape(1)
+        elif name not in LAVIS_REDUNDANT:
+            out[translate(name, LAVIS_NAMES)] = tensor
+    return out
+
+
+def to_lavis(state: dict[str, Tensor], max_positions: int = 512) -> dict[str, Tensor]:
+    """The inverse, with LAVIS's aliases and its buffer of text positions. The k third of the towers' biases has no place there."""
+    lm = "t5" if any(n.startswith("language_model.shared") for n in state) else "opt"
+    other = {"opt": "t5", "t5": "opt"}[lm]
+    table = {new: old for old, new in LAVIS_NAMES.items() if not old.startswith(other)}
+    out = {}
+    for name, tensor in state.items():
+        if name.endswith("self_attn.qkv.bias"):
+            q, _, v = tensor.chunk(3)
+            base = translate(name, table).removesuffix("qkv.bias")
+            out[base + "q_bias"], out[base + "v_bias"] = q.clone(), v.clone()
+        else:
+            out[translate(name, table)] = tensor.reshape(()) if name == "temp" else tensor
+    for alias, name in LAVIS_REDUNDANT.items():
+        if name in out:
+            out[alias] = out[name]
+    out["Qformer.bert.embeddings.position_ids"] = torch.arange(max_positions)[None]
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+class Blip2Tokenizer:
+    """OPT's byte-level BPE, T5's Unigram or BERT's WordPiece, from tokenizer.json, vocab.json + merges.txt, or vocab.txt.
+
+    encode() adds no special token: the processor does. Those inside a text are read, but for T5's padding token, which begins
+    the decoder's part of a sample: it is left out.
+    """
+
+    def __init__(self, directory: str | Path, kind: str):
+        directory = Path(directory)
+        files = {"opt": ("vocab.json", "merges.txt"), "bert": ("vocab.txt",), "t5": ()}[kind]
+        if (directory / "tokenizer.json").exists():
+            self.model = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        elif files and all((directory / f).exists() for f in files):
+            paths = [str(directory / f) for f in files]
+            self.model = Tokenizer(models.BPE.from_file(*paths) if kind == "opt" else models.WordPiece.from_file(*paths, unk_token="[UNK]"))
+            if kind == "opt":
+                self.model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+                self.model.decoder = decoders.ByteLevel()
+                self.model.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+            else:
+                self.model.normalizer = normalizers.BertNormalizer(lowercase=True)
+                self.model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+                self.model.decoder = decoders.WordPiece()
+                self.model.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+        else:
+            expected = " or ".join(["tokenizer.json", *(["+".join(files)] if files else [])])
+            raise ValueError(f"{directory}: no tokenizer; expected {expected} beside the weights")
+        self.kind = kind
+        self.model.no_truncation()
+        self.model.no_padding()
+
+        def special(token: str) -> int:
+            if (i := self.model.token_to_id(token)) is None:
+                raise ValueError(f"{directory}: its tokenizer has no {token!r}; expected that of a {kind.upper()} model")
+            return i
+
+        if kind == "bert":
+            self.begin, self.eos = special("[CLS]"), special("[SEP]")
+        elif kind == "opt":
+            self.begin, self.eos = special("</s>"), special("</s>")
+        else:
+            self.begin, self.eos = special("<pad>"), special("</s>")
+        self.vocab_size = self.model.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        ids = self.model.encode(text, add_special_tokens=False).ids if text else []
+        return [i for i in ids if i != self.begin] if self.kind == "t5" else ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.model.decode([int(i) for i in ids if i < self.vocab_size], skip_special_tokens=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures, text, prompt format, label mask
+
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
+STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
+MAX_PIXELS = 89_478_485  # PIL's own warning threshold; a larger picture is refused before it is decoded
+
+
+def preprocess_image(image: Image.Image, size: int) -> Tensor:
+    """(3, size, size) fp32, normalised: alpha dropped (as LAVIS; transformers 5 puts it on white), aspect ratio not kept, PIL's
+    antialiased bicubic rounded to 8 bits."""
+    pixels = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32)
+    return torch.from_numpy(np.ascontiguousarray(((pixels / np.float32(255) - MEAN) / STD).transpose(2, 0, 1)))
+
+
+def _words(text: str, limit: int) -> str:
+    words = text.split(" ")
+    return " ".join(words[:limit]) if len(words) > limit else text
+
+
+def caption_text(caption: str, max_words: int = 50) -> str:
+    """LAVIS's blip_caption: lower case, some punctuation to blanks, runs of blanks to one."""
+    caption = re.sub(r"([.!\"()*#:;~])", " ", caption.lower())
+    caption = re.sub(r"\s{2,}", " ", caption).rstrip("\n").strip(" ")
+    return _words(caption, max_words)
+
+
+def question_text(question: str, max_words: int = 50) -> str:
+    """LAVIS's blip_question: lower case, the same punctuation deleted."""
+    return _words(re.sub(r"([.!\"()*#:;~])", "", question.lower()).rstrip(" "), max_words)
+
+
+IMAGE_TAG = re.compile(r"(?:Picture \d+: )?<img>.*?</img>\n?", re.DOTALL)
+
+
+class Blip2Processor:
+    """Conversations and pictures -> what the model takes. Stage "sft" captions after "a photo of", pre-training without a prompt."""
+
+    CAPTION_PROMPT = "a photo of"
+    QUESTION_PROMPT = "Question: {} Short answer:"
+
+    def __init__(self, config: Blip2Config, tokenizer: Blip2Tokenizer, stage: str = "sft"):
+        if tokenizer.vocab_size > config.vocab_size and not config.qformer.use_qformer_text_input:
+            raise ValueError(
+                f"tokenizer and config.json do not belong together: {tokenizer.vocab_size} tokens, vocab_size is {config.vocab_size}"
+            )
+        if (stage == "pretrain1") != config.qformer.use_qformer_text_input:
+            kind = "a stage-1" if config.qformer.use_qformer_text_input else "a captioning"
+            raise ValueError(f"stage={stage} and {kind} checkpoint do not go together: pretrain1 takes a stage-1 checkpoint, the others don't")
+        self.config, self.tokenizer, self.stage = config, tokenizer, stage
+        self.image_size, self.num_image_tokens = config.vision.image_size, config.num_query_tokens
+        self.kind = "bert" if stage == "pretrain1" else "t5" if config.is_t5 else "opt"
+        self.slot = config.text.pad_token_id if config.image_token_index is None else config.image_token_index
+        self.decoder_start = config.qformer.vocab_size - 1  # stage 1, as in Blip2Qformer
+        # OPT ends at a line break; </s>, which stands in front of every text, ends nothing
+        self.end = tokenizer.encode("\n") if self.kind == "opt" else [tokenizer.eos]
+        self.eos, self.stop_words = self.end[-1], [self.end]
+
+    def fingerprint(self) -> str:
+        """Changes whenever the same conversation could get other ids."""
+        return f"blip2-1-{self.stage}-{self.num_image_tokens}-{hashlib.sha256(self.tokenizer.model.to_str().encode()).hexdigest()}"
+
+    def load_image(self, path: str | Path) -> Tensor:
+        """(3, H, W) fp32. ValueError naming the file for anything that is not a whole picture of sane size."""
+        try:
+            with Image.open(path) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ValueError(f"{path}: {image.width}x{image.height} pixels, at most {MAX_PIXELS:,} are opened")
+                return preprocess_image(image, self.image_size)
+        except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+            if isinstance(e, FileNotFoundError):
+                raise ValueError(f"{path}: no such picture") from None
+            raise ValueError(f"{path}: not a readable picture ({e}); replace the file or remove its records") from None
+
+    def texts(self, conversation) -> tuple[str, str]:
+        """(prompt, answer). Earlier turns of a chat are joined by blanks and belong to the prompt."""
+        turns = [(role, IMAGE_TAG.sub("", text)) for role, text in conversation.turns]
+        images = [len(IMAGE_TAG.findall(text)) for role, text in conversation.turns if role == "user"]
+        if images[:1] != [1] or len(conversation.images) != 1:
+            raise ValueError(f"BLIP-2 takes one picture, in the first question; this record has {len(conversation.images)}")
+        answer = turns[-1][1] if turns[-1][0] == "assistant" else ""
+        questions = turns[:-1] if turns[-1][0] == "assistant" else turns
+        prompt = " ".join(text for _, text in questions)
+        if conversation.kind == "caption":
+            return ("" if self.stage.startswith("pretrain") else self.CAPTION_PROMPT), caption_text(answer)
+        if conversation.kind == "vqa":
+            return self.QUESTION_PROMPT.format(question_text(prompt)), answer
+        return prompt, answer
+
+    def encode(self, conversation, max_length: int) -> dict:
+        """One training sample: ids, unshifted labels, slots. Text is cut from the end (an end token that LAVIS keeps is kept)."""
+        tk, Q = self.tokenizer, self.num_image_tokens
+        prompt, answer = self.texts(conversation)
+        room = max_length - Q
+        if room < 4:
+            raise ValueError(f"max_length={max_length} leaves no room for text behind the picture's {Q} slots")
+        if self.kind == "bert":  # [CLS] text [SEP]
+            text = tk.encode(f"{prompt} {answer}".strip())
+            ids = [tk.begin, *text[: room - 2], tk.eos]
+            supervised, truncated = ids[1:], len(text) > room - 2
+        elif self.kind == "t5":  # question </s>, then the decoder's start, answer </s>
+            question, reply = tk.encode(prompt), tk.encode(answer)
+            head = [*question[: room // 2 - 1], tk.eos, tk.begin]
+            supervised = [*reply[: room - len(head) - 1], tk.eos]
+            ids, truncated = head + supervised, len(head) + len(supervised) < len(question) + len(reply) + 3
+        else:  # </s> question answer "\n"; without a question </s> is learned too, as LAVIS does
+            head = [tk.begin, *tk.encode(prompt)]
+            reply = tk.encode(f" {answer}" if prompt else answer) + self.end
+            ids, truncated = (head + reply)[:room], len(head) + len(reply) > room
+            supervised = ids[len(head) if prompt else 0 :]
+        labels = [IGNORE_INDEX] * (Q + len(ids) - len(supervised)) + supervised
+        return {
+            "input_ids": np.array([self.slot] * Q + ids, dtype=np.int32), "labels": np.array(labels, dtype=np.int32),
+            "image_starts": [0], "images": conversation.images, "truncated": truncated,
+        }  # fmt: skip
+
+    def prompt(self, conversation) -> dict:
+        """The ids that generation starts from; a trailing answer is left out. `seen`: what the repetition penalty counts."""
+        tk, (prompt, _) = self.tokenizer, self.texts(conversation)
+        if self.kind == "bert":
+            ids = seen = [self.decoder_start]
+        elif self.kind == "t5":
+            ids, seen = [*tk.encode(prompt), tk.eos, tk.begin], [tk.begin]
+        else:
+            ids = seen = [tk.begin, *tk.encode(prompt)]
+        ids = [self.slot] * self.num_image_tokens + ids
+        return {
+            "input_ids": np.array(ids, dtype=np.int32), "labels": np.full(len(ids), IGNORE_INDEX, dtype=np.int32),
+            "image_starts": [0], "images": conversation.images, "truncated": False, "seen": seen,
+        }  # fmt: skip
+
+    def decode(self, ids: list[int]) -> str:
+        """The reply: cut at the first end token, blanks at both ends removed."""
+        stop = next((i for i, token in enumerate(ids) if token == self.eos), len(ids))
+        return self.tokenizer.decode(ids[:stop]).strip()
+
+
+def probe_batch(processor: Blip2Processor) -> dict:
+    """A fixed prompt with one synthetic picture, to compare two models' logits."""
+    tk, Q, size = processor.tokenizer, processor.num_image_tokens, processor.image_size
+    text = tk.encode("Question: what is this? Short answer:")
+    text = [*text, tk.eos, tk.begin] if processor.kind == "t5" else [tk.begin, *text]
+    ids = torch.tensor([processor.slot] * Q + text)
+    ramp = torch.linspace(-1, 1, size)
+    return {
+        "input_ids": ids, "position_ids": torch.arange(len(ids)), "max_len": len(ids),
+        "cu_seqlens": torch.tensor([0, len(ids)], dtype=torch.int32), "image_positions": torch.arange(Q)[None],
+        "pixel_values": torch.stack((ramp[:, None] + 0 * ramp, ramp + 0 * ramp[:, None], ramp[:, None] * ramp))[None],
+    }  # fmt: skip
+
+
+def load_processor(directory: str | Path, stage: str = "sft") -> Blip2Processor:
+    """The processor of a checkpoint directory (config.json and tokenizer)."""
+    config = Blip2Config.from_dict(checkpoint.read_config(directory))
+    kind = "bert" if config.qformer.use_qformer_text_input else "t5" if config.is_t5 else "opt"
+    return Blip2Processor(config, Blip2Tokenizer(directory, kind), stage)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands: LAVIS checkpoints in and out, another resolution
+
+
+def read_lavis(path: str | Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # damaged pickles raise all sorts of errors
+        raise ValueError(f"{path} can't be read ({type(e).__name__}: {e}); expected a LAVIS .pth file") from None
+    return from_lavis(state.get("model", state))
+
+
+def write_model(out: str | Path, config: dict, state: dict[str, Tensor], side_files: str | Path | None) -> None:
+    """A whole checkpoint directory; positions are interpolated where the files' and the config's resolutions differ."""
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in build_model(config).named_parameters()}
+    name = "vision_model.embeddings.position_embedding"
+    if name in state and state[name].shape != shapes[name]:
+        grid = math.isqrt(shapes[name][1] - 1)
+        state = {**state, name: resize_positions(state[name], grid, grid)}
+    missing, unknown = sorted(shapes.keys() - state.keys()), sorted(state.keys() - shapes.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"{len(missing)} tensors are missing ({', '.join(missing[:3])}), {len(unknown)} have no place ({', '.join(unknown[:3])}); "
+            "give the other files too (eva_vit_g.pth, --base with the language model) and the config.json that belongs to them"
+        )
+    wrong = [f"{n} is {tuple(state[n].shape)}, expected {tuple(s)}" for n, s in shapes.items() if state[n].shape != s]
+    if wrong:
+        raise ValueError(f"{'; '.join(wrong[:3])}; use the config.json that belongs to these weights")
+    with checkpoint.atomic_dir(out) as temporary:
+        checkpoint.save_weights(temporary, ((n, state[n].float()) for n in shapes))
+        checkpoint.write_json(temporary / "config.json", {**config, "torch_dtype": "float32"})
+        if side_files:
+            checkpoint.copy_side_files(side_files, temporary)
+
+
+def read_model(directory: str | Path) -> dict[str, Tensor]:
+    weights = checkpoint.open_weights(directory, aliases=ALIASES)
+    return {name: weights.read(name) for name in weights}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("import", help="LAVIS .pth files -> a checkpoint directory").add_argument
+    add("files", nargs="+", help="later files win; parts that none has come from --base")
+    add("--config", help="config.json of the model; default: the base's")
+    add("--base", help="checkpoint directory with the missing parts (tower, language model) and the tokenizer")
+    add("--tokenizer", help="directory of tokenizer files, if not --base")
+    add("--out", required=True)
+    add = commands.add_parser("export", help="a checkpoint directory -> a LAVIS .pth file").add_argument
+    add("directory")
+    add("--trained_only", action="store_true", help="leave out the tower and the language model, as LAVIS does when they are frozen")
+    add("--out", required=True)
+    add = commands.add_parser("resize", help="interpolate the position embedding to another resolution").add_argument
+    add("directory")
+    add("out")
+    add("--image_size", type=int, required=True)
+    args = parser.parse_args()
+    if args.command == "import":
+        state = read_model(args.base) if args.base else {}
+        for path in args.files:
+            state |= read_lavis(path)
+        if args.config is None and args.base is None:
+            raise ValueError("give --config FILE, or --base DIRECTORY")
+        config = checkpoint.read_json(args.config or Path(args.base) / "config.json", "give it with --config")
+        config["vision_config"] = {**config.get("vision_config", {}), "post_layernorm_eps": 1e-5}  # LAVIS's nn.LayerNorm
+        config["stage1_heads"] = "temp" in state
+        with torch.device("meta"):
+            wanted = dict(build_model(config).named_parameters())
+        if any(n in state for n in ("temp", "itm_head.weight")) and not config["qformer_config"].get("use_qformer_text_input"):
+            state = {n: t for n, t in state.items() if n in wanted}  # a stage-1 file for a stage-2 model: the text branch goes
+        elif "language_model" in {n.split(".")[0] for n in state}:
+            state = {n: t for n, t in state.items() if n in wanted or not n.startswith("vision_model.encoder.layers.")}
+        layers = f"vision_model.encoder.layers.{Blip2Config.from_dict(config).vision.num_hidden_layers}."
+        state = {n: t for n, t in state.items() if not n.startswith(layers)}  # EVA-CLIP's last block
+        write_model(args.out, config, state, args.tokenizer or args.base)
+    elif args.command == "export":
+        state = read_model(args.directory)
+        if args.trained_only:
+            state = {n: t for n, t in state.items() if not n.startswith((*(p[:-1] for p in _TOWER), "language_model."))}
+        positions = Blip2Config.from_dict(checkpoint.read_config(args.directory)).qformer.max_position_embeddings
+        torch.save({"model": to_lavis(state, positions)}, args.out)
+    else:
+        config = checkpoint.read_config(args.directory)
+        config["vision_config"] = {**config["vision_config"], "image_size": args.image_size}
+        write_model(args.out, config, read_model(args.directory), args.directory)
+    print(f"written: {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(checkpoint.cli(main))
