@@ -39,7 +39,7 @@ def run(argv, world=1):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=rank_main, args=(r, world, port, argv), daemon=True) for r in range(world)]
+    processes = [fork.Process(target=rank_main, args=(r, world, port, argv)) for r in range(world)]
     for p in processes:
         p.start()
     for p in processes:
