@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import re
+import signal
 import sys
 from array import array
 from collections import Counter
@@ -831,7 +832,7 @@ class TrainLoader:
 
     def __iter__(self):
         loader = torch.utils.data.DataLoader(
-            self, batch_size=None, collate_fn=_as_it_is, num_workers=self.num_workers, worker_init_fn=_one_thread,
+            self, batch_size=None, collate_fn=_as_it_is, num_workers=self.num_workers, worker_init_fn=_start_loading,
             multiprocessing_context="fork" if self.num_workers else None,
         )  # fmt: skip
         try:
@@ -846,8 +847,10 @@ def _as_it_is(item):
     return item
 
 
-def _one_thread(worker):
+def _start_loading(worker):
     torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal signals the whole group; the main process decides
+        signal.signal(number, signal.SIG_IGN)
 
 
 # ------------------------------------------------------------------------------------------------------------- commands

@@ -9,7 +9,7 @@ python runs/make_tiny_qwen_vl.py init runs/out/init
 # too, drown the picture in a model without any knowledge. Then a few epochs of chat.
 python train.py runs/tiny_qwen_vl.json
 python train.py runs/tiny_qwen_vl.json --model_name_or_path runs/out/trained --output_dir runs/out/more \
-    --num_train_epochs 26 --image_jitter 0.125
+    --num_train_epochs 16 --image_jitter 0.125
 python train.py runs/tiny_qwen_vl.json --stage sft --model_name_or_path runs/out/more --output_dir runs/out/chat \
     --num_train_epochs 4 --learning_rate 0.0005 --image_jitter 0.125
 python runs/make_tiny_qwen_vl.py round runs/out/chat samples/tiny_qwen_vl

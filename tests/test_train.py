@@ -39,7 +39,7 @@ def run(argv, world=1):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=rank_main, args=(r, world, port, argv), daemon=True) for r in range(world)]
+    processes = [fork.Process(target=rank_main, args=(r, world, port, argv)) for r in range(world)]
     for p in processes:
         p.start()
     for p in processes:
@@ -178,6 +178,7 @@ def start(argv):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -212,13 +213,15 @@ def test_killed_run_continues_exactly(base, dataset, tmp_path, world):
         assert_same_run(tmp_path / "out", tmp_path / "reference")
 
 
-def test_sigterm_saves_and_the_same_command_continues(base, dataset, tmp_path):
-    argv = arguments(base, dataset, tmp_path / "out", max_steps=60, per_device_train_batch_size=4)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_the_same_command_continues(base, dataset, tmp_path, number):
+    """The whole process group gets the signal, data workers too, as from a terminal."""
+    argv = arguments(base, dataset, tmp_path / "out", max_steps=60, per_device_train_batch_size=4, num_workers=1)
     process = start(argv)
     wait_for_step(tmp_path / "out", 5)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM and "SIGTERM" in output, output
+    assert process.returncode == 128 + number and number.name in output and "Traceback" not in output, output
     assert checkpoint.last_checkpoint(tmp_path / "out").name == f"checkpoint-{len(losses(tmp_path / 'out'))}"
     run(argv)
     run(arguments(base, dataset, tmp_path / "reference", max_steps=60, per_device_train_batch_size=4))
