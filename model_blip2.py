@@ -19,6 +19,7 @@ import sys
 import zlib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -489,9 +490,10 @@ class Context:
     keys: Tensor | None  # (T,) dropout keys of the rows
     cache: object | None = None  # generate.KVCache
     # T5 only
-    bias: Tensor | None = None  # (H, Lq, Lk), made by a stack's first block for all of them
     memory: Tensor | None = None  # (Te, C) encoder output; None in a decoding step: its keys and values are cached
     memory_cu_seqlens: Tensor | None = None
+    # .bias (H, Lq, Lk), made by a stack's first block for all of them; fully_shard copies a dataclass, but not this
+    shared: SimpleNamespace = field(default_factory=SimpleNamespace)
 
 
 class OPTAttention(nn.Module):
@@ -630,10 +632,10 @@ class T5Attention(nn.Module):
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         if self.relative_attention_bias is not None:
             first = 0 if ctx.cache is None else ctx.cache.common_length()
-            ctx.bias = self.bias(first, first + ctx.max_len, x.device)
+            ctx.shared.bias = self.bias(first, first + ctx.max_len, x.device)
         q, k, v = (self.project(layer, x) for layer in (self.q, self.k, self.v))
         q = q * q.shape[-1] ** 0.5  # T5 does not scale its scores, attention() does
-        bias = ctx.bias.to(q.dtype)
+        bias = ctx.shared.bias.to(q.dtype)
         if ctx.cache is not None:
             o = ctx.cache.attend(self.layer, q, k, v, ctx.cu_seqlens, ctx.max_len, bias=bias)
         else:
@@ -746,7 +748,7 @@ class T5(nn.Module):
                 for linear in (block.layer[1].EncDecAttention.k, block.layer[1].EncDecAttention.v):
                     lora.set_dropout_keys(linear, {"dropout_keys": row_keys[0]})
         memory = self.encoder(x[rows[0]], Context(cu[0], int(cu[0].diff().max()), row_keys[0]))
-        ctx = Context(cu[1], int(cu[1].diff().max()), row_keys[1], cache, None, memory, cu[0])
+        ctx = Context(cu[1], int(cu[1].diff().max()), row_keys[1], cache, memory, cu[0])
         return self.decoder(x[rows[1]], ctx)
 
     def targets(self, batch: dict) -> Tensor:
