@@ -196,7 +196,8 @@ class Weights:
 
 
 def open_weights(directory, aliases: dict | None = None) -> Weights:
-    """`aliases` {name: name}: names that say the same as another one are left out where that is there too (tied weights)."""
+    """`aliases` {name: name}: names that say the same as another one are left out where that is there too (tied
+    weights)."""
     return Weights(directory, aliases)
 
 
