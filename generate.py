@@ -71,7 +71,8 @@ class KVCache:
         return attention(q, k, v, cu_seqlens, cu_seqlens_k, longest, bias is None, prefix_lens, bias)
 
     def attend_memory(
-        self, layer: int, q: Tensor, k: Tensor | None, v: Tensor | None, cu_seqlens: Tensor, memory_cu_seqlens: Tensor | None
+        self, layer: int, q: Tensor, k: Tensor | None, v: Tensor | None, cu_seqlens: Tensor,
+        memory_cu_seqlens: Tensor | None,
     ) -> Tensor:
         """Attends to the memory of the segments' sequences, all of it; k and v (Tm, H, D) make it in the first pass."""
         if k is not None:
@@ -79,7 +80,8 @@ class KVCache:
             self.memory[layer] = list(zip(k.split(lengths), v.split(lengths), strict=True))
         keys, values = zip(*(self.memory[layer][i] for i in self.active), strict=True)
         cu_seqlens_k = torch.tensor([0, *(len(x) for x in keys)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return attention(q, torch.cat(keys), torch.cat(values), cu_seqlens, cu_seqlens_k, int(cu_seqlens_k.diff().max()), False)
+        longest = int(cu_seqlens_k.diff().max())
+        return attention(q, torch.cat(keys), torch.cat(values), cu_seqlens, cu_seqlens_k, longest, causal=False)
 
     def common_length(self) -> int:
         """The length of the active sequences, where it is the same: a decoder's, which begin together."""
@@ -203,7 +205,8 @@ def beam_search(
     """The num_beams best answers of each request as (score, new token ids), best first.
 
     A score is the sum of log-probabilities (after the repetition penalty, which acts on them) / number of tokens **
-    length_penalty. An answer ends with one of the one-token `stop_words`, or at max_new_tokens. `rule`: when a request is
+    length_penalty. An answer ends with one of the one-token `stop_words`, or at max_new_tokens. `rule`: when a request
+    is
     closed, and how an answer that the limit cuts is scored: "transformers" (5.x) or "lavis" (transformers 4.x fed with
     embeddings: it counts the start token as one more).
     """
@@ -212,7 +215,8 @@ def beam_search(
     if len(ends) < len(stop_words):
         raise ValueError("beam search ends at single tokens; a stop text of several tokens needs num_beams=1")
     prompts, seen, cache, batch = prefill(model, requests, max_new_tokens)
-    live = list(range(len(requests)))  # requests that are still open; each has K sequences in the cache after the first pass
+    # requests that are still open; each has K sequences in the cache after the first pass
+    live = list(range(len(requests)))
     beams = {i: [(0.0, [])] for i in live}  # request -> its running (sum of log-probabilities, new tokens)
     finished: list[list[tuple[float, list[int]]]] = [[] for _ in requests]
 

@@ -38,8 +38,9 @@ def merge(base: Path | None, adapter: Path, output: Path, dtype: torch.dtype | N
         if not output.is_dir() or (any(output.iterdir()) and not (output / "merge_info.json").is_file()):
             raise ValueError(f"--merge_model_path {output} exists and is no earlier merge; choose another directory")
 
-    model_config, weights = checkpoint.read_config(base), open_weights(base)
+    model_config = checkpoint.read_config(base)
     kind = checkpoint.model_kind(model_config)
+    weights = open_weights(base, getattr(importlib.import_module("model_" + kind), "ALIASES", None))
     scalings, replaced = adapter_updates(config, lora, {name: weights.shape(name) for name in weights})
     if not any(is_changed(name, weights, scalings, lora) for name in weights):
         raise ValueError(f"the adapter in {adapter} changes nothing (all updates are zero): it was not trained")

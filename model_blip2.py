@@ -1,24 +1,29 @@
 """BLIP-2 (arXiv:2301.12597): EVA ViT-g, Q-Former, OPT or Flan-T5, and everything about its data format.
 
-    python generate.py --model blip2 --image picture.png --prompt "Question: what is this? Answer:"
+    python generate.py --model_name_or_path blip2-opt-2.7b --image picture.png --prompt "Question: what is this? Answer:"
     python model_blip2.py import blip2_pretrained.pth --config config.json --out stage1    # LAVIS checkpoints, and back
     python model_blip2.py resize blip2-opt-2.7b blip2-opt-2.7b-364 --image_size 364
 
-Two models: `Blip2` reads a picture and writes text; `Blip2Qformer` is stage 1 of pre-training and retrieval (a config.json
-whose Q-Former takes text: `use_qformer_text_input`). Text has no batch dimension: a micro-batch is one stream of T tokens,
+Two models: `Blip2` reads a picture and writes text; `Blip2Qformer` is stage 1 of pre-training and retrieval (a
+config.json
+whose Q-Former takes text: `use_qformer_text_input`). Text has no batch dimension: a micro-batch is one stream of T
+tokens,
 cut into segments (samples) by `cu_seqlens`. Parameter names are those of the published Hugging Face checkpoints.
-Numerics follow LAVIS (2023) and transformers; where this file differs on purpose, it says so. Dropout acts on hidden states
-only (the originals drop attention probabilities too) and is a pure function of the sample, so that no layout changes it.
+Numerics follow LAVIS (2023) and transformers; where this file differs on purpose, it says so. Dropout acts on hidden
+states
+only (the originals drop attention probabilities too) and is a pure function of the sample, so that no layout changes
+it.
 """
+
 import argparse
 import hashlib
-import json
 import math
 import re
 import sys
 import zlib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -47,7 +52,8 @@ class VisionConfig:
     image_size: int = 224
     patch_size: int = 14
     layer_norm_eps: float = 1e-6
-    # LAVIS normalises the features with 1e-5, the published Hugging Face models with the blocks' eps; ours alone has the key
+    # LAVIS normalises the features with 1e-5, the published Hugging Face models with the blocks' eps; ours alone has
+    # the key
     post_layernorm_eps: float | None = None
 
 
@@ -105,7 +111,9 @@ class Blip2Config:
     num_query_tokens: int = 32
     image_text_hidden_size: int = 256
     image_token_index: int | None = None  # null in older files: then the padding token stands for a picture
-    stage1_heads: bool = False  # temperature and language-modelling head of stage 1; published retrieval models lack them
+    stage1_heads: bool = (
+        False  # temperature and language-modelling head of stage 1; published retrieval models lack them
+    )
     raw: dict = field(default_factory=dict)  # config.json as it was read, written back with the weights
 
     @classmethod
@@ -117,13 +125,17 @@ class Blip2Config:
 
         parts = [raw.get(f"{part}_config") for part in ("vision", "qformer", "text")]
         if not all(isinstance(part, dict) for part in parts):
-            raise ValueError("config.json lacks vision_config, qformer_config or text_config; is it a BLIP-2 checkpoint?")
+            raise ValueError(
+                "config.json lacks vision_config, qformer_config or text_config; is it a BLIP-2 checkpoint?"
+            )
         kinds = {"opt": OPTConfig, "t5": T5Config}
         if parts[2].get("model_type") not in kinds:
             raise ValueError(f"config.json: text_config.model_type={parts[2].get('model_type')!r}; expected opt or t5")
         text = pick(kinds[parts[2]["model_type"]], parts[2])
         top = {f.name: raw[f.name] for f in fields(cls)[3:-1] if f.name in raw}
-        config = cls(vision=pick(VisionConfig, parts[0]), qformer=pick(QFormerConfig, parts[1]), text=text, raw=raw, **top)
+        config = cls(
+            vision=pick(VisionConfig, parts[0]), qformer=pick(QFormerConfig, parts[1]), text=text, raw=raw, **top
+        )
         v, q = config.vision, config.qformer
         checks = [
             (v.hidden_size % v.num_attention_heads == 0, "vision_config: num_attention_heads must divide hidden_size"),
@@ -135,19 +147,30 @@ class Blip2Config:
         ]  # fmt: skip
         if isinstance(text, OPTConfig):
             checks += [
-                (text.hidden_size % text.num_attention_heads == 0, "text_config: num_attention_heads must divide hidden_size"),
-                (parts[2].get("word_embed_proj_dim", text.hidden_size) == text.hidden_size
-                 and parts[2].get("do_layer_norm_before", True) and parts[2].get("activation_function", "relu") == "relu",
-                 "text_config: OPT with projected embeddings, post-norm or another activation than relu is not supported"),
-            ]  # fmt: skip
+                (
+                    text.hidden_size % text.num_attention_heads == 0,
+                    "text_config: num_attention_heads must divide hidden_size",
+                ),
+                (
+                    parts[2].get("word_embed_proj_dim", text.hidden_size) == text.hidden_size
+                    and parts[2].get("do_layer_norm_before", True)
+                    and parts[2].get("activation_function", "relu") == "relu",
+                    "text_config: OPT with projected embeddings, post-norm or without relu is not supported",
+                ),
+            ]
         else:
             text.num_decoder_layers = text.num_decoder_layers or text.num_layers
             checks += [
-                (text.dense_act_fn in T5_ACTIVATIONS and parts[2].get("feed_forward_proj", "gated-gelu") == "gated-gelu",
-                 f"text_config: dense_act_fn={text.dense_act_fn!r}; expected gelu or gelu_new, gated (Flan-T5)"),
-                (not parts[2].get("tie_word_embeddings", False),
-                 "text_config.tie_word_embeddings must be false: Flan-T5 has its own lm_head"),
-            ]  # fmt: skip
+                (
+                    text.dense_act_fn in T5_ACTIVATIONS
+                    and parts[2].get("feed_forward_proj", "gated-gelu") == "gated-gelu",
+                    f"text_config: dense_act_fn={text.dense_act_fn!r}; expected gelu or gelu_new, gated (Flan-T5)",
+                ),
+                (
+                    not parts[2].get("tie_word_embeddings", False),
+                    "text_config.tie_word_embeddings must be false: Flan-T5 has its own lm_head",
+                ),
+            ]
         for ok, message in checks:
             if not ok:
                 raise ValueError(f"config.json: {message}")
@@ -249,7 +272,8 @@ def segments(lengths: Tensor) -> Tensor:
 
 
 def resize_positions(table: Tensor, rows: int, columns: int) -> Tensor:
-    """A position table (1, 1 + G*G, C) for another grid: the class row kept, the rest bicubic in fp32, no antialiasing."""
+    """A position table (1, 1 + G*G, C) for another grid: the class row kept, the rest bicubic in fp32, no
+    antialiasing."""
     G = math.isqrt(table.shape[1] - 1)
     if (rows, columns) == (G, G):
         return table
@@ -278,7 +302,9 @@ class VisionAttention(nn.Module):
         super().__init__()
         C = config.hidden_size
         self.num_heads = config.num_attention_heads
-        self.qkv = nn.Linear(C, 3 * C)  # LAVIS has no bias for k: here its third starts 0, and does not change a softmax
+        self.qkv = nn.Linear(
+            C, 3 * C
+        )  # LAVIS has no bias for k: here its third starts 0, and does not change a softmax
         self.projection = nn.Linear(C, C)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
@@ -351,12 +377,14 @@ class QFormerContext:
         both = self.query_rows is not None and self.text_rows is not None
         self.order = torch.cat((self.query_rows, self.text_rows)).argsort() if both else None
         self.query_keys, self.text_keys = (
-            self.keys if self.keys is None or rows is None else self.keys[rows] for rows in (self.query_rows, self.text_rows)
+            self.keys if self.keys is None or rows is None else self.keys[rows]
+            for rows in (self.query_rows, self.text_rows)
         )
 
 
 def interleave(Q: int, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of queries (N*Q,) and of text, and cu_seqlens, of N segments with Q queries and then lengths[n] text tokens."""
+    """Rows of queries (N*Q,) and of text, and cu_seqlens, of N segments with Q queries and then lengths[n] text
+    tokens."""
     device, N = lengths.device, len(lengths)
     cu_seqlens = segments(lengths + Q)
     starts = cu_seqlens[:-1].to(device).long()
@@ -431,7 +459,8 @@ class QFormerLayer(nn.Module):
             self.output = QFormerOutput(config, config.intermediate_size)
 
     def forward(self, x: Tensor, ctx: QFormerContext) -> Tensor:
-        """(R, C) -> (R, C). Queries look at the picture and have a feed-forward of their own; text never sees it directly."""
+        """(R, C) -> (R, C). Queries look at the picture and have a feed-forward of their own; text never sees it
+        directly."""
         x = self.attention(x, ctx)
         parts = []
         if ctx.query_rows is not None:
@@ -465,7 +494,9 @@ def spread_keys(keys: Tensor | None, count: int, salt: int = 0) -> Tensor | None
     """One key per picture (N,) -> one per row (N*count,)."""
     if keys is None:
         return None
-    return (keys[:, None] + (torch.arange(count, device=keys.device) + 1) * 0x9E3779B97F4A7C1 + salt * 0x5851F42D4C957F2).flatten()
+    return (
+        keys[:, None] + (torch.arange(count, device=keys.device) + 1) * 0x9E3779B97F4A7C1 + salt * 0x5851F42D4C957F2
+    ).flatten()
 
 
 def encode_queries(model: nn.Module, image: Tensor, keys: Tensor | None = None) -> Tensor:
@@ -489,9 +520,10 @@ class Context:
     keys: Tensor | None  # (T,) dropout keys of the rows
     cache: object | None = None  # generate.KVCache
     # T5 only
-    bias: Tensor | None = None  # (H, Lq, Lk), made by a stack's first block for all of them
     memory: Tensor | None = None  # (Te, C) encoder output; None in a decoding step: its keys and values are cached
     memory_cu_seqlens: Tensor | None = None
+    # .bias (H, Lq, Lk), made by a stack's first block for all of them; fully_shard copies a dataclass, but not this
+    shared: SimpleNamespace = field(default_factory=SimpleNamespace)
 
 
 class OPTAttention(nn.Module):
@@ -573,7 +605,8 @@ class OPT(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Flan-T5 (arXiv:1910.10683, arXiv:2210.11416). In the stream a segment holds the encoder's tokens, then the decoder's, which
+# Flan-T5 (arXiv:1910.10683, arXiv:2210.11416). In the stream a segment holds the encoder's tokens, then the decoder's,
+# which
 # begin with its start token (id 0); that token stands nowhere else, so it is where the stream is divided.
 
 T5_ACTIVATIONS = {"gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh")}
@@ -590,7 +623,8 @@ class T5Norm(nn.Module):
 
 
 def t5_buckets(distance: Tensor, bidirectional: bool, num_buckets: int, max_distance: int) -> Tensor:
-    """Distance key - query -> bucket: exact when near, logarithmic up to max_distance; half of them for each sign if both are seen."""
+    """Distance key - query -> bucket: exact when near, logarithmic up to max_distance; half of them for each sign
+    if both are seen."""
     bucket = torch.zeros_like(distance)
     if bidirectional:
         num_buckets //= 2
@@ -609,7 +643,10 @@ class T5Attention(nn.Module):
         super().__init__()
         C, inner = config.d_model, config.num_heads * config.d_kv
         self.layer, self.decoder, self.num_heads = layer, decoder, config.num_heads
-        self.num_buckets, self.max_distance = config.relative_attention_num_buckets, config.relative_attention_max_distance
+        self.num_buckets, self.max_distance = (
+            config.relative_attention_num_buckets,
+            config.relative_attention_max_distance,
+        )
         self.q = nn.Linear(C, inner, bias=False)
         self.k = nn.Linear(C, inner, bias=False)
         self.v = nn.Linear(C, inner, bias=False)
@@ -630,10 +667,10 @@ class T5Attention(nn.Module):
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         if self.relative_attention_bias is not None:
             first = 0 if ctx.cache is None else ctx.cache.common_length()
-            ctx.bias = self.bias(first, first + ctx.max_len, x.device)
+            ctx.shared.bias = self.bias(first, first + ctx.max_len, x.device)
         q, k, v = (self.project(layer, x) for layer in (self.q, self.k, self.v))
         q = q * q.shape[-1] ** 0.5  # T5 does not scale its scores, attention() does
-        bias = ctx.bias.to(q.dtype)
+        bias = ctx.shared.bias.to(q.dtype)
         if ctx.cache is not None:
             o = ctx.cache.attend(self.layer, q, k, v, ctx.cu_seqlens, ctx.max_len, bias=bias)
         else:
@@ -746,7 +783,7 @@ class T5(nn.Module):
                 for linear in (block.layer[1].EncDecAttention.k, block.layer[1].EncDecAttention.v):
                     lora.set_dropout_keys(linear, {"dropout_keys": row_keys[0]})
         memory = self.encoder(x[rows[0]], Context(cu[0], int(cu[0].diff().max()), row_keys[0]))
-        ctx = Context(cu[1], int(cu[1].diff().max()), row_keys[1], cache, None, memory, cu[0])
+        ctx = Context(cu[1], int(cu[1].diff().max()), row_keys[1], cache, memory, cu[0])
         return self.decoder(x[rows[1]], ctx)
 
     def targets(self, batch: dict) -> Tensor:
@@ -798,7 +835,8 @@ class Blip2(nn.Module):
     def embed(self, batch: dict) -> Tensor:
         """Word embeddings (T, C), those of the picture slots replaced by features.
 
-        More pictures than slots: the others (a blank one, so that every rank of a sharded run enters the tower) count nothing.
+        More pictures than slots: the others (a blank one, so that every rank of a sharded run enters the tower) count
+        nothing.
         """
         x = self.language_model.embed(batch["input_ids"])
         features = batch.get("image_features")
@@ -813,7 +851,9 @@ class Blip2(nn.Module):
         return x
 
     def hidden(self, batch: dict) -> Tensor:
-        return self.language_model.hidden(self.embed(batch), batch, batch.get("dropout_keys") if self.training else None)
+        return self.language_model.hidden(
+            self.embed(batch), batch, batch.get("dropout_keys") if self.training else None
+        )
 
     def logits(self, x: Tensor) -> Tensor:
         return F.linear(self.language_model.norm(x), self.language_model.head_weight)
@@ -825,7 +865,8 @@ class Blip2(nn.Module):
         return linear_cross_entropy(self.language_model.norm(x[rows]), self.language_model.head_weight, targets[rows])
 
     def forward(self, batch: dict, output: str = "loss"):
-        """The one entrance of a sharded model. `output`: "loss" as head(); "logits" (S, V) of each segment's last position;
+        """The one entrance of a sharded model. `output`: "loss" as head(); "logits" (S, V) of each segment's last
+        position;
         "features" (N, Q, C) of the pictures."""
         if output == "features":
             return self.encode_images(batch["pixel_values"])
@@ -920,7 +961,9 @@ class Blip2Qformer(nn.Module):
             text_rows = text_rows[is_text]
         prefix_lens = torch.full((len(cu_seqlens) - 1,), prefix)
         keys = batch.get("dropout_keys") if self.training else None
-        ctx = QFormerContext(cu_seqlens, batch["max_len"], query_rows, text_rows, image, prefix_lens, keys, batch.get("cache"))
+        ctx = QFormerContext(
+            cu_seqlens, batch["max_len"], query_rows, text_rows, image, prefix_lens, keys, batch.get("cache")
+        )
         return self.qformer(self.embed(batch), ctx)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -989,20 +1032,24 @@ class Blip2Qformer(nn.Module):
     def losses(self, batch: dict) -> tuple[Tensor, Tensor]:
         """Summed losses (3,) as in LOSSES, and (S, 3, 2): sum and count of each segment (detached). all ranks
 
-        The batch of all ranks is what pictures and texts are contrasted in. `image_ids` (S,), optional: pairs of the same
+        The batch of all ranks is what pictures and texts are contrasted in. `image_ids` (S,), optional: pairs of the
+        same
         picture are positives of each other and never negatives.
         """
         weight = 1.0
-        if not len(batch["image_positions"]):  # this rank has no sample left, but the others wait for it: a blank one, times 0
+        if not len(
+            batch["image_positions"]
+        ):  # this rank has no sample left, but the others wait for it: a blank one, times 0
             batch, weight = self.blank(batch), 0.0
-        B, Q, device = len(batch["image_positions"]), self.num_image_tokens, batch["input_ids"].device
+        B, device = len(batch["image_positions"]), batch["input_ids"].device
         real = B if weight else 0
         rows, lengths = self.text_of(batch)
         ids, keys = batch["input_ids"][rows], batch["image_dropout_keys"]
         dropout = keys if self.training else None
         image = self.vision_model(batch["pixel_values"])
 
-        # a caption begins with [DEC] where it is generated; queries don't see it, so this pass gives them what one without text would
+        # a caption begins with [DEC] where it is generated; queries don't see it, so this pass gives them what one
+        # without text would
         started = batch["input_ids"].index_fill(0, rows[segments(lengths)[:-1].to(device).long()], self.decoder_start)
         x = self.hidden({**batch, "input_ids": started}, image)
         image_feats = self.image_features(x[batch["image_positions"]])  # (B, Q, E)
@@ -1045,7 +1092,10 @@ class Blip2Qformer(nn.Module):
 
         predicted = (batch["targets"] != IGNORE_INDEX).nonzero()[:, 0]
         lm = F.cross_entropy(
-            self.logits(x[predicted]).float(), batch["targets"][predicted], reduction="none", label_smoothing=self.SMOOTHING
+            self.logits(x[predicted]).float(),
+            batch["targets"][predicted],
+            reduction="none",
+            label_smoothing=self.SMOOTHING,
         )
         segment = torch.bucketize(predicted, batch["cu_seqlens"][1:].to(device), right=True)
         lm_sums, lm_counts = torch.zeros(2, B, device=device)
@@ -1061,10 +1111,16 @@ class Blip2Qformer(nn.Module):
         ids = torch.zeros(Q + 2, dtype=torch.long, device=device)
         zero = torch.zeros(1, dtype=torch.long, device=device)
         return {
-            **batch, "input_ids": ids, "targets": torch.cat((ids[:-1] + IGNORE_INDEX, zero)), "max_len": Q + 2,
-            "position_ids": torch.arange(Q + 2, device=device), "cu_seqlens": torch.tensor([0, Q + 2], dtype=torch.int32),
-            "image_positions": torch.arange(Q, device=device)[None], "dropout_keys": ids, "image_dropout_keys": zero,
-        }  # fmt: skip
+            **batch,
+            "input_ids": ids,
+            "targets": torch.cat((ids[:-1] + IGNORE_INDEX, zero)),
+            "max_len": Q + 2,
+            "position_ids": torch.arange(Q + 2, device=device),
+            "cu_seqlens": torch.tensor([0, Q + 2], dtype=torch.int32),
+            "image_positions": torch.arange(Q, device=device)[None],
+            "dropout_keys": ids,
+            "image_dropout_keys": zero,
+        }
 
     @staticmethod
     def gather_text(ids: Tensor, lengths: Tensor, real: int) -> tuple[Tensor, Tensor]:
@@ -1075,8 +1131,10 @@ class Blip2Qformer(nn.Module):
         return parallel.gather_rows(padded[:real])[0], parallel.gather_rows(lengths[:real])[0]
 
     def forward(self, batch: dict, output: str = "loss"):
-        """`output`: "loss" as losses(); "logits" (S, V) of each segment's last position (captioning with stage 1 alone);
-        "itc" (S, S) similarities of every picture with every text; "itm" (S,) probability that picture and text match."""
+        """`output`: "loss" as losses(); "logits" (S, V) of each segment's last position (captioning with stage 1
+        alone);
+        "itc" (S, S) similarities of every picture with every text; "itm" (S,) probability that picture and text
+        match."""
         if output == "logits":
             x = self.hidden(batch)
             return self.logits(x[batch["cu_seqlens"][1:].to(x.device) - 1])
@@ -1100,8 +1158,14 @@ def init_weights(config: Blip2Config, name: str, tensor: Tensor, generator: torc
     if config.is_t5 and name.startswith("language_model.") and tensor.ndim == 2:
         t = config.text
         kind = name.split(".")[-2]
-        std = {"shared": 1.0, "q": (t.d_model * t.d_kv) ** -0.5, "o": (t.num_heads * t.d_kv) ** -0.5, "wo": t.d_ff**-0.5}.get(
-            kind, t.d_model**-0.5  # the original draws lm_head from N(0, 1), which begins at a loss of hundreds
+        std = {
+            "shared": 1.0,
+            "q": (t.d_model * t.d_kv) ** -0.5,
+            "o": (t.num_heads * t.d_kv) ** -0.5,
+            "wo": t.d_ff**-0.5,
+        }.get(
+            kind,
+            t.d_model**-0.5,  # the original draws lm_head from N(0, 1), which begins at a loss of hundreds
         )
     if name == "temp":
         tensor.fill_(0.07)
@@ -1131,7 +1195,8 @@ PARTS = {
 IMAGE_PARAMETERS = ["vision_model.*", "q*", "language_projection.*"]  # what a picture's features depend on
 STAGES = ("sft", "pretrain1", "pretrain2")
 IGNORED_WEIGHTS: list[str] = []  # names that files hold but this file recomputes
-# Frozen by stage: not the tower's last norm, which both stages train. What fine-tuning freezes is the configuration's choice.
+# Frozen by stage: not the tower's last norm, which both stages train. What fine-tuning freezes is the configuration's
+# choice.
 _TOWER = ["vision_model.embeddings.*", "vision_model.encoder.*"]
 PRETRAIN_FREEZE = {"pretrain1": _TOWER, "pretrain2": [*_TOWER, "language_model.*"]}
 LORA_TARGETS = [r"language_model\.(model\.decoder\.layers.*\.(q_proj|v_proj)|.*Attention\.(q|v))"]
@@ -1163,8 +1228,11 @@ TP_PLAN = {
 }
 
 
-def forward_flops(config: Blip2Config, tokens: int, supervised: int, images: int, segment_length: float) -> dict[str, float]:
-    """FLOPs of one forward pass by part (a multiply-add counts two): tokens in the stream, supervised tokens, pictures."""
+def forward_flops(
+    config: Blip2Config, tokens: int, supervised: int, images: int, segment_length: float
+) -> dict[str, float]:
+    """FLOPs of one forward pass by part (a multiply-add counts two): tokens in the stream, supervised tokens,
+    pictures."""
     v, q, C, N = config.vision, config.qformer, config.hidden_size, config.num_hidden_layers
     W, P, Q, E = v.hidden_size, (v.image_size // v.patch_size) ** 2 + 1, config.num_query_tokens, q.hidden_size
     tower = v.num_hidden_layers * (2 * P * (4 * W * W + 2 * W * v.intermediate_size) + 4 * P * P * W)
@@ -1233,16 +1301,25 @@ def translate(name: str, table: dict[str, str]) -> str:
 
 
 def from_lavis(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A LAVIS checkpoint's "model" (or the bare eva_vit_g.pth) under our names. It holds what LAVIS trained, so stage-2 files
+    """A LAVIS checkpoint's "model" (or the bare eva_vit_g.pth) under our names. It holds what LAVIS trained, so
+    stage-2 files
     lack the tower and the language model."""
-    if "cls_token" in state:  # bare tower; its own norm and head, and the block that BLIP-2 leaves out, belong to EVA-CLIP
-        state = {f"visual_encoder.{n}": t for n, t in state.items() if n.split(".")[0] in ("cls_token", "pos_embed", "patch_embed", "blocks")}
+    if (
+        "cls_token" in state
+    ):  # bare tower; its own norm and head, and the block that BLIP-2 leaves out, belong to EVA-CLIP
+        state = {
+            f"visual_encoder.{n}": t
+            for n, t in state.items()
+            if n.split(".")[0] in ("cls_token", "pos_embed", "patch_embed", "blocks")
+        }
     out = {}
     for name, tensor in state.items():
         if name.endswith(("attn.q_bias", "attn.v_bias")):
             if name.endswith("attn.q_bias"):
                 v = state[name.replace("q_bias", "v_bias")]
-                out[translate(name.replace("q_bias", "qkv.bias"), LAVIS_NAMES)] = torch.cat((tensor, torch.zeros_like(v), v))
+                out[translate(name.replace("q_bias", "qkv.bias"), LAVIS_NAMES)] = torch.cat(
+                    (tensor, torch.zeros_like(v), v)
+                )
         elif name == "temp":
             out[name] = tensor.reshape(1)
         elif name not in LAVIS_REDUNDANT:
@@ -1251,7 +1328,8 @@ def from_lavis(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_lavis(state: dict[str, Tensor], max_positions: int = 512) -> dict[str, Tensor]:
-    """The inverse, with LAVIS's aliases and its buffer of text positions. The k third of the towers' biases has no place there."""
+    """The inverse, with LAVIS's aliases and its buffer of text positions. The k third of the towers' biases has no
+    place there."""
     lm = "t5" if any(n.startswith("language_model.shared") for n in state) else "opt"
     other = {"opt": "t5", "t5": "opt"}[lm]
     table = {new: old for old, new in LAVIS_NAMES.items() if not old.startswith(other)}
@@ -1275,9 +1353,11 @@ def to_lavis(state: dict[str, Tensor], max_positions: int = 512) -> dict[str, Te
 
 
 class Blip2Tokenizer:
-    """OPT's byte-level BPE, T5's Unigram or BERT's WordPiece, from tokenizer.json, vocab.json + merges.txt, or vocab.txt.
+    """OPT's byte-level BPE, T5's Unigram or BERT's WordPiece, from tokenizer.json, vocab.json + merges.txt, or
+    vocab.txt.
 
-    encode() adds no special token: the processor does. Those inside a text are read, but for T5's padding token, which begins
+    encode() adds no special token: the processor does. Those inside a text are read, but for T5's padding token, which
+    begins
     the decoder's part of a sample: it is left out.
     """
 
@@ -1288,7 +1368,9 @@ class Blip2Tokenizer:
             self.model = Tokenizer.from_file(str(directory / "tokenizer.json"))
         elif files and all((directory / f).exists() for f in files):
             paths = [str(directory / f) for f in files]
-            self.model = Tokenizer(models.BPE.from_file(*paths) if kind == "opt" else models.WordPiece.from_file(*paths, unk_token="[UNK]"))
+            self.model = Tokenizer(
+                models.BPE.from_file(*paths) if kind == "opt" else models.WordPiece.from_file(*paths, unk_token="[UNK]")
+            )
             if kind == "opt":
                 self.model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
                 self.model.decoder = decoders.ByteLevel()
@@ -1307,7 +1389,9 @@ class Blip2Tokenizer:
 
         def special(token: str) -> int:
             if (i := self.model.token_to_id(token)) is None:
-                raise ValueError(f"{directory}: its tokenizer has no {token!r}; expected that of a {kind.upper()} model")
+                raise ValueError(
+                    f"{directory}: its tokenizer has no {token!r}; expected that of a {kind.upper()} model"
+                )
             return i
 
         if kind == "bert":
@@ -1335,7 +1419,8 @@ MAX_PIXELS = 89_478_485  # PIL's own warning threshold; a larger picture is refu
 
 
 def preprocess_image(image: Image.Image, size: int) -> Tensor:
-    """(3, size, size) fp32, normalised: alpha dropped (as LAVIS; transformers 5 puts it on white), aspect ratio not kept, PIL's
+    """(3, size, size) fp32, normalised: alpha dropped (as LAVIS; transformers 5 puts it on white), aspect ratio not
+    kept, PIL's
     antialiased bicubic rounded to 8 bits."""
     pixels = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32)
     return torch.from_numpy(np.ascontiguousarray(((pixels / np.float32(255) - MEAN) / STD).transpose(2, 0, 1)))
@@ -1362,7 +1447,8 @@ IMAGE_TAG = re.compile(r"(?:Picture \d+: )?<img>.*?</img>\n?", re.DOTALL)
 
 
 class Blip2Processor:
-    """Conversations and pictures -> what the model takes. Stage "sft" captions after "a photo of", pre-training without a prompt."""
+    """Conversations and pictures -> what the model takes. Stage "sft" captions after "a photo of", pre-training
+    without a prompt."""
 
     CAPTION_PROMPT = "a photo of"
     QUESTION_PROMPT = "Question: {} Short answer:"
@@ -1370,11 +1456,15 @@ class Blip2Processor:
     def __init__(self, config: Blip2Config, tokenizer: Blip2Tokenizer, stage: str = "sft"):
         if tokenizer.vocab_size > config.vocab_size and not config.qformer.use_qformer_text_input:
             raise ValueError(
-                f"tokenizer and config.json do not belong together: {tokenizer.vocab_size} tokens, vocab_size is {config.vocab_size}"
+                f"tokenizer and config.json do not belong together: {tokenizer.vocab_size} tokens, "
+                f"vocab_size is {config.vocab_size}"
             )
         if (stage == "pretrain1") != config.qformer.use_qformer_text_input:
             kind = "a stage-1" if config.qformer.use_qformer_text_input else "a captioning"
-            raise ValueError(f"stage={stage} and {kind} checkpoint do not go together: pretrain1 takes a stage-1 checkpoint, the others don't")
+            raise ValueError(
+                f"stage={stage} and {kind} checkpoint do not go together: pretrain1 takes a stage-1 checkpoint, "
+                "the others don't"
+            )
         self.config, self.tokenizer, self.stage = config, tokenizer, stage
         self.image_size, self.num_image_tokens = config.vision.image_size, config.num_query_tokens
         self.kind = "bert" if stage == "pretrain1" else "t5" if config.is_t5 else "opt"
@@ -1386,7 +1476,8 @@ class Blip2Processor:
 
     def fingerprint(self) -> str:
         """Changes whenever the same conversation could get other ids."""
-        return f"blip2-1-{self.stage}-{self.num_image_tokens}-{hashlib.sha256(self.tokenizer.model.to_str().encode()).hexdigest()}"
+        vocabulary = hashlib.sha256(self.tokenizer.model.to_str().encode()).hexdigest()
+        return f"blip2-1-{self.stage}-{self.num_image_tokens}-{vocabulary}"
 
     def load_image(self, path: str | Path) -> Tensor:
         """(3, H, W) fp32. ValueError naming the file for anything that is not a whole picture of sane size."""
@@ -1405,7 +1496,9 @@ class Blip2Processor:
         turns = [(role, IMAGE_TAG.sub("", text)) for role, text in conversation.turns]
         images = [len(IMAGE_TAG.findall(text)) for role, text in conversation.turns if role == "user"]
         if images[:1] != [1] or len(conversation.images) != 1:
-            raise ValueError(f"BLIP-2 takes one picture, in the first question; this record has {len(conversation.images)}")
+            raise ValueError(
+                f"BLIP-2 takes one picture, in the first question; this record has {len(conversation.images)}"
+            )
         answer = turns[-1][1] if turns[-1][0] == "assistant" else ""
         questions = turns[:-1] if turns[-1][0] == "assistant" else turns
         prompt = " ".join(text for _, text in questions)
@@ -1416,7 +1509,8 @@ class Blip2Processor:
         return prompt, answer
 
     def encode(self, conversation, max_length: int) -> dict:
-        """One training sample: ids, unshifted labels, slots. Text is cut from the end (an end token that LAVIS keeps is kept)."""
+        """One training sample: ids, unshifted labels, slots. Text is cut from the end (an end token that LAVIS
+        keeps is kept)."""
         tk, Q = self.tokenizer, self.num_image_tokens
         prompt, answer = self.texts(conversation)
         room = max_length - Q
@@ -1443,7 +1537,8 @@ class Blip2Processor:
         }  # fmt: skip
 
     def prompt(self, conversation) -> dict:
-        """The ids that generation starts from; a trailing answer is left out. `seen`: what the repetition penalty counts."""
+        """The ids that generation starts from; a trailing answer is left out. `seen`: what the repetition penalty
+        counts."""
         tk, (prompt, _) = self.tokenizer, self.texts(conversation)
         if self.kind == "bert":
             ids = seen = [self.decoder_start]
@@ -1507,8 +1602,9 @@ def write_model(out: str | Path, config: dict, state: dict[str, Tensor], side_fi
     missing, unknown = sorted(shapes.keys() - state.keys()), sorted(state.keys() - shapes.keys())
     if missing or unknown:
         raise ValueError(
-            f"{len(missing)} tensors are missing ({', '.join(missing[:3])}), {len(unknown)} have no place ({', '.join(unknown[:3])}); "
-            "give the other files too (eva_vit_g.pth, --base with the language model) and the config.json that belongs to them"
+            f"{len(missing)} tensors are missing ({', '.join(missing[:3])}), {len(unknown)} have no place "
+            f"({', '.join(unknown[:3])}); give the other files too (eva_vit_g.pth, --base with the language model) and "
+            "the config.json that belongs to them"
         )
     wrong = [f"{n} is {tuple(state[n].shape)}, expected {tuple(s)}" for n, s in shapes.items() if state[n].shape != s]
     if wrong:
@@ -1536,7 +1632,11 @@ def main() -> int:
     add("--out", required=True)
     add = commands.add_parser("export", help="a checkpoint directory -> a LAVIS .pth file").add_argument
     add("directory")
-    add("--trained_only", action="store_true", help="leave out the tower and the language model, as LAVIS does when they are frozen")
+    add(
+        "--trained_only",
+        action="store_true",
+        help="leave out the tower and the language model, as LAVIS does when they are frozen",
+    )
     add("--out", required=True)
     add = commands.add_parser("resize", help="interpolate the position embedding to another resolution").add_argument
     add("directory")
@@ -1550,12 +1650,19 @@ def main() -> int:
         if args.config is None and args.base is None:
             raise ValueError("give --config FILE, or --base DIRECTORY")
         config = checkpoint.read_json(args.config or Path(args.base) / "config.json", "give it with --config")
-        config["vision_config"] = {**config.get("vision_config", {}), "post_layernorm_eps": 1e-5}  # LAVIS's nn.LayerNorm
+        config["vision_config"] = {
+            **config.get("vision_config", {}),
+            "post_layernorm_eps": 1e-5,
+        }  # LAVIS's nn.LayerNorm
         config["stage1_heads"] = "temp" in state
         with torch.device("meta"):
             wanted = dict(build_model(config).named_parameters())
-        if any(n in state for n in ("temp", "itm_head.weight")) and not config["qformer_config"].get("use_qformer_text_input"):
-            state = {n: t for n, t in state.items() if n in wanted}  # a stage-1 file for a stage-2 model: the text branch goes
+        if any(n in state for n in ("temp", "itm_head.weight")) and not config["qformer_config"].get(
+            "use_qformer_text_input"
+        ):
+            state = {
+                n: t for n, t in state.items() if n in wanted
+            }  # a stage-1 file for a stage-2 model: the text branch goes
         elif "language_model" in {n.split(".")[0] for n in state}:
             state = {n: t for n, t in state.items() if n in wanted or not n.startswith("vision_model.encoder.layers.")}
         layers = f"vision_model.encoder.layers.{Blip2Config.from_dict(config).vision.num_hidden_layers}."

@@ -51,7 +51,8 @@ class Config:
     model: str | None = None  # qwen_vl; default: from the checkpoint's config.json
     model_name_or_path: str = "tiny"  # a checkpoint directory, or a preset: tiny is the one in samples/
     stage: str = "sft"  # sft; the model's own pre-training stages: pretrain (Qwen-VL), pretrain1 and pretrain2 (BLIP-2)
-    init_from: str | None = None  # checkpoint whose tensors replace those of the same name: stage 2 begins with stage 1's
+    # checkpoint whose tensors replace those of the same name: stage 2 begins with stage 1's
+    init_from: str | None = None
     freeze_include: list[str] | None = None  # fnmatch on parameter names: frozen
     freeze_exclude: list[str] | None = None  # carved out of freeze_include: trainable
     # data
@@ -130,6 +131,7 @@ class Config:
 NO_EFFECT = [  # keys of the toolkit whose files run here unchanged
     "src_length", "lazy", "task_name", "prefix_*", "neftune*", "device", "use_auto_parallel", "amp_*", "do_predict",
     "zero_padding", "optim", "scale_loss", "unified_checkpoint", "use_fused_*", "dataloader_*", "ignore_*",
+    "text_model_name_or_path",
 ]  # fmt: skip
 CHOICES = {
     "save_strategy": ("no", "epoch", "steps"),
@@ -185,6 +187,8 @@ def parse_config(argv: list[str]) -> Config:
             given = {key: value or True}
             from_text[key] = True
         for key, value in given.items():
+            if key == "lr_scheduler_name" and value == "CosineDecayWithWarmup":  # the toolkit's other name for it
+                key, value = "lr_scheduler_type", "cosine"
             if any(fnmatch.fnmatch(key, pattern) for pattern in NO_EFFECT):
                 print(f"warning: {key} has no effect here", file=sys.stderr)
             elif key not in hints:
@@ -261,6 +265,11 @@ def validate(cfg: Config) -> None:
 
 
 def check_stage(cfg: Config, module) -> None:
+    """Refuses another model's stage, and gives patterns this model's names for the toolkit's."""
+    for key in ("freeze_include", "freeze_exclude", "lora_target_modules"):
+        for theirs, ours in getattr(module, "LEGACY_NAMES", {}).items():
+            if getattr(cfg, key):
+                setattr(cfg, key, [pattern.replace(theirs, ours) for pattern in getattr(cfg, key)])
     if cfg.stage not in module.STAGES:
         raise ValueError(f"stage={cfg.stage!r}; expected one of {', '.join(module.STAGES)} for this model")
 
@@ -375,8 +384,8 @@ def build(cfg: Config, directory: Path, world: parallel.World):
         for name in common:
             if other.shape(name) != parameters[name].shape:
                 raise ValueError(
-                    f"init_from={cfg.init_from}: {name} is {tuple(other.shape(name))}, expected {tuple(parameters[name].shape)}; "
-                    "use a checkpoint of the same sizes"
+                    f"init_from={cfg.init_from}: {name} is {tuple(other.shape(name))}, "
+                    f"expected {tuple(parameters[name].shape)}; use a checkpoint of the same sizes"
                 )
             checkpoint.copy_full_(parameters[name], other.read(name))
         if not common:
@@ -476,7 +485,8 @@ def losses_by_dataset(batch: dict, losses: Tensor, num_datasets: int) -> Tensor:
 
 
 def loss_counts(model: nn.Module, batch: dict) -> list[int]:
-    """What each of the model's losses is summed over: one loss over the supervised tokens, unless the model says else."""
+    """What each of the model's losses is summed over: one loss over the supervised tokens, unless the model says
+    else."""
     return model.loss_counts(batch) if hasattr(model, "loss_counts") else [batch["num_supervised"]]
 
 
@@ -493,7 +503,8 @@ def means(sums: Tensor) -> Tensor:
 def step_facts(
     model: nn.Module, micro_batches: list[dict], signalled: int, world: parallel.World
 ) -> tuple[list[int], int, int, int, list[bool]]:  # all ranks
-    """What all ranks hold together: counts of the losses, supervised tokens, bad samples, a signal's number, which rounds
+    """What all ranks hold together: counts of the losses, supervised tokens, bad samples, a signal's number, which
+    rounds
     have pictures."""
     counts = [sum(column) for column in zip(*(loss_counts(model, b) for b in micro_batches), strict=True)]
     sums = [*counts, sum(b["num_supervised"] for b in micro_batches), sum(len(b["bad"]) for b in micro_batches)]

@@ -1,5 +1,7 @@
-"""BLIP-2 against frozen outputs of transformers and LAVIS (tolerances: 1e-4 on hidden states and logits, 1e-5 on losses, 1e-4
+"""BLIP-2 against frozen outputs of transformers and LAVIS (tolerances: 1e-4 on hidden states and logits, 1e-5 on
+losses, 1e-4
 relative on gradients; tokens exactly). Padded rows of the originals are segments of one stream here."""
+
 import json
 import math
 import multiprocessing
@@ -31,7 +33,11 @@ class Variant:
     def model(self):
         config = json.loads((self.path / "config.json").read_text())
         model = blip2.build_model(config)
-        state = {n: t for n, t in load_file(self.path / "model.safetensors").items() if n not in blip2.ALIASES or config["text_config"]["model_type"] == "t5"}
+        state = {
+            n: t
+            for n, t in load_file(self.path / "model.safetensors").items()
+            if n not in blip2.ALIASES or config["text_config"]["model_type"] == "t5"
+        }
         model.load_state_dict(state, strict=True)
         return model.eval()
 
@@ -90,7 +96,11 @@ def check_gradients(model, expected, rename=lambda n: n, skip=("k_proj.bias", "k
 
 def check_vision_and_qformer(model, io):
     seen = {"vision": [], "qformer": []}
-    hooks = [model.vision_model.embeddings.register_forward_hook(lambda _m, _i, out: seen["vision"].append(out.flatten(0, 1)))]
+    hooks = [
+        model.vision_model.embeddings.register_forward_hook(
+            lambda _m, _i, out: seen["vision"].append(out.flatten(0, 1))
+        )
+    ]
     hooks += [b.register_forward_hook(lambda _m, _i, out: seen["vision"].append(out)) for b in model.vision_blocks]
     layers = model.qformer.encoder.layer
     hooks.append(layers[0].register_forward_pre_hook(lambda _m, args: seen["qformer"].append(args[0])))
@@ -276,7 +286,9 @@ def requests_of(ids, masks, pixels, Q, t5=False, seen=None):
     requests = []
     for row, keep, picture in zip(ids, masks.bool(), pixels, strict=True):
         row = row[keep].tolist() + ([0] if t5 else [])
-        requests.append({"input_ids": row, "image_starts": [0], "pixel_values": [picture], "seen": seen or ([0] if t5 else row)})
+        requests.append(
+            {"input_ids": row, "image_starts": [0], "pixel_values": [picture], "seen": seen or ([0] if t5 else row)}
+        )
     assert Q <= min(len(r["input_ids"]) for r in requests)
     return requests
 
@@ -361,13 +373,19 @@ def test_golden_stage1_outputs(blip2_stage1):
     close(hidden, io["out.bert.lm"][mask])
     # LAVIS lets the first position predict nothing
     close(model.logits(hidden), io["out.lm_logits"][mask])
-    close(model(batch, "itm"), io["out.compute_itm"] if io["out.compute_itm"].max() <= 1 and io["out.compute_itm"].min() >= 0
-          else model.match(image, ids[mask], lengths).softmax(-1)[:, 1])  # fmt: skip
+    close(
+        model(batch, "itm"),
+        io["out.compute_itm"]
+        if io["out.compute_itm"].max() <= 1 and io["out.compute_itm"].min() >= 0
+        else model.match(image, ids[mask], lengths).softmax(-1)[:, 1],
+    )
     close(model.match(image, ids[mask], lengths)[:, 1], io["out.compute_itm"])
     extract = io["in.extract_attention_mask"].bool()
     n = extract.sum(1)
     close(model.multimodal(image, io["in.extract_ids"][extract], n), io["out.extract_multimodal"])
-    projected = torch.nn.functional.normalize(model.text_projection(model.encode_text(io["in.extract_ids"][extract], n)), dim=-1)
+    projected = torch.nn.functional.normalize(
+        model.text_projection(model.encode_text(io["in.extract_ids"][extract], n)), dim=-1
+    )
     close(projected, io["out.extract_text_proj"][extract])
     close(model.image_features(queries), io["out.extract_image_proj"])
     # one pair; which picture it is the files do not say
@@ -381,11 +399,15 @@ def test_golden_stage1_outputs(blip2_stage1):
     ]
     args = case["args"]
     expected = [[new_tokens(s, 1, args["eos"])] for s in case["sequences"]]
-    check_generation(model, requests, expected, args["eos"], args["max_length"] - 1, min_new_tokens=args["min_length"] - 1)
+    check_generation(
+        model, requests, expected, args["eos"], args["max_length"] - 1, min_new_tokens=args["min_length"] - 1
+    )
 
 
 def ddp_rank(rank, world, port, path, queue):
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     variant = Variant(path)
@@ -393,7 +415,9 @@ def ddp_rank(rank, world, port, path, queue):
     model, _ = lavis_model(variant)
     B = len(io["in.image"]) // world
     rows = slice(rank * B, (rank + 1) * B)
-    batch = text_batch(io["in.input_ids"][rows], io["in.attention_mask"][rows], model.num_image_tokens, io["in.image"][rows])
+    batch = text_batch(
+        io["in.input_ids"][rows], io["in.attention_mask"][rows], model.num_image_tokens, io["in.image"][rows]
+    )
     given(model, g["negative_image_for_text"], g["negative_text_for_image"])
     losses = stage1_losses(model, batch)
     losses.sum().backward()
@@ -449,16 +473,27 @@ def stage2(path):
     io["in.pixel_values"] = io["in.image"]
     if t5:
         batch = t5_batch(
-            {**io, "ids": torch.cat((torch.zeros(len(io["in.image"]), model.num_image_tokens).long(), io["in.input_ids"]), 1)},
-            model.num_image_tokens, "ids", "in.encoder_attention_mask",
-        )  # fmt: skip
+            {
+                **io,
+                "ids": torch.cat(
+                    (torch.zeros(len(io["in.image"]), model.num_image_tokens).long(), io["in.input_ids"]), 1
+                ),
+            },
+            model.num_image_tokens,
+            "ids",
+            "in.encoder_attention_mask",
+        )
         # slots must not look like the start token
         batch["input_ids"][batch["image_positions"].flatten()] = 1
         return variant, model, weights, {"forward": batch}
     batches = {}
     for name in ("prompt", "noprompt"):
-        io[f"{name}.ids"] = torch.cat((torch.ones(len(io["in.image"]), model.num_image_tokens).long(), io[f"in.{name}.input_ids"]), 1)
-        batches[name] = opt_batch(io, model.num_image_tokens, f"{name}.ids", f"in.{name}.attention_mask", f"in.{name}.labels")[0]
+        io[f"{name}.ids"] = torch.cat(
+            (torch.ones(len(io["in.image"]), model.num_image_tokens).long(), io[f"in.{name}.input_ids"]), 1
+        )
+        batches[name] = opt_batch(
+            io, model.num_image_tokens, f"{name}.ids", f"in.{name}.attention_mask", f"in.{name}.labels"
+        )[0]
     return variant, model, weights, batches
 
 
@@ -497,7 +532,9 @@ def test_golden_stage2_generation(blip2_stage2):
         requests = []
         for ids, picture in zip(text_ids, io["in.image"], strict=True):
             ids = [*ids, 1, 0] if t5 else [2, *ids]
-            requests.append({"input_ids": [1] * Q + ids, "image_starts": [0], "pixel_values": [picture], "seen": [0] if t5 else [2]})
+            requests.append(
+                {"input_ids": [1] * Q + ids, "image_starts": [0], "pixel_values": [picture], "seen": [0] if t5 else [2]}
+            )
         if "vqa" in name:
             new, minimum = args["max_new_tokens"], args["min_length"]
         else:  # the start token counts, but for T5's maximum
@@ -526,9 +563,14 @@ def lavis_training(variant, model, train, loss_of, stage):
     """AdamW with the groups and the freezing that train.py makes."""
     o = train["optimizer"]
     cfg = loop.Config(
-        stage=stage, learning_rate=o["lr"], weight_decay=o["weight_decay"], adam_beta1=o["betas"][0], adam_beta2=o["betas"][1],
-        adam_epsilon=o["eps"], decay_scalars=True,
-    )  # fmt: skip
+        stage=stage,
+        learning_rate=o["lr"],
+        weight_decay=o["weight_decay"],
+        adam_beta1=o["betas"][0],
+        adam_beta2=o["betas"][1],
+        adam_epsilon=o["eps"],
+        decay_scalars=True,
+    )
     loop.choose_trainable(model, blip2, cfg)
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trainable == {lavis_name(n) for n in variant.golden["trainable"]} - {None}
@@ -547,7 +589,9 @@ def test_golden_stage1_training(blip2_stage1):
         pytest.skip("this variant has no training run")
     train = json.loads((blip2_stage1 / "train.json").read_text())
     model, _ = lavis_model(variant)
-    batch = text_batch(variant.io["in.input_ids"], variant.io["in.attention_mask"], model.num_image_tokens, variant.io["in.image"])
+    batch = text_batch(
+        variant.io["in.input_ids"], variant.io["in.attention_mask"], model.num_image_tokens, variant.io["in.image"]
+    )
 
     def loss_of(i):
         given(model, train["steps"][i]["negative_image_for_text"], train["steps"][i]["negative_text_for_image"])
@@ -582,7 +626,9 @@ def test_golden_lora(blip2_lora, goldens):
     batch = t5_batch(io, Q) if t5 else opt_batch(io, Q)[0]
     names = [n.removeprefix("base_model.model.") for n in g["adapted_modules"]]
     assert sorted(lora.inject(model, [g["target_modules_regex"]], g["r"], g["lora_alpha"], 0.0)) == sorted(names)
-    tensors = {n.removeprefix("base_model.model."): t for n, t in load_file(blip2_lora / "adapter_model.safetensors").items()}
+    tensors = {
+        n.removeprefix("base_model.model."): t for n, t in load_file(blip2_lora / "adapter_model.safetensors").items()
+    }
     parameters = dict(model.named_parameters())
     for n, p in parameters.items():
         p.requires_grad_(".lora_" in n)
@@ -629,7 +675,11 @@ def test_golden_lavis_names_go_round(blip2_stage1, blip2_stage2):
             assert torch.equal(back[name], tensor), name
 
 
-TABLES = {"hf_blip2-opt-2.7b": "blip2-opt-2.7b", "hf_blip2-flan-t5-xl": "blip2-flan-t5-xl", "hf_blip2-itm-vit-g": "blip2-itm-vit-g"}
+TABLES = {
+    "hf_blip2-opt-2.7b": "blip2-opt-2.7b",
+    "hf_blip2-flan-t5-xl": "blip2-flan-t5-xl",
+    "hf_blip2-itm-vit-g": "blip2-itm-vit-g",
+}
 
 
 def shapes_of(config):
@@ -649,11 +699,23 @@ def test_golden_lavis_names_and_shapes(goldens):
     table = json.loads((goldens / "blip2" / "tables" / "lavis_names.json").read_text())
     for file, names in table["files"].items():
         if "bare" in file:
-            ours = {n: t for n, t in blip2.from_lavis({n: torch.empty(s, device="meta") for n, s in names["file_has"].items()}).items()}
-            expected = {n: s for n, s in shapes_of(blip2.PRESETS["blip2-opt-2.7b"]).items() if n.startswith(tuple(p[:-1] for p in blip2._TOWER))}
+            ours = {
+                n: t
+                for n, t in blip2.from_lavis(
+                    {n: torch.empty(s, device="meta") for n, s in names["file_has"].items()}
+                ).items()
+            }
+            expected = {
+                n: s
+                for n, s in shapes_of(blip2.PRESETS["blip2-opt-2.7b"]).items()
+                if n.startswith(tuple(p[:-1] for p in blip2._TOWER))
+            }
             assert {n: list(t.shape) for n, t in ours.items()} == expected
             continue
-        preset = next((p for k, p in (("opt2.7b", "blip2-opt-2.7b"), ("flant5xl", "blip2-flan-t5-xl")) if k in file), "blip2-stage1")
+        preset = next(
+            (p for k, p in (("opt2.7b", "blip2-opt-2.7b"), ("flant5xl", "blip2-flan-t5-xl")) if k in file),
+            "blip2-stage1",
+        )
         config = blip2.PRESETS[preset]
         if "364" in file:
             config = {**config, "vision_config": {**config["vision_config"], "image_size": 364}}
@@ -705,7 +767,10 @@ def test_golden_tokenizers(goldens, tokenizers_dir):
     if tokenizers_dir is None:
         pytest.skip("needs the published tokenizer files: pass --tokenizers DIR")
     g = json.loads((goldens / "blip2" / "tokenizer_golden.json").read_text())
-    opt, t5, bert = (blip2.Blip2Tokenizer(tokenizers_dir / d, k) for d, k in (("opt", "opt"), ("t5", "t5"), ("bert-base-uncased", "bert")))
+    opt, t5, bert = (
+        blip2.Blip2Tokenizer(tokenizers_dir / d, k)
+        for d, k in (("opt", "opt"), ("t5", "t5"), ("bert-base-uncased", "bert"))
+    )
     count = 0
     for section, cases in g.items():
         for text, ids in cases.items():
@@ -732,9 +797,13 @@ def test_golden_schedule(goldens):
             continue
         c, per_epoch = case["config"], case["iters_per_epoch"]
         cfg = loop.Config(
-            learning_rate=c["init_lr"], eta_min=c["min_lr"], warmup_start_lr=c["warmup_lr"], warmup_steps=c["warmup_steps"],
-            lr_scheduler_type="cosine_epochs", num_train_epochs=c["max_epoch"],
-        )  # fmt: skip
+            learning_rate=c["init_lr"],
+            eta_min=c["min_lr"],
+            warmup_start_lr=c["warmup_lr"],
+            warmup_steps=c["warmup_steps"],
+            lr_scheduler_type="cosine_epochs",
+            num_train_epochs=c["max_epoch"],
+        )
         for epoch, step, lr in case["epoch_step_lr"]:
             ours = loop.learning_rate_at(epoch * per_epoch + step, per_epoch * c["max_epoch"], cfg, epoch)
             assert abs(ours - lr) < 1e-12, (name, epoch, step)
@@ -745,17 +814,32 @@ def test_golden_optimizer_groups(goldens):
     groups = g["stage1 (ViT frozen)"]
     names = {n for group in groups for n in group["params"]}
     layers = {int(n.split(".")[4]) for n in names if n.startswith("Qformer.bert.encoder.layer.")}
-    cross = min((i for i in layers if i and f"Qformer.bert.encoder.layer.{i}.crossattention.self.query.weight" in names), default=1)
+    cross = min(
+        (i for i in layers if i and f"Qformer.bert.encoder.layer.{i}.crossattention.self.query.weight" in names),
+        default=1,
+    )
     config = {
-        **blip2.PRESETS["blip2-stage1"], "vision_config": {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 1},
-        "qformer_config": {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 20, "encoder_hidden_size": 16,
-                           "num_hidden_layers": len(layers), "cross_attention_frequency": cross, "use_qformer_text_input": True},
-    }  # fmt: skip
+        **blip2.PRESETS["blip2-stage1"],
+        "vision_config": {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 1},
+        "qformer_config": {
+            "hidden_size": 16,
+            "num_attention_heads": 2,
+            "intermediate_size": 16,
+            "vocab_size": 20,
+            "encoder_hidden_size": 16,
+            "num_hidden_layers": len(layers),
+            "cross_attention_frequency": cross,
+            "use_qformer_text_input": True,
+        },
+    }
     model = blip2.build_model(config)
     cfg = loop.Config(stage="pretrain1", weight_decay=0.05, decay_scalars=True)
     loop.choose_trainable(model, blip2, cfg)
     by_id = {id(p): n for n, p in model.named_parameters()}
-    ours = {group["weight_decay"]: {by_id[id(p)] for p in group["params"]} for group in loop.make_optimizer(model, cfg).param_groups}
+    ours = {
+        group["weight_decay"]: {by_id[id(p)] for p in group["params"]}
+        for group in loop.make_optimizer(model, cfg).param_groups
+    }
     theirs = {}
     for group in groups:
         theirs.setdefault(group["weight_decay"], set()).update(filter(None, map(lavis_name, group["params"])))
