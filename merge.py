@@ -40,7 +40,8 @@ def merge(base: Path | None, adapter: Path, output: Path, dtype: torch.dtype | N
 
     model_config = checkpoint.read_config(base)
     kind = checkpoint.model_kind(model_config)
-    weights = open_weights(base, getattr(importlib.import_module("model_" + kind), "ALIASES", None))
+    module = importlib.import_module("model_" + kind)
+    weights = open_weights(base, module.IGNORED_WEIGHTS, module.ALIASES)
     scalings, replaced = adapter_updates(config, lora, {name: weights.shape(name) for name in weights})
     if not any(is_changed(name, weights, scalings, lora) for name in weights):
         raise ValueError(f"the adapter in {adapter} changes nothing (all updates are zero): it was not trained")

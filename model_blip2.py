@@ -1,6 +1,6 @@
 """BLIP-2 (arXiv:2301.12597): EVA ViT-g, Q-Former, OPT or Flan-T5, and everything about its data format.
 
-    python generate.py --model_name_or_path blip2-opt-2.7b --image picture.png --prompt "Question: what is this? Answer:"
+    python generate.py --model_name_or_path blip2-opt-2.7b --image a.png --prompt "Question: what is this? Answer:"
     python model_blip2.py import blip2_pretrained.pth --config config.json --out stage1    # LAVIS checkpoints, and back
     python model_blip2.py resize blip2-opt-2.7b blip2-opt-2.7b-364 --image_size 364
 

@@ -235,7 +235,7 @@ class Attention(nn.Module):
         # HF divides the scores by layer + 1 and multiplies them again (fp16 range): nothing is left of that
         tuned = None if ctx.tuned is None else ctx.tuned[self.layer]
         if ctx.cache is not None:
-            o = ctx.cache.attend(self.layer, q, k, v, ctx.cu_seqlens, ctx.max_len, ctx.prefix_lens, tuned)
+            o = ctx.cache.attend(self.layer, q, k, v, ctx.cu_seqlens, ctx.max_len, ctx.prefix_lens, tuned=tuned)
         elif tuned is None:
             o = attention(
                 q, k, v, ctx.cu_seqlens, ctx.cu_seqlens, ctx.max_len, causal=True, prefix_lens=ctx.prefix_lens

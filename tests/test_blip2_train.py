@@ -274,7 +274,8 @@ def test_lora_with_the_toolkits_keys(bases, dataset, tmp_path):
     answers = []
     for options in (["--lora_path", str(out)], ["--model_name_or_path", str(merged)]):
         for beams in ("1", "3"):
-            command = [sys.executable, "generate.py", *options, "--requests", str(request), "--output", str(tmp_path / "a")]
+            files = ["--requests", str(request), "--output", str(tmp_path / "a")]
+            command = [sys.executable, "generate.py", *options, *files]
             subprocess.run([*command, "--num_beams", beams, "--max_new_tokens", "5"], check=True, cwd=data.ROOT)
             answers.append((tmp_path / "a").read_text())
     assert answers[:2] == answers[2:]
