@@ -308,6 +308,7 @@ def test_lora_under_fully_shard(tmp_path):
 class ToyFile:
     """Stands in for model_visualglm.py and generate.load_model."""
 
+    IGNORED_WEIGHTS, ALIASES = [], {}
     wrong = 0.0  # added to the merged model's logits, to see the check fail
 
     @staticmethod
