@@ -61,6 +61,13 @@ def shard(model: nn.Module, mesh: DeviceMesh, stage: str | None, dtype: torch.dt
         )
 
 
+def reshard(model: nn.Module) -> None:
+    """After forward passes without a backward, which leave whole parameters: other objects than the optimiser has."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def set_gradient_sync(model: nn.Module, stage: str | None, last: bool) -> None:
     """Before each micro-batch's backward: only stages 2 and 3 reduce gradients before the step's last one."""
     if isinstance(model, FSDPModule):

@@ -627,6 +627,7 @@ def cache_features(model, plan, processor, cfg: Config, weights_id: str, world) 
             with autocast(cfg, world):
                 encoded = model({"pixel_values": pixels[None].to(world.device)}, output="features")
             features.array[features.rows[path]] = encoded[0].float().cpu()
+        parallel.reshard(model)
         features.array.flush()
         parallel.barrier(world)
         if world.main:
@@ -1025,6 +1026,7 @@ def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
         say("evaluation | " + " | ".join(f"{k} {v:.4f}" for k, v in result.items()), flush=True)
         if log:
             log.write({"step": state["step"], **result})
+        parallel.reshard(model)
         model.train()
         return result
 

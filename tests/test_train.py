@@ -110,7 +110,8 @@ def test_splits_of_a_batch_are_equal(references, base, dataset, tmp_path, mode, 
 def test_two_processes_equal_one(references, base, dataset, tmp_path, mode, sharding):
     """Micro-batches of one sample, so that often only one of the ranks has a picture."""
     split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
-    options = {"sharding": sharding} if sharding else {}
+    evaluation = {"evaluation_strategy": "steps", "eval_steps": 4, "save_steps": 4}
+    options = {"sharding": sharding, **evaluation} if sharding else {}
     run(arguments(base, dataset, tmp_path / "out", **split, **options, **MODES[mode]), world=2)
     assert_same_run(tmp_path / "out", references[mode, False])
 
@@ -294,6 +295,7 @@ def test_sixteen_bits(references, base, dataset, tmp_path, kind, level, mode):
             fp16_opt_level=level,
             max_steps=4,
             lr_scheduler_type="constant",
+            learning_rate=1e-3,
             **SPLIT,
             **MODES[mode],
         )
@@ -311,6 +313,7 @@ def test_sixteen_bits(references, base, dataset, tmp_path, kind, level, mode):
             fp16_opt_level=level,
             max_steps=6,
             lr_scheduler_type="constant",
+            learning_rate=1e-3,
             **SPLIT,
             **MODES[mode],
         )
