@@ -241,7 +241,7 @@ def validate(cfg: Config) -> None:
     for key in ("tensor_parallel_degree", "pipeline_parallel_degree"):
         if getattr(cfg, key) not in (-1, 1):
             raise ValueError(
-                f"{key}={getattr(cfg, key)}; only data parallelism is available (see sharding), use 1"
+                f"{key}={getattr(cfg, key)}; only data parallelism is available (see sharding), use 1 (or -1: off)"
             )
     if cfg.load_best_model_at_end and (cfg.evaluation_strategy == "no" or cfg.save_strategy != cfg.evaluation_strategy):
         raise ValueError(
@@ -369,12 +369,8 @@ def build(cfg: Config, directory: Path, world: parallel.World):
             block.forward = torch.compile(block.forward)
     if cfg.recompute:
         parallel.recompute(model)
-    degree = cfg.sharding_parallel_degree
-    degree = (world.size if degree in (None, -1) else degree) if cfg.sharding else 1
-    if degree < 1 or world.size % degree:
-        raise ValueError(f"sharding_parallel_degree={degree} does not divide the {world.size} processes")
-    if world.size > 1 or compute_dtype:
-        parallel.shard(model, parallel.make_mesh(world, degree), cfg.sharding, compute_dtype)
+    if world.dp_size > 1 or compute_dtype:
+        parallel.shard(model, world.mesh, cfg.sharding, compute_dtype)
     model.to_empty(device=world.device)
     parameters = dict(model.named_parameters())
     checkpoint.load_into({name: parameters[name] for name in base_names}, weights)
@@ -510,7 +506,7 @@ def step_facts(
     sums = [*counts, sum(b["num_supervised"] for b in micro_batches), sum(len(b["bad"]) for b in micro_batches)]
     maxima = [signalled, *(b["pixel_values"] is not None for b in micro_batches)]
     if world.size > 1:
-        sums = parallel.all_sum(torch.tensor(sums), world).tolist()
+        sums = parallel.all_sum(torch.tensor(sums)).tolist()
         maxima = parallel.all_max(torch.tensor(maxima, dtype=torch.int64), world).tolist()
     return sums[:-2], sums[-2], sums[-1], maxima[0], [bool(x) for x in maxima[1:]]
 
@@ -520,7 +516,7 @@ def forward_backward(model, micro_batches, has_images, counts, cfg, world, scale
     (num_datasets, K, 2) of this rank: loss sums and counts.
     """
     sums = torch.zeros(num_datasets, len(counts), 2, dtype=torch.float64, device=world.device)
-    weights = torch.tensor([world.size / max(n, 1) * scaler.scale for n in counts], device=world.device)
+    weights = torch.tensor([world.dp_size / max(n, 1) * scaler.scale for n in counts], device=world.device)
     for i, batch in enumerate(micro_batches):
         batch = to_device(batch, world.device, has_images[i], image_size)
         parallel.set_gradient_sync(model, cfg.sharding, last=i == len(micro_batches) - 1)
@@ -563,9 +559,9 @@ def clip_and_step(parameters: list[nn.Parameter], optimizer, max_grad_norm: floa
 def evaluate_loss(model, plan, processor, cfg: Config, world) -> dict[str, float]:
     """Mean loss over the supervised tokens of the eval set, and of each of its entries."""
     model.eval()
-    steps = plan.steps_per_epoch(cfg.per_device_eval_batch_size * world.size)
+    steps = plan.steps_per_epoch(cfg.per_device_eval_batch_size * world.dp_size)
     loader = data.TrainLoader(
-        plan, processor, start_step=0, total_steps=steps, dp_rank=world.rank, dp_size=world.size,
+        plan, processor, start_step=0, total_steps=steps, dp_rank=world.dp_rank, dp_size=world.dp_size,
         per_device_batch=cfg.per_device_eval_batch_size, num_workers=cfg.num_workers,
     )  # fmt: skip
     kept, sums = [], 0
@@ -577,7 +573,7 @@ def evaluate_loss(model, plan, processor, cfg: Config, world) -> dict[str, float
         kept.append(losses_by_dataset(batch, losses, len(plan.index.entries)))
         if cfg.eval_accumulation_steps and len(kept) == cfg.eval_accumulation_steps:
             sums, kept = sums + sum(kept).cpu(), []
-    sums = parallel.all_sum(sums + sum(kept).cpu() if kept else sums, world)
+    sums = parallel.all_sum(sums + sum(kept).cpu() if kept else sums)
     if not sums[..., 1].sum():
         raise ValueError("the eval set has no supervised token")
     result = {"eval_loss": float(means(sums.sum(0)).sum())}
@@ -618,8 +614,8 @@ def cache_features(model, plan, processor, cfg: Config, weights_id: str, world) 
         parallel.barrier(world)
         features = ImageFeatures(paths, temporary, shape, "r+")
         model.eval()
-        for first in range(0, len(paths), world.size):  # all ranks: a sharded tower is entered together
-            path = paths[min(first + world.rank, len(paths) - 1)]
+        for first in range(0, len(paths), world.dp_size):  # all ranks: a sharded tower is entered together
+            path = paths[min(first + world.dp_rank, len(paths) - 1)]
             try:
                 pixels = processor.load_image(path)
             except data.BAD_SAMPLE:  # the loader reports it: its row stays zero and is never used
@@ -932,14 +928,16 @@ def main(argv: list[str] | None = None) -> int:
             plan = data.Plan(index, cfg.seed, cfg.max_length, cfg.mixtoken, cfg.max_images)
         print(dry_run(cfg, config, module, plan, int(os.environ.get("WORLD_SIZE", 1))))
         return 0
-    world = parallel.init_world()
+    world = parallel.init_world(
+        cfg.tensor_parallel_degree, cfg.pipeline_parallel_degree, cfg.sharding, cfg.sharding_parallel_degree
+    )
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return run(cfg, module, directory, world)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        torch.distributed.destroy_process_group()
+        parallel.leave_world()
 
 
 def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
@@ -983,7 +981,7 @@ def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
     plan = plan_for("train")
     evaluating = cfg.do_eval or cfg.evaluation_strategy != "no"
     eval_plan = plan_for("eval", shuffle=False) if evaluating else None
-    global_batch = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps * world.size
+    global_batch = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps * world.dp_size
     total = total_steps(cfg, plan, global_batch)
 
     model, module, lora_modules = build(cfg, directory, world)
@@ -1046,7 +1044,7 @@ def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     loader = data.TrainLoader(
-        plan, processor, start_step=start, total_steps=total, dp_rank=world.rank, dp_size=world.size,
+        plan, processor, start_step=start, total_steps=total, dp_rank=world.dp_rank, dp_size=world.dp_size,
         per_device_batch=cfg.per_device_train_batch_size, grad_accum=cfg.gradient_accumulation_steps,
         num_workers=cfg.num_workers, image_jitter=cfg.image_jitter, features=features,
     )  # fmt: skip
@@ -1077,7 +1075,7 @@ def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
             model, micro_batches, has_images, counts, cfg, world, scaler, len(entries), processor.image_size
         )
         tokens = torch.tensor([sum(len(b["input_ids"]) for b in micro_batches), len(ids)], dtype=torch.float64)
-        facts = parallel.all_sum(torch.cat((sums.cpu().flatten(), tokens)), world)
+        facts = parallel.all_sum(torch.cat((sums.cpu().flatten(), tokens)))
         sums, (num_tokens, num_samples) = facts[:-2].view(len(entries), -1, 2), facts[-2:].tolist()
         loss = float(means(sums.sum(0)).sum())
         if not math.isfinite(loss):

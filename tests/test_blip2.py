@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import lora
 import model_blip2 as blip2
+import parallel
 import train as loop
 from generate import beam_search, generate
 
@@ -409,7 +410,7 @@ def ddp_rank(rank, world, port, path, queue):
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
+    parallel.init_world()
     variant = Variant(path)
     io, g = variant.io, variant.golden["ranks"][str(rank)]
     model, _ = lavis_model(variant)
@@ -424,7 +425,7 @@ def ddp_rank(rank, world, port, path, queue):
     grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
     queue.put((rank, losses.tolist(), {n: t.numpy() for n, t in grads.items()}))
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    parallel.leave_world()
 
 
 def free_port():
