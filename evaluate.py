@@ -17,6 +17,7 @@ from torch import nn
 import checkpoint
 import data
 from generate import DTYPES, base_of, generate, load_model
+from kernels import dispatch
 
 
 def exact_match(
@@ -71,7 +72,10 @@ def main(argv: list[str] | None = None) -> int:
     add("--batch_size", type=int, default=32)
     add("--dtype", default="float32", choices=DTYPES)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    choices = ("auto", "true", "false")
+    add("--use_flash_attention", default="auto", choices=choices, help="Triton kernels; auto: where there is a GPU")
     args = parser.parse_args(argv)
+    kernels = dispatch.use_flash_attention(args.use_flash_attention, args.device)
     if args.data_files:
         entries = [{"name": args.name, "data_files": args.data_files, "image_root": args.image_root}]
     else:
@@ -84,6 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     if not conversations:
         raise ValueError("the dataset is empty: nothing to answer")
     model = load_model(directory, DTYPES[args.dtype], args.device, args.lora_path)
+    print(f"device {args.device}, kernels: {kernels}", file=sys.stderr)
     with open(args.output or os.devnull, "w") as sink:
         scores = exact_match(model, processor, conversations, args.batch_size, args.max_new_tokens, sink)
     print(f"exact match of {len(conversations)} answers: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))

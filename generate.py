@@ -2,6 +2,7 @@
 
     python generate.py --image samples/images/flags/noto/fr.png --prompt "这是哪个国家的国旗？"
     python generate.py --lora_path output --requests requests.jsonl --output answers.jsonl
+    python generate.py --image picture.png --chat        # questions from standard input, one a line
 
 A batch is ragged, never padded: the prompts are one packed stream in the prefill, then every live sequence contributes
 one token a step. So a batch gives what its requests give alone. Sampling follows transformers' order: repetition
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 import checkpoint
 import data
 import lora
+from kernels import dispatch
 from kernels.attention import attention
 from quantize import BITS, quantize
 
@@ -330,9 +332,65 @@ def read_requests(args) -> list[data.Conversation]:
     if args.requests:
         return data.read_requests(args.requests)
     if args.prompt is None:
-        raise ValueError("nothing to answer: give --prompt (and --image), or --requests FILE.jsonl")
+        raise ValueError("nothing to answer: give --prompt (and --image), --chat, or --requests FILE.jsonl")
     turns = [("user", args.prompt)] if not args.system else [("system", args.system), ("user", args.prompt)]
     return [data.request(turns, args.image, where="--prompt")]
+
+
+class Printer:
+    """Shows the answer to one request while its tokens come, whole characters only."""
+
+    def __init__(self, processor):
+        self.processor, self.tokens, self.shown = processor, [], ""
+
+    def __call__(self, _, token: int) -> None:
+        self.tokens.append(token)
+        text = self.processor.decode(self.tokens)[:-1]  # the next token may change the last character
+        if text.startswith(self.shown) and not text.endswith("\ufffd"):
+            print(text[len(self.shown) :], end="", flush=True)
+            self.shown = text
+
+    def end(self, text: str) -> None:
+        print(text[len(self.shown) :] if text.startswith(self.shown) else "\n" + text, flush=True)
+
+
+def answer(
+    model: nn.Module, processor, conversations: list[data.Conversation], stop_words, args, on_token=None
+) -> list[str]:
+    """Answers by the command line's settings."""
+    dtype = next(p.dtype for p in model.parameters())
+    requests = [processor.prompt(c) for c in conversations]
+    for request in requests:
+        request["pixel_values"] = [processor.load_image(p).to(dtype) for p in request["images"]]
+    if args.num_beams > 1:
+        beams = beam_search(
+            model, requests, args.max_new_tokens, stop_words, args.num_beams, args.length_penalty,
+            args.repetition_penalty, args.min_new_tokens, args.beam_rule,
+        )  # fmt: skip
+        answers = [found[0][1] for found in beams]
+    else:
+        answers = generate(
+            model, requests, args.max_new_tokens, stop_words, args.temperature, args.top_k, args.top_p,
+            args.repetition_penalty, args.seed, on_token, args.min_new_tokens, args.min_length, args.penalty_rule,
+        )  # fmt: skip
+    return [processor.decode(ids) for ids in answers]
+
+
+def chat(model: nn.Module, processor, stop_words, args) -> None:
+    """Questions from standard input, one a line, each after all the rounds before; --image belongs to the first."""
+    turns, images = [("system", args.system)] if args.system else [], args.image
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        if not (line := sys.stdin.readline()):
+            return
+        if not line.strip():
+            continue
+        conversation = data.request([*turns, ("user", line.strip())], images, where="standard input")
+        printer = Printer(processor)
+        (text,) = answer(model, processor, [conversation], stop_words, args, printer)
+        printer.end(text)
+        turns, images = [*conversation.turns, ("assistant", text)], []
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -350,6 +408,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--image", action="append", default=[], help="picture file; may be repeated")
     add("--prompt", default=None)
     add("--system", default=None, help="system text instead of the model's own")
+    add("--chat", action="store_true", help="several rounds: questions from standard input, one a line")
     add("--requests", default=None, help='JSONL: {"prompt": ..., "image": path or list} or any chat record, one a line')
     add("--output", default=None, help="write answers as JSONL here")
     add("--draw", default="boxes.png", help="where a copy of the picture with the answer's boxes goes, if it has any")
@@ -372,6 +431,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--dtype", default="float32", choices=DTYPES)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--quantize", default=None, choices=BITS, help="weights of the language model's blocks in 8 or 4 bits")
+    choices = ("auto", "true", "false")
+    add("--use_flash_attention", default="auto", choices=choices, help="Triton kernels; auto: where there is a GPU")
     args = parser.parse_args(argv)
     if (
         args.temperature < 0
@@ -386,9 +447,10 @@ def main(argv: list[str] | None = None) -> int:
 
     if args.num_beams < 1 or args.min_new_tokens < 0 or (args.num_beams > 1 and args.temperature > 0):
         raise ValueError("expected num_beams >= 1, min_new_tokens >= 0, and temperature=0 with num_beams > 1")
+    kernels = dispatch.use_flash_attention(args.use_flash_attention, args.device)
     directory = data.model_directory(args.model, base_of(args.model_name_or_path, args.lora_path))
     processor = data.load_processor(directory, args.stage)
-    conversations = read_requests(args)
+    conversations = [] if args.chat else read_requests(args)
     # quantised on the CPU, so that the device never holds the whole weights
     model = load_model(directory, DTYPES[args.dtype], "cpu" if args.quantize else args.device, args.lora_path)
     if args.quantize:
@@ -397,45 +459,23 @@ def main(argv: list[str] | None = None) -> int:
         model.to(args.device)
     stop_words = processor.stop_words + [processor.tokenizer.encode(text) for text in args.stop]
 
-    streaming = len(conversations) == 1 and args.output is None
-    shown, sink, drawn = "", open(args.output, "w") if args.output else None, 0
-    tokens: list[int] = []
-
-    def show(_, token: int) -> None:
-        nonlocal shown
-        tokens.append(token)
-        text = processor.decode(tokens)[:-1]  # the next token may change the last character
-        if text.startswith(shown) and not text.endswith("\ufffd"):  # wait for whole characters
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-
+    print(f"device {args.device}, kernels: {kernels}", file=sys.stderr)
+    if args.chat:
+        chat(model, processor, stop_words, args)
+        return 0
+    printer = Printer(processor) if len(conversations) == 1 and args.output is None else None
+    sink, drawn = open(args.output, "w") if args.output else None, 0
     for first in range(0, len(conversations), args.batch_size):
         some = conversations[first : first + args.batch_size]
-        requests = [processor.prompt(c) for c in some]
-        for request in requests:
-            request["pixel_values"] = [processor.load_image(p).to(DTYPES[args.dtype]) for p in request["images"]]
-        if args.num_beams > 1:
-            beams = beam_search(
-                model, requests, args.max_new_tokens, stop_words, args.num_beams, args.length_penalty,
-                args.repetition_penalty, args.min_new_tokens, args.beam_rule,
-            )  # fmt: skip
-            answers = [found[0][1] for found in beams]
-        else:
-            answers = generate(
-                model, requests, args.max_new_tokens, stop_words, args.temperature, args.top_k, args.top_p,
-                args.repetition_penalty, args.seed, show if streaming else None, args.min_new_tokens, args.min_length,
-                args.penalty_rule,
-            )  # fmt: skip
-        for conversation, request, ids in zip(some, requests, answers, strict=True):
-            text = processor.decode(ids)
-            if streaming:
-                print(text[len(shown) :] if text.startswith(shown) else "\n" + text)
+        for conversation, text in zip(some, answer(model, processor, some, stop_words, args, printer), strict=True):
+            if printer:
+                printer.end(text)
             elif sink is None:
                 print(f"{conversation.id}: {text}")
             else:
                 print(json.dumps({"id": conversation.id, "answer": text}, ensure_ascii=False), file=sink, flush=True)
             out = Path(args.draw) if drawn == 0 else Path(args.draw).with_stem(f"{Path(args.draw).stem}-{drawn}")
-            if request["images"] and (boxes := data.draw_boxes(request["images"][-1], text, out)):
+            if conversation.images and (boxes := data.draw_boxes(conversation.images[-1], text, out)):
                 print(f"{boxes} boxes drawn: {out}", file=sys.stderr)
                 drawn += 1
     return 0

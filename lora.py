@@ -10,6 +10,7 @@ File format: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
 import difflib
+import fnmatch
 import json
 import math
 import pickle
@@ -100,12 +101,14 @@ def set_dropout_keys(model: nn.Module, batch: dict | None) -> None:
 
 
 def inject(
-    model: nn.Module, target_patterns: list[str], rank: int, alpha: float, dropout: float, parts: dict | None = None
+    model: nn.Module, target_patterns: list[str], rank: int, alpha: float, dropout: float, parts: dict | None = None,
+    tower: list[str] | None = None,
 ) -> list[str]:
     """Turn each nn.Linear whose name fully matches a pattern into a LoraLinear; returns the names.
 
     Freezes nothing. Works on the meta device: fill the new parameters with `init_lora` then.
     parts {name pattern: (G, P)}: packed weights whose P parts get a pair of this rank each (see LoraLinear.split_B).
+    tower (fnmatch on parameter names): a pattern that hits modules in and outside of it means those outside alone.
     """
     if rank < 1:
         raise ValueError(f"lora_rank={rank}; expected at least 1")
@@ -124,7 +127,8 @@ def inject(
                 f"lora_target_modules: {pattern!r} matches no linear layer; it must match the whole name, "
                 f"e.g. of {', '.join(near)}"
             )
-        names.update(hits)
+        outside = [n for n in hits if not any(fnmatch.fnmatch(f"{n}.weight", p) for p in tower or ())]
+        names.update(outside or hits)
     names = [name for name in linears if name in names]
     for name in names:
         split = next((p for pattern, p in (parts or {}).items() if re.fullmatch(pattern, name)), None)

@@ -569,6 +569,11 @@ PRETRAIN_FREEZE = {"pretrain": ["transformer.*", "lm_head.*"]}
 # In published files; the original ignores them too
 IGNORED_WEIGHTS = ["transformer.layers.*.attention.rotary_emb.inv_freq"]
 ALIASES: dict[str, str] = {}  # tied names
+# Names of the toolkit PaddleMIX inside patterns of the configuration -> ours
+LEGACY_NAMES = {
+    "vision_model": "image_encoder.vit", "language_projection": "image_encoder.glm_proj",
+    "language_model.chatglm.": "", "query_tokens": "image_encoder.qformer.transformer.word_embeddings.*",
+}  # fmt: skip
 PREFIX_TUNING = "transformer.prefix_encoder.*"  # what P-tuning trains
 # The official targets, in the language model only
 LORA_TARGETS = [r"transformer\.layers\.\d+\.attention\.query_key_value", r"transformer\.layers\.\d+\.attention\.dense"]

@@ -354,7 +354,7 @@ def build(cfg: Config, directory: Path, world: parallel.World):
     if cfg.lora:
         lora_modules = lora.inject(
             model, cfg.lora_target_modules or module.LORA_TARGETS, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout,
-            lora_parts(model, module, cfg),
+            lora_parts(model, module, cfg), module.IMAGE_PARAMETERS,
         )  # fmt: skip
     choose_trainable(model, module, cfg)
     dtype16 = {(True, False): torch.bfloat16, (False, True): torch.float16}.get((cfg.bf16, cfg.fp16))
@@ -824,7 +824,7 @@ def dry_run(cfg: Config, config: dict, module, plan, world_size: int) -> str:
     if cfg.lora:
         lora.inject(
             model, cfg.lora_target_modules or module.LORA_TARGETS, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout,
-            lora_parts(model, module, cfg),
+            lora_parts(model, module, cfg), module.IMAGE_PARAMETERS,
         )  # fmt: skip
     choose_trainable(model, module, cfg)
     total = sum(p.numel() for p in model.parameters())
@@ -942,10 +942,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
     say = print if world.main else (lambda *_a, **_k: None)
-    try:
-        kernels = dispatch.use({"auto": "auto", True: "triton", False: "ref"}[cfg.use_flash_attention], world.device)
-    except ValueError as e:
-        raise ValueError(f"use_flash_attention={cfg.use_flash_attention}: {e}") from None
+    kernels = dispatch.use_flash_attention(cfg.use_flash_attention, world.device)
     resume = prepare_output_dir(cfg, world)
     out = Path(cfg.output_dir)
     say(json.dumps(asdict(cfg), ensure_ascii=False))

@@ -57,6 +57,15 @@ def use(impl: str, device: torch.device) -> str:
     return f"Triton {triton.__version__} {where}"
 
 
+def use_flash_attention(setting: str | bool, device: torch.device | str) -> str:
+    """`use` by the key of that name: "auto", True or "true" (Triton or an error), False or "false" (plain PyTorch)."""
+    try:
+        impl = {"auto": "auto", "true": "triton", "false": "ref"}[str(setting).lower()]
+        return use(impl, torch.device(device))
+    except ValueError as e:
+        raise ValueError(f"use_flash_attention={setting}: {e}") from None
+
+
 def use_triton(impl: str, x: Tensor) -> bool:
     """Whether an operation called with `impl` on tensor x runs its kernel."""
     if impl == "auto":

@@ -82,6 +82,9 @@ def test_inject():
         lora.inject(Toy(), ["c_attn"], 2, 4, 0)
     with pytest.raises(ValueError, match="no regular expression"):
         lora.inject(Toy(), ["(h"], 2, 4, 0)
+    # a tower that a pattern hits along with other modules is not meant; one that it hits alone is
+    assert lora.inject(Toy(), [r".*c_attn"], 2, 4, 0, tower=["h.0.*"]) == ["h.1.c_attn"]
+    assert lora.inject(Toy(), [r"h\.0\.c_attn"], 2, 4, 0, tower=["h.0.*"]) == ["h.0.c_attn"]
     with torch.device("meta"):
         meta = Toy()
     lora.inject(meta, TARGETS, 2, 6, 0)

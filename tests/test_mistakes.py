@@ -247,6 +247,8 @@ SCRIPTS = [
     (generate.main, ["--prompt", "x", "--model_name_or_path", "nowhere"], ["nowhere"]),
     (evaluate.main, ["--data_files", "nowhere.json"], ["nowhere.json"]),
     (merge.main, ["--lora_path", "nowhere"], ["nowhere"]),
+    (generate.main, ["--prompt", "x", "--device", "cpu", "--use_flash_attention", "true"], ["true", "no GPU", "auto"]),
+    (evaluate.main, ["--device", "cpu", "--use_flash_attention", "true"], ["use_flash_attention=true", "no GPU"]),
 ]
 
 

@@ -1,15 +1,23 @@
 """VisualGLM in the loop: SFT, LoRA, P-tuning and pre-training; packs, layouts, resumption, answers learned by heart."""
 
+import fnmatch
+import io
 import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_train import arguments, assert_same_run, losses, run, weights
+from test_train import arguments, assert_same_run, losses, rank_main, run, wait_for_step, weights
 from tokenizers import AddedToken, Tokenizer, models
 
 import checkpoint
+import convert_sat
 import data
 import evaluate
 import generate
@@ -96,9 +104,10 @@ def glm_references(glm_base, glm_dataset, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize(
-    "mode, sharding", [("sft", "stage1"), ("sft", "stage3"), ("lora", "stage2"), ("ptuning", "stage3")]
-)
+LAYOUTS = [(mode, f"stage{i}") for mode in ("sft", "lora") for i in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("mode, sharding", [*LAYOUTS, ("ptuning", "stage3")])
 def test_two_processes_equal_one(glm_references, glm_base, glm_dataset, tmp_path, mode, sharding):
     """Micro-batches of one sample, so that often only one of the ranks has a picture."""
     split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 6, "sharding": sharding}
@@ -118,6 +127,26 @@ def test_stopped_run_continues_exactly(glm_references, glm_base, glm_dataset, tm
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in b)
     run(arguments(glm_base, glm_dataset, tmp_path / "again", **options, recompute=True))
     assert_same_run(tmp_path / "again", tmp_path / "reference")
+
+
+@pytest.mark.parametrize("mode", ["sft", "lora"])
+def test_killed_run_continues_exactly(glm_base, glm_dataset, tmp_path, mode):
+    """kill -9 somewhere behind the second checkpoint, then the same command: losses and weights bit for bit."""
+    options = {**SIZE, **MODES[mode], "lr_scheduler_type": "constant", "max_steps": 60, "save_steps": 4}
+    argv = arguments(glm_base, glm_dataset, tmp_path / "out", **options)
+    process = multiprocessing.get_context("fork").Process(target=rank_main, args=(0, 1, 0, argv))
+    process.start()
+    wait_for_step(tmp_path / "out", 9)
+    process.kill()
+    process.join()
+    done = len(losses(tmp_path / "out"))
+    assert 9 <= done < 60 and checkpoint.last_checkpoint(tmp_path / "out")
+    options["max_steps"] = done + 4
+    run(arguments(glm_base, glm_dataset, tmp_path / "out", **options))
+    run(arguments(glm_base, glm_dataset, tmp_path / "reference", **options))
+    assert losses(tmp_path / "out") == losses(tmp_path / "reference")
+    a, b = weights(tmp_path / "out"), weights(tmp_path / "reference")
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in b)
 
 
 @pytest.mark.parametrize("pre_seq_len", [None, 3])
@@ -180,10 +209,17 @@ def test_merge_folds_the_adapter(glm_references, glm_base, tmp_path, mode, capsy
     assert info["logits_vs_adapter"] < 1e-4 < info["logits_vs_base"]
     names = {n for n, t in weights(tmp_path / "merged").items() if not torch.equal(t, weights(glm_base)[n])}
     assert any("query_key_value" in n for n in names)
-    assert (mode == "lora") == all(n.startswith("transformer.layers.") for n in names)
+    assert all(n.startswith("transformer.layers.") for n in names)
+    for qkv in ("split", "per_head"):  # the merged model in SAT's file and back, bit for bit
+        sat, back = str(tmp_path / f"sat_{qkv}"), tmp_path / f"back_{qkv}"
+        convert_sat.main(["export", str(tmp_path / "merged"), sat, "--qkv", qkv])
+        convert_sat.main(["import", sat, str(back), "--qkv", qkv])
+        merged = {n: t for n, t in weights(tmp_path / "merged").items() if not n.endswith("inv_freq")}
+        again = weights(back)
+        assert again.keys() == merged.keys() and all(torch.equal(again[n], merged[n]) for n in merged)
 
 
-def test_four_samples_by_heart(glm_base, tmp_path):
+def test_four_samples_by_heart(glm_base, tmp_path, capsys):
     """Chinese and English, same picture for none: the answers come back exactly, and end."""
     rng = np.random.default_rng(1)
     records = []
@@ -204,7 +240,130 @@ def test_four_samples_by_heart(glm_base, tmp_path):
     answers = generate.generate(model, requests, 40, processor.stop_words)
     assert [processor.decode(a) for a in answers] == ANSWERS and all(a[-1] == processor.eos for a in answers)
     assert answers == [generate.generate(model, [r], 40, processor.stop_words)[0] for r in requests]
-    assert evaluate.exact_match(model, processor, questions, 2)["all"] == 1.0
+    argv = ["--model_name_or_path", str(tmp_path / "out"), "--batch_size", "2"]
+    evaluate.main([*argv, "--name", "visualglm_dataset", "--data_files", str(tmp_path / "four.json")])
+    out, err = capsys.readouterr()
+    assert "exact match of 4 answers: all 1.000" in out and "kernels: plain PyTorch" in err
+
+
+TOOLKIT = {  # PaddleMIX's visualglm/sft_argument.json and lora_sft_argument.json, key for key
+    "mixtoken": True, "overwrite_output_dir": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4,
+    "per_device_eval_batch_size": 1, "eval_accumulation_steps": 16, "learning_rate": 3e-4, "logging_steps": 1,
+    "evaluation_strategy": "steps", "save_strategy": "steps", "src_length": 1024, "max_length": 2048, "fp16": True,
+    "fp16_opt_level": "O2", "do_train": True, "do_eval": False, "disable_tqdm": True, "load_best_model_at_end": True,
+    "eval_with_do_generation": False, "save_total_limit": 1,
+}  # fmt: skip
+TOOLKIT_SFT = {"freeze_include": ["*vision_model*"], "num_train_epochs": 2, "warmup_steps": 30, "save_steps": 10}
+TOOLKIT_LORA = {
+    "lora": True, "num_train_epochs": 30, "warmup_ratio": 0.02, "lr_scheduler_type": "cosine", "save_steps": 5,
+    "lora_target_modules": [".*query_key_value.*", ".*dense.*", ".*dense_h_to_4h", ".*dense_4h_to_h"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("own", [TOOLKIT_SFT, TOOLKIT_LORA])
+def test_toolkit_files_run_unchanged(glm_base, tmp_path, own):
+    """Only the paths differ from the published files, and the number of steps."""
+    rng, records = np.random.default_rng(0), []
+    for i in range(8):
+        Image.fromarray(rng.integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+        records.append({"image": f"{i}.png", "question": QUESTIONS[i % 4], "answer": ANSWERS[i % 4]})
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    (tmp_path / "val.json").write_text(json.dumps(records[:3]))
+    entries = {
+        split: [{"name": "coco_vqa", "data_files": str(tmp_path / file)}]
+        for split, file in (("train", "train.json"), ("eval", "val.json"))
+    }
+    config = {**TOOLKIT, **own, "model_name_or_path": str(glm_base), "dataset": entries}
+    config |= {"output_dir": str(tmp_path / "out")}
+    (tmp_path / "argument.json").write_text(json.dumps(config))
+    run([str(tmp_path / "argument.json"), "--num_workers", "0", "--max_steps", "10"])
+    records = list(map(json.loads, (tmp_path / "out" / "log.jsonl").read_text().splitlines()))
+    assert len(losses(tmp_path / "out")) == 10 and sum("eval_loss" in r for r in records) == 10 // own["save_steps"]
+    before, after = weights(glm_base), weights(tmp_path / "out")
+    if "lora" in own:  # the language model's linear layers, no others
+        changed = {n.partition(".lora_")[0] for n in after if ".lora_" in n}
+        assert changed == {
+            f"transformer.layers.{i}.{m}"
+            for i in range(2)
+            for m in ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+        }
+    else:
+        same = {n for n in after if torch.equal(after[n], before[n].to(after[n].dtype))}
+        tower = {n for n in after if fnmatch.fnmatch(n, "image_encoder.vit.*")}
+        assert tower <= same and any("qformer" in n for n in after.keys() - same)
+
+
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_chat_at_the_command_line(glm_base, tmp_path, monkeypatch, capsys, language):
+    """Each question after all earlier rounds, the picture at the front of the first: ids as the format writes them."""
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in ("tokenizer.json", "model.safetensors"):
+        os.link(glm_base / file, base / file)
+    checkpoint.write_json(base / "config.json", {**checkpoint.read_config(glm_base), "prompt_language": language})
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
+    asked, plain = [], generate.generate
+
+    def watch(model, requests, *rest):
+        asked.append([int(t) for t in requests[0]["input_ids"]])
+        return plain(model, requests, *rest)
+
+    monkeypatch.setattr(generate, "generate", watch)
+    questions = {"zh": ["这是什么？", "它是什么颜色？", "很亮"], "en": ["what is it?", "name it", "two"]}[language]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([questions[0], "", *questions[1:]])))
+    generate.main(["--model_name_or_path", str(base), "--image", str(tmp_path / "a.png"), "--chat",
+                   "--max_new_tokens", "3"])  # fmt: skip
+    out, err = capsys.readouterr()
+    answers, tk = out.splitlines(), glm.load_processor(base).tokenizer
+    assert len(answers) == len(asked) == 3 and "kernels: plain PyTorch" in err
+    for n, ids in enumerate(asked):
+        q, a = {"zh": ("问：", "答："), "en": ("Q:", "A:")}[language]
+        text = "".join(f"{q}{x}\n{a}{y}\n" for x, y in zip(questions[:n], answers, strict=False))
+        text += f"{q}{questions[n]}\n{a}"
+        tag = tk.encode("<img>")
+        assert ids == [*tag, *[tk.unk] * 4, *tk.encode("</img>" + text), tk.gmask, tk.sop]
+
+
+def test_generate_refuses_pictures(glm_base, tmp_path, capsys):
+    pictures = [str(tmp_path / f"{i}.png") for i in range(2)]
+    for path in pictures:
+        Image.new("RGB", (8, 8)).save(path)
+    later = {"conversations": [["what is it?", "two"], [f"<img>{pictures[0]}</img>name it", "later"]]}
+    (tmp_path / "r.jsonl").write_text(json.dumps(later))
+    for argv, words in (
+        (["--prompt", "what is it?", "--image", pictures[0], "--image", pictures[1]], "takes one image.*got 2"),
+        (["--requests", str(tmp_path / "r.jsonl")], "r.jsonl:1: .*one image, at the front.*not at the front"),
+        (["--prompt", "what is it?", "--image", "no.png"], "no.png"),
+    ):
+        assert checkpoint.cli(lambda argv=argv: generate.main(["--model_name_or_path", str(glm_base), *argv])) == 1
+        out, err = capsys.readouterr()
+        assert not out and re.fullmatch(f"(device.*\n)?error: .*{words}.*\n", err), err
+
+
+@pytest.fixture(scope="module")
+def untrained_tiny(tmp_path_factory):
+    """What the tiny model's recipe begins with."""
+    path = tmp_path_factory.mktemp("tiny") / "init"
+    command = [sys.executable, "runs/make_tiny_visualglm.py", "init", str(path)]
+    subprocess.run(command, cwd=data.ROOT, check=True, env={**os.environ, "PYTHONPATH": "."})
+    return path
+
+
+@pytest.mark.parametrize("stage", ["sft", "lora", "pretrain"])
+def test_sample_configurations(untrained_tiny, tmp_path, stage):
+    """configs/visualglm/samples_*.json as they are, but for 16 records of a file and two steps."""
+    config = json.loads((data.ROOT / f"configs/visualglm/samples_{stage}.json").read_text())
+    options = {"model_name_or_path": str(untrained_tiny), "output_dir": str(tmp_path / "out"), "max_steps": 2}
+    for entries in config["dataset"].values():
+        for entry in entries:
+            entry["max_samples"] = 16
+            for key in ("data_files", "image_root"):
+                entry[key] = str(data.ROOT / entry[key])
+    (tmp_path / "config.json").write_text(json.dumps({**config, **options, "num_workers": 0}))
+    run([str(tmp_path / "config.json")])
+    assert len(losses(tmp_path / "out")) == 2
+    records = list(map(json.loads, (tmp_path / "out" / "log.jsonl").read_text().splitlines()))
+    assert any("eval_loss" in r for r in records)
 
 
 @pytest.mark.parametrize(

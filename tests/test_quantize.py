@@ -1,0 +1,74 @@
+"""generate.py --quantize for every model: what it prints and answers, against weights rounded here in numpy."""
+
+import importlib
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_blip2_train import OPT, T5, write_checkpoint
+from test_train_visualglm import glm_base  # noqa: F401 (a fixture)
+
+import checkpoint
+import data
+import generate
+import lora
+
+
+@pytest.fixture(scope="module")
+def bases(base, glm_base, tmp_path_factory):  # noqa: F811
+    root = tmp_path_factory.mktemp("blip2")
+    blip2 = {name: write_checkpoint(root / name, text) for name, text in (("opt", OPT), ("t5", T5))}
+    return {"qwen_vl": base, "visualglm": glm_base, **blip2}
+
+
+def rounded(weight: np.ndarray, bits: int) -> np.ndarray:
+    """Each row to a grid of 2 ** bits - 1 points, symmetric, the largest weight at its end; the step in fp16."""
+    step = (np.abs(weight).max(1, keepdims=True) / (2 ** (bits - 1) - 1)).astype(np.float16).astype(np.float64)
+    return np.rint(weight / step) * step
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["qwen_vl", "visualglm", "opt", "t5"])
+def test_printed_error_and_answers(bases, tmp_path, capsys, name, kind):
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
+    question = ["--image", str(tmp_path / "a.png"), "--prompt", "what is it?", "--max_new_tokens", "12"]
+    assert generate.main(["--model_name_or_path", str(bases[name]), *question, "--quantize", kind]) == 0
+    answer, line = (text.strip() for text in capsys.readouterr())
+    exact, model = generate.load_model(bases[name]), generate.load_model(bases[name])
+    processor = data.load_processor(str(bases[name]))
+    linears = [m for block in model.blocks for m in block.modules() if isinstance(m, torch.nn.Linear)]
+    errors = []
+    for m in linears:
+        weight = m.weight.double().numpy()
+        new = rounded(weight, int(kind[3:]))
+        errors.append(np.linalg.norm(new - weight) / np.linalg.norm(weight))
+        m.weight.copy_(torch.from_numpy(new))
+    probe = importlib.import_module(type(model).__module__).probe_batch(processor)
+    before, after = (m.logits(m.hidden(probe)).double() for m in (exact, model))
+    found = re.match(
+        rf"{kind}: (\d+) linear layers, .* weights off by (.*)% \(mean\), (.*)% \(worst layer\); logits off by (.*)%, "
+        r"same best token at \d+% of \d+ positions \(against float32\)\n",
+        line,
+    )
+    assert found and int(found[1]) == len(linears) > 0, line
+    expected = [np.mean(errors), np.max(errors), float((after - before).norm() / before.norm())]
+    assert np.allclose([float(x) / 100 for x in found.groups()[1:]], expected, atol=6e-5)
+    assert 0 < expected[2] < {"int8": 0.03, "int4": 0.4}[kind]
+    plain = data.request([("user", "what is it?")], [str(tmp_path / "a.png")], "test")
+    request = processor.prompt(plain)
+    request["pixel_values"] = [processor.load_image(p) for p in request["images"]]
+    ids = generate.generate(model, [request], 12, processor.stop_words)[0]
+    assert processor.decode(ids).strip() == answer
+
+
+def test_an_adapter_is_merged_first(bases, tmp_path, capsys):
+    model = generate.load_model(bases["qwen_vl"])
+    names = lora.inject(model, [r".*c_attn"], 2, 2, 0.0)
+    params = dict(model.named_parameters())
+    lora.save_adapter(tmp_path, model, bases["qwen_vl"], 2, 2, 0.0, names, [], lambda n: params[n].detach())
+    argv = ["--lora_path", str(tmp_path), "--prompt", "hello", "--quantize", "int8"]
+    assert checkpoint.cli(lambda: generate.main(argv)) == 1
+    assert re.fullmatch(r"error: quantize=int8 with an adapter: merge it first.*\n", capsys.readouterr().err)
