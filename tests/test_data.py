@@ -499,11 +499,28 @@ def test_jitter_is_deterministic_and_bounded(tmp_path):
     assert torch.equal(shaken, pixels(0, 0, 1, 0.25)) and torch.equal(plain, Processor().load_image(tmp_path / "0.png"))
     assert not torch.equal(shaken, plain)
     assert not torch.equal(shaken, pixels(0, 1, 1, 0.25)) and not torch.equal(shaken, pixels(0, 0, 2, 0.25))
-    padded = torch.nn.functional.pad(plain[None], (2, 2, 2, 2), mode="replicate")[0]
-    for epoch in range(20):  # some shift of at most 2 of 8 pixels plus one brightness offset explains every result
-        shaken = pixels(0, epoch, 1, 0.25)
-        changes = [shaken - padded[:, y : y + SIZE, x : x + SIZE] for y in range(5) for x in range(5)]
-        assert min(change.max() - change.min() for change in changes) < 1e-5
+
+
+def test_jitter_moves_scales_and_turns_by_at_most_the_fraction():
+    fraction, side = 0.1, 64
+    y, x = torch.meshgrid(*[torch.arange(side) - (side - 1) / 2] * 2, indexing="ij")
+
+    def blob(cx, cy):
+        return torch.exp(-((x - cx) ** 2 + (y - cy) ** 2) / 18.0)
+
+    image = torch.stack((blob(0, 0), blob(12, 0), torch.zeros(side, side)))  # the third one shows the brightness
+    seen = []
+    for n in range(200):
+        shaken = data.jitter(image, fraction, np.random.default_rng(n))
+        brightness = shaken[2].mean()
+        assert (shaken[2] - brightness).abs().max() < 1e-6 and abs(brightness) <= 0.1
+        (cx, cy), (px, py) = ([float((c * v).sum() / c.sum()) for v in (x, y)] for c in shaken[:2] - brightness)
+        seen.append((cx, cy, np.hypot(px - cx, py - cy) / 12, np.arctan2(py - cy, px - cx)))
+    cx, cy, scale, angle = np.array(seen).T
+    moved = side * fraction * (1 + fraction) * np.sqrt(2)
+    for value, bound in ((np.hypot(cx, cy), moved), (1 / scale - 1, fraction), (angle, fraction)):
+        assert bound / 2 < np.abs(value).max() < bound * 1.03
+        assert bound / 2 < -value.min() or value is not angle  # both ways
 
 
 def test_cached_features(tmp_path):
