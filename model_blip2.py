@@ -1479,6 +1479,7 @@ class Blip2Processor:
         vocabulary = hashlib.sha256(self.tokenizer.model.to_str().encode()).hexdigest()
         return f"blip2-1-{self.stage}-{self.num_image_tokens}-{vocabulary}"
 
+    # same as model_qwen_vl.QwenVLProcessor.load_image
     def load_image(self, path: str | Path) -> Tensor:
         """(3, H, W) fp32. ValueError naming the file for anything that is not a whole picture of sane size."""
         try:

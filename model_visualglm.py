@@ -510,6 +510,7 @@ class VisualGLM(nn.Module):
             batch.get("cache"),
         )
 
+    # same as model_qwen_vl.QwenVL.hidden
     def hidden(self, batch: dict) -> Tensor:
         x, ctx = self.embed(batch), self.context(batch)
         for block in self.blocks:
@@ -524,6 +525,7 @@ class VisualGLM(nn.Module):
         rows = (batch["targets"] != IGNORE_INDEX).nonzero()[:, 0]
         return self.lm_head(self.transformer.final_layernorm(x[rows]), batch["targets"][rows])
 
+    # same as model_qwen_vl.QwenVL.forward
     def forward(self, batch: dict, output: str = "loss"):
         """The one entrance of a sharded model. `output`: "loss" as head(); "logits" (S, V) of each segment's last
         position; "features" (N, Q, C) of the pictures."""
@@ -964,6 +966,7 @@ def clean_response(text: str) -> str:
     return text
 
 
+# same as model_qwen_vl.is_chinese
 def is_chinese(text: str) -> bool:
     return any("\u4e00" <= c <= "\u9fff" for c in text)
 

@@ -1,5 +1,6 @@
 """The repository itself: sizes, no path of one particular machine, samples whose files all exist."""
 
+import ast
 import json
 import re
 import shutil
@@ -48,6 +49,37 @@ def test_no_local_paths(tracked):
         if path.suffix == ".py" and name != "tests/conftest.py" and beside in text:
             hits.append(f"{name}: {beside}")
     assert not hits
+
+
+COPY = re.compile(r"# same as (\w+)\.([\w.]+)$")
+
+
+def definition(tree: ast.Module, names: list[str]) -> ast.AST:
+    for name in names:
+        tree = next(node for node in tree.body if getattr(node, "name", None) == name)
+    return tree
+
+
+def code_of(node: ast.AST) -> str:
+    """Without its docstring, comments and layout."""
+    body = node.body[1:] if ast.get_docstring(node) else node.body
+    return ast.dump(ast.Module([type(node)(**{**vars(node), "body": body})], []))
+
+
+def test_marked_copies_are_equal():
+    """`# same as module.Name` above a definition promises what this checks."""
+    marked = []
+    for path in ROOT.glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        starts = {node.lineno: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if match := COPY.match(line.strip()):
+                marked.append((path.name, match, starts[number + 1]))
+    assert len(marked) >= 6
+    for name, match, node in marked:
+        original = ast.parse((ROOT / f"{match[1]}.py").read_text(encoding="utf-8"))
+        same = code_of(node) == code_of(definition(original, match[2].split(".")))
+        assert same, f"{name}:{node.lineno} differs from {match[1]}.{match[2]}"
 
 
 def records(path: Path) -> list[dict]:
