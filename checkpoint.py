@@ -7,6 +7,7 @@
         save_train_state(directory, params, optimizer, {"step": 500})
 
 A parameter here is a plain tensor (the same on every rank that has its name) or a DTensor (each rank holds a shard).
+If it carries a parallel.Cut, that is a tensor-parallel rank's part of the one in the files.
 Formats: https://huggingface.co/docs/safetensors#format, https://pytorch.org/docs/stable/distributed.checkpoint.html
 """
 
@@ -29,7 +30,12 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+import parallel
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -250,7 +256,9 @@ def check_names(expected: dict, weights: Weights, ignore=()) -> None:
 
 @torch.no_grad()
 def copy_full_(param: torch.Tensor, full: torch.Tensor) -> None:
-    """Copy a full tensor into a parameter, casting; a DTensor takes this rank's shard (no communication)."""
+    """Copy a full tensor into a parameter, casting; this rank takes what it holds of it (no communication)."""
+    if hasattr(param, "cut"):
+        full = param.cut.take(full)
     if isinstance(param, DTensor):
         shard = distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None)
         param.to_local().copy_(shard.to_local())
@@ -259,9 +267,14 @@ def copy_full_(param: torch.Tensor, full: torch.Tensor) -> None:
 
 
 def full_tensor(param: torch.Tensor) -> torch.Tensor:
-    """The whole parameter on the CPU. all ranks: gathers a DTensor."""
-    param = param.detach()
-    return (param.full_tensor() if isinstance(param, DTensor) else param).cpu()
+    """The whole parameter on the CPU. all ranks: gathers."""
+    full = param.detach()
+    full = full.full_tensor() if isinstance(full, DTensor) else full
+    if hasattr(param, "cut"):
+        parts = [torch.empty_like(full) for _ in range(param.cut.size)]
+        dist.all_gather(parts, full.contiguous(), parallel.groups["tp"])
+        full = param.cut.join(parts)
+    return full.cpu()
 
 
 def load_into(params: dict, weights: Weights, dtype: torch.dtype | None = None, skip=()) -> None:
@@ -269,7 +282,7 @@ def load_into(params: dict, weights: Weights, dtype: torch.dtype | None = None, 
 
     dtype: round to this first (None: only the parameter's own dtype counts). skip: names left alone on both sides.
     """
-    check_names({name: p.shape for name, p in params.items()}, weights, ignore=skip)
+    check_names({name: parallel.whole_shape(p) for name, p in params.items()}, weights, ignore=skip)
     skip, scratch = set(skip), weights.scratch()
     for name in weights:
         if name not in skip:
@@ -467,9 +480,63 @@ def load_train_state(directory, params: dict, optimizer: torch.optim.Optimizer) 
     return extra
 
 
+class Pieces(torch.Tensor):
+    """What this rank holds of a tensor-parallel parameter (or its AdamW state), as torch.distributed.checkpoint takes
+    it: a tensor of the whole shape without memory, and rectangles of it {place in the whole: view of the rank's
+    memory}. Packed blocks make several of them."""
+
+    @staticmethod
+    def __new__(cls, tensor: torch.Tensor, cut: parallel.Cut):
+        shape = [n * cut.size if i == cut.dim else n for i, n in enumerate(tensor.shape)]
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=tensor.dtype, device=tensor.device)
+
+    def __init__(self, tensor: torch.Tensor, cut: parallel.Cut):
+        local, first = tensor, [0] * tensor.ndim
+        if isinstance(tensor, DTensor):
+            local = tensor.to_local()
+            first = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1]
+        self.local = local
+        self.pieces: dict[tuple, torch.Tensor] = {}
+        block = tensor.shape[cut.dim] // cut.parts  # of each packed block, the rank has so many rows
+        start, end = first[cut.dim], first[cut.dim] + local.shape[cut.dim]
+        while start < end and local.numel():
+            part, within = divmod(start, block)
+            length = min(block - within, end - start)
+            place = list(first)
+            place[cut.dim] = part * block * cut.size + cut.rank * block + within
+            self.pieces[tuple(place)] = local.narrow(cut.dim, start - first[cut.dim], length)
+            start += length
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise NotImplementedError(f"{function} of a tensor without memory")
+
+    def __create_write_items__(self, name: str, _) -> list[WriteItem]:
+        properties = TensorProperties.create_from_tensor(self.local)
+        items = zip(self.pieces, self.__create_chunk_list__(), strict=True)
+        return [
+            WriteItem(
+                MetadataIndex(name, torch.Size(place)),
+                WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk, properties, self.shape),
+            )
+            for place, chunk in items
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(torch.Size(place), piece.size()) for place, piece in self.pieces.items()]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
+        return self.pieces[tuple(index.offset)]
+
+
 def _train_state(params: dict, optimizer: torch.optim.Optimizer) -> dict:
     """Flat {key: tensor} that shares memory with parameters and AdamW state; missing AdamW state is created (zeros)."""
-    state = {f"model.{name}": p.detach() for name, p in params.items()}
+
+    def entry(p, value):
+        return Pieces(value.detach(), p.cut) if hasattr(p, "cut") and value.ndim else value.detach()
+
+    state = {f"model.{name}": entry(p, p) for name, p in params.items()}
     names = {id(p): name for name, p in params.items()}
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -481,7 +548,7 @@ def _train_state(params: dict, optimizer: torch.optim.Optimizer) -> dict:
                 slots["exp_avg"], slots["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
             assert set(slots) == {"step", "exp_avg", "exp_avg_sq"}, f"not plain AdamW: its state has {sorted(slots)}"
             for key, value in slots.items():
-                state[f"optim.{names[id(p)]}.{key}"] = value.detach()
+                state[f"optim.{names[id(p)]}.{key}"] = entry(p, value)
     return state
 
 

@@ -35,28 +35,32 @@ class LoraLinear(nn.Linear):
     dropout: float
     seed: int  # from the module's name: dropout masks differ between modules
     parts: tuple[int, int] | None  # (G, P): output rows are G groups of P parts, each part with an A and a B of its own
-    first_channel: int  # even; tensor parallelism sets it where a rank has a slice of the input channels
+    first_channel: int  # tensor parallelism sets it where a rank has a slice of the input channels
     dropout_keys: tuple | None  # see set_dropout_keys
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = F.linear(x, self.weight, self.bias)
+        return y + self.update(x).to(y.dtype)
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        """scaling * B A x, with dropout on x."""
         scaling = self.scaling
         if self.training and self.dropout > 0 and self.dropout_keys is not None:
             x = x * dropout_mask(x, *self.dropout_keys, self.dropout, self.seed, self.first_channel)
             scaling /= 1 - self.dropout
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.lora_A.weight.dtype)  # the adapter may be fp32 beside 16-bit weights
-        update = self.lora_A(x)
-        update = self.lora_B(update) if self.parts is None else self.split_B(update)
-        return y + (update * scaling).to(y.dtype)
+        z = self.lora_A(x)
+        return (self.lora_B(z) if self.parts is None else self.split_B(z)) * scaling
 
     def split_B(self, z: torch.Tensor) -> torch.Tensor:
         """lora_B(z), of whose weight only the blocks (part j of the rows, part j of the columns) count; the others stay
         zero. So the file is an ordinary adapter of P times the rank, and merges as one."""
         G, P = self.parts
-        blocks = self.lora_B.weight.unflatten(1, (P, -1)).unflatten(0, (G, P, -1))  # (G, P, D, P, r)
+        D = self.out_features // (G * P)  # of a tensor-parallel rank too, which has some of the groups
+        blocks = self.lora_B.weight.unflatten(1, (P, -1)).unflatten(0, (-1, P, D))  # (G, P, D, P, r)
         y = [F.linear(part, blocks[:, j, :, j].flatten(0, 1)) for j, part in enumerate(z.chunk(P, -1))]  # P x (T, G*D)
-        return torch.stack([part.unflatten(-1, (G, -1)) for part in y], -2).flatten(-3)
+        return torch.stack([part.unflatten(-1, (-1, D)) for part in y], -2).flatten(-3)
 
 
 # ---- dropout as a pure function
@@ -85,7 +89,7 @@ def dropout_mask(x, keys, image_keys, p: float, seed: int, first_channel: int = 
     row = mix(mix(low + mix(torch.full_like(low, seed))) ^ high)
     # two channels share one 32-bit hash, 16 bits each: half the work, and p is exact to 1/65536
     pairs = torch.arange(first_channel // 2, (first_channel + C + 1) // 2, device=x.device, dtype=torch.int32)
-    bits = mix(row[:, None] ^ mix(pairs + 1)).view(torch.int16)  # (rows, C or C + 1)
+    bits = mix(row[:, None] ^ mix(pairs + 1)).view(torch.int16)[:, first_channel % 2 :]  # (rows, C or C + 1)
     return (bits[:, :C] >= round(p * 65536) - 32768).view(x.shape)
 
 
@@ -278,14 +282,17 @@ def _is_target(config: dict, module: str) -> bool:
 
 
 @torch.no_grad()
-def load_adapter(model: nn.Module, directory, copy=lambda param, full: param.copy_(full)) -> list[str]:
+def load_adapter(
+    model: nn.Module, directory, copy=lambda param, full: param.copy_(full), shape=lambda param: param.shape
+) -> list[str]:
     """Inject what the adapter needs and copy every tensor of it into the model; returns the module names.
 
-    copy(parameter, full tensor): pass checkpoint.copy_full_ for sharded parameters. On the meta device nothing is
-    copied: call again once the parameters are real. Modules that are injected already must agree.
+    copy(parameter, full tensor), shape(parameter): pass checkpoint.copy_full_ and parallel.whole_shape for sharded
+    parameters. On the meta device nothing is copied: call again once the parameters are real. Modules that are injected
+    already must agree.
     """
     config, tensors = read_adapter(directory)
-    scalings, _ = adapter_updates(config, tensors, {name: p.shape for name, p in model.named_parameters()})
+    scalings, _ = adapter_updates(config, tensors, {name: shape(p) for name, p in model.named_parameters()})
     for name, scaling in scalings.items():
         rank, module = tensors[f"{name}.lora_A.weight"].shape[0], model.get_submodule(name)
         if not isinstance(module, LoraLinear):

@@ -36,7 +36,7 @@ import checkpoint
 import lora
 import parallel
 from kernels.attention import attention
-from kernels.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from kernels.linear_cross_entropy import IGNORE_INDEX
 from kernels.norm import rms_norm
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,10 +245,11 @@ class Dropout(nn.Module):
         super().__init__()
         self.p, self.seed = p, 0
 
-    def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, keys: Tensor | None, first_channel: int = 0) -> Tensor:
+        """first_channel: of x's last dimension, where x holds a tensor-parallel rank's channels alone."""
         if not self.training or keys is None or self.p == 0:
             return x
-        return x * lora.dropout_mask(x, keys, None, self.p, self.seed) / (1 - self.p)
+        return x * lora.dropout_mask(x, keys, None, self.p, self.seed, first_channel) / (1 - self.p)
 
 
 def name_dropouts(model: nn.Module) -> None:
@@ -301,14 +302,15 @@ class VisionAttention(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         C = config.hidden_size
-        self.num_heads = config.num_attention_heads
+        self.head_dim = C // config.num_attention_heads
         self.qkv = nn.Linear(
             C, 3 * C
         )  # LAVIS has no bias for k: here its third starts 0, and does not change a softmax
         self.projection = nn.Linear(C, C)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # 3 x (N*P, H, D)
+        x = parallel.copy_to_tp(x, self.qkv)
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).unbind(1)  # 3 x (N*P, H, D)
         return self.projection(attention(q, k, v, cu_seqlens, cu_seqlens, max_len, causal=False).flatten(1))
 
 
@@ -319,7 +321,7 @@ class VisionMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(F.gelu(self.fc1(parallel.copy_to_tp(x, self.fc1))))
 
 
 class VisionBlock(nn.Module):
@@ -410,7 +412,7 @@ class QFormerAttention(nn.Module):
     def __init__(self, config: QFormerConfig, layer: int, kv_size: int):
         super().__init__()
         C = config.hidden_size
-        self.layer, self.num_heads = layer, config.num_attention_heads
+        self.layer, self.head_dim = layer, C // config.num_attention_heads
         self.attention = nn.Module()
         self.attention.query = nn.Linear(C, C)
         self.attention.key = nn.Linear(kv_size, C)
@@ -419,10 +421,11 @@ class QFormerAttention(nn.Module):
 
     def forward(self, x: Tensor, ctx: QFormerContext, image: Tensor | None = None) -> Tensor:
         """Self-attention of the stream, or with an image (N, P, W) cross-attention of the queries (N*Q, C)."""
-        kv = x if image is None else image.flatten(0, 1)
+        a = self.attention
+        y = parallel.copy_to_tp(x, a.query)
+        kv = y if image is None else parallel.copy_to_tp(image.flatten(0, 1), a.key)
         q, k, v = (
-            layer(t).unflatten(-1, (self.num_heads, -1))
-            for layer, t in ((self.attention.query, x), (self.attention.key, kv), (self.attention.value, kv))
+            layer(t).unflatten(-1, (-1, self.head_dim)) for layer, t in ((a.query, y), (a.key, kv), (a.value, kv))
         )
         if image is not None:
             N, P, _ = image.shape
@@ -442,7 +445,7 @@ class QFormerIntermediate(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.dense(x))
+        return F.gelu(self.dense(parallel.copy_to_tp(x, self.dense)))
 
 
 class QFormerLayer(nn.Module):
@@ -530,14 +533,15 @@ class OPTAttention(nn.Module):
     def __init__(self, config: OPTConfig, layer: int):
         super().__init__()
         C = config.hidden_size
-        self.layer, self.num_heads = layer, config.num_attention_heads
+        self.layer, self.head_dim = layer, C // config.num_attention_heads
         self.k_proj = nn.Linear(C, C)
         self.v_proj = nn.Linear(C, C)
         self.q_proj = nn.Linear(C, C)
         self.out_proj = nn.Linear(C, C)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        q, k, v = (layer(x).unflatten(-1, (self.num_heads, -1)) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        x = parallel.copy_to_tp(x, self.q_proj)
+        q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.q_proj, self.k_proj, self.v_proj))
         if ctx.cache is None:
             o = attention(q, k, v, ctx.cu_seqlens, ctx.cu_seqlens, ctx.max_len, causal=True)
         else:
@@ -558,7 +562,8 @@ class OPTBlock(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         x = x + self.dropout1(self.self_attn(self.self_attn_layer_norm(x), ctx), ctx.keys)
-        return x + self.dropout2(self.fc2(F.relu(self.fc1(self.final_layer_norm(x)))), ctx.keys)
+        y = parallel.copy_to_tp(self.final_layer_norm(x), self.fc1)
+        return x + self.dropout2(self.fc2(F.relu(self.fc1(y))), ctx.keys)
 
 
 class OPT(nn.Module):
@@ -642,7 +647,7 @@ class T5Attention(nn.Module):
     def __init__(self, config: T5Config, layer: int, decoder: bool, with_bias: bool = False):
         super().__init__()
         C, inner = config.d_model, config.num_heads * config.d_kv
-        self.layer, self.decoder, self.num_heads = layer, decoder, config.num_heads
+        self.layer, self.decoder, self.head_dim = layer, decoder, config.d_kv
         self.num_buckets, self.max_distance = (
             config.relative_attention_num_buckets,
             config.relative_attention_max_distance,
@@ -662,12 +667,13 @@ class T5Attention(nn.Module):
         return bias.masked_fill(distance > 0, float("-inf")) if self.decoder else bias
 
     def project(self, layer: nn.Linear, x: Tensor) -> Tensor:
-        return layer(x).unflatten(-1, (self.num_heads, -1))
+        return layer(x).unflatten(-1, (-1, self.head_dim))
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         if self.relative_attention_bias is not None:
             first = 0 if ctx.cache is None else ctx.cache.common_length()
             ctx.shared.bias = self.bias(first, first + ctx.max_len, x.device)
+        x = parallel.copy_to_tp(x, self.q)
         q, k, v = (self.project(layer, x) for layer in (self.q, self.k, self.v))
         q = q * q.shape[-1] ** 0.5  # T5 does not scale its scores, attention() does
         bias = ctx.shared.bias.to(q.dtype)
@@ -679,10 +685,11 @@ class T5Attention(nn.Module):
 
     def cross(self, x: Tensor, ctx: Context) -> Tensor:
         """Attention to the encoder's output, all of it seen."""
-        q = self.project(self.q, x)
+        q = self.project(self.q, parallel.copy_to_tp(x, self.q))
         q, k, v = q * q.shape[-1] ** 0.5, None, None
         if ctx.memory is not None:
-            k, v = self.project(self.k, ctx.memory), self.project(self.v, ctx.memory)
+            memory = parallel.copy_to_tp(ctx.memory, self.k)
+            k, v = self.project(self.k, memory), self.project(self.v, memory)
         if ctx.cache is not None:
             o = ctx.cache.attend_memory(self.layer, q, k, v, ctx.cu_seqlens, ctx.memory_cu_seqlens)
         else:
@@ -700,7 +707,9 @@ class T5MLP(nn.Module):
         self.act, self.dropout = T5_ACTIVATIONS[config.dense_act_fn], Dropout(config.dropout_rate)
 
     def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
-        return self.wo(self.dropout(self.act(self.wi_0(x)) * self.wi_1(x), keys))
+        x = parallel.copy_to_tp(x, self.wi_0)
+        x = self.act(self.wi_0(x)) * self.wi_1(x)
+        return self.wo(self.dropout(x, keys, parallel.first_channel(x.shape[-1])))
 
 
 class T5Sublayer(nn.Module):
@@ -856,13 +865,14 @@ class Blip2(nn.Module):
         )
 
     def logits(self, x: Tensor) -> Tensor:
-        return F.linear(self.language_model.norm(x), self.language_model.head_weight)
+        return parallel.vocab_logits(F.linear(self.language_model.norm(x), self.language_model.head_weight))
 
     def head(self, x: Tensor, batch: dict) -> tuple[Tensor, Tensor]:
         """Summed loss of the supervised tokens and each one's own loss (detached), in stream order."""
         targets = self.language_model.targets(batch)
         rows = (targets != IGNORE_INDEX).nonzero()[:, 0]
-        return linear_cross_entropy(self.language_model.norm(x[rows]), self.language_model.head_weight, targets[rows])
+        x = self.language_model.norm(x[rows])
+        return parallel.vocab_cross_entropy(x, self.language_model.head_weight, targets[rows])
 
     def forward(self, batch: dict, output: str = "loss"):
         """The one entrance of a sharded model. `output`: "loss" as head(); "logits" (S, V) of each segment's last
@@ -1214,18 +1224,39 @@ TP_PLAN = {
     "vision_model.encoder.layers.*.self_attn.projection": ("row", 1),
     "vision_model.encoder.layers.*.mlp.fc1": ("column", 1),
     "vision_model.encoder.layers.*.mlp.fc2": ("row", 1),
+    "qformer.encoder.layer.*attention.attention.query": ("column", 1),
+    "qformer.encoder.layer.*attention.attention.key": ("column", 1),
+    "qformer.encoder.layer.*attention.attention.value": ("column", 1),
+    "qformer.encoder.layer.*.intermediate*.dense": ("column", 1),
+    "qformer.encoder.layer.*output*.dense": ("row", 1),
     "language_model.model.decoder.embed_tokens": ("vocab", 1),
     "language_model.model.decoder.layers.*.self_attn.[qkv]_proj": ("column", 1),
     "language_model.model.decoder.layers.*.self_attn.out_proj": ("row", 1),
     "language_model.model.decoder.layers.*.fc1": ("column", 1),
     "language_model.model.decoder.layers.*.fc2": ("row", 1),
     "language_model.shared": ("vocab", 1),
+    "language_model.*.relative_attention_bias": ("heads", 1),
     "language_model.*Attention.[qkv]": ("column", 1),
     "language_model.*Attention.o": ("row", 1),
     "language_model.*DenseReluDense.wi_[01]": ("column", 1),
     "language_model.*DenseReluDense.wo": ("row", 1),
     "language_model.lm_head": ("vocab", 1),
 }
+
+
+def tp_plan(config: Blip2Config, degree: int) -> dict[str, tuple[str, int]]:
+    """TP_PLAN for a degree, ValueError where it does not fit. A Q-Former with too few heads stays whole."""
+    v, q, t = config.vision, config.qformer, config.text
+    sizes = {
+        "vision_config.num_attention_heads": v.num_attention_heads,
+        "vision_config.intermediate_size": v.intermediate_size,
+    }
+    if not q.use_qformer_text_input:
+        sizes["text_config's number of heads"] = t.num_heads if config.is_t5 else t.num_attention_heads
+        sizes |= {"text_config's MLP width": config.mlp_width, "text_config.vocab_size": t.vocab_size}
+    parallel.check_degree(degree, sizes)
+    whole = q.num_attention_heads % degree or q.intermediate_size % degree
+    return {name: cut for name, cut in TP_PLAN.items() if not (whole and name.startswith("qformer."))}
 
 
 def forward_flops(

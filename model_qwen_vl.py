@@ -25,8 +25,9 @@ from PIL import Image
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
+import parallel
 from kernels.attention import attention
-from kernels.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from kernels.linear_cross_entropy import IGNORE_INDEX
 from kernels.norm import rms_norm
 from kernels.rotary import rotary
 from kernels.swiglu import swiglu
@@ -157,12 +158,13 @@ class Attention(nn.Module):
         super().__init__()
         C = config.hidden_size
         self.layer = layer
-        self.num_heads = config.num_attention_heads
+        self.head_dim = config.kv_channels
         self.c_attn = nn.Linear(C, 3 * C)  # [q | k | v], each head-major
         self.c_proj = nn.Linear(C, C, bias=not config.no_bias)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        q, k, v = self.c_attn(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # 3 x (T, H, D)
+        x = parallel.copy_to_tp(x, self.c_attn)
+        q, k, v = self.c_attn(x).unflatten(-1, (3, -1, self.head_dim)).unbind(1)  # 3 x (T, H, D)
         q, k = rotary(q, ctx.cos, ctx.sin), rotary(k, ctx.cos, ctx.sin)
         if ctx.logn is not None:
             q = q * ctx.logn.to(q.dtype)
@@ -182,6 +184,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(inner, C, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = parallel.copy_to_tp(x, self.w1)
         return self.c_proj(swiglu(self.w2(x), self.w1(x)))
 
 
@@ -202,7 +205,9 @@ class LMHead(nn.Linear):
     """Logits, or with targets their cross entropy without the logits of the whole stream."""
 
     def forward(self, x: Tensor, targets: Tensor | None = None):
-        return super().forward(x) if targets is None else linear_cross_entropy(x, self.weight, targets)
+        if targets is None:
+            return parallel.vocab_logits(super().forward(x))
+        return parallel.vocab_cross_entropy(x, self.weight, targets)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,12 +233,13 @@ def even_segments(num_segments: int, length: int) -> Tensor:
 class VisualAttention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
-        self.heads = heads
+        self.head_dim = width // heads
         self.in_proj = nn.Linear(width, 3 * width)  # per head: q, k, v (not CLIP's [all q | all k | all v])
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
-        q, k, v = self.in_proj(x).unflatten(-1, (self.heads, 3, -1)).unbind(2)  # 3 x (N*P, H, D)
+        x = parallel.copy_to_tp(x, self.in_proj)
+        q, k, v = self.in_proj(x).unflatten(-1, (-1, 3, self.head_dim)).unbind(2)  # 3 x (N*P, H, D)
         return self.out_proj(attention(q, k, v, cu_seqlens, cu_seqlens, max_len, causal=False).flatten(1))
 
 
@@ -244,7 +250,7 @@ class VisualMLP(nn.Module):
         self.c_proj = nn.Linear(inner, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x)))
+        return self.c_proj(F.gelu(self.c_fc(parallel.copy_to_tp(x, self.c_fc))))
 
 
 class VisualBlock(nn.Module):
@@ -265,16 +271,17 @@ class CrossAttention(nn.Module):
 
     def __init__(self, width: int, heads: int):
         super().__init__()
-        self.heads = heads
+        self.head_dim = width // heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))  # [Wq; Wk; Wv]
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, num_images: int) -> Tensor:
         """q (Q, E), the same for every picture; k and v (N*P, E). Returns (N*Q, E)."""
+        q, k, v = (parallel.copy_to_tp(x, self) for x in (q, k, v))
         (wq, wk, wv), (bq, bk, bv) = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         q = F.linear(q, wq, bq).repeat(num_images, 1)
-        q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in (q, F.linear(k, wk, bk), F.linear(v, wv, bv)))
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, F.linear(k, wk, bk), F.linear(v, wv, bv)))
         Q, P = q.shape[0] // num_images, k.shape[0] // num_images
         o = attention(q, k, v, even_segments(num_images, Q), even_segments(num_images, P), max(Q, P), causal=False)
         return self.out_proj(o.flatten(1))
@@ -476,8 +483,7 @@ PRETRAIN_FREEZE = {"pretrain": ["transformer.wte.*", "transformer.h.*", "transfo
 # The official targets. By name they exist in the language model only: the vision tower's linears are in_proj,
 # out_proj, c_fc.
 LORA_TARGETS = [r".*\.attn\.c_attn", r".*\.attn\.c_proj", r".*\.mlp\.w1", r".*\.mlp\.w2"]
-# How a weight is cut over tensor-parallel ranks: (kind, number of equal blocks packed along the cut dimension,
-# per-head interleaving)
+# How a weight is cut over tensor-parallel ranks: (kind, number of equal blocks packed along the cut dimension)
 TP_PLAN = {
     "transformer.wte": ("vocab", 1),
     "transformer.h.*.attn.c_attn": ("column", 3),
@@ -485,17 +491,25 @@ TP_PLAN = {
     "transformer.h.*.mlp.w1": ("column", 1),
     "transformer.h.*.mlp.w2": ("column", 1),
     "transformer.h.*.mlp.c_proj": ("row", 1),
-    "transformer.visual.transformer.resblocks.*.attn.in_proj": (
-        "column",
-        1,
-    ),  # grouped by head: a cut keeps heads whole
+    "transformer.visual.transformer.resblocks.*.attn.in_proj": ("column", 1),  # grouped by head: they stay whole
     "transformer.visual.transformer.resblocks.*.attn.out_proj": ("row", 1),
     "transformer.visual.transformer.resblocks.*.mlp.c_fc": ("column", 1),
     "transformer.visual.transformer.resblocks.*.mlp.c_proj": ("row", 1),
-    "transformer.visual.attn_pool.attn.in_proj_weight": ("column", 3),
+    "transformer.visual.attn_pool.attn": ("column", 3),  # its in_proj_weight and in_proj_bias
     "transformer.visual.attn_pool.attn.out_proj": ("row", 1),
     "lm_head": ("vocab", 1),
 }
+
+
+def tp_plan(config: QwenVLConfig, degree: int) -> dict[str, tuple[str, int]]:
+    """TP_PLAN for a degree, ValueError where it does not fit. A resampler with too few heads stays whole."""
+    v = config.visual
+    parallel.check_degree(degree, {
+        "num_attention_heads": config.num_attention_heads, "intermediate_size / 2": config.mlp_width,
+        "vocab_size": config.vocab_size, "visual.heads": v.heads, "visual's MLP width": int(v.width * v.mlp_ratio),
+    })  # fmt: skip
+    whole = v.output_dim // 128 % degree != 0
+    return {name: cut for name, cut in TP_PLAN.items() if not (whole and ".attn_pool." in name)}
 
 
 def forward_flops(

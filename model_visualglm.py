@@ -26,8 +26,9 @@ from PIL import Image
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 
+import parallel
 from kernels.attention import attention
-from kernels.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from kernels.linear_cross_entropy import IGNORE_INDEX
 from kernels.rotary import rotary
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -222,12 +223,13 @@ class Attention(nn.Module):
         super().__init__()
         C = config.hidden_size
         self.layer = layer
-        self.num_heads = config.num_attention_heads
+        self.head_dim = config.head_dim
         self.query_key_value = nn.Linear(C, 3 * C)  # per head: q, k, v (SAT >= 0.4: [all q | all k | all v])
         self.dense = nn.Linear(C, C)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        q, k, v = self.query_key_value(x).unflatten(-1, (self.num_heads, 3, -1)).unbind(2)  # 3 x (T, H, D)
+        x = parallel.copy_to_tp(x, self.query_key_value)
+        q, k, v = self.query_key_value(x).unflatten(-1, (-1, 3, self.head_dim)).unbind(2)  # 3 x (T, H, D)
         q, k = (
             torch.cat([rotary(half, ctx.cos[i], ctx.sin[i]) for i, half in enumerate(t.chunk(2, -1))], -1)
             for t in (q, k)
@@ -261,6 +263,7 @@ class MLP(nn.Module):
         self.gelu = gelu  # "tanh" in the language model, "none" (exact) in the vision tower and the Q-Former
 
     def forward(self, x: Tensor) -> Tensor:
+        x = parallel.copy_to_tp(x, self.dense_h_to_4h)
         return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x), approximate=self.gelu))
 
 
@@ -304,7 +307,9 @@ class LMHead(nn.Linear):
     """Logits, or with targets their cross entropy without the logits of the whole stream."""
 
     def forward(self, x: Tensor, targets: Tensor | None = None):
-        return super().forward(x) if targets is None else linear_cross_entropy(x, self.weight, targets)
+        if targets is None:
+            return parallel.vocab_logits(super().forward(x))
+        return parallel.vocab_cross_entropy(x, self.weight, targets)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -318,12 +323,13 @@ def even_segments(num_segments: int, length: int) -> Tensor:
 class VisionAttention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
-        self.heads = heads
+        self.head_dim = width // heads
         self.query_key_value = nn.Linear(width, 3 * width)  # [q | k | v], each head-major: not as in the language model
         self.dense = nn.Linear(width, width)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
-        q, k, v = self.query_key_value(x).unflatten(-1, (3, self.heads, -1)).unbind(1)  # 3 x (N*P, H, D)
+        x = parallel.copy_to_tp(x, self.query_key_value)
+        q, k, v = self.query_key_value(x).unflatten(-1, (3, -1, self.head_dim)).unbind(1)  # 3 x (N*P, H, D)
         return self.dense(attention(q, k, v, cu_seqlens, cu_seqlens, max_len, causal=False).flatten(1))
 
 
@@ -373,14 +379,15 @@ class ViT(nn.Module):
 class CrossAttention(nn.Module):
     def __init__(self, width: int, heads: int, kv_width: int):
         super().__init__()
-        self.heads = heads
+        self.head_dim = width // heads
         self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(kv_width, 2 * width)  # [k | v], each head-major
         self.dense = nn.Linear(width, width)
 
     def forward(self, x: Tensor, image: Tensor, num_images: int) -> Tensor:
-        q = self.query(x).unflatten(-1, (self.heads, -1))  # (N*Q, H, D)
-        k, v = self.key_value(image).unflatten(-1, (2, self.heads, -1)).unbind(1)  # 2 x (N*P, H, D)
+        x, image = (parallel.copy_to_tp(t, self.query) for t in (x, image))
+        q = self.query(x).unflatten(-1, (-1, self.head_dim))  # (N*Q, H, D)
+        k, v = self.key_value(image).unflatten(-1, (2, -1, self.head_dim)).unbind(1)  # 2 x (N*P, H, D)
         Q, P = len(q) // num_images, len(k) // num_images
         o = attention(q, k, v, even_segments(num_images, Q), even_segments(num_images, P), max(Q, P), causal=False)
         return self.dense(o.flatten(1))
@@ -499,7 +506,7 @@ class VisualGLM(nn.Module):
         inv_freq = inverse_frequencies(c.head_dim, c.exact_inv_freq, positions.device)
         # fp32: 16-bit angles lose the position past 256 (the original under .half() and .bfloat16() computes them so)
         angles = positions[..., None].float() * inv_freq  # (2, T, D/4)
-        tuned = self.transformer.prefix_encoder() if c.pre_seq_len else None
+        tuned = parallel.heads_of_rank(self.transformer.prefix_encoder(), dim=3) if c.pre_seq_len else None
         return Context(
             batch["cu_seqlens"],
             batch["max_len"],
@@ -599,6 +606,18 @@ TP_PLAN = {
     "image_encoder.qformer.transformer.layers.*.mlp.dense_4h_to_h": ("row", 1),
     "lm_head": ("vocab", 1),
 }
+
+
+def tp_plan(config: VisualGLMConfig, degree: int) -> dict[str, tuple[str, int]]:
+    """TP_PLAN for a degree, ValueError where it does not fit. A Q-Former with too few heads stays whole."""
+    v, q = config.eva_config, config.qformer_config
+    parallel.check_degree(degree, {
+        "num_attention_heads": config.num_attention_heads, "inner_hidden_size": config.inner_hidden_size,
+        "vocab_size": config.vocab_size, "eva_config.num_attention_heads": v.num_attention_heads,
+        "eva_config.inner_hidden_size": v.inner_hidden_size,
+    })  # fmt: skip
+    whole = q.num_attention_heads % degree or (q.inner_hidden_size or 4 * q.hidden_size) % degree
+    return {name: cut for name, cut in TP_PLAN.items() if not (whole and ".qformer." in name)}
 
 
 def lora_parts(config: VisualGLMConfig) -> dict[str, tuple[int, int]]:

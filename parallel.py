@@ -6,17 +6,29 @@ place share their part of the model and see other data: data parallel, over the 
 ZeRO (arXiv:1910.02054) by torch.distributed.fsdp.fully_shard: stage 1 shards the optimiser's state and reduces
 gradients once
 a step, stage 2 also shards gradients (reduced every micro-batch), stage 3 also frees parameters between uses.
+
+Tensor parallelism (arXiv:1909.08053) cuts a model's weights by its TP_PLAN: a rank's module holds and computes with
+its own part, as if the layer were that much narrower. What crosses ranks is here: `copy_to_tp` where a layer's input
+enters the cut part, the sum where it leaves. All else, gradients too, is equal on the ranks of a group, bit for bit.
 """
 
+import functools
+import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
+
+from kernels.linear_cross_entropy import linear_cross_entropy
 
 STAGES = ("stage1", "stage2", "stage3")
 
@@ -117,6 +129,207 @@ def recompute(model: nn.Module) -> None:
     for block in [*model.vision_blocks, *model.blocks]:
         forward = block.forward
         block.forward = lambda *args, forward=forward: checkpoint(forward, *args, use_reentrant=False)
+
+
+# ---- tensor parallelism
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a rank's part of a weight lies in the whole: `dim` holds `parts` blocks (q, k, v), each cut into `size` equal
+    slices, and the rank has the `rank`-th slice of every block."""
+
+    dim: int
+    parts: int
+    rank: int
+    size: int
+
+    def take(self, whole: Tensor) -> Tensor:
+        slices = whole.unflatten(self.dim, (self.parts, self.size, -1))
+        return slices.select(self.dim + 1, self.rank).flatten(self.dim, self.dim + 1)
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """The whole from what all ranks have."""
+        slices = [part.unflatten(self.dim, (self.parts, -1)) for part in parts]
+        return torch.stack(slices, self.dim + 1).flatten(self.dim, self.dim + 2)
+
+
+def check_degree(degree: int, sizes: dict[str, int]) -> None:
+    """sizes {name: what a tensor-parallel degree has to divide}."""
+    works = [str(n) for n in range(1, math.gcd(*sizes.values()) + 1) if all(s % n == 0 for s in sizes.values())]
+    for name, size in sizes.items():
+        if size % degree:
+            raise ValueError(
+                f"tensor_parallel_degree={degree} does not divide {name}={size}; this model takes {', '.join(works)}"
+            )
+
+
+def tensor_parallel(model: nn.Module, plan: dict[str, tuple[str, int]], world: World) -> None:
+    """Cuts the weights of a model on the meta device in place: {pattern of module names: (kind, parts)}.
+
+    column: output features, `parts` blocks of them; the bias too. row: input features; the outputs are summed over the
+    ranks, then the bias is added. vocab: rows of an embedding or a vocabulary matrix. heads: columns of an embedding.
+    A layer's in_features and out_features stay the whole layer's. Call `mark_cuts` when the parameters are real.
+    """
+    model.cuts, made = {}, {}
+    if world.tp_size == 1:
+        return
+
+    def cut(name: str, dim: int, parts: int = 1) -> None:
+        owner, _, key = name.rpartition(".")
+        owner = model.get_submodule(owner)
+        p = getattr(owner, key)
+        if p is None:
+            return
+        assert p.shape[dim] % (parts * world.tp_size) == 0, f"{name} {tuple(p.shape)} in {world.tp_size} x {parts}"
+        if id(p) not in made:  # tied weights stay tied
+            shape = [n // world.tp_size if i == dim else n for i, n in enumerate(p.shape)]
+            part = nn.Parameter(torch.empty(shape, dtype=p.dtype, device=p.device), requires_grad=p.requires_grad)
+            made[id(p)] = p, part
+        setattr(owner, key, made[id(p)][1])
+        model.cuts[name] = Cut(dim, parts, world.tp_rank, world.tp_size)
+
+    for name, module in list(model.named_modules()):
+        kind, parts = next((value for pattern, value in plan.items() if fnmatch(name, pattern)), (None, 0))
+        if kind is None:
+            continue
+        module.is_cut = True
+        lora = hasattr(module, "lora_A")
+        if kind in ("column", "vocab"):
+            for key, _ in list(module.named_parameters(recurse=False)):
+                cut(f"{name}.{key}", 0, parts)
+            if lora:
+                cut(f"{name}.lora_B.weight", 0, parts)
+                module.lora_A.forward = functools.partial(_shared_linear, module.lora_A)
+            if isinstance(module, nn.Embedding):
+                module.forward = functools.partial(_vocab_embedding, module)
+        elif kind == "row":
+            cut(f"{name}.weight", 1)
+            module.forward = functools.partial(_row_linear, module)
+            if lora:
+                cut(f"{name}.lora_A.weight", 1)
+                module.lora_B.forward = functools.partial(_shared_linear, module.lora_B)
+                module.first_channel = world.tp_rank * module.weight.shape[1]
+        else:
+            assert kind == "heads", kind
+            cut(f"{name}.weight", 1)
+
+
+def mark_cuts(model: nn.Module) -> None:
+    """Notes on each parameter how it was cut: for checkpoints and the gradient norm."""
+    for name, p in model.named_parameters():
+        if name in model.cuts:
+            p.cut = model.cuts[name]
+
+
+def whole_shape(p: Tensor) -> torch.Size:
+    """Of the parameter of which this may be a tensor-parallel rank's part."""
+    cut = getattr(p, "cut", None)
+    return p.shape if cut is None else torch.Size(n * cut.size if i == cut.dim else n for i, n in enumerate(p.shape))
+
+
+class _Copy(torch.autograd.Function):
+    """Megatron's f (arXiv:1909.08053 fig. 3): each rank's part of a layer has its share of the input's gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.contiguous()  # made by the matrix product of a cut layer: nobody else reads it
+        dist.all_reduce(grad, group=groups["tp"])
+        return grad
+
+
+class _Reduce(torch.autograd.Function):
+    """Megatron's g: the ranks' outputs are shares of one sum, whose gradient is each one's."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        dist.all_reduce(x, group=groups["tp"])
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad
+
+
+def copy_to_tp(x: Tensor, layer: nn.Module) -> Tensor:  # all ranks of a group
+    """x before the column layer `layer`, and others that share the input; x itself where that is whole."""
+    return _Copy.apply(x) if getattr(layer, "is_cut", False) else x
+
+
+def heads_of_rank(x: Tensor, dim: int) -> Tensor:  # all ranks of a group
+    """This rank's heads of a tensor that every rank has whole."""
+    if "tp" not in groups:
+        return x
+    return _Copy.apply(x).chunk(dist.get_world_size(groups["tp"]), dim)[dist.get_rank(groups["tp"])]
+
+
+def first_channel(local_channels: int) -> int:
+    """The place of this rank's first channel among those of a cut layer."""
+    return local_channels * dist.get_rank(groups["tp"]) if "tp" in groups else 0
+
+
+def _shared_linear(module: nn.Linear, x: Tensor) -> Tensor:
+    """A whole weight of which each rank uses a share of the result (LoRA's A before a column layer's B), or that sees
+    a share of the input (B behind a row layer's A): its gradients are shares."""
+    return F.linear(x, _Copy.apply(module.weight))
+
+
+def _row_linear(module: nn.Linear, x: Tensor) -> Tensor:
+    y = F.linear(x, module.weight)
+    if hasattr(module, "lora_A"):
+        y = y + module.update(x).to(y.dtype)
+    y = _Reduce.apply(y)
+    return y if module.bias is None else y + module.bias
+
+
+def _vocab_embedding(module: nn.Embedding, ids: Tensor) -> Tensor:
+    V = len(module.weight)
+    ids = ids - dist.get_rank(groups["tp"]) * V
+    outside = (ids < 0) | (ids >= V)
+    x = F.embedding(ids.masked_fill(outside, 0), module.weight).masked_fill(outside[..., None], 0.0)
+    return _Reduce.apply(x)
+
+
+def vocab_logits(logits: Tensor) -> Tensor:  # all ranks of a group
+    """(N, V) from each rank's part of the vocabulary. For inference: no gradient."""
+    if "tp" not in groups:
+        return logits
+    parts = [torch.empty_like(logits) for _ in range(dist.get_world_size(groups["tp"]))]
+    dist.all_gather(parts, logits.contiguous(), groups["tp"])
+    return torch.cat(parts, -1)
+
+
+def vocab_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:  # all ranks of a group
+    """linear_cross_entropy with this rank's part of the vocabulary matrix."""
+    if "tp" not in groups:
+        return linear_cross_entropy(x, weight, targets)
+    return linear_cross_entropy(x, weight, targets - first_channel(len(weight)), group=groups["tp"])
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter], world: World) -> float:  # all ranks
+    """Of the gradients of all ranks' parameters; one that several ranks hold counts once."""
+    grads, shares = [], []
+    for p in parameters:
+        holders = p.cut.size if hasattr(p, "cut") else 1  # ranks that hold different parts of it
+        grad = p.grad
+        if isinstance(grad, DTensor):
+            sharded = [n for n, place in zip(grad.device_mesh.shape, grad.placements, strict=True) if place.is_shard()]
+            holders, grad = holders * math.prod(sharded), grad.to_local()
+        grads.append(grad)
+        shares.append(holders * world.pp_size / world.size)
+    norms = torch.stack(torch._foreach_norm(grads)).double()
+    total = (norms.square() * torch.tensor(shares, dtype=torch.float64, device=norms.device)).sum()
+    if world.size > 1:
+        dist.all_reduce(total)
+    return math.sqrt(total)
+
+
+# ---- data-parallel ranks
 
 
 def all_sum(values: Tensor) -> Tensor:  # all ranks

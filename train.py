@@ -115,7 +115,7 @@ class Config:
     lora_split: bool = False  # an A and a B for each of q, k, v in a packed weight, as SwissArmyTransformer has them
     pre_seq_len: int | None = None  # P-tuning: only so many keys and values in front of every sample are trained
     # layout
-    tensor_parallel_degree: int = 1
+    tensor_parallel_degree: int = 1  # ranks that hold a layer together; -1, like 1: off
     pipeline_parallel_degree: int = 1
     sharding_parallel_degree: int | None = None  # default: all data-parallel ranks
     sharding: str | None = None  # stage1, stage2, stage3
@@ -238,11 +238,12 @@ def validate(cfg: Config) -> None:
             raise ValueError(f"{key}={getattr(cfg, key)}; expected 0 to 1")
     if cfg.bf16 and cfg.fp16:
         raise ValueError("bf16 and fp16 are both true; use one")
-    for key in ("tensor_parallel_degree", "pipeline_parallel_degree"):
-        if getattr(cfg, key) not in (-1, 1):
-            raise ValueError(
-                f"{key}={getattr(cfg, key)}; only data parallelism is available (see sharding), use 1 (or -1: off)"
-            )
+    if cfg.tensor_parallel_degree != -1 and cfg.tensor_parallel_degree < 1:
+        raise ValueError(f"tensor_parallel_degree={cfg.tensor_parallel_degree}; expected 1 or more (or -1: off)")
+    if cfg.pipeline_parallel_degree not in (-1, 1):
+        raise ValueError(
+            f"pipeline_parallel_degree={cfg.pipeline_parallel_degree}; pipelines are not available, use 1 (or -1: off)"
+        )
     if cfg.load_best_model_at_end and (cfg.evaluation_strategy == "no" or cfg.save_strategy != cfg.evaluation_strategy):
         raise ValueError(
             f"load_best_model_at_end needs evaluation_strategy={cfg.evaluation_strategy} and "
@@ -309,8 +310,9 @@ def parameter_table(model: nn.Module, parts: dict[str, str]) -> str:
             if ".lora_" not in name
             else "adapter"
         )
-        rows[part][0] += p.numel()
-        rows[part][1] += p.numel() * p.requires_grad
+        count = parallel.whole_shape(p).numel()
+        rows[part][0] += count
+        rows[part][1] += count * p.requires_grad
     rows["all"] = [sum(r[0] for r in rows.values()), sum(r[1] for r in rows.values())]
     lines = [f"{'part':<16}{'parameters':>16}{'trainable':>16}"]
     return "\n".join(
@@ -364,6 +366,7 @@ def build(cfg: Config, directory: Path, world: parallel.World):
             for name, p in owner.named_parameters(recurse=False):
                 if not p.requires_grad:
                     setattr(owner, name, nn.Parameter(p.to(compute_dtype), requires_grad=False))
+    parallel.tensor_parallel(model, module.tp_plan(model.config, world.tp_size), world)
     if cfg.compile:
         for block in [*model.vision_blocks, *model.blocks]:
             block.forward = torch.compile(block.forward)
@@ -372,16 +375,17 @@ def build(cfg: Config, directory: Path, world: parallel.World):
     if world.dp_size > 1 or compute_dtype:
         parallel.shard(model, world.mesh, cfg.sharding, compute_dtype)
     model.to_empty(device=world.device)
+    parallel.mark_cuts(model)
     parameters = dict(model.named_parameters())
     checkpoint.load_into({name: parameters[name] for name in base_names}, weights)
     if cfg.init_from:
         other = checkpoint.open_weights(cfg.init_from, module.IGNORED_WEIGHTS, module.ALIASES)
         common = sorted(base_names & other.names)
         for name in common:
-            if other.shape(name) != parameters[name].shape:
+            if other.shape(name) != parallel.whole_shape(parameters[name]):
                 raise ValueError(
                     f"init_from={cfg.init_from}: {name} is {tuple(other.shape(name))}, "
-                    f"expected {tuple(parameters[name].shape)}; use a checkpoint of the same sizes"
+                    f"expected {tuple(parallel.whole_shape(parameters[name]))}; use a checkpoint of the same sizes"
                 )
             checkpoint.copy_full_(parameters[name], other.read(name))
         if not common:
@@ -389,13 +393,13 @@ def build(cfg: Config, directory: Path, world: parallel.World):
         if world.main:
             print(f"{len(common)} tensors from {cfg.init_from}, {len(base_names) - len(common)} from {directory}")
     for name in parameters.keys() - base_names:
-        full = torch.empty(parameters[name].shape)
+        full = torch.empty(parallel.whole_shape(parameters[name]))
         init = model.init_weights if name in new else lora.init_lora
         with torch.no_grad():
             init(name, full, named_generator(cfg.seed, name))
         checkpoint.copy_full_(parameters[name], full)
     if cfg.lora_path:
-        lora.load_adapter(model, cfg.lora_path, checkpoint.copy_full_)
+        lora.load_adapter(model, cfg.lora_path, checkpoint.copy_full_, parallel.whole_shape)
     return model, module, lora_modules
 
 
@@ -534,21 +538,21 @@ def autocast(cfg: Config, world: parallel.World):
     return torch.autocast(world.device.type, dtype, enabled=(cfg.bf16 or cfg.fp16) and cfg.fp16_opt_level == "O1")
 
 
-def clip_and_step(parameters: list[nn.Parameter], optimizer, max_grad_norm: float, scaler: LossScaler) -> float:
+def clip_and_step(
+    parameters: list[nn.Parameter], optimizer, max_grad_norm: float, scaler: LossScaler, world: parallel.World
+) -> float:  # all ranks
     """One update; returns the gradient norm before clipping. A trainable parameter that got no gradient has a zero
     one.
     """
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    grads = [p.grad for p in parameters]
-    norm = torch.nn.utils.get_total_norm(grads)
-    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm) / scaler.scale  # all ranks
+    norm = parallel.gradient_norm(parameters, world) / scaler.scale
     finite = math.isfinite(norm)
     if finite:
         factor = min(1.0, max_grad_norm / (norm + 1e-6)) if max_grad_norm else 1.0
         if factor != 1.0 or scaler.scale != 1.0:
-            torch._foreach_mul_(grads, factor / scaler.scale)
+            torch._foreach_mul_([p.grad for p in parameters], factor / scaler.scale)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     scaler.update(finite)
@@ -1052,7 +1056,7 @@ def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
     for step, epoch, micro_batches in loader if cfg.do_train else ():
         waited = time.perf_counter() - clock
         counts, supervised, bad, stop, has_images = step_facts(model, micro_batches, signalled, world)
-        for batch in micro_batches:
+        for batch in micro_batches if world.tp_rank == 0 else ():
             for where, reason in batch["bad"]:
                 print(f"warning: left out {where}: {reason}", file=sys.stderr, flush=True)
         state["bad"] += bad
@@ -1079,7 +1083,7 @@ def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
             raise ValueError(
                 f"the loss of step {step + 1} is {loss}; its samples: {', '.join(ids)}; the last checkpoint stands"
             )
-        norm = clip_and_step(list(trainable.values()), optimizer, cfg.max_grad_norm, scaler)
+        norm = clip_and_step(list(trainable.values()), optimizer, cfg.max_grad_norm, scaler, world)
         if not math.isfinite(norm) and not cfg.fp16:
             raise ValueError(
                 f"the gradient of step {step + 1} is {norm}; its samples: {', '.join(ids)}; the last checkpoint stands"

@@ -109,7 +109,7 @@ def test_golden_logits(variant, case):
     rotated = model.context(batch)
     q = model.blocks[0].input_layernorm(model.embed(batch))
     attention = model.blocks[0].attention
-    qkv = attention.query_key_value(q).unflatten(-1, (attention.num_heads, 3, -1)).unbind(2)
+    qkv = attention.query_key_value(q).unflatten(-1, (-1, 3, attention.head_dim)).unbind(2)
     keys["key"] = torch.cat(
         [glm.rotary(h, rotated.cos[i], rotated.sin[i]) for i, h in enumerate(qkv[1].chunk(2, -1))], -1
     )
