@@ -52,9 +52,10 @@ def run(argv, world=1):
 
 
 def arguments(base, dataset, out, **options):
+    # the bias of attention's keys has no gradient but rounding, which an epsilon of 1e-8 would make whole steps of
     options = {"model_name_or_path": str(base), "dataset": dataset, "output_dir": str(out), "learning_rate": 1e-2,
-               "max_steps": 10, "lr_scheduler_type": "cosine", "num_workers": 0, "logging_steps": 1000,
-               "max_length": 128, "disable_tqdm": True, **options}  # fmt: skip
+               "adam_epsilon": 1e-5, "max_steps": 10, "lr_scheduler_type": "cosine", "num_workers": 0,
+               "logging_steps": 1000, "max_length": 128, "disable_tqdm": True, **options}  # fmt: skip
     return [a for k, v in options.items() for a in (f"--{k}", v if isinstance(v, str) else json.dumps(v))]
 
 
