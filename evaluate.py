@@ -1,54 +1,127 @@
-"""Dataset -> answers -> exact-match accuracy, by the records' "source".
+"""Dataset -> answers -> scores: captions (CIDEr-D, BLEU, ROUGE-L), VQA accuracy, exact match, BLIP-2's retrieval.
 
-python evaluate.py --model_name_or_path samples/tiny_qwen_vl --data_files samples/pretrain/vqa_val_en.jsonl
---image_root samples
 python evaluate.py --lora_path output                      # the default task of samples/, with an adapter
+python evaluate.py --model blip2 --data_files samples/caption/captions_val_en.json --name coco_caption --num_beams 5
+python evaluate.py configs/blip2/samples_sft.json --model_name_or_path output --output results.json
+
+What is scored follows each record's format: captions by "caption", questions by "vqa_accuracy" and "exact_match",
+chats by "exact_match"; --metric takes others. A stage-1 checkpoint of BLIP-2 is scored by "retrieval".
 """
 
 import argparse
-import json
-import os
+import dataclasses
 import sys
 from collections import defaultdict
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import checkpoint
 import data
-from generate import DTYPES, base_of, generate, load_model
+import metrics
+from generate import DTYPES, Decoding, answer, base_of, load_model
 from kernels import dispatch
 
 
-def exact_match(
-    model: nn.Module,
-    processor,
-    conversations: list[data.Conversation],
-    batch_size: int,
-    max_new_tokens: int = 32,
-    sink=None,
-) -> dict[str, float]:
-    """Share of greedy answers that equal one of the reference answers, blanks at both ends aside: {"all": ...,
-    source: ...}.
+def merge_references(conversations: list[data.Conversation], entries: list[int]) -> list[data.Conversation]:
+    """One caption is asked for a picture of an entry: its records and parts become one with all their references.
 
-    Answers go to `sink` as JSONL. Pictures that cannot be read raise ValueError.
-    """  # fmt: skip
-    dtype, hits = next(model.parameters()).dtype, defaultdict(list)
+    entries: the number of each conversation's dataset entry.
+    """
+    merged: dict = {}
+    for n, (entry, c) in enumerate(zip(entries, conversations, strict=True)):
+        key = (entry, *c.images) if c.kind == "caption" else n
+        known = merged[key].answers if key in merged else []
+        merged[key] = dataclasses.replace(merged.get(key, c), answers=list(dict.fromkeys([*known, *c.answers])))
+    return list(merged.values())
+
+
+def question(conversation: data.Conversation) -> str:
+    """The last thing that the user said, without the picture."""
+    text = next((text for role, text in reversed(conversation.turns) if role == "user"), "")
+    return data.IMAGE_TAG.sub("", text).strip()
+
+
+def answer_all(
+    model: nn.Module, processor, conversations: list[data.Conversation], batch_size: int, how: Decoding
+) -> list[str]:
+    """all ranks of a sharded model."""
+    found = []
     for first in range(0, len(conversations), batch_size):
         some = conversations[first : first + batch_size]
-        requests = [processor.prompt(c) for c in some]
-        for request in requests:
-            request["pixel_values"] = [processor.load_image(p).to(dtype) for p in request["images"]]
-        answers = generate(model, requests, max_new_tokens, processor.stop_words)
-        for c, ids in zip(some, answers, strict=True):
-            answer = processor.decode(ids)
-            hit = answer in {a.strip() for a in c.answers}
-            hits[c.source].append(hit)
-            if sink:
-                record = {"id": c.id, "where": c.where, "answer": answer, "answers": c.answers, "correct": hit}
-                print(json.dumps(record, ensure_ascii=False), file=sink)
-    scores = {source: sum(h) / len(h) for source, h in sorted(hits.items())}
-    return {"all": sum(map(sum, hits.values())) / len(conversations), **scores}
+        found += answer(model, processor, some, processor.stop_words, how)
+    return found
+
+
+def score(
+    conversations: list[data.Conversation], answers: list[str], names: list[str] | None = None
+) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """-> (whole set's scores, each answer's). Exact match also by the records' "source" where there are several."""
+    whole: dict[str, float] = {}
+    each: list[dict[str, float]] = [{} for _ in answers]
+    for name, function in metrics.METRICS.items():
+        rows = [i for i, c in enumerate(conversations) if name in (names or metrics.OF_KIND[c.kind])]
+        if not rows:
+            continue
+        for key, (total, own) in function([answers[i] for i in rows], [conversations[i].answers for i in rows]).items():
+            whole[key] = total
+            sources = defaultdict(list)
+            for i, value in zip(rows, own, strict=True):
+                each[i][key] = value
+                sources[conversations[i].source].append(value)
+            if name != "caption" and len(sources) > 1:
+                whole |= {f"{key}/{source}": sum(v) / len(v) for source, v in sorted(sources.items())}
+    return whole, each
+
+
+@torch.no_grad()
+def retrieval(
+    model: nn.Module, processor, conversations: list[data.Conversation], batch_size: int, rerank: int
+) -> tuple[dict[str, float], Tensor, Tensor]:
+    """Recall of texts for pictures and of pictures for texts, by BLIP-2's contrastive similarity ("itc") and by
+    matching ("itm"): the `rerank` most similar get matching logit + similarity, as in arXiv:2301.12597.
+
+    conversations: one caption each. -> (scores, similarities (N, M) of N pictures and M captions, re-ranked (N, M),
+    -inf where matching was not computed)
+    """
+    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    paths = list(dict.fromkeys(c.images[0] for c in conversations))
+    owner = torch.tensor([paths.index(c.images[0]) for c in conversations])  # (M,) each text's picture
+    pictures, image_feats = [], []
+    for first in range(0, len(paths), batch_size):
+        pixels = torch.stack([processor.load_image(p) for p in paths[first : first + batch_size]])
+        features = model.encode_pictures(pixels.to(device, dtype))
+        pictures.append(features[0].cpu())
+        image_feats.append(features[1])
+    pictures, image_feats = torch.cat(pictures), torch.cat(image_feats)
+    Q = processor.num_image_tokens
+    texts = [torch.from_numpy(processor.encode(c, Q + 35)["input_ids"][Q:]).long() for c in conversations]
+    similarity = []
+    for first in range(0, len(texts), batch_size):
+        some = texts[first : first + batch_size]
+        ids, lengths = torch.cat(some).to(device), torch.tensor([len(t) for t in some], device=device)
+        text_feats = model.text_features(model.encode_text(ids, lengths), lengths)
+        similarity.append(torch.einsum("nqe,me->nmq", image_feats, text_feats).amax(-1).float().cpu())
+    similarity = torch.cat(similarity, dim=1)  # (N, M)
+    wanted = torch.zeros_like(similarity, dtype=torch.bool)
+    for dim in (0, 1):
+        wanted.scatter_(dim, similarity.topk(min(rerank, similarity.shape[dim]), dim).indices, True)
+    matched = torch.full_like(similarity, float("-inf"))
+    pairs = wanted.nonzero()
+    for some in pairs.split(batch_size):
+        of = [texts[m] for m in some[:, 1].tolist()]
+        lengths = torch.tensor([len(t) for t in of], device=device)
+        logits = model.match(pictures[some[:, 0]].to(device), torch.cat(of).to(device), lengths)
+        matched[some[:, 0], some[:, 1]] = logits[:, 1].float().cpu() + similarity[some[:, 0], some[:, 1]]
+    own = owner == torch.arange(len(paths))[:, None]  # (N, M)
+    scores = {}
+    for name, table in (("itc", similarity), ("itm", matched)):
+        for k in (1, 5, 10):
+            hits = own.gather(1, table.topk(min(k, table.shape[1]), 1).indices).any(1)
+            scores[f"{name}_text_r{k}"] = float(hits.float().mean())
+            hits = own.gather(0, table.topk(min(k, table.shape[0]), 0).indices).any(0)
+            scores[f"{name}_image_r{k}"] = float(hits.float().mean())
+    return scores, similarity, matched
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,35 +136,85 @@ def main(argv: list[str] | None = None) -> int:
         default=None,
         help="checkpoint directory; default: the adapter's base, else the tiny model",
     )
-    add("--lora_path", default=None)
+    add("--lora_path", default=None, help="adapter directory, applied without merging")
     add("--data_files", action="append", default=None, help="may be repeated; instead of a configuration")
     add("--name", default="coco_vqa", choices=data.READERS, help="format of --data_files")
     add("--image_root", default=None)
-    add("--output", default=None, help="write the answers as JSONL here")
-    add("--max_new_tokens", type=int, default=32)
+    names = [*metrics.METRICS, "retrieval"]
+    add("--metric", action="append", default=None, choices=names, help="instead of the format's own; may be repeated")
+    stages = ("sft", "pretrain", "pretrain1", "pretrain2")
+    add("--stage", default=None, choices=stages, help="prompt format; default: pretrain1 for stage 1, else sft")
+    add("--output", default=None, help="write answers, scores and settings as JSON here")
     add("--batch_size", type=int, default=32)
+    add("--rerank", type=int, default=128, help="retrieval: candidates that are matched")
+    Decoding.add_arguments(parser, max_new_tokens=32)
     add("--dtype", default="float32", choices=DTYPES)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     choices = ("auto", "true", "false")
     add("--use_flash_attention", default="auto", choices=choices, help="Triton kernels; auto: where there is a GPU")
     args = parser.parse_args(argv)
+    how = Decoding.of(args)
+    for key in ("batch_size", "rerank"):
+        if getattr(args, key) < 1:
+            raise ValueError(f"{key}={getattr(args, key)}; expected at least 1")
+    if args.config and args.data_files:
+        raise ValueError(f"both the configuration {args.config} and --data_files are given; use one")
     kernels = dispatch.use_flash_attention(args.use_flash_attention, args.device)
     if args.data_files:
         entries = [{"name": args.name, "data_files": args.data_files, "image_root": args.image_root}]
     else:
         config = checkpoint.read_json(args.config, "give the path of a configuration file") if args.config else {}
-        entries = config.get("dataset", data.DEFAULT_DATASET).get("eval")
+        entries = (config.get("dataset") or data.DEFAULT_DATASET).get("eval")
+        if not entries:
+            raise ValueError(f'{args.config}: its dataset has no "eval" entry; name files with --data_files')
+    entries = data.open_entries(entries)
     directory = data.model_directory(args.model, base_of(args.model_name_or_path, args.lora_path))
-    processor = data.load_processor(directory)
-    # one answer a record, also where it has several captions
-    conversations = [c for e in data.open_entries(entries) for i in range(len(e)) for c in e.conversations(i)[:1]]
+    is_stage1 = bool((checkpoint.read_config(directory).get("qformer_config") or {}).get("use_qformer_text_input"))
+    retrieving = "retrieval" in args.metric if args.metric else is_stage1
+    if retrieving and not (is_stage1 and len(args.metric or names[-1:]) == 1):
+        raise ValueError(
+            f"metric=retrieval needs a stage-1 checkpoint of BLIP-2 and no other metric; {directory} "
+            f"{'is one' if is_stage1 else 'is none'}, --metric {' '.join(args.metric)}"
+        )
+    processor = data.load_processor(directory, args.stage or ("pretrain1" if is_stage1 else "sft"))
+    found = [(n, c) for n, e in enumerate(entries) for i in range(len(e)) for c in e.conversations(i)]
+    numbers, conversations = [n for n, _ in found], [c for _, c in found]
     if not conversations:
         raise ValueError("the dataset is empty: nothing to answer")
     model = load_model(directory, DTYPES[args.dtype], args.device, args.lora_path)
     print(f"device {args.device}, kernels: {kernels}", file=sys.stderr)
-    with open(args.output or os.devnull, "w") as sink:
-        scores = exact_match(model, processor, conversations, args.batch_size, args.max_new_tokens, sink)
-    print(f"exact match of {len(conversations)} answers: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+    result = {
+        "model_name_or_path": str(directory), "lora_path": args.lora_path, "dataset": [e.settings for e in entries],
+        "prompt_format": processor.stage, "dtype": args.dtype, "metric_version": metrics.VERSION,
+    }  # fmt: skip
+    if retrieving:
+        if not_captions := [c for c in conversations if c.kind != "caption"]:
+            raise ValueError(f"{not_captions[0].where}: metric=retrieval needs captions; use --name coco_caption")
+        scores, similarity, _ = retrieval(model, processor, conversations, args.batch_size, args.rerank)
+        result |= {"metrics": ["retrieval"], "scores": scores, "rerank": args.rerank}
+        print(f"retrieval among {similarity.shape[0]} pictures and {similarity.shape[1]} captions: ", end="")
+    else:
+        conversations = merge_references(conversations, numbers)
+        answers = answer_all(model, processor, conversations, args.batch_size, how)
+        scores, each = score(conversations, answers, args.metric)
+        prompts = [processor.tokenizer.decode(processor.prompt(c)["input_ids"].tolist()) for c in conversations]
+        result |= {
+            "metrics": args.metric or sorted({name for c in conversations for name in metrics.OF_KIND[c.kind]}),
+            "scores": scores, "decoding": dataclasses.asdict(how),
+            "answers": [
+                {"id": c.id, "where": c.where, "images": c.images, "question": question(c), "prompt": prompt,
+                 "answer": text, "references": c.answers, "scores": own}
+                for c, prompt, text, own in zip(conversations, prompts, answers, each, strict=True)
+            ],
+        }  # fmt: skip
+        print(f"scores of {len(conversations)} answers: ", end="")
+    print(", ".join(f"{k} {v:.3f}" for k, v in scores.items() if "/" not in k))
+    for key in ("vqa_accuracy", "accuracy"):
+        if parts := [f"{k.partition('/')[2]} {v:.3f}" for k, v in scores.items() if k.startswith(f"{key}/")]:
+            print(f"{key} by source: {', '.join(parts)}")
+    if args.output:
+        checkpoint.write_json(args.output, result)
+        print(f"results: {args.output}")
     return 0
 
 

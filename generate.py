@@ -14,6 +14,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -27,6 +28,53 @@ from kernels.attention import attention
 from quantize import BITS, quantize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def option(default, help: str | None = None, choices: tuple | None = None):
+    return field(default=default, metadata={"help": help or " ", "choices": choices})
+
+
+@dataclass
+class Decoding:
+    """How an answer is searched for; each field is an option of the command line. ValueError for impossible ones."""
+
+    max_new_tokens: int = option(256)
+    temperature: float = option(0.0, "0: greedy")
+    top_k: int = option(0, "0: off")
+    top_p: float = option(1.0, "1: off")
+    repetition_penalty: float = option(1.0)
+    penalty_rule: str = option(
+        "hf", "whose repetition penalty; hf: prompt and answer; sat: answer only, always divided", ("hf", "sat")
+    )
+    min_new_tokens: int = option(0)
+    min_length: int = option(0, "tokens, the prompt's included, before the answer may end")
+    num_beams: int = option(1, "1: no beam search")
+    length_penalty: float = option(1.0, "beams: above 0 favours long answers")
+    beam_rule: str = option("transformers", "when a beam search ends", ("transformers", "lavis"))
+    seed: int = option(0)
+
+    def __post_init__(self):
+        d = self
+        checks = [
+            (d.max_new_tokens >= 1, "max_new_tokens >= 1"), (d.temperature >= 0, "temperature >= 0"),
+            (d.top_k >= 0, "top_k >= 0"), (0 < d.top_p <= 1, "0 < top_p <= 1"),
+            (d.repetition_penalty > 0, "repetition_penalty > 0"), (d.min_new_tokens >= 0, "min_new_tokens >= 0"),
+            (d.num_beams >= 1, "num_beams >= 1"),
+            (d.num_beams == 1 or not (d.temperature or d.min_length or d.penalty_rule == "sat"),
+             f"temperature=0, min_length=0 and penalty_rule=hf with num_beams={d.num_beams}"),
+        ]  # fmt: skip
+        for ok, expected in checks:
+            if not ok:
+                raise ValueError(f"decoding: expected {expected}, got {asdict(self)}")
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser, **defaults) -> None:
+        for f in fields(cls):
+            parser.add_argument(f"--{f.name}", type=f.type, default=defaults.get(f.name, f.default), **f.metadata)
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Decoding":
+        return cls(**{f.name: getattr(args, f.name) for f in fields(cls)})
 
 
 class KVCache:
@@ -355,30 +403,31 @@ class Printer:
 
 
 def answer(
-    model: nn.Module, processor, conversations: list[data.Conversation], stop_words, args, on_token=None
-) -> list[str]:
-    """Answers by the command line's settings."""
-    dtype = next(p.dtype for p in model.parameters())
+    model: nn.Module, processor, conversations: list[data.Conversation], stop_words: list[list[int]], how: Decoding,
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[str]:  # fmt: skip
+    """The answers, searched for as `how` says. Pictures that cannot be read raise ValueError."""
+    d, dtype = how, next(p.dtype for p in model.parameters())
     requests = [processor.prompt(c) for c in conversations]
     for request in requests:
         request["pixel_values"] = [processor.load_image(p).to(dtype) for p in request["images"]]
-    if args.num_beams > 1:
+    if d.num_beams > 1:
         beams = beam_search(
-            model, requests, args.max_new_tokens, stop_words, args.num_beams, args.length_penalty,
-            args.repetition_penalty, args.min_new_tokens, args.beam_rule,
+            model, requests, d.max_new_tokens, stop_words, d.num_beams, d.length_penalty, d.repetition_penalty,
+            d.min_new_tokens, d.beam_rule,
         )  # fmt: skip
         answers = [found[0][1] for found in beams]
     else:
         answers = generate(
-            model, requests, args.max_new_tokens, stop_words, args.temperature, args.top_k, args.top_p,
-            args.repetition_penalty, args.seed, on_token, args.min_new_tokens, args.min_length, args.penalty_rule,
+            model, requests, d.max_new_tokens, stop_words, d.temperature, d.top_k, d.top_p, d.repetition_penalty,
+            d.seed, on_token, d.min_new_tokens, d.min_length, d.penalty_rule,
         )  # fmt: skip
     return [processor.decode(ids) for ids in answers]
 
 
-def chat(model: nn.Module, processor, stop_words, args) -> None:
-    """Questions from standard input, one a line, each after all the rounds before; --image belongs to the first."""
-    turns, images = [("system", args.system)] if args.system else [], args.image
+def chat(model: nn.Module, processor, stop_words, how: Decoding, system: str | None, images: list[str]) -> None:
+    """Questions from standard input, one a line, each after all the rounds before; the images belong to the first."""
+    turns = [("system", system)] if system else []
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
@@ -388,7 +437,7 @@ def chat(model: nn.Module, processor, stop_words, args) -> None:
             continue
         conversation = data.request([*turns, ("user", line.strip())], images, where="standard input")
         printer = Printer(processor)
-        (text,) = answer(model, processor, [conversation], stop_words, args, printer)
+        (text,) = answer(model, processor, [conversation], stop_words, how, printer)
         printer.end(text)
         turns, images = [*conversation.turns, ("assistant", text)], []
 
@@ -413,20 +462,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--output", default=None, help="write answers as JSONL here")
     add("--draw", default="boxes.png", help="where a copy of the picture with the answer's boxes goes, if it has any")
     add("--stage", default="sft", choices=("sft", "pretrain", "pretrain1", "pretrain2"), help="prompt format")
-    add("--max_new_tokens", type=int, default=256)
-    add("--temperature", type=float, default=0.0, help="0: greedy")
-    add("--top_k", type=int, default=0, help="0: off")
-    add("--top_p", type=float, default=1.0, help="1: off")
-    add("--repetition_penalty", type=float, default=1.0)
-    rules = "whose repetition penalty; hf: prompt and answer; sat: answer only, always divided"
-    add("--penalty_rule", default="hf", choices=("hf", "sat"), help=rules)
-    add("--min_new_tokens", type=int, default=0)
-    add("--min_length", type=int, default=0, help="tokens, the prompt's included, before the answer may end")
-    add("--num_beams", type=int, default=1, help="1: no beam search")
-    add("--length_penalty", type=float, default=1.0, help="beams: above 0 favours long answers")
-    add("--beam_rule", default="transformers", choices=("transformers", "lavis"), help="when a beam search ends")
+    Decoding.add_arguments(parser)
     add("--stop", action="append", default=[], help="stop at this text too; may be repeated")
-    add("--seed", type=int, default=0)
     add("--batch_size", type=int, default=8)
     add("--dtype", default="float32", choices=DTYPES)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -434,19 +471,7 @@ def main(argv: list[str] | None = None) -> int:
     choices = ("auto", "true", "false")
     add("--use_flash_attention", default="auto", choices=choices, help="Triton kernels; auto: where there is a GPU")
     args = parser.parse_args(argv)
-    if (
-        args.temperature < 0
-        or not 0 < args.top_p <= 1
-        or args.top_k < 0
-        or args.repetition_penalty <= 0
-        or args.max_new_tokens < 1
-    ):
-        raise ValueError(
-            "expected temperature >= 0, 0 < top_p <= 1, top_k >= 0, repetition_penalty > 0, max_new_tokens >= 1"
-        )
-
-    if args.num_beams < 1 or args.min_new_tokens < 0 or (args.num_beams > 1 and args.temperature > 0):
-        raise ValueError("expected num_beams >= 1, min_new_tokens >= 0, and temperature=0 with num_beams > 1")
+    how = Decoding.of(args)
     kernels = dispatch.use_flash_attention(args.use_flash_attention, args.device)
     directory = data.model_directory(args.model, base_of(args.model_name_or_path, args.lora_path))
     processor = data.load_processor(directory, args.stage)
@@ -461,13 +486,13 @@ def main(argv: list[str] | None = None) -> int:
 
     print(f"device {args.device}, kernels: {kernels}", file=sys.stderr)
     if args.chat:
-        chat(model, processor, stop_words, args)
+        chat(model, processor, stop_words, how, args.system, args.image)
         return 0
     printer = Printer(processor) if len(conversations) == 1 and args.output is None else None
     sink, drawn = open(args.output, "w") if args.output else None, 0
     for first in range(0, len(conversations), args.batch_size):
         some = conversations[first : first + args.batch_size]
-        for conversation, text in zip(some, answer(model, processor, some, stop_words, args, printer), strict=True):
+        for conversation, text in zip(some, answer(model, processor, some, stop_words, how, printer), strict=True):
             if printer:
                 printer.end(text)
             elif sink is None:

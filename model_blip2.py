@@ -1016,6 +1016,11 @@ class Blip2Qformer(nn.Module):
         """Encoded text -> (S, E) of the first tokens, unit length."""
         return F.normalize(self.text_projection(text[segments(lengths)[:-1].to(text.device).long()]), dim=-1)
 
+    def encode_pictures(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, 3, H, W) -> what match() takes (N, P, W), and image_features() of the queries alone."""
+        image = self.vision_model(pixel_values)
+        return image, self.image_features(encode_queries(self, image))
+
     @staticmethod
     def text_of(batch: dict) -> tuple[Tensor, Tensor]:
         """The text rows' places in the stream, and how many each segment has."""
@@ -1151,10 +1156,9 @@ class Blip2Qformer(nn.Module):
         if output == "loss":
             return self.losses(batch)
         rows, lengths = self.text_of(batch)
-        image, ids = self.vision_model(batch["pixel_values"]), batch["input_ids"][rows]
+        (image, image_feats), ids = self.encode_pictures(batch["pixel_values"]), batch["input_ids"][rows]
         if output == "itm":
             return self.match(image, ids, lengths).softmax(-1)[:, 1]
-        image_feats = self.image_features(encode_queries(self, image))
         text_feats = self.text_features(self.encode_text(ids, lengths), lengths)
         return torch.einsum("bqe,me->bmq", image_feats, text_feats).amax(-1)
 

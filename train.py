@@ -37,6 +37,7 @@ from torch import Tensor, nn
 import checkpoint
 import data
 import lora
+import metrics
 import parallel
 from kernels import dispatch
 from kernels.linear_cross_entropy import IGNORE_INDEX
@@ -81,9 +82,10 @@ class Config:
     save_total_limit: int | None = None  # the best one is kept besides
     evaluation_strategy: str = "no"  # no, epoch, steps
     eval_steps: int | None = None  # default: save_steps
-    eval_with_do_generation: bool = False  # answers the eval questions too: eval_accuracy, exact match
+    # answers the eval questions too: eval_cider, eval_bleu_4, eval_vqa_accuracy, eval_accuracy, ... by their format
+    eval_with_do_generation: bool = False
     load_best_model_at_end: bool = False
-    metric_for_best_model: str = "eval_loss"  # eval_loss, eval_accuracy
+    metric_for_best_model: str = "eval_loss"  # or one of those: the higher the better
     seed: int = 42
     # optimiser: AdamW, no decay on biases and norm weights
     learning_rate: float = 5e-5
@@ -137,8 +139,8 @@ CHOICES = {
     "save_strategy": ("no", "epoch", "steps"),
     "evaluation_strategy": ("no", "epoch", "steps"),
     "lr_scheduler_type": ("linear", "cosine", "constant", "cosine_epochs"), "fp16_opt_level": ("O1", "O2"),
-    "metric_for_best_model": ("eval_loss", "eval_accuracy"), "sharding": (None, *parallel.STAGES),
-    "use_flash_attention": ("auto", True, False),
+    "metric_for_best_model": ("eval_loss", *(f"eval_{s}" for scores in metrics.SCORES.values() for s in scores)),
+    "sharding": (None, *parallel.STAGES), "use_flash_attention": ("auto", True, False),
 }  # fmt: skip
 
 
@@ -255,8 +257,8 @@ def validate(cfg: Config) -> None:
             f"load_best_model_at_end needs a checkpoint of every evaluation: eval_steps={eval_steps} must be a "
             f"multiple of save_steps={cfg.save_steps}"
         )
-    if cfg.metric_for_best_model == "eval_accuracy" and not cfg.eval_with_do_generation:
-        raise ValueError("metric_for_best_model=eval_accuracy needs eval_with_do_generation=true")
+    if cfg.metric_for_best_model != "eval_loss" and not cfg.eval_with_do_generation:
+        raise ValueError(f"metric_for_best_model={cfg.metric_for_best_model} needs eval_with_do_generation=true")
     if cfg.dataset is not None and (unknown := set(cfg.dataset) - {"train", "eval"}):
         raise ValueError(f"dataset has the key {unknown.pop()!r}; expected train and eval")
 
@@ -586,6 +588,17 @@ def evaluate_loss(model, plan, processor, cfg: Config, world) -> dict[str, float
         pairs = zip(plan.index.entries, sums, strict=True)
         result |= {f"eval_loss/{e.label}": float(means(x).sum()) for e, x in pairs if x[:, 1].any()}
     return result
+
+
+def generation_scores(model, index: data.Index, processor, cfg: Config) -> dict[str, float]:
+    """The eval entries' own metrics (eval_cider, eval_vqa_accuracy, eval_accuracy, ...) of greedy answers. all ranks
+    answer all questions: a sharded model is entered together."""
+    import evaluate  # it imports generate.py, which training alone needs not
+
+    questions = evaluate.merge_references([index.conversation(n) for n in range(len(index))], index.entry.tolist())
+    how = evaluate.Decoding(max_new_tokens=32)
+    answers = evaluate.answer_all(model, processor, questions, cfg.per_device_eval_batch_size, how)
+    return {f"eval_{name}": value for name, value in evaluate.score(questions, answers)[0].items()}
 
 
 class ImageFeatures:
@@ -982,6 +995,13 @@ def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
     plan = plan_for("train")
     evaluating = cfg.do_eval or cfg.evaluation_strategy != "no"
     eval_plan = plan_for("eval", shuffle=False) if evaluating else None
+    if evaluating and cfg.metric_for_best_model != "eval_loss":
+        kinds = {eval_plan.index.conversation(n).kind for n in np.unique(eval_plan.index.entry, return_index=True)[1]}
+        have = [f"eval_{name}" for name in metrics.scores_of_kinds(kinds)]
+        if cfg.metric_for_best_model not in have:
+            raise ValueError(
+                f"metric_for_best_model={cfg.metric_for_best_model}: the eval entries give eval_loss, {', '.join(have)}"
+            )
     global_batch = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps * world.dp_size
     total = total_steps(cfg, plan, global_batch)
 
@@ -1017,11 +1037,7 @@ def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
     def evaluate() -> dict[str, float]:
         result = evaluate_loss(model, eval_plan, processor, cfg, world)
         if cfg.eval_with_do_generation:
-            from evaluate import exact_match  # all ranks answer all questions: a sharded model is entered together
-
-            index = eval_plan.index
-            questions = [index.conversation(n) for n in range(len(index)) if index.part[n] == 0]
-            result["eval_accuracy"] = exact_match(model, processor, questions, cfg.per_device_eval_batch_size)["all"]
+            result |= generation_scores(model, eval_plan.index, processor, cfg)
         say("evaluation | " + " | ".join(f"{k} {v:.4f}" for k, v in result.items()), flush=True)
         if log:
             log.write({"step": state["step"], **result})

@@ -1,0 +1,298 @@
+"""Scores of captions and answers: BLEU-1..4, ROUGE-L, CIDEr-D, VQA accuracy, exact match.
+
+Captions are scored as by the COCO caption evaluation (arXiv:1504.00325; CIDEr-D: arXiv:1411.5726) on tokens as the
+Penn Treebank tokenizer of Stanford CoreNLP 3.4 makes them; answers as by the official VQA evaluation
+(arXiv:1505.00468). Chinese and Japanese text, which that tokenizer leaves whole, is scored by character.
+"""
+
+import math
+import re
+import unicodedata
+from collections import Counter
+
+VERSION = "1"  # changes whenever the same answers could get other scores
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Caption tokens. Each rule's first matching group is the token; what follows the group is context that must stand
+# there. At each position the rule with the longest match wins, context included; the first of equals.
+
+APOS = "['\u2019\u00b4]"
+ANY_APOS = "['\u2019\u00b4`\u2018\u201b]"
+LETTER, ALNUM = r"[^\W\d_]", r"[^\W_]"
+WORD = rf"{LETTER}{ALNUM}*(?:[.!?]{LETTER}{ALNUM}*)*"  # sentences without a blank between them stay in one piece
+NUM = r"(?:\d*(?:[.,]\d+)+|\d+(?:[.:,]\d+)*)"
+CLITIC = rf"{ANY_APOS}(?:m|s|d|re|ve|ll)(?!{LETTER})"
+ACRONYM = r"[a-z](?:\.[a-z])+\."
+ELIDED = rf"(?:[dol]{ANY_APOS}{ALNUM})?"
+ABBREVIATIONS = (
+    "jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|mon|tues?|wed|thu|thurs|fri|ala|ariz|calif|colo|conn|ct|dak|fla|ga|"
+    "ind|kans?|ky|md|mich|minn|mo|mont|neb|nev|okla|penn|tenn|va|vt|wisc?|wyo|inc|cos?|corp|pp?t[ye]s?|ltd|plc|rt|"
+    r"bancorp|bhd|assn|univ|intl|sys|tel|est|ext|sq|jr|sr|bros|(?:ed|ph)\.d|blvd|rd|esq|etc|al|seq|invt|elec|natl|"
+    "m[ft]g|dept|mr|mrs|ms|drs?|profs?|sens?|reps?|attys?|lt|col|gen|messrs|govs?|adm|rev|maj|sgt|cpl|pvt|capt|ste?|"
+    "ave|pres|lieut|hon|brig|co?mdr|pfc|spc|supts?|det|mt|ft|adj|adv|asst|assoc|ens|insp|mlle|mme|msgr|sfc|"
+    r"[a-z](?:\.[a-z])*|(?-i:Az|Ark|Del|Ill|La|Mass|Miss|Ore|Pa|Tex|Wash)"  # the last are words without a capital
+)
+RULES = [re.compile(rule, re.IGNORECASE) for rule in (
+    rf"({APOS}t)(?:is|was)(?!{LETTER})|(can)not|(gon|wan)na(?!{LETTER})|(got)ta(?!{LETTER})|(lem|gim)me(?!{LETTER})",
+    rf"({LETTER}*[a-mo-z])n{ANY_APOS}t(?!{LETTER})",  # do n't, ca n't: the word does not end in n
+    rf"({WORD}){CLITIC}",  # dog 's, they 've
+    rf"(n{ANY_APOS}t|{CLITIC})(?:[^a-z]|$)",
+    rf"({WORD})",
+    # 'n', 'em, '60s, '98, l'Avion, somethin', O'Brien, Qur'an, c'mon; y'all -> y' all
+    rf"({APOS}n{APOS}?|{APOS}(?:em|till?|cause|[1-9]0s|\d\d)(?!{ALNUM})|(?:[ldj]|dunkin|somethin|ol){APOS})",
+    rf"((?-i:[A-HJ-XZn]){ANY_APOS}{LETTER}{{2,}}|{LETTER}*[aeiouy]{ANY_APOS}(?-i:[aeiouA-Z]){LETTER}*)",
+    rf"((?:c{APOS}mon|e{APOS}er|s{APOS}mores|ev{APOS}ry|li{APOS}l|nor{APOS}easter)(?!{LETTER}))|(y{APOS}){LETTER}",
+    r"((?:ftp|https?)://[^\s<>|`()\[\]{}]+[^\s<>|.!?,;:&`\"'*()\[\]{}-])",
+    r"((?:www\.(?:[^\s`<>|.!?,()\[\]{}]+\.)+[a-z]{2,4}|(?:[^\s`<>|.!?,:/$()\[\]{}]+\.)+(?:com|net|org|edu))"
+    r"(?:/[^\s`<>|]+[^\s`<>|.!?,;:&()\[\]{}-])?)(?![a-z])",
+    r"([\w.%+-]+@[a-z0-9][a-z0-9.-]*[a-z0-9])",
+    rf"(@[a-z_][a-z0-9_]*|\#{LETTER}\w*{ALNUM})",
+    r"(\d{1,2}[-/]\d{1,2}[-/]\d{2,4}|\d{4}[-/]\d{1,2}[-/]\d{1,2})",  # dates
+    rf"([-+]?{NUM})",
+    "((?:\\d{1,4}[- \u00a0])?\\d{1,4}/\\d{1,4}|[\u00bc\u00bd\u00be\u2153-\u215e])",  # fractions
+    rf"({ALNUM}+(?:-{LETTER}+){{0,2}}(?:/{ALNUM}+(?:-{LETTER}+){{0,2}}){{1,2}})",  # and/or
+    "((?-i:[A-Z])*\\$|\\#|[\u00a2-\u00a5\u20a0-\u20bf])",
+    rf"((?:{ABBREVIATIONS})\.|vs\.)(?!{ALNUM})",
+    r"((?:ca|figs?|prop|nos?|vols?|arts?|pp|op)\.)\s?\d",
+    rf"({WORD}\.)[,;:]",
+    rf"({ALNUM}(?:{ALNUM}|[.,])*(?:[-_](?:{ALNUM}+|{ACRONYM}))+)",  # t-shirt, 3,000-pound
+    rf"({ELIDED}(?:{ALNUM}+|[-+]?{NUM})(?:[-\u2010-\u2012]{ELIDED}(?:{ALNUM}+|{NUM}))*)",  # 1st, o'clock
+    r"((?-i:[A-Z])+(?:[+&](?-i:[A-Z])+)+)",  # AT&T
+    r"([<>]?[:;=][-o*']?[()DPO\\{@|\[\]])(?![^\W_])",  # smileys
+    r"(</?[a-z][^<>\r\n]*>)",
+    "(\\.\\.\\.+|\u2026|\\.(?:[ \u00a0]\\.){2,}|[-\u2010-\u2012]+|[\u2013-\u2015]|@+|\\#+|_+|\\*|=+|[?!]+)",
+    f"({APOS}){LETTER}\\S|([`\u2018-\u201f\u00ab\u00bb\u2039\u203a]{{1,2}}|\"|[`']'|{APOS})",
+    r"(\S)",
+)]  # fmt: skip
+QUOTES = set("'\u2019\u00b4`\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f\u00ab\u00bb\u2039\u203a\"")
+BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+CURRENCIES = {"\u00a3": "#", "\u00a2": "cents", "#": "#"}  # the others count as $
+SPLIT = {"cannot", "gonna", "wanna", "gotta", "lemme", "gimme"}
+# Thrown away, as the COCO evaluation does. Its list has the brackets in capitals, so those of lower-cased text stay.
+DROPPED = {"'", "''", "``", "`", ".", "?", "!", ",", ":", ";", "-", "--", "..."}
+DROPPED |= set("\uff0c\u3002\u3001\uff1b\uff1a\uff1f\uff01\uff08\uff09\u300a\u300b\u300c\u300d\u3010\u3011\u00b7")
+BY_CHARACTER = re.compile("([\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])")
+
+
+def normal_token(token: str) -> str:
+    """A token as the treebank writes it, in lower case."""
+    if set(token) <= QUOTES:
+        return "''"
+    if set(token) <= set(". \u00a0\u2026") and token != ".":
+        return "..."
+    if re.fullmatch("[-\u2010-\u2012]{1,4}|[\u2013-\u2015]", token):
+        return "--"
+    if re.fullmatch("[\u00a2-\u00a5\u20a0-\u20bf]", token):
+        return CURRENCIES.get(token, "$")
+    if re.fullmatch("[\u00bc\u00bd\u00be\u2153-\u215e]", token):
+        token = unicodedata.normalize("NFKC", token).replace("\u2044", "/")
+    token = "".join(BRACKETS.get(c, c) for c in token)
+    if not token.startswith("<"):
+        token = token.replace("/", "\\/").replace("*", "\\*")
+    return token.replace(" ", "\u00a0").lower()
+
+
+def ptb_tokens(text: str) -> list[str]:
+    """The lower-cased tokens of a caption, punctuation left out."""
+    text = BY_CHARACTER.sub(r" \1 ", text.replace("\n", " "))
+    tokens, position = [], 0
+    plain = re.compile(r"([A-Za-z]+)(?=\s|$)")  # most words: spares trying all rules
+    while position < len(text):
+        if text[position].isspace():
+            position += 1
+            continue
+        match = plain.match(text, position)
+        if match is None or match[1].lower() in SPLIT:
+            matches = filter(None, (rule.match(text, position) for rule in RULES))
+            match = max(matches, key=lambda m: m.end())
+        group = match.lastindex
+        tokens.append(normal_token(match[group]))
+        position = match.end(group)
+    return [token for token in tokens if token not in DROPPED]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Caption scores. Candidates are N token lists, references N lists of token lists; each returns the corpus' score and
+# the N captions' own.
+
+
+def ngrams(tokens: list[str], longest: int = 4) -> Counter:
+    return Counter(tuple(tokens[i : i + n]) for n in range(1, longest + 1) for i in range(len(tokens) - n + 1))
+
+
+def bleu(candidates: list[list[str]], references: list[list[list[str]]]) -> tuple[list[float], list[list[float]]]:
+    """BLEU-1..4 (Papineni et al., 2002): clipped precisions' geometric mean, times the penalty for a text shorter than
+    the reference closest in length (the shorter of two)."""
+
+    def score(correct: list[int], guessed: list[int], length: int, reference_length: int) -> list[float]:
+        ratio = (length + 1e-15) / (reference_length + 1e-9)
+        brevity = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
+        product, scores = 1.0, []
+        for n, (c, g) in enumerate(zip(correct, guessed, strict=True), 1):
+            product *= (c + 1e-15) / (g + 1e-9)
+            scores.append(product ** (1 / n) * brevity)
+        return scores
+
+    facts = []
+    for candidate, refs in zip(candidates, references, strict=True):
+        most: Counter = Counter()
+        for ref in refs:
+            most |= ngrams(ref)
+        correct = [0] * 4
+        for gram, count in (ngrams(candidate) & most).items():
+            correct[len(gram) - 1] += count
+        guessed = [max(0, len(candidate) - n) for n in range(4)]
+        closest = min((abs(len(ref) - len(candidate)), len(ref)) for ref in refs)[1]
+        facts.append((correct, guessed, len(candidate), closest))
+    corpus = score(
+        [sum(f[0][n] for f in facts) for n in range(4)], [sum(f[1][n] for f in facts) for n in range(4)],
+        sum(f[2] for f in facts), sum(f[3] for f in facts),
+    )  # fmt: skip
+    return corpus, [score(*f) for f in facts]
+
+
+def common_subsequence(a: list[str], b: list[str]) -> int:
+    """Length of the longest one."""
+    row = [0] * (len(b) + 1)
+    for x in a:
+        diagonal = 0
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], diagonal + 1 if x == y else max(row[j], row[j - 1])
+    return row[-1]
+
+
+def rouge_l(candidates: list[list[str]], references: list[list[list[str]]]) -> tuple[float, list[float]]:
+    """F-measure (beta 1.2) of the best precision and the best recall of common subsequences (Lin, 2004)."""
+    scores = []
+    for candidate, refs in zip(candidates, references, strict=True):
+        common = [common_subsequence(candidate, ref) for ref in refs]
+        precision = max(common) / max(1, len(candidate))
+        recall = max(c / max(1, len(ref)) for c, ref in zip(common, refs, strict=True))
+        both = precision and recall
+        scores.append((1 + 1.2**2) * precision * recall / (recall + 1.2**2 * precision) if both else 0.0)
+    return sum(scores) / len(scores), scores
+
+
+def cider_d(candidates: list[list[str]], references: list[list[list[str]]]) -> tuple[float, list[float]]:
+    """CIDEr-D: 10 x the mean over n = 1..4 and the references of the clipped tf-idf cosine, with a Gaussian penalty
+    (sigma 6) on the difference of lengths. Document frequencies are those of these references: a corpus of one picture
+    has 0."""
+    counted = [[ngrams(ref) for ref in refs] for refs in references]
+    frequency = Counter(gram for refs in counted for gram in set().union(*refs))
+    log_total = math.log(len(references))
+
+    def weigh(counts: Counter) -> tuple[list[dict], list[float], int]:
+        """tf-idf vectors and their norms by n, and the length in bigrams"""
+        vectors: list[dict] = [{} for _ in range(4)]
+        for gram, count in counts.items():
+            vectors[len(gram) - 1][gram] = count * (log_total - math.log(max(1.0, frequency[gram])))
+        norms = [math.sqrt(sum(w * w for w in vector.values())) for vector in vectors]
+        return vectors, norms, sum(count for gram, count in counts.items() if len(gram) == 2)
+
+    scores = []
+    for candidate, refs in zip(candidates, counted, strict=True):
+        vectors, norms, length = weigh(ngrams(candidate))
+        total = 0.0
+        for ref in refs:
+            ref_vectors, ref_norms, ref_length = weigh(ref)
+            penalty = math.exp(-((length - ref_length) ** 2) / (2 * 6.0**2))
+            for n in range(4):
+                own, other = vectors[n], ref_vectors[n]
+                dot = sum(min(w, other[gram]) * other[gram] for gram, w in own.items() if gram in other)
+                if norms[n] and ref_norms[n]:
+                    total += dot / (norms[n] * ref_norms[n]) * penalty / 4
+        scores.append(10 * total / len(refs))
+    return sum(scores) / len(scores), scores
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers
+
+VQA_PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
+VQA_NUMBERS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
+VQA_NUMBERS["none"] = "0"
+# Written without one of their apostrophes, these get it back
+VQA_CONTRACTIONS = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
+how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock
+oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
+someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's
+they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's
+where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've
+y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+""".split()
+VQA_WORDS = {
+    form[:i] + form[i + 1 :]: form for form in VQA_CONTRACTIONS for i, c in enumerate(form) if c == "'"
+} | {"somebody'd": "somebodyd"}  # sic
+
+
+def vqa_punctuation(text: str) -> str:
+    """Marks go where one of their kind stands beside a blank or a comma inside a number, else they become blanks; full
+    stops go, unless a digit follows."""
+    out, in_number = text, re.search(r"\d,\d", text)
+    for mark in VQA_PUNCTUATION:
+        beside_blank = f"{mark} " in text or f" {mark}" in text
+        out = out.replace(mark, "" if beside_blank or in_number else " ")
+    return re.sub(r"\.(?!\d)", "", out, count=32)  # the official code stops at 32, by an argument in the wrong place
+
+
+def vqa_words(text: str) -> str:
+    """Lower case, numbers up to ten as digits, no articles, apostrophes put back."""
+    words = (VQA_NUMBERS.get(word, word) for word in text.lower().split())
+    return " ".join(VQA_WORDS.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
+def vqa_normalise(text: str) -> str:
+    return vqa_words(vqa_punctuation(text.replace("\n", " ").replace("\t", " ").strip()))
+
+
+def vqa_accuracy(prediction: str, answers: list[str]) -> float:
+    """min(1, matches / 3), the mean over leaving out each of the (ten) answers. Nothing but blanks and line breaks is
+    normalised where all answers are the same."""
+    prediction, *answers = (t.replace("\n", " ").replace("\t", " ").strip() for t in (prediction, *answers))
+    if len(set(answers)) > 1:
+        prediction, *answers = (vqa_words(vqa_punctuation(t)) for t in (prediction, *answers))
+    matches = [answer == prediction for answer in answers]
+    return sum(min(1.0, (sum(matches) - own) / 3) for own in matches) / len(answers)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sets of answers. A name scores (answers, references of each) as {name: (whole set's, each answer's)}.
+
+
+def caption_scores(answers: list[str], references: list[list[str]]) -> dict[str, tuple[float, list[float]]]:
+    candidates, refs = [ptb_tokens(a) for a in answers], [[ptb_tokens(r) for r in some] for some in references]
+    result = {"cider": cider_d(candidates, refs)}
+    corpus, each = bleu(candidates, refs)
+    for n in range(4):
+        result[f"bleu_{n + 1}"] = corpus[n], [scores[n] for scores in each]
+    return {**result, "rouge_l": rouge_l(candidates, refs)}
+
+
+def mean_score(name: str, scores: list[float]) -> dict[str, tuple[float, list[float]]]:
+    return {name: (sum(scores) / len(scores), scores)}
+
+
+def vqa_scores(answers: list[str], references: list[list[str]]) -> dict[str, tuple[float, list[float]]]:
+    """Fewer than ten answers are repeated to ten: one alone is worth everything, as three of ten are."""
+    tens = [some if len(some) >= 10 else [some[i % len(some)] for i in range(10)] for some in references]
+    return mean_score("vqa_accuracy", [vqa_accuracy(a, ten) for a, ten in zip(answers, tens, strict=True)])
+
+
+def exact_match_scores(answers: list[str], references: list[list[str]]) -> dict[str, tuple[float, list[float]]]:
+    """Equal to one of the references, blanks at both ends aside."""
+    pairs = zip(answers, references, strict=True)
+    return mean_score("accuracy", [float(a.strip() in {r.strip() for r in some}) for a, some in pairs])
+
+
+METRICS = {"caption": caption_scores, "vqa_accuracy": vqa_scores, "exact_match": exact_match_scores}
+OF_KIND = {"caption": ["caption"], "vqa": ["vqa_accuracy", "exact_match"], "chat": ["exact_match"]}  # of a conversation
+SCORES = {  # of each metric
+    "caption": ("cider", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l"), "vqa_accuracy": ("vqa_accuracy",),
+    "exact_match": ("accuracy",),
+}  # fmt: skip
+
+
+def scores_of_kinds(kinds: set[str]) -> list[str]:
+    """The names of the scores that conversations of these kinds get."""
+    return [name for metric in METRICS if any(metric in OF_KIND[k] for k in kinds) for name in SCORES[metric]]
