@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from test_train import run
 
 import evaluate
 import metrics
-import train
 
 
 def one_file(goldens, name):
@@ -124,7 +124,7 @@ def test_results_file_says_how_each_answer_came_about(base, captions, tmp_path, 
     assert json.loads((tmp_path / "r.json").read_text())["scores"].keys() == {"accuracy"}
 
 
-def test_training_scores_what_evaluation_scores(base, captions, tmp_path):
+def test_training_scores_what_evaluation_scores(base, captions, tmp_path, capfd):
     entries = [{"name": "coco_caption", "data_files": str(captions)}]
     options = {
         "model_name_or_path": str(base), "dataset": {"train": entries, "eval": entries}, "max_steps": 48,
@@ -133,7 +133,7 @@ def test_training_scores_what_evaluation_scores(base, captions, tmp_path):
         "metric_for_best_model": "eval_rouge_l", "load_best_model_at_end": True, "disable_tqdm": True,
     }  # fmt: skip
     (tmp_path / "c.json").write_text(json.dumps(options))
-    assert train.main([str(tmp_path / "c.json")]) == 0
+    run([str(tmp_path / "c.json")])
     records = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
     evals = {r["step"]: r for r in records if "eval_cider" in r}
     assert evals.keys() == {24, 48}
@@ -143,5 +143,7 @@ def test_training_scores_what_evaluation_scores(base, captions, tmp_path):
     scores = json.loads((tmp_path / "r.json").read_text())["scores"]
     assert scores == {name: pytest.approx(evals[best][f"eval_{name}"], abs=1e-9) for name in scores}
     assert scores["rouge_l"] > 0.3
-    with pytest.raises(ValueError, match="the eval entries give eval_loss, eval_cider"):
-        train.main([str(tmp_path / "c.json"), "--metric_for_best_model", "eval_vqa_accuracy", "--overwrite_output_dir"])
+    wrong = ["--metric_for_best_model", "eval_vqa_accuracy", "--output_dir", str(tmp_path / "no")]
+    with pytest.raises(AssertionError):
+        run([str(tmp_path / "c.json"), *wrong])
+    assert "the eval entries give eval_loss, eval_cider" in capfd.readouterr().err
