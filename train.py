@@ -62,7 +62,8 @@ class Config:
     max_length: int = 2048  # tokens a stream, and the cap for one sample
     max_images: int | None = None  # pictures a stream
     max_bad_samples: float = 0.01  # share of unusable records above which the run stops
-    image_jitter: float = 0.0  # training pictures move by up to this share of a side, scale by it, turn by so many radians
+    # training pictures move by up to this share of a side, scale by it, turn by so many radians
+    image_jitter: float = 0.0
     cache_image_features: bool = False  # encode each picture once; only with a frozen vision tower
     num_workers: int = 2  # data processes per rank
     # run
