@@ -796,6 +796,20 @@ def collate(samples: list[dict], bad=(), num_image_tokens: int = 0) -> dict:
     return batch
 
 
+def pad_stream(batch: dict, length: int) -> dict:
+    """The batch with a segment behind it that fills its stream to `length` tokens and predicts nothing."""
+    missing = length - len(batch["input_ids"])
+    if not missing:
+        return batch
+    values = {"input_ids": 0, "targets": IGNORE, "position_ids": 0, "dropout_keys": 0}
+    padded = {key: torch.nn.functional.pad(batch[key], (0, missing), value=value) for key, value in values.items()}
+    padded["cu_seqlens"] = torch.nn.functional.pad(batch["cu_seqlens"], (0, 1), value=length)
+    padded["max_len"] = max(batch["max_len"], missing)
+    if "prefix_lens" in batch:
+        padded["prefix_lens"] = torch.nn.functional.pad(batch["prefix_lens"], (0, 1))
+    return {**batch, **padded}
+
+
 # --------------------------------------------------------------------------------------------------------------- loader
 
 

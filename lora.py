@@ -283,15 +283,23 @@ def _is_target(config: dict, module: str) -> bool:
 
 @torch.no_grad()
 def load_adapter(
-    model: nn.Module, directory, copy=lambda param, full: param.copy_(full), shape=lambda param: param.shape
-) -> list[str]:
+    model: nn.Module, directory, copy=lambda param, full: param.copy_(full), shape=lambda param: param.shape,
+    whole: nn.Module | None = None,
+) -> list[str]:  # fmt: skip
     """Inject what the adapter needs and copy every tensor of it into the model; returns the module names.
 
     copy(parameter, full tensor), shape(parameter): pass checkpoint.copy_full_ and parallel.whole_shape for sharded
     parameters. On the meta device nothing is copied: call again once the parameters are real. Modules that are injected
-    already must agree.
+    already must agree. whole: what `model` is a pipeline stage of, injected like it, without memory; then only the
+    stage's own tensors are copied.
     """
     config, tensors = read_adapter(directory)
+    if whole is not None:
+        names = load_adapter(whole, directory)
+        for name, p in model.named_parameters():
+            if name in tensors:
+                copy(p, tensors[name])
+        return names
     scalings, _ = adapter_updates(config, tensors, {name: shape(p) for name, p in model.named_parameters()})
     for name, scaling in scalings.items():
         rank, module = tensors[f"{name}.lora_A.weight"].shape[0], model.get_submodule(name)

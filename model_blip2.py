@@ -588,10 +588,12 @@ class OPT(nn.Module):
     def embed(self, input_ids: Tensor) -> Tensor:
         return self.model.decoder.embed_tokens(input_ids)
 
-    def hidden(self, x: Tensor, batch: dict, keys: Tensor | None) -> Tensor:
-        x = x + self.model.decoder.embed_positions(batch["position_ids"] + self.POSITION_OFFSET)
+    def add_positions(self, x: Tensor, batch: dict) -> Tensor:
+        return x + self.model.decoder.embed_positions(batch["position_ids"] + self.POSITION_OFFSET)
+
+    def hidden(self, x: Tensor, batch: dict, keys: Tensor | None, blocks=None) -> Tensor:
         ctx = Context(batch["cu_seqlens"], batch["max_len"], keys, batch.get("cache"))
-        for block in self.blocks:
+        for block in self.blocks if blocks is None else blocks:
             x = block(x, ctx)
         return x
 
@@ -766,6 +768,9 @@ class T5(nn.Module):
     def embed(self, input_ids: Tensor) -> Tensor:
         return self.shared(input_ids)
 
+    def add_positions(self, x: Tensor, batch: dict) -> Tensor:
+        return x  # they are in the attention's bias
+
     def decoder_rows(self, batch: dict) -> Tensor:
         """(T,) bool: rows of the stream from their segment's start token on."""
         starts = (batch["input_ids"] == self.start).int()
@@ -774,8 +779,8 @@ class T5(nn.Module):
         first = batch["cu_seqlens"][:-1].to(before.device).long()
         return before > (before - starts)[first].repeat_interleave(lengths)
 
-    def hidden(self, x: Tensor, batch: dict, keys: Tensor | None) -> Tensor:
-        """(T, C) -> the decoder's rows (Td, C), normalised."""
+    def hidden(self, x: Tensor, batch: dict, keys: Tensor | None, blocks=None) -> Tensor:
+        """(T, C) -> the decoder's rows (Td, C), normalised. `blocks`: all of them, always."""
         cache = batch.get("cache")
         if cache is not None and cache.memory:  # a decoding step: decoder tokens only
             return self.decoder(x, Context(batch["cu_seqlens"], batch["max_len"], keys, cache))
@@ -830,6 +835,10 @@ class Blip2(nn.Module):
         return self.config.num_query_tokens
 
     @property
+    def pipeline_obstacle(self) -> str | None:
+        return "Flan-T5's decoder needs the encoder's output in every block" if self.config.is_t5 else None
+
+    @property
     def blocks(self):
         return self.language_model.blocks
 
@@ -842,7 +851,7 @@ class Blip2(nn.Module):
         return self.language_projection(encode_queries(self, self.vision_model(pixel_values), keys))
 
     def embed(self, batch: dict) -> Tensor:
-        """Word embeddings (T, C), those of the picture slots replaced by features.
+        """Word embeddings (T, C), those of the picture slots replaced by features, and positions.
 
         More pictures than slots: the others (a blank one, so that every rank of a sharded run enters the tower) count
         nothing.
@@ -857,12 +866,12 @@ class Blip2(nn.Module):
             x = x.index_copy(0, positions, features[: len(positions)])
             if len(features) > len(positions):
                 x = x + 0.0 * features[len(positions) :].sum()
-        return x
+        return self.language_model.add_positions(x, batch)
 
-    def hidden(self, batch: dict) -> Tensor:
-        return self.language_model.hidden(
-            self.embed(batch), batch, batch.get("dropout_keys") if self.training else None
-        )
+    def hidden(self, batch: dict, x: Tensor | None = None, blocks=None) -> Tensor:
+        """(T, C) behind the blocks. A pipeline stage gives what it received, `x` (T, C), and its own `blocks`."""
+        x, keys = self.embed(batch) if x is None else x, batch.get("dropout_keys") if self.training else None
+        return self.language_model.hidden(x, batch, keys, blocks)
 
     def logits(self, x: Tensor) -> Tensor:
         return parallel.vocab_logits(F.linear(self.language_model.norm(x), self.language_model.head_weight))
@@ -874,13 +883,14 @@ class Blip2(nn.Module):
         x = self.language_model.norm(x[rows])
         return parallel.vocab_cross_entropy(x, self.language_model.head_weight, targets[rows])
 
-    def forward(self, batch: dict, output: str = "loss"):
+    def forward(self, batch: dict, output: str = "loss", x: Tensor | None = None, blocks=None):
         """The one entrance of a sharded model. `output`: "loss" as head(); "logits" (S, V) of each segment's last
-        position;
-        "features" (N, Q, C) of the pictures."""
+        position; "features" (N, Q, C) of the pictures; "hidden" (T, C). `x`, `blocks`: as hidden()."""
         if output == "features":
             return self.encode_images(batch["pixel_values"])
-        x = self.hidden(batch)
+        x = self.hidden(batch, x, blocks)
+        if output == "hidden":
+            return x
         if output == "logits":
             return self.logits(x[self.language_model.last_rows(batch).to(x.device)])
         return self.head(x, batch)
@@ -910,6 +920,7 @@ class LMPredictions(nn.Module):
 
 class Blip2Qformer(nn.Module):
     LOSSES = ("itc", "itm", "lm")
+    pipeline_obstacle = "stage=pretrain1 passes a picture's features to every layer in several passes"
     MASKED = -10000.0  # added to similarities that may not be drawn
     SMOOTHING = 0.1  # of contrastive and language-modelling targets
 
@@ -1245,6 +1256,13 @@ TP_PLAN = {
     "language_model.*DenseReluDense.wi_[01]": ("column", 1),
     "language_model.*DenseReluDense.wo": ("row", 1),
     "language_model.lm_head": ("vocab", 1),
+}
+# Which pipeline stages have a parameter: a block's own stage; the first or last one (OPT's word embedding is its
+# vocabulary projection too). Stage 1 of pre-training and Flan-T5 are not cut: their passes cross all of the layers.
+PIPELINE = {
+    "blocks": "language_model.model.decoder.layers",
+    "first": ["vision_model.*", "q*", "language_projection.*", "language_model.model.decoder.embed_*"],
+    "last": ["language_model.model.decoder.final_layer_norm.*", "language_model.model.decoder.embed_tokens.*"],
 }
 
 

@@ -409,9 +409,10 @@ class QwenVL(nn.Module):
             logn = (torch.log((positions + 1).float()) / math.log(c.seq_length)).clamp(min=1.0)[:, None, None]
         return Context(cu_seqlens, batch["max_len"], angles.cos(), angles.sin(), logn, batch.get("cache"))
 
-    def hidden(self, batch: dict) -> Tensor:
-        x, ctx = self.embed(batch), self.context(batch)
-        for block in self.blocks:
+    def hidden(self, batch: dict, x: Tensor | None = None, blocks=None) -> Tensor:
+        """(T, C) behind the blocks. A pipeline stage gives what it received, `x` (T, C), and its own `blocks`."""
+        x, ctx = self.embed(batch) if x is None else x, self.context(batch)
+        for block in self.blocks if blocks is None else blocks:
             x = block(x, ctx)
         return x
 
@@ -423,12 +424,14 @@ class QwenVL(nn.Module):
         rows = (batch["targets"] != IGNORE_INDEX).nonzero()[:, 0]
         return self.lm_head(self.transformer.ln_f(x[rows]), batch["targets"][rows])
 
-    def forward(self, batch: dict, output: str = "loss"):
+    def forward(self, batch: dict, output: str = "loss", x: Tensor | None = None, blocks=None):
         """The one entrance of a sharded model. `output`: "loss" as head(); "logits" (S, V) of each segment's last
-        position; "features" (N, Q, C) of the pictures."""
+        position; "features" (N, Q, C) of the pictures; "hidden" (T, C). `x`, `blocks`: as hidden()."""
         if output == "features":
             return self.encode_images(batch["pixel_values"])
-        x = self.hidden(batch)
+        x = self.hidden(batch, x, blocks)
+        if output == "hidden":
+            return x
         if output == "logits":
             return self.logits(x[batch["cu_seqlens"][1:].to(x.device) - 1])
         return self.head(x, batch)
@@ -498,6 +501,12 @@ TP_PLAN = {
     "transformer.visual.attn_pool.attn": ("column", 3),  # its in_proj_weight and in_proj_bias
     "transformer.visual.attn_pool.attn.out_proj": ("row", 1),
     "lm_head": ("vocab", 1),
+}
+# Which pipeline stages have a parameter: a block's own stage; the first or last one; all of them where nothing matches
+PIPELINE = {
+    "blocks": "transformer.h",
+    "first": ["transformer.wte.*", "transformer.visual.*"],
+    "last": ["transformer.ln_f.*", "lm_head.*"],
 }
 
 

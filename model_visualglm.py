@@ -518,9 +518,10 @@ class VisualGLM(nn.Module):
         )
 
     # same as model_qwen_vl.QwenVL.hidden
-    def hidden(self, batch: dict) -> Tensor:
-        x, ctx = self.embed(batch), self.context(batch)
-        for block in self.blocks:
+    def hidden(self, batch: dict, x: Tensor | None = None, blocks=None) -> Tensor:
+        """(T, C) behind the blocks. A pipeline stage gives what it received, `x` (T, C), and its own `blocks`."""
+        x, ctx = self.embed(batch) if x is None else x, self.context(batch)
+        for block in self.blocks if blocks is None else blocks:
             x = block(x, ctx)
         return x
 
@@ -533,12 +534,14 @@ class VisualGLM(nn.Module):
         return self.lm_head(self.transformer.final_layernorm(x[rows]), batch["targets"][rows])
 
     # same as model_qwen_vl.QwenVL.forward
-    def forward(self, batch: dict, output: str = "loss"):
+    def forward(self, batch: dict, output: str = "loss", x: Tensor | None = None, blocks=None):
         """The one entrance of a sharded model. `output`: "loss" as head(); "logits" (S, V) of each segment's last
-        position; "features" (N, Q, C) of the pictures."""
+        position; "features" (N, Q, C) of the pictures; "hidden" (T, C). `x`, `blocks`: as hidden()."""
         if output == "features":
             return self.encode_images(batch["pixel_values"])
-        x = self.hidden(batch)
+        x = self.hidden(batch, x, blocks)
+        if output == "hidden":
+            return x
         if output == "logits":
             return self.logits(x[batch["cu_seqlens"][1:].to(x.device) - 1])
         return self.head(x, batch)
@@ -605,6 +608,12 @@ TP_PLAN = {
     "image_encoder.qformer.transformer.layers.*.mlp.dense_h_to_4h": ("column", 1),
     "image_encoder.qformer.transformer.layers.*.mlp.dense_4h_to_h": ("row", 1),
     "lm_head": ("vocab", 1),
+}
+# Which pipeline stages have a parameter: a block's own stage; the first or last one; all of them where nothing matches
+PIPELINE = {
+    "blocks": "transformer.layers",
+    "first": ["image_encoder.*", "transformer.word_embeddings.*"],
+    "last": ["transformer.final_layernorm.*", "lm_head.*"],
 }
 
 

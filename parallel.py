@@ -191,7 +191,7 @@ def tensor_parallel(model: nn.Module, plan: dict[str, tuple[str, int]], world: W
 
     for name, module in list(model.named_modules()):
         kind, parts = next((value for pattern, value in plan.items() if fnmatch(name, pattern)), (None, 0))
-        if kind is None:
+        if kind is None or not any(True for _ in module.parameters()):  # a pipeline stage lacks most of them
             continue
         module.is_cut = True
         lora = hasattr(module, "lora_A")
@@ -322,8 +322,10 @@ def gradient_norm(parameters: Iterable[nn.Parameter], world: World) -> float:  #
             holders, grad = holders * math.prod(sharded), grad.to_local()
         grads.append(grad)
         shares.append(holders * world.pp_size / world.size)
-    norms = torch.stack(torch._foreach_norm(grads)).double()
-    total = (norms.square() * torch.tensor(shares, dtype=torch.float64, device=norms.device)).sum()
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    if grads:  # a frozen pipeline stage has none
+        norms = torch.stack(torch._foreach_norm(grads)).double()
+        total += (norms.square() * torch.tensor(shares, dtype=torch.float64, device=norms.device)).sum()
     if world.size > 1:
         dist.all_reduce(total)
     return math.sqrt(total)

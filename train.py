@@ -12,6 +12,7 @@ Killed at any point, the same command continues from the last checkpoint with th
 """
 
 import contextlib
+import copy
 import difflib
 import fnmatch
 import hashlib
@@ -39,6 +40,7 @@ import data
 import lora
 import metrics
 import parallel
+import pipeline
 from kernels import dispatch
 from kernels.linear_cross_entropy import IGNORE_INDEX
 
@@ -119,7 +121,10 @@ class Config:
     pre_seq_len: int | None = None  # P-tuning: only so many keys and values in front of every sample are trained
     # layout
     tensor_parallel_degree: int = 1  # ranks that hold a layer together; -1, like 1: off
-    pipeline_parallel_degree: int = 1
+    pipeline_parallel_degree: int = 1  # stages on ranks of their own; their micro-batches: gradient_accumulation_steps
+    # 1f1b: a stage keeps activations of few micro-batches; gpipe: all forward, then all backward passes; interleaved:
+    # 1f1b with two stages on each rank, which wait half as long and send twice as much
+    pipeline_schedule: str = "1f1b"
     sharding_parallel_degree: int | None = None  # default: all data-parallel ranks
     sharding: str | None = None  # stage1, stage2, stage3
     # output
@@ -141,7 +146,8 @@ CHOICES = {
     "evaluation_strategy": ("no", "epoch", "steps"),
     "lr_scheduler_type": ("linear", "cosine", "constant", "cosine_epochs"), "fp16_opt_level": ("O1", "O2"),
     "metric_for_best_model": ("eval_loss", *(f"eval_{s}" for scores in metrics.SCORES.values() for s in scores)),
-    "sharding": (None, *parallel.STAGES), "use_flash_attention": ("auto", True, False),
+    "sharding": (None, *parallel.STAGES), "pipeline_schedule": pipeline.SCHEDULES,
+    "use_flash_attention": ("auto", True, False),
 }  # fmt: skip
 
 
@@ -243,10 +249,9 @@ def validate(cfg: Config) -> None:
         raise ValueError("bf16 and fp16 are both true; use one")
     if cfg.tensor_parallel_degree != -1 and cfg.tensor_parallel_degree < 1:
         raise ValueError(f"tensor_parallel_degree={cfg.tensor_parallel_degree}; expected 1 or more (or -1: off)")
-    if cfg.pipeline_parallel_degree not in (-1, 1):
-        raise ValueError(
-            f"pipeline_parallel_degree={cfg.pipeline_parallel_degree}; pipelines are not available, use 1 (or -1: off)"
-        )
+    if cfg.pipeline_parallel_degree != -1 and cfg.pipeline_parallel_degree < 1:
+        raise ValueError(f"pipeline_parallel_degree={cfg.pipeline_parallel_degree}; expected 1 or more (or -1: off)")
+    validate_pipeline(cfg)
     if cfg.load_best_model_at_end and (cfg.evaluation_strategy == "no" or cfg.save_strategy != cfg.evaluation_strategy):
         raise ValueError(
             f"load_best_model_at_end needs evaluation_strategy={cfg.evaluation_strategy} and "
@@ -262,6 +267,28 @@ def validate(cfg: Config) -> None:
         raise ValueError(f"metric_for_best_model={cfg.metric_for_best_model} needs eval_with_do_generation=true")
     if cfg.dataset is not None and (unknown := set(cfg.dataset) - {"train", "eval"}):
         raise ValueError(f"dataset has the key {unknown.pop()!r}; expected train and eval")
+
+
+def validate_pipeline(cfg: Config) -> None:
+    """What pipeline stages can't be combined with."""
+    pp = f"pipeline_parallel_degree={cfg.pipeline_parallel_degree}"
+    if cfg.pipeline_parallel_degree < 2:
+        return
+    micro_batches = cfg.gradient_accumulation_steps
+    rounds = max(1, micro_batches // cfg.pipeline_parallel_degree)
+    if cfg.pipeline_schedule == "1f1b" and micro_batches < cfg.pipeline_parallel_degree:
+        raise ValueError(
+            f"gradient_accumulation_steps={micro_batches} is less than {pp}: the micro-batches do not fill "
+            "pipeline_schedule=1f1b; raise it, or use pipeline_schedule=gpipe"
+        )
+    if cfg.pipeline_schedule == "interleaved" and micro_batches % rounds:
+        raise ValueError(
+            f"gradient_accumulation_steps={micro_batches} with {pp} and pipeline_schedule=interleaved; use a multiple "
+            f"of {cfg.pipeline_parallel_degree}"
+        )
+    for key in ("cache_image_features", "eval_with_do_generation"):
+        if getattr(cfg, key):
+            raise ValueError(f"{key}=true needs the whole model on a rank, {pp} cuts it; use one of the two")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -342,8 +369,46 @@ def lora_parts(model: nn.Module, module, cfg: Config) -> dict:
     return module.lora_parts(model.config) if cfg.lora_split else {}
 
 
-def build(cfg: Config, directory: Path, world: parallel.World):
-    """-> (model on the device with its weights, model file, LoRA module names, mesh or None)."""
+@dataclass
+class StreamSizes:
+    """Means of a micro-batch, from the lengths of the training samples."""
+
+    tokens: float
+    supervised: float
+    images: float
+    segment: float  # tokens of a sample
+
+
+def stream_sizes(plan: data.Plan, cfg: Config) -> StreamSizes:
+    index, share = plan.index, cfg.per_device_train_batch_size / max(1, len(plan.units(0)))
+    sums = (float(x.sum()) * share for x in (index.length, index.num_supervised, index.num_images))
+    return StreamSizes(*sums, float(index.length.mean()))
+
+
+def pipeline_blocks(model: nn.Module, module, cfg: Config, sizes: StreamSizes) -> list[range]:
+    """The blocks of each pipeline stage, by the FLOPs of their forward and backward passes."""
+    degree = f"pipeline_parallel_degree={cfg.pipeline_parallel_degree}"
+    if obstacle := getattr(model, "pipeline_obstacle", None):
+        raise ValueError(f"{degree}: {obstacle}; use tensor_parallel_degree or sharding=stage3")
+    flops = module.forward_flops(model.config, sizes.tokens, sizes.supervised, sizes.images, sizes.segment)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n}
+    prefix, N = module.PIPELINE["blocks"] + ".", len(model.blocks)
+    image = any(matches(n, module.IMAGE_PARAMETERS) for n in trained)
+    head = any(matches(n, module.PIPELINE["last"]) for n in trained)
+    # forward 1; gradients of inputs 1, of weights 1; the tower's inputs are pixels, which need none if it is frozen
+    block = flops.pop("language model") / N * (2 + any(n.startswith(prefix) for n in trained) + cfg.recompute)
+    last = flops.pop("head") * (2 + head)
+    first = sum(flops.values()) * (3 + cfg.recompute if image else 1)
+    stages = pipeline.num_stages(cfg.pipeline_parallel_degree, cfg.pipeline_schedule)
+    try:
+        return pipeline.cut([block] * N, first, last, stages)
+    except ValueError as e:
+        raise ValueError(f"{degree}, pipeline_schedule={cfg.pipeline_schedule}: {e}") from None
+
+
+def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSizes):
+    """-> (model on the device with its weights, the same before its cut into pipeline stages and without weights, model
+    file, LoRA module names, pipeline or None)."""
     config = checkpoint.read_config(directory)
     module = importlib.import_module("model_" + checkpoint.model_kind(config))
     config = with_prefix(config, module, cfg)
@@ -369,6 +434,19 @@ def build(cfg: Config, directory: Path, world: parallel.World):
             for name, p in owner.named_parameters(recurse=False):
                 if not p.requires_grad:
                     setattr(owner, name, nn.Parameter(p.to(compute_dtype), requires_grad=False))
+    whole, stages = model, None
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    if world.pp_size > 1:
+        whole = copy.deepcopy(model)
+        blocks = pipeline_blocks(model, module, cfg, sizes)
+        held_by = pipeline.stages_of_parameters(model, module.PIPELINE, blocks)
+        here = {n for n, held in held_by.items() if world.pp_rank in {stage % world.pp_size for stage in held}}
+        pipeline.keep_parameters(model, here)
+        trainable = {n for n, p in whole.named_parameters() if p.requires_grad}
+        stages = pipeline.Pipeline(
+            model, module.PIPELINE, blocks, held_by, trainable, cfg.pipeline_schedule, world,
+            compute_dtype or torch.float32,
+        )  # fmt: skip
     parallel.tensor_parallel(model, module.tp_plan(model.config, world.tp_size), world)
     if cfg.compile:
         for block in [*model.vision_blocks, *model.blocks]:
@@ -380,17 +458,19 @@ def build(cfg: Config, directory: Path, world: parallel.World):
     model.to_empty(device=world.device)
     parallel.mark_cuts(model)
     parameters = dict(model.named_parameters())
-    checkpoint.load_into({name: parameters[name] for name in base_names}, weights)
+    here = base_names & parameters.keys()
+    checkpoint.load_into({name: parameters[name] for name in here}, weights, skip=base_names - here)
     if cfg.init_from:
         other = checkpoint.open_weights(cfg.init_from, module.IGNORED_WEIGHTS, module.ALIASES)
         common = sorted(base_names & other.names)
         for name in common:
-            if other.shape(name) != parallel.whole_shape(parameters[name]):
+            if other.shape(name) != shapes[name]:
                 raise ValueError(
                     f"init_from={cfg.init_from}: {name} is {tuple(other.shape(name))}, "
-                    f"expected {tuple(parallel.whole_shape(parameters[name]))}; use a checkpoint of the same sizes"
+                    f"expected {tuple(shapes[name])}; use a checkpoint of the same sizes"
                 )
-            checkpoint.copy_full_(parameters[name], other.read(name))
+            if name in parameters:
+                checkpoint.copy_full_(parameters[name], other.read(name))
         if not common:
             raise ValueError(f"init_from={cfg.init_from} has no tensor of this model; the two must share names")
         if world.main:
@@ -402,8 +482,8 @@ def build(cfg: Config, directory: Path, world: parallel.World):
             init(name, full, named_generator(cfg.seed, name))
         checkpoint.copy_full_(parameters[name], full)
     if cfg.lora_path:
-        lora.load_adapter(model, cfg.lora_path, checkpoint.copy_full_, parallel.whole_shape)
-    return model, module, lora_modules
+        lora.load_adapter(model, cfg.lora_path, checkpoint.copy_full_, parallel.whole_shape, whole if stages else None)
+    return model, whole, module, lora_modules, stages
 
 
 def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
@@ -415,7 +495,7 @@ def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
     groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     betas = (cfg.adam_beta1, cfg.adam_beta2)
     return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=cfg.learning_rate, betas=betas, eps=cfg.adam_epsilon
+        [g for g in groups if g["params"]] or groups[:1], lr=cfg.learning_rate, betas=betas, eps=cfg.adam_epsilon
     )
 
 
@@ -518,21 +598,52 @@ def step_facts(
     return sums[:-2], sums[-2], sums[-1], maxima[0], [bool(x) for x in maxima[1:]]
 
 
-def forward_backward(model, micro_batches, has_images, counts, cfg, world, scaler, num_datasets, image_size) -> Tensor:
+def forward_backward(
+    model, micro_batches, has_images, counts, cfg, world, scaler, num_datasets, image_size, pictures_only=False,
+    stages=None,
+) -> Tensor:  # fmt: skip
     """Gradients of the mean loss over the whole step, a sum of means where the model has several. Returns
-    (num_datasets, K, 2) of this rank: loss sums and counts.
+    (num_datasets, K, 2) of this rank: loss sums and counts. `pictures_only`: nothing but what pictures pass is trained
+    here; `stages`: the Pipeline, if the model is cut.
     """
     sums = torch.zeros(num_datasets, len(counts), 2, dtype=torch.float64, device=world.device)
     weights = torch.tensor([world.dp_size / max(n, 1) * scaler.scale for n in counts], device=world.device)
-    for i, batch in enumerate(micro_batches):
-        batch = to_device(batch, world.device, has_images[i], image_size)
-        parallel.set_gradient_sync(model, cfg.sharding, last=i == len(micro_batches) - 1)
+    if stages is not None:  # as many micro-batches of one length in each step; the pictures are the first stage's
+        empty = cfg.gradient_accumulation_steps - len(micro_batches)
+        micro_batches = [*micro_batches, *(data.collate([], (), model.num_image_tokens) for _ in range(empty))]
+        length = max(len(b["input_ids"]) for b in micro_batches)
+        micro_batches = [data.pad_stream(b, length) for b in micro_batches]
+        has_images = [*has_images, *[False] * empty]
+    count, on_device = len(micro_batches), {}
+    with_gradient = [i for i in range(count) if has_images[i] or not pictures_only]
+
+    def prepare(i: int) -> None:
+        """Before the backward pass of micro-batch i."""
+        parallel.set_gradient_sync(model, cfg.sharding, last=i == max(with_gradient, default=-1))
+        lora.set_dropout_keys(model, on_device[i])
+
+    def forward(i: int, x: Tensor | None = None, blocks=None, last: bool = True) -> Tensor:
+        if i not in on_device:
+            on_device[i] = to_device(micro_batches[i], world.device, has_images[i], image_size)
+        batch = on_device[i]
         lora.set_dropout_keys(model, batch)
         with autocast(cfg, world):
-            loss_sum, losses = model(batch)
+            if not last:
+                return model(batch, "hidden", x, blocks)
+            loss_sum, losses = model(batch, x=x, blocks=blocks)
+        sums.add_(losses_by_dataset(batch, losses, num_datasets))
         # sharded gradients are averaged over ranks: times their number, divided by the counts of all
-        (loss_sum * weights).sum().backward()
-        sums += losses_by_dataset(batch, losses, num_datasets)
+        return (loss_sum * weights).sum()
+
+    if stages is not None:
+        stages.run(forward, count, length, prepare)
+        return sums
+    for i in range(count):
+        loss = forward(i)
+        if loss.requires_grad:  # not without a picture if only the vision tower is trained
+            prepare(i)
+            loss.backward()
+        del on_device[i]
     return sums
 
 
@@ -542,20 +653,24 @@ def autocast(cfg: Config, world: parallel.World):
 
 
 def clip_and_step(
-    parameters: list[nn.Parameter], optimizer, max_grad_norm: float, scaler: LossScaler, world: parallel.World
-) -> float:  # all ranks
+    parameters: dict[str, nn.Parameter], optimizer, max_grad_norm: float, scaler: LossScaler, world: parallel.World,
+    stages=None,
+) -> float:  # all ranks  # fmt: skip
     """One update; returns the gradient norm before clipping. A trainable parameter that got no gradient has a zero
     one.
     """
-    for p in parameters:
+    for p in parameters.values():
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    norm = parallel.gradient_norm(parameters, world) / scaler.scale
+    if stages is not None:
+        stages.sum_shared_gradients(parameters)
+    counted = [p for n, p in parameters.items() if stages is None or stages.counts_here(n)]
+    norm = parallel.gradient_norm(counted, world) / scaler.scale
     finite = math.isfinite(norm)
     if finite:
         factor = min(1.0, max_grad_norm / (norm + 1e-6)) if max_grad_norm else 1.0
-        if factor != 1.0 or scaler.scale != 1.0:
-            torch._foreach_mul_([p.grad for p in parameters], factor / scaler.scale)
+        if parameters and (factor != 1.0 or scaler.scale != 1.0):  # a frozen pipeline stage has none
+            torch._foreach_mul_([p.grad for p in parameters.values()], factor / scaler.scale)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     scaler.update(finite)
@@ -563,7 +678,7 @@ def clip_and_step(
 
 
 @torch.no_grad()
-def evaluate_loss(model, plan, processor, cfg: Config, world) -> dict[str, float]:
+def evaluate_loss(model, plan, processor, cfg: Config, world, stages=None) -> dict[str, float]:
     """Mean loss over the supervised tokens of the eval set, and of each of its entries."""
     model.eval()
     steps = plan.steps_per_epoch(cfg.per_device_eval_batch_size * world.dp_size)
@@ -571,16 +686,30 @@ def evaluate_loss(model, plan, processor, cfg: Config, world) -> dict[str, float
         plan, processor, start_step=0, total_steps=steps, dp_rank=world.dp_rank, dp_size=world.dp_size,
         per_device_batch=cfg.per_device_eval_batch_size, num_workers=cfg.num_workers,
     )  # fmt: skip
-    kept, sums = [], 0
+    kept: list[Tensor] = []
+    sums = torch.zeros(len(plan.index.entries), len(getattr(model, "LOSSES", ("loss",))), 2, dtype=torch.float64)
     for _, _, micro_batches in loader:
         *_, has_images = step_facts(model, micro_batches, 0, world)
         batch = to_device(micro_batches[0], world.device, has_images[0], processor.image_size)
-        with autocast(cfg, world):
-            _, losses = model(batch)
-        kept.append(losses_by_dataset(batch, losses, len(plan.index.entries)))
+
+        def forward(_i: int, x: Tensor | None = None, blocks=None, last: bool = True, batch=batch) -> Tensor | None:
+            with autocast(cfg, world):
+                if not last:
+                    return model(batch, "hidden", x, blocks)
+                loss_sum, losses = model(batch, x=x, blocks=blocks)
+            kept.append(losses_by_dataset(batch, losses, len(plan.index.entries)))
+            return loss_sum
+
+        if stages is None:
+            forward(0)
+        else:
+            stages.run(forward, 1, len(batch["input_ids"]))
         if cfg.eval_accumulation_steps and len(kept) == cfg.eval_accumulation_steps:
-            sums, kept = sums + sum(kept).cpu(), []
+            sums += sum(kept).cpu()
+            kept.clear()
     sums = parallel.all_sum(sums + sum(kept).cpu() if kept else sums)
+    if stages is not None:
+        stages.from_last(sums)
     if not sums[..., 1].sum():
         raise ValueError("the eval set has no supervised token")
     result = {"eval_loss": float(means(sums.sum(0)).sum())}
@@ -701,22 +830,30 @@ def prepare_output_dir(cfg: Config, world: parallel.World) -> Path | None:
     return resume
 
 
-def save_checkpoint(path, model, module, optimizer, cfg, directory, lora_modules, state, world) -> None:  # all ranks
+def save_checkpoint(
+    path, model, whole, module, optimizer, cfg, directory, lora_modules, state, world, stages
+) -> None:  # all ranks
     """A whole checkpoint: weights (or the adapter) as a loadable directory, and the state to continue from."""
-    parameters = dict(model.named_parameters())
+    parameters, everything = dict(model.named_parameters()), dict(whole.named_parameters())
     trainable = {n: p for n, p in parameters.items() if p.requires_grad}
+
+    def full_tensor(name: str) -> Tensor:
+        if stages is not None:
+            return stages.whole_tensor(name, parameters, everything[name])
+        return checkpoint.full_tensor(parameters[name])
+
     with checkpoint.atomic_dir(path, world.rank) as temporary:
         if cfg.lora:
             lora.save_adapter(
-                temporary, model, directory, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, lora_modules,
-                extra_trained=[n for n in trainable if ".lora_" not in n],
-                tensors=lambda n: checkpoint.full_tensor(parameters[n]), write=world.main,
+                temporary, whole, directory, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, lora_modules,
+                extra_trained=[n for n, p in everything.items() if p.requires_grad and ".lora_" not in n],
+                tensors=full_tensor, write=world.main,
             )  # fmt: skip
         else:
             dtype = torch.float32
             if cfg.fp16_opt_level == "O2" and (cfg.bf16 or cfg.fp16):
                 dtype = torch.bfloat16 if cfg.bf16 else torch.float16
-            named = ((n, checkpoint.full_tensor(p).to(dtype)) for n, p in parameters.items())
+            named = ((n, full_tensor(n).to(dtype)) for n in everything)
             checkpoint.save_weights(temporary, named, write=world.main)
             if world.main:
                 config = {**model.config.raw, "torch_dtype": str(dtype).removeprefix("torch.")}
@@ -1006,10 +1143,13 @@ def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
     global_batch = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps * world.dp_size
     total = total_steps(cfg, plan, global_batch)
 
-    model, module, lora_modules = build(cfg, directory, world)
-    say(parameter_table(model, module.PARTS))
+    model, whole, module, lora_modules, stages = build(cfg, directory, world, stream_sizes(plan, cfg))
+    say(parameter_table(whole, module.PARTS))
+    if stages is not None:
+        say(f"pipeline stages, {cfg.pipeline_schedule}: {stages.describe()}")
     say(f"device {world.device.type} x {world.size}, kernels: {kernels}, {torch.get_num_threads()} threads")
     optimizer = make_optimizer(model, cfg)
+    pictures_only = all(matches(n, module.IMAGE_PARAMETERS) for n, p in model.named_parameters() if p.requires_grad)
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     state = {"step": 0, "best_metric": None, "best_step": None, "bad": 0, "samples": 0, "scale": None}
     if resume:
@@ -1036,7 +1176,7 @@ def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
     log = Log(cfg, start, total) if world.main else None
 
     def evaluate() -> dict[str, float]:
-        result = evaluate_loss(model, eval_plan, processor, cfg, world)
+        result = evaluate_loss(model, eval_plan, processor, cfg, world, stages)
         if cfg.eval_with_do_generation:
             result |= generation_scores(model, eval_plan.index, processor, cfg)
         say("evaluation | " + " | ".join(f"{k} {v:.4f}" for k, v in result.items()), flush=True)
@@ -1049,7 +1189,7 @@ def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
     def save() -> None:
         state["scale"] = scaler.scale if cfg.fp16 else None
         path = out / f"checkpoint-{state['step']}"
-        save_checkpoint(path, model, module, optimizer, cfg, directory, lora_modules, state, world)
+        save_checkpoint(path, model, whole, module, optimizer, cfg, directory, lora_modules, state, world, stages)
         if world.main:
             best = out / f"checkpoint-{state['best_step']}" if state["best_step"] else None
             checkpoint.rotate(out, cfg.save_total_limit, keep={best, path})
@@ -1073,7 +1213,7 @@ def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
     for step, epoch, micro_batches in loader if cfg.do_train else ():
         waited = time.perf_counter() - clock
         counts, supervised, bad, stop, has_images = step_facts(model, micro_batches, signalled, world)
-        for batch in micro_batches if world.tp_rank == 0 else ():
+        for batch in micro_batches if world.tp_rank == world.pp_rank == 0 else ():
             for where, reason in batch["bad"]:
                 print(f"warning: left out {where}: {reason}", file=sys.stderr, flush=True)
         state["bad"] += bad
@@ -1090,17 +1230,20 @@ def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
         for group in optimizer.param_groups:
             group["lr"] = lr
         sums = forward_backward(
-            model, micro_batches, has_images, counts, cfg, world, scaler, len(entries), processor.image_size
-        )
+            model, micro_batches, has_images, counts, cfg, world, scaler, len(entries), processor.image_size,
+            pictures_only, stages,
+        )  # fmt: skip
         tokens = torch.tensor([sum(len(b["input_ids"]) for b in micro_batches), len(ids)], dtype=torch.float64)
         facts = parallel.all_sum(torch.cat((sums.cpu().flatten(), tokens)))
+        if stages is not None:
+            stages.from_last(facts)
         sums, (num_tokens, num_samples) = facts[:-2].view(len(entries), -1, 2), facts[-2:].tolist()
         loss = float(means(sums.sum(0)).sum())
         if not math.isfinite(loss):
             raise ValueError(
                 f"the loss of step {step + 1} is {loss}; its samples: {', '.join(ids)}; the last checkpoint stands"
             )
-        norm = clip_and_step(list(trainable.values()), optimizer, cfg.max_grad_norm, scaler, world)
+        norm = clip_and_step(trainable, optimizer, cfg.max_grad_norm, scaler, world, stages)
         if not math.isfinite(norm) and not cfg.fp16:
             raise ValueError(
                 f"the gradient of step {step + 1} is {norm}; its samples: {', '.join(ids)}; the last checkpoint stands"

@@ -1,11 +1,20 @@
-"""Tensor parallelism against one process: losses, weights, checkpoints, communication, generation."""
+"""Tensor and pipeline parallelism, alone and with ZeRO, against one process: losses, weights, checkpoints,
+communication, generation."""
+
+import json
+import math
 
 import pytest
 import test_blip2_train as blip2_train
 import test_train_visualglm as glm_train
-from test_train import arguments, assert_same_run, run
+import torch
+from test_train import arguments, assert_same_run, losses, run, weights
 
+import checkpoint
+import model_blip2 as blip2
 import model_qwen_vl as qwen
+import pipeline
+import train
 
 glm_base, glm_dataset = glm_train.glm_base, glm_train.glm_dataset
 
@@ -45,7 +54,8 @@ def blip2_captions(tmp_path_factory):
 def start(bases, mode, out, world=1, batch=8, **options):
     kind, settings = MODES[mode]
     split = {"per_device_train_batch_size": batch, **options}
-    split["gradient_accumulation_steps"] = 8 // (batch * (world // options.get("tensor_parallel_degree", 1)))
+    degrees = (options.get(f"{axis}_parallel_degree", 1) for axis in ("tensor", "pipeline"))
+    split.setdefault("gradient_accumulation_steps", 8 * math.prod(degrees) // (batch * world))
     run(arguments(*bases[kind], out, **{**settings, **split}), world=world)
 
 
@@ -73,3 +83,190 @@ def test_equals_one_process(bases, references, tmp_path, mode, layout):
     batch = 16 // world if mode == "stage 1" else 2  # pictures are contrasted within a round of micro-batches
     start(bases, mode, tmp_path / "out", world, batch, tensor_parallel_degree=2, **options)
     assert_same_run(tmp_path / "out", references(mode))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pipeline stages
+
+PP2 = {"batch": 2, "pipeline_parallel_degree": 2}
+PP2_DP2 = {**PP2, "batch": 1}
+PIPELINES = {  # name -> (processes, settings)
+    "pp2": (2, PP2),
+    "pp2 x dp2": (4, PP2_DP2),
+    "pp2 x zero1": (4, {**PP2_DP2, "sharding": "stage1"}),
+    "pp2 x zero2": (4, {**PP2_DP2, "sharding": "stage2"}),
+    "pp2 x zero3": (4, {**PP2_DP2, "sharding": "stage3"}),
+    "tp2 x pp2": (4, {**PP2, "tensor_parallel_degree": 2}),
+}
+PIPELINE_MODES = ["qwen sft", "qwen lora", "glm sft", "glm lora", "opt sft", "opt lora"]
+
+
+@pytest.fixture(scope="session")
+def train_run(bases, tmp_path_factory):
+    """train_run(mode, world=1, out=None, **settings) -> output directory; runs in one process are kept."""
+    kept = {}
+
+    def do(mode, world=1, out=None, **settings):
+        key = (mode, json.dumps(settings, sort_keys=True)) if world == 1 and out is None else None
+        if key is None or key not in kept:
+            out = out or tmp_path_factory.mktemp("run") / "out"
+            start(bases, mode, out, world, **settings)
+            if key is None:
+                return out
+            kept[key] = out
+        return kept[key]
+
+    return do
+
+
+def records(out, key):
+    return [r[key] for r in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if key in r]
+
+
+def assert_close(a, b, tolerance):
+    assert len(a) == len(b) and max(abs(x - y) for x, y in zip(a, b, strict=True)) < tolerance, (a, b)
+
+
+@pytest.mark.parametrize("layout", PIPELINES)
+@pytest.mark.parametrize("mode", PIPELINE_MODES)
+def test_pipeline_equals_one_process(references, train_run, mode, layout):
+    """Micro-batches of one or two samples, so that many have no picture, and streams of all lengths."""
+    world, settings = PIPELINES[layout]
+    out = train_run(mode, world, **settings)
+    assert_same_run(out, references(mode))
+    assert_close(records(out, "grad_norm"), records(references(mode), "grad_norm"), 1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pipeline_schedule": "gpipe", "batch": 8},
+        {"pipeline_schedule": "gpipe", "recompute": True},
+        {"pipeline_schedule": "interleaved"},
+        {"pipeline_schedule": "interleaved", "recompute": True},
+        {"recompute": True},
+    ],
+    ids=lambda o: " ".join(map(str, o.values())),
+)
+def test_pipeline_schedules_change_nothing(train_run, options):
+    """With evaluation in between, under LoRA with dropout."""
+    evaluation = {"evaluation_strategy": "steps", "eval_steps": 4, "save_steps": 4}
+    reference = train_run("qwen lora", **evaluation)
+    out = train_run("qwen lora", 2, **{**PP2, **options, **evaluation})
+    assert_same_run(out, reference)
+    assert len(records(out, "eval_loss")) == 2
+    assert_close(records(out, "eval_loss"), records(reference, "eval_loss"), 1e-5)
+
+
+FROZEN = {
+    "first stage": ("qwen sft", {"freeze_include": ["transformer.visual.*", "transformer.wte.*", "transformer.h.0.*"]}),
+    "last stage": ("qwen sft", {"freeze_include": ["transformer.h.*", "transformer.ln_f.*", "lm_head.*"]}),
+    "all but the tower": ("qwen sft", {"freeze_include": ["*.wte.*", "transformer.h.*", "*ln_f.*", "lm_head.*"]}),
+    "tied embedding": ("opt sft", {"freeze_include": ["language_model.model.decoder.embed_tokens.*"]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["pp2", "pp2 x zero1"])
+@pytest.mark.parametrize("case", FROZEN)
+def test_frozen_stages(train_run, case, layout):
+    """No gradient, or none for a micro-batch without a picture, comes back to a stage; frozen weights are bit-equal."""
+    mode, options = FROZEN[case]
+    options = {**options, "learning_rate": 1e-3}
+    world, split = PIPELINES[layout]
+    reference = train_run(mode, **options)
+    out = train_run(mode, world, **options, **split)
+    assert_same_run(out, reference)
+
+
+def test_prefix_on_every_stage(train_run, references):
+    """P-tuning's keys and values are used by all blocks: one gradient, from all stages."""
+    assert_same_run(train_run("glm ptuning", 2, **PP2), references("glm ptuning"))
+
+
+@pytest.mark.parametrize("level", ["O1", "O2"])
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_pipeline_in_sixteen_bits(train_run, kind, level):
+    options = {kind: True, "fp16_opt_level": level, "max_steps": 3, "learning_rate": 1e-3}
+    reference = train_run("qwen sft", **options)
+    outs = [train_run("qwen sft", 2, **options, **PP2)]
+    if kind == "bf16":  # in fp16 the layout decides which step overflows and is skipped
+        outs.append(train_run("qwen sft", 4, **options, **PP2_DP2, sharding="stage2"))
+    for out in outs:
+        assert_close(losses(out), losses(reference), 0.02)
+        a, b = weights(out), weights(reference)
+        assert all(a[n].dtype == b[n].dtype and (a[n].float() - b[n].float()).abs().max() < 0.02 for n in b)
+
+
+@pytest.mark.parametrize("mode", ["qwen sft", "qwen lora", "opt sft"])
+def test_pipeline_resumes_on_other_layouts(train_run, mode, tmp_path):
+    """Three steps each on pp2, one process, pp2 x zero3, dp2, pp2: the losses of an uninterrupted run."""
+    options = {"lr_scheduler_type": "constant", "learning_rate": 1e-3}
+    chain = [(2, PP2), (1, {}), (4, PIPELINES["pp2 x zero3"][1]), (2, {"batch": 4}), (2, PP2)]
+    for i, (world, layout) in enumerate(chain):
+        train_run(mode, world, tmp_path / "out", **options, **layout, max_steps=3 * (i + 1))
+    assert_same_run(tmp_path / "out", train_run(mode, **options, max_steps=15))
+
+
+def test_pipeline_checkpoint_is_whole(train_run, bases):
+    """Names, shapes and files of one process: a model_name_or_path."""
+    out = train_run("opt sft", 2, **PP2, max_steps=1)
+    base = weights(bases["opt"][0])
+    assert {n: t.shape for n, t in weights(out).items()} == {n: t.shape for n, t in base.items()}
+    model = blip2.build_model(checkpoint.read_config(out))
+    checkpoint.load_into(dict(model.named_parameters()), checkpoint.open_weights(out))
+    assert (out / "tokenizer.json").exists()
+
+
+def test_lora_goes_on_from_an_adapter(train_run, references):
+    adapter = references("qwen lora")
+    reference = train_run("qwen lora", lora_path=str(adapter), max_steps=3)
+    assert_same_run(train_run("qwen lora", 2, lora_path=str(adapter), max_steps=3, **PP2), reference)
+
+
+def test_cut_balances_cost():
+    cut = pipeline.cut
+    assert cut([1.0] * 8, 0, 0, 4) == [range(0, 2), range(2, 4), range(4, 6), range(6, 8)]
+    assert [len(r) for r in cut([1.0] * 8, 3, 1, 3)] == [1, 4, 3]
+    assert [len(r) for r in cut([1.0] * 3, 9, 0, 2)] == [0, 3]
+    assert [len(r) for r in cut([1.0] * 2, 0, 0, 4)] == [0, 1, 1, 0]
+    worst = min(max(a + 2.5, 7 - a + 1.0) for a in range(8))  # by trying all
+    assert max(len(r) + e for r, e in zip(cut([1.0] * 7, 2.5, 1.0, 2), (2.5, 1.0), strict=True)) == worst
+    with pytest.raises(ValueError, match="5 pipeline stages need at least 3 blocks, the model has 2"):
+        cut([1.0] * 2, 0, 0, 5)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({}, "gradient_accumulation_steps=1 is less than pipeline_parallel_degree=2"),
+        ({"pipeline_schedule": "zigzag"}, "pipeline_schedule='zigzag'; expected one of gpipe, 1f1b, interleaved"),
+        ({"pipeline_schedule": "interleaved", "gradient_accumulation_steps": 5}, "pipeline_schedule=interleaved"),
+        ({"gradient_accumulation_steps": 2, "eval_with_do_generation": True}, "eval_with_do_generation.*pipeline_para"),
+        ({"gradient_accumulation_steps": 2, "cache_image_features": True}, "cache_image_features.*pipeline_parallel"),
+    ],
+)
+def test_what_pipelines_refuse(options, words):
+    argv = [a for k, v in {"pipeline_parallel_degree": 2, **options}.items() for a in (f"--{k}", str(v))]
+    with pytest.raises(ValueError, match=words):
+        train.parse_config(argv)
+
+
+@pytest.mark.parametrize("mode, words", [("t5 sft", "Flan-T5's decoder"), ("stage 1", "pretrain1")])
+def test_models_that_are_not_cut(train_run, capfd, mode, words):
+    with pytest.raises(AssertionError):
+        train_run(mode, 2, **PP2)
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 2 and all(words in line and "pipeline_parallel_degree=2" in line for line in errors)
+
+
+def test_shared_gradients_need_no_second_look():
+    """Each parameter has a first stage that counts it once, whatever the model."""
+    with torch.device("meta"):
+        model = blip2.build_model(blip2.PRESETS["blip2-opt-2.7b"])
+    blocks = pipeline.cut([1.0] * 32, 8.0, 2.0, 4)
+    held = pipeline.stages_of_parameters(model, blip2.PIPELINE, blocks)
+    assert {n for n, where in held.items() if len(where) > 1} == {"language_model.model.decoder.embed_tokens.weight"}
+    assert held["language_model.model.decoder.embed_tokens.weight"] == {0, 3}
+    sizes = [sum(p.numel() for n, p in model.named_parameters() if stage in held[n]) for stage in range(4)]
+    tied = model.language_model.model.decoder.embed_tokens.weight.numel()
+    assert sum(sizes) == sum(p.numel() for p in model.parameters()) + tied
