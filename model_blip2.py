@@ -1156,11 +1156,11 @@ class Blip2Qformer(nn.Module):
         padded[torch.arange(longest, device=ids.device) < lengths[:, None]] = ids
         return parallel.gather_rows(padded[:real])[0], parallel.gather_rows(lengths[:real])[0]
 
-    def forward(self, batch: dict, output: str = "loss"):
+    def forward(self, batch: dict, output: str = "loss", x: None = None, blocks: None = None):
         """`output`: "loss" as losses(); "logits" (S, V) of each segment's last position (captioning with stage 1
-        alone);
-        "itc" (S, S) similarities of every picture with every text; "itm" (S,) probability that picture and text
-        match."""
+        alone); "itc" (S, S) similarities of every picture with every text; "itm" (S,) probability that picture and text
+        match. `x`, `blocks`: a pipeline's, for which this model has no stages."""
+        assert x is None and blocks is None, "stage 1 has no pipeline stages"
         if output == "logits":
             x = self.hidden(batch)
             return self.logits(x[batch["cu_seqlens"][1:].to(x.device) - 1])
