@@ -15,6 +15,7 @@ enters the cut part, the sum where it leaves. All else, gradients too, is equal 
 import functools
 import math
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -83,7 +85,10 @@ def init_world(tp: int = 1, pp: int = 1, sharding: str | None = None, sharding_d
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        store, rank, size = next(rendezvous("env://"))
+        # ranks that torchrun started again find the addresses of the dead ones in its store
+        store = dist.PrefixStore(f"start-{restart_count()}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     else:
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
@@ -95,9 +100,25 @@ def init_world(tp: int = 1, pp: int = 1, sharding: str | None = None, sharding_d
     return World(dist.get_rank(), dist.get_world_size(), device, mesh=mesh, **place)
 
 
+def restart_count() -> int:
+    """How often torchrun has started all ranks again, since one had died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
 def leave_world() -> None:
     groups.clear()
     dist.destroy_process_group()
+
+
+def lost_rank(error: BaseException) -> str | None:
+    """What a collective said when a rank was no longer there; None if the error is of another kind."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, dist.DistError) or "gloo" in str(seen):
+            text = str(seen).strip() or type(seen).__name__
+            return re.sub(r"^\[\S*gloo\S*\] ?", "", text.splitlines()[0]).split(". ")[0]
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, stage: str | None, dtype: torch.dtype | None) -> None:

@@ -784,8 +784,13 @@ def cache_features(model, plan, processor, cfg: Config, weights_id: str, world) 
 
 
 def prepare_output_dir(cfg: Config, world: parallel.World) -> Path | None:
-    """The checkpoint to continue from, or None. Refuses to touch a directory that is no run of ours."""
+    """The checkpoint to continue from, or None. Refuses to touch a directory that is no run of ours.
+
+    A run that torchrun started again, since a rank had died, always goes on from its own last checkpoint.
+    """
     out = Path(cfg.output_dir)
+    restarted = parallel.restart_count() > 0
+    overwrite = cfg.overwrite_output_dir and not restarted
     is_run = (out / "train_config.json").exists()
     if out.exists() and not out.is_dir():
         raise ValueError(f"output_dir={out} is a file; choose a directory")
@@ -793,19 +798,19 @@ def prepare_output_dir(cfg: Config, world: parallel.World) -> Path | None:
         raise ValueError(
             f"output_dir={out} is not empty and holds no earlier run (no train_config.json); choose another directory"
         )
-    resume = None
-    if isinstance(cfg.resume_from_checkpoint, str):
+    resume = checkpoint.last_checkpoint(out) if restarted else None
+    if resume is None and isinstance(cfg.resume_from_checkpoint, str):
         resume = Path(cfg.resume_from_checkpoint)
         if not (resume / "trainer_state.json").exists():
             raise ValueError(f"resume_from_checkpoint={resume} is no complete checkpoint (no trainer_state.json)")
-    elif not cfg.overwrite_output_dir:
+    elif not overwrite and resume is None:
         resume = checkpoint.last_checkpoint(out)
-        if resume is None and cfg.resume_from_checkpoint:
+        if resume is None and cfg.resume_from_checkpoint and not restarted:
             raise ValueError(f"resume_from_checkpoint=true, but {out} has no complete checkpoint")
     parallel.barrier(world)
     if world.main:
         out.mkdir(parents=True, exist_ok=True)
-        if is_run and cfg.overwrite_output_dir:
+        if is_run and overwrite:
             for path in [
                 *out.glob("checkpoint-*"),
                 *(out / n for n in ("log.jsonl", "loss.png")),
@@ -1089,6 +1094,15 @@ def main(argv: list[str] | None = None) -> int:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return run(cfg, module, directory, world)
+    except RuntimeError as e:
+        if (reason := parallel.lost_rank(e)) is None:
+            raise
+        last = checkpoint.last_checkpoint(cfg.output_dir)
+        then = f"continues from {last}" if last else "begins anew, since there is no checkpoint yet"
+        raise ConnectionError(
+            f"another rank is gone ({reason}): it was killed, or stopped with an error that it printed; the same "
+            f"command {then}, and torchrun --max-restarts does so by itself"
+        ) from None
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -3,12 +3,18 @@ communication, generation."""
 
 import json
 import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import test_blip2_train as blip2_train
 import test_train_visualglm as glm_train
 import torch
-from test_train import arguments, assert_same_run, losses, run, weights
+from test_train import ROOT, arguments, assert_same_run, losses, run, wait_for_step, weights
 
 import checkpoint
 import model_blip2 as blip2
@@ -270,3 +276,72 @@ def test_shared_gradients_need_no_second_look():
     sizes = [sum(p.numel() for n, p in model.named_parameters() if stage in held[n]) for stage in range(4)]
     tied = model.language_model.model.decoder.embed_tokens.weight.numel()
     assert sum(sizes) == sum(p.numel() for p in model.parameters()) + tied
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranks that die
+
+
+def rank_process(pid: int, rank: int) -> int:
+    """Process id of torchrun's worker of that rank."""
+    for child in map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return child
+    raise AssertionError(f"torchrun has no rank {rank}")
+
+
+def test_torchrun_restarts_after_a_kill(bases, tmp_path):
+    """kill -9 of one rank: the other ends by itself with one line, and torchrun goes on from the last checkpoint, even
+    of a run that overwrites an older one."""
+    options = {"max_steps": 24, "save_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
+    options["gradient_accumulation_steps"] = 4
+    run(arguments(*bases["qwen"], tmp_path / "reference", **options))
+    options |= {"pipeline_parallel_degree": 2, "overwrite_output_dir": True}
+    argv = arguments(*bases["qwen"], tmp_path / "out", **options)
+    command = "-m torch.distributed.run --standalone --nproc_per_node 2 --max-restarts 1 train.py".split()
+    process = subprocess.Popen(
+        [sys.executable, *command, *argv], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    try:
+        wait_for_step(tmp_path / "out", 6)
+        os.kill(rank_process(process.pid, 1), signal.SIGKILL)
+        output, _ = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and re.match(r"error: \[rank 0\] another rank is gone .* continues from .*-\d+", errors[0])
+    assert re.search(r"continuing from .*checkpoint-\d+ at step", output), output
+    assert_same_run(tmp_path / "out", tmp_path / "reference")
+
+
+def die(*_args, **_options):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("where", ["save_weights", "save_train_state"])
+def test_a_rank_that_dies_while_it_saves(bases, tmp_path, monkeypatch, capfd, where):
+    """The checkpoint before stands, the broken one does not appear, and the run goes on from it."""
+    out, settings = tmp_path / "out", {**PP2, "save_steps": 2}
+    start(bases, "qwen sft", out, 2, **settings, max_steps=2)
+    before = {p: p.read_bytes() for p in sorted(out.glob("checkpoint-2/**/*")) if p.is_file()}
+    original = getattr(checkpoint, where)
+
+    def save(directory, *args, **options):
+        if os.environ["RANK"] == "1" and "checkpoint-4" in str(directory):
+            next(iter(args[0]), None) if where == "save_weights" else None  # in the middle of it
+            die()
+        return original(directory, *args, **options)
+
+    monkeypatch.setattr(checkpoint, where, save)
+    with pytest.raises(AssertionError, match="-9"):
+        start(bases, "qwen sft", out, 2, **settings, max_steps=6)
+    assert "error: [rank 0] another rank is gone" in capfd.readouterr().err
+    monkeypatch.setattr(checkpoint, where, original)
+    assert checkpoint.last_checkpoint(out).name == "checkpoint-2" and not list(out.glob("*.tmp"))
+    assert {p: p.read_bytes() for p in before} == before
+    start(bases, "qwen sft", out, 2, **settings, max_steps=6)
+    start(bases, "qwen sft", tmp_path / "reference", max_steps=6)
+    assert len(losses(out)) == 6 and abs(losses(out)[0] - losses(tmp_path / "reference")[0]) < 1e-5
