@@ -366,6 +366,8 @@ def load_model(
     """A model for inference from a checkpoint directory, optionally with an adapter (not merged)."""
     config = checkpoint.read_config(directory)
     module = importlib.import_module("model_" + checkpoint.model_kind(config))
+    if hasattr(module, "check_dtype"):
+        module.check_dtype(config, dtype)
     with torch.device("meta"):
         model = module.build_model(config)
     model = model.to(dtype).to_empty(device=device)

@@ -2,6 +2,7 @@
 
     python generate.py --model_name_or_path blip2-opt-2.7b --image a.png --prompt "Question: what is this? Answer:"
     python model_blip2.py import blip2_pretrained.pth --config config.json --out stage1    # LAVIS checkpoints, and back
+    python model_blip2.py init bert-base-uncased --tower eva_vit_g.pth --out stage1        # what stage 1 begins with
     python model_blip2.py resize blip2-opt-2.7b blip2-opt-2.7b-364 --image_size 364
 
 Two models: `Blip2` reads a picture and writes text; `Blip2Qformer` is stage 1 of pre-training and retrieval (a
@@ -21,7 +22,7 @@ import math
 import re
 import sys
 import zlib
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -110,7 +111,7 @@ class Blip2Config:
     text: OPTConfig | T5Config
     num_query_tokens: int = 32
     image_text_hidden_size: int = 256
-    image_token_index: int | None = None  # null in older files: then the padding token stands for a picture
+    image_token_index: int | None = None  # null in older files
     stage1_heads: bool = (
         False  # temperature and language-modelling head of stage 1; published retrieval models lack them
     )
@@ -167,7 +168,8 @@ class Blip2Config:
                     f"text_config: dense_act_fn={text.dense_act_fn!r}; expected gelu or gelu_new, gated (Flan-T5)",
                 ),
                 (
-                    not parts[2].get("tie_word_embeddings", False),
+                    # transformers 5 saves tie_word_embeddings true for every T5, and what it means in the other key
+                    not parts[2].get("scale_decoder_outputs", parts[2].get("tie_word_embeddings", False)),
                     "text_config.tie_word_embeddings must be false: Flan-T5 has its own lm_head",
                 ),
             ]
@@ -1208,6 +1210,13 @@ def build_model(config: dict) -> Blip2 | Blip2Qformer:
     return Blip2Qformer(config) if config.qformer.use_qformer_text_input else Blip2(config)
 
 
+def check_dtype(config: dict, dtype: torch.dtype) -> None:
+    """ValueError for a number format that the model's activations leave."""
+    kind = config["text_config"]["model_type"]
+    if kind == "t5" and dtype == torch.float16:
+        raise ValueError("Flan-T5 overflows in fp16 (float16): use bf16 (bfloat16) or fp32 (float32)")
+
+
 # Parameters of each part, for the start-up table: the first pattern that matches
 PARTS = {
     "vision": "vision_model.*",
@@ -1380,6 +1389,41 @@ def from_lavis(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
+def from_bert(state: dict[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
+    """A BERT checkpoint under the Q-Former's names, as stage 1 begins: the queries' feed-forwards are copies of the
+    text's, one row for [DEC] is added to the vocabulary."""
+    dropped = ("pooler", "token_type_embeddings", "seq_relationship", "position_ids", "predictions.decoder")
+    names = {n: n.replace("gamma", "weight").replace("beta", "bias") for n in state if not any(d in n for d in dropped)}
+    names = {n: m if m.startswith(("bert.", "cls.")) else f"bert.{m}" for n, m in names.items()}
+    out = from_lavis({f"Qformer.{m}": state[n] for n, m in names.items()})
+    for name in list(out):
+        if match := re.fullmatch(r"(qformer\.encoder\.layer\.\d+\.(?:intermediate|output))(\..*)", name):
+            out[f"{match[1]}_query{match[2]}"] = out[name].clone()
+    words = out["embeddings.word_embeddings.weight"]
+    row = torch.empty(1, words.shape[1]).normal_(0, 0.02, generator=torch.Generator().manual_seed(seed))
+    out["embeddings.word_embeddings.weight"] = torch.cat((words, row.to(words.dtype)))
+    if "cls.predictions.bias" in out:
+        out["cls.predictions.bias"] = F.pad(out["cls.predictions.bias"], (0, 1))
+    return out
+
+
+def fill_stage1(config: dict, state: dict[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
+    """`state` with what stage 1 begins anew: queries, cross-attention, heads; projections as nn.Linear's default."""
+    with torch.device("meta"):
+        model = build_model(config)
+    for name, p in model.named_parameters():
+        if name not in state and not name.startswith(tuple(pattern[:-1] for pattern in _TOWER)):
+            generator = torch.Generator().manual_seed(seed + (zlib.crc32(name.encode()) >> 1))
+            tensor = torch.empty(p.shape)
+            if name.startswith(("vision_projection", "text_projection", "itm_head")):
+                bound = config["qformer_config"]["hidden_size"] ** -0.5
+                tensor.uniform_(-bound, bound, generator=generator)
+            else:
+                init_weights(model.config, name, tensor, generator)
+            state = {**state, name: tensor}
+    return state
+
+
 def to_lavis(state: dict[str, Tensor], max_positions: int = 512) -> dict[str, Tensor]:
     """The inverse, with LAVIS's aliases and its buffer of text positions. The k third of the towers' biases has no
     place there."""
@@ -1521,7 +1565,9 @@ class Blip2Processor:
         self.config, self.tokenizer, self.stage = config, tokenizer, stage
         self.image_size, self.num_image_tokens = config.vision.image_size, config.num_query_tokens
         self.kind = "bert" if stage == "pretrain1" else "t5" if config.is_t5 else "opt"
-        self.slot = config.text.pad_token_id if config.image_token_index is None else config.image_token_index
+        self.slot = config.image_token_index
+        if self.slot is None:  # any token but the one that T5's decoder starts with: features replace its embedding
+            self.slot = config.text.eos_token_id if config.is_t5 else config.text.pad_token_id
         self.decoder_start = config.qformer.vocab_size - 1  # stage 1, as in Blip2Qformer
         # OPT ends at a line break; </s>, which stands in front of every text, ends nothing
         self.end = tokenizer.encode("\n") if self.kind == "opt" else [tokenizer.eos]
@@ -1530,7 +1576,7 @@ class Blip2Processor:
     def fingerprint(self) -> str:
         """Changes whenever the same conversation could get other ids."""
         vocabulary = hashlib.sha256(self.tokenizer.model.to_str().encode()).hexdigest()
-        return f"blip2-1-{self.stage}-{self.num_image_tokens}-{vocabulary}"
+        return f"blip2-2-{self.stage}-{self.num_image_tokens}-{vocabulary}"
 
     # same as model_qwen_vl.QwenVLProcessor.load_image
     def load_image(self, path: str | Path) -> Tensor:
@@ -1670,6 +1716,12 @@ def write_model(out: str | Path, config: dict, state: dict[str, Tensor], side_fi
             checkpoint.copy_side_files(side_files, temporary)
 
 
+def without_last_block(config: dict, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """eva_vit_g.pth has one block more than BLIP-2 uses."""
+    last = f"vision_model.encoder.layers.{Blip2Config.from_dict(config).vision.num_hidden_layers}."
+    return {n: t for n, t in state.items() if not n.startswith(last)}
+
+
 def read_model(directory: str | Path) -> dict[str, Tensor]:
     weights = checkpoint.open_weights(directory, aliases=ALIASES)
     return {name: weights.read(name) for name in weights}
@@ -1683,6 +1735,12 @@ def main() -> int:
     add("--config", help="config.json of the model; default: the base's")
     add("--base", help="checkpoint directory with the missing parts (tower, language model) and the tokenizer")
     add("--tokenizer", help="directory of tokenizer files, if not --base")
+    add("--out", required=True)
+    add = commands.add_parser("init", help="BERT and the tower -> the checkpoint that stage 1 begins with").add_argument
+    add("bert", help="directory of bert-base-uncased: weights, vocab.txt or tokenizer.json")
+    add("--tower", required=True, help="eva_vit_g.pth")
+    add("--config", help="config.json of the model; default: the published sizes")
+    add("--seed", type=int, default=0)
     add("--out", required=True)
     add = commands.add_parser("export", help="a checkpoint directory -> a LAVIS .pth file").add_argument
     add("directory")
@@ -1719,9 +1777,14 @@ def main() -> int:
             }  # a stage-1 file for a stage-2 model: the text branch goes
         elif "language_model" in {n.split(".")[0] for n in state}:
             state = {n: t for n, t in state.items() if n in wanted or not n.startswith("vision_model.encoder.layers.")}
-        layers = f"vision_model.encoder.layers.{Blip2Config.from_dict(config).vision.num_hidden_layers}."
-        state = {n: t for n, t in state.items() if not n.startswith(layers)}  # EVA-CLIP's last block
-        write_model(args.out, config, state, args.tokenizer or args.base)
+        write_model(args.out, config, without_last_block(config, state), args.tokenizer or args.base)
+    elif args.command == "init":
+        config = checkpoint.read_json(args.config, "give --config") if args.config else PRESETS["blip2-stage1"]
+        config = {**config, "vision_config": {**config["vision_config"], "post_layernorm_eps": 1e-5}}
+        config["qformer_config"] = {**asdict(QFormerConfig()), **config["qformer_config"]}
+        state = {**read_lavis(args.tower), **from_bert(read_model(args.bert), args.seed)}
+        state = fill_stage1(config, without_last_block(config, state), args.seed)
+        write_model(args.out, config, state, args.bert)
     elif args.command == "export":
         state = read_model(args.directory)
         if args.trained_only:

@@ -1066,6 +1066,8 @@ def model_file(cfg: Config) -> tuple[dict, object, Path | None]:
 def main(argv: list[str] | None = None) -> int:
     cfg = parse_config(sys.argv[1:] if argv is None else argv)
     config, module, directory = model_file(cfg)
+    if cfg.fp16 and hasattr(module, "check_dtype"):
+        module.check_dtype(config, torch.float16)
     if directory is None and not cfg.dry_run:
         raise ValueError(
             f"{cfg.model_name_or_path} is a shape without weights or tokenizer, for --dry_run; "

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import shutil
 import socket
-import subprocess
 import sys
 
 import numpy as np
@@ -16,7 +15,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import checkpoint
 import data
+import evaluate
+import generate
 import merge
+import metrics
 import model_blip2 as blip2
 import train
 
@@ -142,6 +144,12 @@ def run(base, dataset, out, world=1, **options):
         **options,
     }
     argv = [a for k, v in options.items() for a in (f"--{k}", v if isinstance(v, str) else json.dumps(v))]
+    assert start(argv, world) == [0] * world
+    return out
+
+
+def start(argv, world=1):
+    """train.py in `world` forked processes -> their exit codes."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -155,8 +163,7 @@ def run(base, dataset, out, world=1, **options):
             for q in processes:
                 q.kill()
             pytest.fail("a rank hangs")
-    assert [p.exitcode for p in processes] == [0] * world
-    return out
+    return [p.exitcode for p in processes]
 
 
 def losses(out):
@@ -251,22 +258,31 @@ def test_stage_and_checkpoint_must_fit(bases, dataset, tmp_path, capfd):
     assert "do not go together" in capfd.readouterr().err
 
 
-def test_lora_with_the_toolkits_keys(bases, dataset, tmp_path):
-    """paddlemix/config/blip2/lora_sft_argument.json, key for key, in fewer steps and in fp32."""
+def test_lora_with_the_toolkits_file(bases, dataset, tmp_path):
+    """paddlemix/config/blip2/lora_sft_argument.json: only the paths differ, and the number of steps."""
     toolkit = {
-        "text_model_name_or_path": "facebook/opt-2.7b", "overwrite_output_dir": True, "gradient_accumulation_steps": 1,
-        "per_device_eval_batch_size": 128, "eval_accumulation_steps": 16, "num_train_epochs": 10, "weight_decay": 0.05,
-        "adam_beta2": 0.95, "eta_min": 1e-5, "warmup_start_lr": 1e-6, "lr_scheduler_name": "CosineDecayWithWarmup",
-        "logging_steps": 1, "save_steps": 10, "evaluation_strategy": "steps", "save_strategy": "steps",
-        "fp16_opt_level": "O1", "do_train": True, "do_eval": False, "do_predict": False, "load_best_model_at_end": True,
-        "eval_with_do_generation": False, "save_total_limit": 1, "lora": True, "lora_rank": 16, "lora_alpha": 32,
-        "lora_dropout": 0.05,
+        "model_name_or_path": str(bases["opt"]), "text_model_name_or_path": "facebook/opt-2.7b",
+        "dataset": {"train": [{**dataset["train"][0], "splits": "train"}],
+                    "eval": [{**dataset["eval"][0], "splits": "val"}]},
+        "output_dir": str(tmp_path / "out"), "overwrite_output_dir": True, "per_device_train_batch_size": 32,
+        "gradient_accumulation_steps": 1, "per_device_eval_batch_size": 128, "eval_accumulation_steps": 16,
+        "num_train_epochs": 10, "learning_rate": 1e-03, "weight_decay": 0.05, "adam_beta2": 0.95, "eta_min": 1e-5,
+        "warmup_start_lr": 1e-6, "lr_scheduler_name": "CosineDecayWithWarmup", "logging_steps": 1, "save_steps": 10,
+        "evaluation_strategy": "steps", "save_strategy": "steps", "max_length": 2048, "fp16": True,
+        "fp16_opt_level": "O1", "do_train": True, "do_eval": False, "do_predict": False, "disable_tqdm": True,
+        "load_best_model_at_end": True, "eval_with_do_generation": False, "save_total_limit": 1, "lora": True,
+        "lora_rank": 16, "lora_alpha": 32, "lora_dropout": 0.05,
         "lora_target_modules": ["language_model.opt.decoder.layers.*.self_attn.q_proj.*",
                                 "language_model.opt.decoder.layers.*.self_attn.v_proj.*"],
     }  # fmt: skip
-    out = run(bases["opt"], dataset, tmp_path / "out", max_steps=12, learning_rate=1e-2, **toolkit)
-    assert losses(out)[-1] < losses(out)[0]
+    (tmp_path / "argument.json").write_text(json.dumps(toolkit))
+    out = tmp_path / "out"
+    assert start([str(tmp_path / "argument.json"), "--max_steps", "12", "--num_workers", "0"]) == [0]
+    assert losses(out)[-1] < losses(out)[0] and (out / "checkpoint-10").is_dir()
     config = json.loads((out / "adapter_config.json").read_text())
+    assert config["r"] == 16 and sorted(config["target_modules"]) == sorted(
+        f"language_model.model.decoder.layers.{i}.self_attn.{p}_proj" for i in range(2) for p in "qv"
+    )
     merged = tmp_path / "merged"
     merge.main(["--lora_path", str(out), "--merge_model_path", str(merged)])
     request = tmp_path / "r.jsonl"
@@ -274,44 +290,205 @@ def test_lora_with_the_toolkits_keys(bases, dataset, tmp_path):
     answers = []
     for options in (["--lora_path", str(out)], ["--model_name_or_path", str(merged)]):
         for beams in ("1", "3"):
-            files = ["--requests", str(request), "--output", str(tmp_path / "a")]
-            command = [sys.executable, "generate.py", *options, *files]
-            subprocess.run([*command, "--num_beams", beams, "--max_new_tokens", "5"], check=True, cwd=data.ROOT)
+            argv = ["--requests", str(request), "--output", str(tmp_path / "a"), "--num_beams", beams]
+            generate.main([*options, *argv, "--max_new_tokens", "5"])
             answers.append((tmp_path / "a").read_text())
     assert answers[:2] == answers[2:]
-    assert config["r"] == 16 and sorted(config["target_modules"]) == sorted(
-        f"language_model.model.decoder.layers.{i}.self_attn.{p}_proj" for i in range(2) for p in "qv"
-    )
+
+
+CAPTIONS = ["w3 w1 w4", "w1 w5 w9 w2 w6", "w5", "w3 w5 w8 w9"]
 
 
 @pytest.mark.parametrize("kind", ["opt", "t5"])
-def test_transformers_reads_what_we_write(bases, kind):
-    transformers = pytest.importorskip("transformers")
+def test_four_captions_by_heart(bases, tmp_path, kind):
+    """Labels are shifted and the end is learned: the captions come back exactly, and stop."""
+    rng = np.random.default_rng(1)
+    for i in range(4):
+        Image.fromarray(rng.integers(0, 255, (28, 28, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    records = [{"image": f"{i}.png", "caption": caption} for i, caption in enumerate(CAPTIONS)]
+    (tmp_path / "four.json").write_text(json.dumps(records))
+    entries = [{"name": "coco_caption", "data_files": str(tmp_path / "four.json")}]
+    options = {"per_device_train_batch_size": 4, "max_steps": 70, "learning_rate": 5e-3}
+    out = run(bases[kind], {"train": entries, "eval": entries}, tmp_path / "out", stage="sft", **options)
+    model, processor = generate.load_model(out), blip2.load_processor(out)
+    questions = [c for i in range(4) for c in data.open_entries(entries)[0].conversations(i)]
+    requests = [processor.prompt(c) for c in questions]
+    for request in requests:
+        request["pixel_values"] = [processor.load_image(p) for p in request["images"]]
+    ids = generate.generate(model, requests, 20, processor.stop_words)
+    assert [processor.decode(i) for i in ids] == CAPTIONS and all(i[-1] == processor.eos for i in ids)
+    how = generate.Decoding(max_new_tokens=20, num_beams=3)
+    assert generate.answer(model, processor, questions, processor.stop_words, how) == CAPTIONS
+
+
+@pytest.mark.parametrize("kind", ["pretrain1", "opt"])
+def test_retrieval_and_captions_are_scored(bases, dataset, tmp_path, kind):
+    argv = ["--model_name_or_path", str(bases[kind]), "--data_files", dataset["train"][0]["data_files"]]
+    argv += ["--name", "coco_caption", "--output", str(tmp_path / "r.json"), "--batch_size", "7", "--rerank", "20"]
+    assert evaluate.main(argv) == 0
+    scores = json.loads((tmp_path / "r.json").read_text())["scores"]
+    if kind == "opt":
+        assert scores.keys() == set(metrics.SCORES["caption"])
+        with pytest.raises(ValueError, match="needs a stage-1 checkpoint"):
+            evaluate.main([*argv, "--metric", "retrieval"])
+        return
+    model, processor = generate.load_model(bases[kind]), blip2.load_processor(bases[kind], "pretrain1")
+    entry = data.open_entries(dataset["train"])[0]
+    captions = [c for i in range(20) for c in entry.conversations(i)]
+    samples = [data.attach_images(processor.encode(c, 64), processor) for c in captions]
+    Q = processor.num_image_tokens
+    with torch.no_grad():
+        similarity = model(data.collate(samples), output="itc")  # (pictures, texts)
+        _, ours, matched = evaluate.retrieval(model, processor, captions, 7, 20)
+        assert (ours - similarity).abs().max() < 1e-5 and matched.isfinite().all()
+        for i, j in ((i, 3 * i % 20) for i in range(20)):  # each pair alone
+            image, text = model.vision_model(samples[i]["pixel_values"][0][None]), samples[j]["input_ids"][Q:]
+            logits = model.match(image, torch.from_numpy(text).long(), torch.tensor([len(text)]))
+            assert abs(matched[i, j] - similarity[i, j] - logits[0, 1]) < 1e-5
+        few = evaluate.retrieval(model, processor, captions, 7, 3)[2].isfinite()
+    best = [torch.zeros(20, 20).scatter(d, similarity.topk(3, d).indices, 1.0) for d in (0, 1)]
+    assert torch.equal(few, (best[0] + best[1]) > 0)
+    for k, name in ((1, "itc_text_r1"), (5, "itc_text_r5")):
+        rank = (similarity > similarity.diag()[:, None]).sum(1)
+        assert scores[name] == pytest.approx((rank < k).float().mean().item())
+    rank = (similarity > similarity.diag()[None]).sum(0)
+    assert scores["itc_image_r10"] == pytest.approx((rank < 10).float().mean().item())
+
+
+def their_model(transformers, path, kind):
     theirs, info = transformers.Blip2ForConditionalGeneration.from_pretrained(
-        bases[kind], output_loading_info=True, dtype=torch.float32
+        path, output_loading_info=True, dtype=torch.float32
     )
     assert not info["unexpected_keys"] and not info["mismatched_keys"]
     assert not set(info["missing_keys"]) - blip2.ALIASES.keys()
-    ours = blip2.build_model(checkpoint.read_config(bases[kind])).eval()
-    checkpoint.load_into(dict(ours.named_parameters()), checkpoint.open_weights(bases[kind]))
-    pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
-    slot, Q = 60, 4
-    theirs.config.image_token_index = theirs.config.image_token_id = slot
-    text = [7, 8, 9]
-    ids = [slot] * Q + ([*text, 1] if kind == "t5" else [2, *text])
-    ours_ids = torch.tensor(ids + ([0] if kind == "t5" else []))
-    batch = {
-        "input_ids": ours_ids,
-        "position_ids": torch.arange(len(ours_ids)),
-        "max_len": len(ours_ids),
-        "pixel_values": pixels,
-        "cu_seqlens": torch.tensor([0, len(ours_ids)], dtype=torch.int32),
-        "image_positions": torch.arange(Q)[None],
-    }
+    theirs.config.image_token_index = theirs.config.image_token_id = SLOT
+    return theirs.eval()
+
+
+SLOT, PROMPT = 60, [7, 8, 9]
+
+
+def their_ids(kind):
+    return torch.tensor([[SLOT] * 4 + ([*PROMPT, 1] if kind == "t5" else [2, *PROMPT])])
+
+
+def our_request(kind, pixels):
+    ids = their_ids(kind)[0].tolist() + ([0] if kind == "t5" else [])
+    return {"input_ids": ids, "image_starts": [0], "pixel_values": [pixels[0]], "seen": [0] if kind == "t5" else ids}
+
+
+def their_logits(theirs, kind, pixels):
     extra = {"decoder_input_ids": torch.tensor([[0]])} if kind == "t5" else {}
+    ids = their_ids(kind)
     with torch.no_grad():
-        expected = theirs.eval()(
-            pixel_values=pixels, input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), **extra
-        ).logits
-        got = ours.logits(ours.hidden(batch))
-    assert (got - expected[0]).abs().max() < 1e-4
+        return theirs(pixel_values=pixels, input_ids=ids, attention_mask=torch.ones_like(ids), **extra).logits[0]
+
+
+def our_logits(model, kind, pixels):
+    request = our_request(kind, pixels)
+    batch = data.collate([{**request, "labels": request["input_ids"], "num_image_tokens": 4}])
+    with torch.no_grad():
+        return model.logits(model.hidden(batch))
+
+
+def same_answers(theirs, ours, kind, pixels):
+    """Logits, greedy tokens and beams."""
+    assert (our_logits(ours, kind, pixels) - their_logits(theirs, kind, pixels)).abs().max() < 1e-4
+    ids, request, eos = their_ids(kind), our_request(kind, pixels), 1 if kind == "t5" else 4
+    for options in ({}, {"num_beams": 3, "length_penalty": 1.5}, {"num_beams": 4, "repetition_penalty": 1.3}):
+        expected = theirs.generate(
+            pixel_values=pixels, input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
+            max_new_tokens=8, eos_token_id=eos, pad_token_id=eos, decoder_start_token_id=0, **options,
+        )[0].tolist()  # fmt: skip
+        expected = expected[1 if kind == "t5" else ids.shape[1] :]
+        expected = expected[: expected.index(eos) + 1] if eos in expected else expected
+        if options:
+            found = generate.beam_search(ours, [request], 8, [[eos]], **options)[0][0][1]
+        else:
+            found = generate.generate(ours, [request], 8, [[eos]])[0]
+        assert found == expected, options
+    return found
+
+
+@pytest.mark.parametrize("kind", ["opt", "t5"])
+def test_directories_go_to_transformers_and_back(bases, tmp_path, kind):
+    transformers = pytest.importorskip("transformers")
+    theirs, ours = their_model(transformers, bases[kind], kind), generate.load_model(bases[kind])
+    pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    same_answers(theirs, ours, kind, pixels)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.mul_(1.1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    same_answers(theirs, generate.load_model(tmp_path / "theirs"), kind, pixels)
+
+
+@pytest.mark.parametrize("kind", ["opt", "t5"])
+def test_adapters_go_to_peft_and_back(bases, dataset, tmp_path, kind):
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    out = run(bases[kind], dataset, tmp_path / "out", stage="sft", lora=True, learning_rate=3e-2)
+    pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    plain = our_logits(generate.load_model(bases[kind]), kind, pixels)
+
+    ours = generate.load_model(bases[kind], lora_path=out)
+    theirs = peft.PeftModel.from_pretrained(their_model(transformers, bases[kind], kind), out).eval()
+    logits = their_logits(theirs, kind, pixels)
+    assert (our_logits(ours, kind, pixels) - logits).abs().max() < 1e-4 and (logits - plain).abs().max() > 1e-2
+
+    targets = {"opt": r".*language_model.*\.(q_proj|fc2)", "t5": r".*language_model.*\.(q|wo)"}[kind]
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, init_lora_weights=False)
+    theirs = peft.get_peft_model(their_model(transformers, bases[kind], kind), config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    logits = their_logits(theirs, kind, pixels)
+    ours = generate.load_model(bases[kind], lora_path=tmp_path / "theirs")
+    assert (our_logits(ours, kind, pixels) - logits).abs().max() < 1e-4 and (logits - plain).abs().max() > 1e-2
+
+
+def test_stage1_begins_with_bert(bases, tmp_path, monkeypatch, capsys):
+    """Against transformers' BERT: a text alone gives its hidden states; queries' feed-forwards are copies."""
+    transformers = pytest.importorskip("transformers")
+    config = checkpoint.read_config(bases["pretrain1"])
+    q = config["qformer_config"]
+    sizes = {k: q[k] for k in ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers")}
+    bert = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=39, max_position_embeddings=32, **sizes))
+    with torch.no_grad():
+        for p in bert.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+        bert.bert.embeddings.token_type_embeddings.weight.zero_()  # BLIP-2 has none
+    bert.save_pretrained(tmp_path / "bert")
+    shutil.copy(bases["pretrain1"] / "tokenizer.json", tmp_path / "bert")
+    tower = {n: t for n, t in weights(bases["pretrain1"]).items() if n.startswith("vision_model.e")}
+    tower = {n.removeprefix("visual_encoder."): t for n, t in blip2.to_lavis(tower).items() if "visual" in n}
+    tower |= {n.replace("blocks.1.", "blocks.2."): t for n, t in tower.items() if n.startswith("blocks.1.")}  # unused
+    torch.save(tower, tmp_path / "eva.pth")
+    out = tmp_path / "out"
+    argv = ["init", str(tmp_path / "bert"), "--tower", str(tmp_path / "eva.pth"), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["x", *argv, "--config", str(bases["pretrain1"] / "config.json")])
+    assert blip2.main() == 0
+    model = generate.load_model(out)
+    blip2.load_processor(out, "pretrain1")
+    ids, lengths = torch.tensor([2, 5, 9, 3, 2, 7, 3]), torch.tensor([4, 3])
+    with torch.no_grad():
+        got = model.encode_text(ids, lengths)
+        for part, row in zip(got.split([4, 3]), ids.split([4, 3]), strict=True):
+            assert (part - bert.eval().bert(row[None]).last_hidden_state[0]).abs().max() < 1e-5
+            assert (model.logits(part)[:, :39] - bert(row[None]).logits[0]).abs().max() < 1e-4
+    new, old = dict(model.named_parameters()), weights(bases["pretrain1"])
+    assert torch.equal(new["qformer.encoder.layer.1.output_query.dense.weight"],
+                       new["qformer.encoder.layer.1.output.dense.weight"])  # fmt: skip
+    name = "vision_model.encoder.layers.1.mlp.fc1.weight"
+    assert torch.equal(new[name], old[name])
+    assert new["embeddings.word_embeddings.weight"].shape[0] == 40 and new["temp"].item() == pytest.approx(0.07)
+    assert 0.01 < new["query_tokens"].std() < 0.03
+
+
+def test_flan_t5_is_refused_in_fp16(bases, dataset, tmp_path, capsys):
+    entries = json.dumps({k: dataset[k] for k in ("train", "eval")})
+    argv = ["--model_name_or_path", str(bases["t5"]), "--dataset", entries, "--output_dir", str(tmp_path / "o")]
+    asked = ["--model_name_or_path", str(bases["t5"]), "--image", dataset["image"], "--prompt", "w1"]
+    asked += ["--dtype", "float16"]
+    for main, options in ((train.main, [*argv, "--fp16"]), (generate.main, asked)):
+        assert checkpoint.cli(lambda main=main, options=options: main(options)) == 1
+        err = capsys.readouterr().err.splitlines()[-1]
+        assert err == "error: Flan-T5 overflows in fp16 (float16): use bf16 (bfloat16) or fp32 (float32)"
+    assert not (tmp_path / "o").exists()
