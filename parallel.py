@@ -140,9 +140,11 @@ def reshard(model: nn.Module) -> None:
 
 
 def set_gradient_sync(model: nn.Module, stage: str | None, last: bool) -> None:
-    """Before each micro-batch's backward: only stages 2 and 3 reduce gradients before the step's last one."""
+    """Before each micro-batch's backward: only stages 2 and 3 reduce gradients before the step's last one, and only
+    stage 3 gathers the parameters again for the next one."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last or stage in ("stage2", "stage3"))
+        model.set_reshard_after_backward(last or stage == "stage3")
 
 
 def recompute(model: nn.Module) -> None:

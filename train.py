@@ -637,6 +637,7 @@ def forward_backward(
 
     if stages is not None:
         stages.run(forward, count, length, prepare)
+        parallel.reshard(model)
         return sums
     for i in range(count):
         loss = forward(i)
@@ -644,6 +645,7 @@ def forward_backward(
             prepare(i)
             loss.backward()
         del on_device[i]
+    parallel.reshard(model)  # a micro-batch without a backward pass may have come last
     return sums
 
 

@@ -279,6 +279,47 @@ def test_shared_gradients_need_no_second_look():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Communication of the data-parallel axes
+
+
+@pytest.mark.parametrize("batch", [4, 1])
+@pytest.mark.parametrize("sharding", ["stage1", "stage2", "stage3"])
+def test_zero_moves_no_more_than_it_must(bases, tmp_path, monkeypatch, sharding, batch):
+    """Counted numbers a step: parameters gathered once and gradients reduced once (2 x parameters) under ZeRO-1; with
+    ZeRO-2 reduced, with ZeRO-3 also gathered twice, every micro-batch: 3 x, apart from what only the ends of the model
+    use, which stays."""
+    log = tmp_path / "log"
+
+    def counting(name, place):
+        function = getattr(torch.distributed, name)
+
+        def counted(*args, **options):
+            tensor = args[place] if args else options[("output", "input")[place]]
+            if os.environ["RANK"] == "0":
+                with open(log, "a") as file:
+                    file.write(f"{name} {tensor.numel()}\n")
+            return function(*args, **options)
+
+        monkeypatch.setattr(torch.distributed, name, counted)
+
+    counting("all_gather_single", 0)
+    counting("reduce_scatter_single", 1)
+    options = {"max_steps": 3, "save_strategy": "no", "freeze_include": ["*attn_pool.pos_embed"]}
+    start(bases, "qwen sft", tmp_path / "out", 2, batch, sharding=sharding, **options)
+    moved = {"all_gather_single": 0, "reduce_scatter_single": 0}
+    for line in log.read_text().splitlines():
+        name, count = line.split()
+        moved[name] += int(count) / options["max_steps"]
+    sizes = {n: t.numel() for n, t in weights(bases["qwen"][0]).items()}
+    whole, rounds = sum(sizes.values()), 4 // batch
+    blocks = sum(count for n, count in sizes.items() if re.search(r"\.(h|resblocks)\.\d", n))
+    gathered = {"stage1": whole, "stage2": whole, "stage3": rounds * (whole + blocks)}[sharding]
+    reduced = whole * (1 if sharding == "stage1" else rounds)
+    assert moved["all_gather_single"] == pytest.approx(gathered, rel=0.05)
+    assert moved["reduce_scatter_single"] == pytest.approx(reduced, rel=0.05)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Ranks that die
 
 
