@@ -4,9 +4,9 @@ Inside a segment, key `j` is visible to query `i` if not `causal`, or `j <= i`, 
 nothing is visible across segments. Queries stand at the end of their keys, so a segment with fewer queries than keys
 is decoding.
 
-`attention_ref` is plain PyTorch: scaled_dot_product_attention segment by segment, in one batched call where all
-segments are equally long (pictures). On CPU this beats padding and any dense mask; no mask is built unless a prefix
-asks for one. The Triton kernels follow it.
+`attention_ref` is plain PyTorch: scaled_dot_product_attention segment by segment, in one batched call where neighbours
+are equally long (pictures are). On CPU this beats padding and any dense mask; no mask is built unless a prefix asks for
+one. The Triton kernels follow it.
 """
 
 import functools
@@ -41,39 +41,34 @@ def attention_ref(
             fp32 = [x.float() for x in (q, k, v)]
             return attention_ref(*fp32, cu_seqlens_q, cu_seqlens_k, max_len, causal, prefix_lens, bias).to(q.dtype)
     lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
-    num_segments = len(lengths_q)
-    if num_segments > 1 and len({*lengths_q}) == len({*lengths_k}) == 1 and not causal and bias is None:
-        # (S*L, H, D) -> (S, H, L, D)
-        batched = [x.unflatten(0, (num_segments, -1)).transpose(1, 2) for x in (q, k, v)]
-        return F.scaled_dot_product_attention(*batched).transpose(1, 2).flatten(0, 1)
-
-    outputs = []
+    prefixes = prefix_lens.tolist() if causal and prefix_lens is not None else [0] * len(lengths_q)
+    shapes = zip(lengths_q, lengths_k, prefixes, strict=True)
+    runs = [(*shape, len(list(same))) for shape, same in itertools.groupby(shapes)]
     # split, not slices: its backward is one concatenation, a slice's fills a whole stream of zeros
-    for s, (qs, ks, vs) in enumerate(zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True)):
-        num_q, num_k = lengths_q[s], lengths_k[s]
+    parts_q = q.split([num_q * count for num_q, _, _, count in runs])
+    parts_k, parts_v = (x.split([num_k * count for _, num_k, _, count in runs]) for x in (k, v))
+    outputs = []
+    for (num_q, num_k, prefix, count), qs, ks, vs in zip(runs, parts_q, parts_k, parts_v, strict=True):
         if num_q == 0:
             continue
-        # (L, H, D) -> (1, H, L, D): a leading 1 selects SDPA's flash path on CPU
-        qs, ks, vs = (x.transpose(0, 1)[None] for x in (qs, ks, vs))
+        # (count * L, H, D) -> (count, H, L, D): four axes also select SDPA's flash path on CPU
+        qs, ks, vs = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (qs, ks, vs))
         mask, is_causal = None, False
         if causal:
-            prefix = 0 if prefix_lens is None else int(prefix_lens[s])
-            if prefix <= 1 and num_q == num_k:
+            if prefix <= 1 and num_q == num_k and bias is None:
                 is_causal = True
             elif num_q > 1 and prefix < num_k:
                 key = torch.arange(num_k, device=q.device)
                 query = torch.arange(num_k - num_q, num_k, device=q.device)[:, None]
                 mask = (key <= query) | (key < prefix)
         if bias is not None:
-            mask = (
-                bias[..., :num_q, :num_k]
-                if mask is None
-                else bias[..., :num_q, :num_k].masked_fill(~mask, float("-inf"))
-            )
-        outputs.append(
-            F.scaled_dot_product_attention(qs, ks, vs, attn_mask=mask, is_causal=is_causal)[0].transpose(0, 1)
-        )
-    return torch.cat(outputs) if outputs else q
+            here = bias[..., :num_q, :num_k]
+            mask = here if mask is None else here.masked_fill(~mask, float("-inf"))
+        o = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=mask, is_causal=is_causal)
+        outputs.append(o.transpose(1, 2).flatten(0, 1))
+    if not outputs:
+        return q
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

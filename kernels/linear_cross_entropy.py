@@ -17,7 +17,7 @@ from torch import Tensor
 from kernels.dispatch import FP32_DOTS, architecture, jit, tl, triton, use_triton
 
 IGNORE_INDEX = -100
-CHUNK_BYTES = 128 << 20  # fp32 logits held at a time, or 16-bit gradients of logits in the Triton version
+CHUNK_BYTES = 256 << 20  # fp32 logits held at a time, or 16-bit gradients of logits in the Triton version
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -63,11 +63,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits = (rows @ w.t()).float()  # (chunk, V)
                 target_logit = torch.where(mine, logits.gather(1, target), 0.0)
                 mean = logits.mean(dim=-1) if smoothing else None
-                log_z, target_logit, mean = _across(group, logits.logsumexp(dim=-1), target_logit[:, 0], mean)
+                largest = logits.amax(dim=-1, keepdim=True)
+                grad = logits.sub_(largest).exp_()  # from here on in place, and each exponential once
+                log_z = largest[:, 0] + grad.sum(dim=-1).log()
+                log_z, target_logit, mean = _across(group, log_z, target_logit[:, 0], mean)
                 row_losses[i : i + chunk] = _row_losses(log_z, target_logit, mean, smoothing)
                 if not (need_x or need_w):
                     continue
-                grad = logits.sub_(log_z[:, None]).exp_()  # softmax - (1 - smoothing) * one_hot - smoothing / V
+                grad *= (largest - log_z[:, None]).exp_()  # softmax - (1 - smoothing) * one_hot - smoothing / V
                 grad.scatter_add_(1, target, torch.where(mine, smoothing - 1.0, 0.0))
                 if smoothing:
                     grad -= smoothing / _vocab_size(weight, group)
