@@ -29,7 +29,8 @@ python train.py runs/tiny_blip2.json --stage pretrain1 --model_name_or_path $R/s
     --freeze_exclude '["vision_model.*"]' --max_steps 700
 # Stage 2, the tower frozen. The language model goes on learning: three layers that have read 2,000 short texts cannot
 # be steered by a prefix as a real one can (CIDEr-D 0.3 with it frozen). The Q-Former stays as stage 1 left it, which so
-# few pictures would spoil (0.7). The second run begins with stage 1's tower, but a new Q-Former, which it trains.
+# few pictures would spoil (0.7). The second run begins with stage 1's tower, but a new Q-Former, which it trains; the
+# third has nothing of stage 1 and trains everything.
 python runs/make_tiny_blip2.py tower $R/trained1 $R/tower
 stage2() {
     python train.py runs/tiny_blip2.json --stage pretrain2 --model_name_or_path $R/language --init_from $R/$1 \
@@ -39,5 +40,6 @@ stage2() {
 }
 stage2 trained1 --freeze_include '["qformer.*", "query_tokens"]'
 stage2 tower
+stage2 language --freeze_exclude '["*"]'  # its own start: what init_from names is what it has
 python runs/make_tiny_blip2.py round $R/from_trained1 samples/tiny_blip2
 python runs/make_tiny_blip2.py round $R/trained1 samples/blip2_stage1
