@@ -48,7 +48,7 @@ class LoraLinear(nn.Linear):
         if self.training and self.dropout > 0 and self.dropout_keys is not None:
             x = x * dropout_mask(x, *self.dropout_keys, self.dropout, self.seed, self.first_channel)
             scaling /= 1 - self.dropout
-        if not torch.is_autocast_enabled(x.device.type):
+        if x.is_meta or not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.lora_A.weight.dtype)  # the adapter may be fp32 beside 16-bit weights
         z = self.lora_A(x)
         return (self.lora_B(z) if self.parts is None else self.split_B(z)) * scaling

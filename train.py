@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 import checkpoint
 import data
+import estimate
 import lora
 import metrics
 import parallel
@@ -989,56 +990,58 @@ def dry_run(cfg: Config, config: dict, module, plan, world_size: int) -> str:
             lora_parts(model, module, cfg), module.IMAGE_PARAMETERS,
         )  # fmt: skip
     choose_trainable(model, module, cfg)
+    pp, replicas, shard, tp = parallel.layout(
+        world_size, cfg.tensor_parallel_degree, cfg.pipeline_parallel_degree, cfg.sharding, cfg.sharding_parallel_degree
+    )
+    dp, micro_batches = replicas * shard, cfg.gradient_accumulation_steps
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    shards = (cfg.sharding_parallel_degree or world_size) if cfg.sharding else 1
     sixteen, o2 = cfg.bf16 or cfg.fp16, (cfg.bf16 or cfg.fp16) and cfg.fp16_opt_level == "O2"
-    frozen_bytes = (total - trainable) * (2 if o2 else 4)
     if plan is not None:
-        index = plan.index
-        units = max(1, len(plan.units(0)))
-        tokens = float(index.length.sum()) / units * cfg.per_device_train_batch_size
-        images = float(index.num_images.sum()) / units * cfg.per_device_train_batch_size
-        supervised = float(index.num_supervised.sum()) / units * cfg.per_device_train_batch_size
-        segment, worst = (
-            float(index.length.mean()),
-            (cfg.max_length if cfg.mixtoken else int(index.length.max())) * cfg.per_device_train_batch_size,
-        )
+        sizes, heaviest = stream_sizes(plan, cfg), estimate.heaviest_stream(plan, cfg.per_device_train_batch_size)
     else:  # no tokenizer, so no data: full streams with one picture each
-        tokens = worst = segment = cfg.max_length * cfg.per_device_train_batch_size
-        images, supervised = 1.0, 0.3 * tokens
-    c = model.config
-    width = 2 if sixteen else 4
-    inner = c.mlp_width
-    block = c.hidden_size if cfg.recompute else 11 * c.hidden_size + 4 * inner
-    activations = worst * width * (block * c.num_hidden_layers + (11 * c.hidden_size + 4 * inner) * cfg.recompute)
-    memory = {
-        "weights": (trainable * 4 + frozen_bytes) / shards + (total * 2 if o2 and cfg.sharding != "stage3" else 0),
-        "gradients": trainable * 4 / (shards if cfg.sharding in ("stage2", "stage3") else 1),
-        "optimiser": trainable * 8 / shards,
-        "activations": activations,
-        "loss": min(256 << 20, supervised * c.vocab_size * 4) + (0 if cfg.lora else c.vocab_size * c.hidden_size * 4),
-    }  # fmt: skip
-    forward = module.forward_flops(c, tokens, supervised, images, segment)
+        tokens = cfg.max_length * cfg.per_device_train_batch_size
+        sizes = StreamSizes(tokens, 0.3 * tokens, 1.0, tokens)
+        heaviest = estimate.Stream(tokens, int(0.3 * tokens), 1, [tokens])
+    blocks = pipeline_blocks(model, module, cfg, sizes) if pp > 1 else [range(len(model.blocks))]
+    forward = module.forward_flops(model.config, sizes.tokens, sizes.supervised, sizes.images, sizes.segment)
+    layout = estimate.Layout(
+        pp, dp, shard, tp, cfg.sharding, cfg.pipeline_schedule, micro_batches, cfg.recompute, 2 if sixteen else 4, o2,
+        sixteen and not o2,
+    )  # fmt: skip
+    devices = estimate.devices(model, module, blocks, heaviest, layout, torch.bfloat16 if o2 else torch.float32)
+    fullest = max(devices, key=lambda device: device.total)
     flops = 3 * sum(forward.values()) if not cfg.lora else 2 * sum(forward.values()) + forward["head"]
-    global_batch = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps * world_size
-    micro = cfg.gradient_accumulation_steps * world_size
+    micro = micro_batches * dp
     shares = ", ".join(f"{part} {value / sum(forward.values()):.0%}" for part, value in forward.items())
+    where = f" (pipeline rank {devices.index(fullest)} of {pp})" if pp > 1 else ""
     lines = [
-        parameter_table(model, module.PARTS),
-        "",
-        f"per device, {world_size} processes, {cfg.sharding or 'no sharding'}:",
-    ]
-    lines += [
-        f"  {name:<12}{value / 2**30:>10.2f} GiB" for name, value in {**memory, "sum": sum(memory.values())}.items()
-    ]
+        parameter_table(model, module.PARTS), "",
+        f"fullest device{where}, {world_size} processes: pp {pp} x dp {dp} x tp {tp}, {cfg.sharding or 'no sharding'}:",
+    ]  # fmt: skip
+    memory = {**fullest.parts, "sum": fullest.total}
+    lines += [f"  {name:<14}{value / 2**30:>10.3f} GiB" for name, value in memory.items()]
     disk = (total if not cfg.lora else trainable) * (2 if o2 and not cfg.lora else 4) + trainable * 12
     lines.append(f"disk: {disk / 2**30:.2f} GiB a checkpoint, {cfg.save_total_limit or 'all'} of them kept")
     lines.append(
-        f"tokens per step: {tokens * micro:,.0f} ({supervised / tokens:.0%} supervised, {images * micro:,.0f} pictures)"
+        f"tokens per step: {sizes.tokens * micro:,.0f} ({sizes.supervised / sizes.tokens:.0%} supervised, "
+        f"{sizes.images * micro:,.0f} pictures)"
     )
     lines.append(f"FLOPs per step: {flops * micro:.3e} (forward: {shares})")
+    volumes = estimate.communication(model, sizes.tokens, layout)
+    lines += [f"communication a step and device, {axis}: {v / 2**30:.3f} GiB" for axis, v in volumes.items() if v]
+    bubble = pipeline.bubble_share(pp, cfg.pipeline_schedule, micro_batches)
+    if pp > 1:
+        lines.append(f"pipeline bubble: {bubble:.1%} of a step; blocks: {', '.join(str(len(r)) for r in blocks)}")
+    seconds = flops * micro / world_size / (1 - bubble) / estimate.PEAK_FLOPS
+    link = sum(volumes.values()) / estimate.LINK_BYTES
+    bound = "computation" if seconds >= link else "communication"
+    lines.append(
+        f"hardware limit: {sizes.tokens * micro / max(seconds, link):,.0f} tokens/s on {world_size} x H100 "
+        f"({estimate.PEAK_FLOPS / 1e12:.0f} TFLOP/s dense bf16, {estimate.LINK_BYTES / 1e9:.0f} GB/s), by {bound}"
+    )
     if plan is not None:
+        global_batch = cfg.per_device_train_batch_size * micro
         lines.append(f"steps: {total_steps(cfg, plan, global_batch):,}")
     return "\n".join(lines)
 
@@ -1090,7 +1093,11 @@ def main(argv: list[str] | None = None) -> int:
                 cfg.max_bad_samples,
             )
             plan = data.Plan(index, cfg.seed, cfg.max_length, cfg.mixtoken, cfg.max_images)
-        print(dry_run(cfg, config, module, plan, int(os.environ.get("WORLD_SIZE", 1))))
+        degrees = max(1, cfg.tensor_parallel_degree) * max(1, cfg.pipeline_parallel_degree)
+        shards = max(1, cfg.sharding_parallel_degree or 1) if cfg.sharding else 1
+        world_size = int(os.environ.get("WORLD_SIZE", degrees * shards))
+        if os.environ.get("RANK", "0") == "0":
+            print(dry_run(cfg, config, module, plan, world_size))
         return 0
     world = parallel.init_world(
         cfg.tensor_parallel_degree, cfg.pipeline_parallel_degree, cfg.sharding, cfg.sharding_parallel_degree

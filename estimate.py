@@ -1,0 +1,303 @@
+"""What a layout costs, from shapes alone: memory of the fullest device, communication, waiting, the hardware's limit.
+
+    torchrun --nproc_per_node 8 train.py configs/qwen_vl/sft.json --sharding stage1 --dry_run
+
+Activations are what autograd would keep: one forward pass on the meta device counts it. The rest is arithmetic; against
+the resident memory of five small runs it was between 11% below and 5% above.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+import lora
+import parallel
+import pipeline
+from kernels.linear_cross_entropy import CHUNK_BYTES
+
+# H100 SXM (https://resources.nvidia.com/en-us-tensor-core, data sheet): dense bf16, NVLink in one direction
+PEAK_FLOPS, LINK_BYTES = 989e12, 450e9
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Keeps what a fused attention keeps: its inputs, its output, one number a row."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, *mask: Tensor) -> Tensor:
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32), *mask)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        raise AssertionError("for shapes only")
+
+
+class _Fused(TorchFunctionMode):
+    """scaled_dot_product_attention on the meta device would be the unfused one, with all scores."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.nn.functional.scaled_dot_product_attention:
+            mask = kwargs.get("attn_mask")
+            return _FusedAttention.apply(*args[:3], *(() if mask is None else (mask,)))
+        return function(*args, **kwargs)
+
+
+def saved_bytes(model: nn.Module, forward: Callable, received: Tensor | None, recompute: bool) -> float:
+    """Bytes that `forward()` of a model on the meta device leaves for its backward pass, weights and `received` apart.
+
+    With recompute a block leaves its input, and one block at a time what it keeps itself.
+    """
+    known = {p.untyped_storage()._cdata for p in model.parameters()}
+    if received is not None:
+        known.add(received.untyped_storage()._cdata)
+    alive, bytes_of, inputs, inside = [], {None: 0}, {}, [None]
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            known.add(storage._cdata)
+            alive.append(tensor)  # so that no other storage gets its address
+            bytes_of[inside[-1]] = bytes_of.get(inside[-1], 0) + storage.nbytes()
+        return tensor
+
+    hooks = []
+    for block in [*model.vision_blocks, *model.blocks]:
+
+        def enter(block, args):
+            inside.append(block)
+            inputs[block] = args[0].numel() * args[0].element_size()
+
+        hooks += [block.register_forward_pre_hook(enter), block.register_forward_hook(lambda *_: inside.pop() and None)]
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _Fused():
+            forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    outside = bytes_of.pop(None)
+    if not recompute or not bytes_of:
+        return outside + sum(bytes_of.values())
+    return outside + sum(inputs[block] for block, kept in bytes_of.items() if kept) + max(bytes_of.values())
+
+
+@dataclass
+class Stream:
+    """A micro-batch: tokens, supervised tokens, pictures; lengths of its samples."""
+
+    tokens: int
+    supervised: int
+    images: int
+    lengths: list[int]
+
+
+def meta_batch(stream: Stream, model: nn.Module, image_size: int, positions: int) -> dict:
+    """`positions`: rows of position_ids (1 or 2)."""
+    T, Q, meta = stream.tokens, model.num_image_tokens, {"device": "meta", "dtype": torch.int64}
+    batch = {
+        "input_ids": torch.empty(T, **meta), "max_len": max(stream.lengths),
+        "position_ids": torch.empty((T,) if positions == 1 else (positions, T), **meta),
+        "cu_seqlens": torch.tensor([0, *stream.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
+        "dropout_keys": torch.empty(T, **meta), "image_dropout_keys": torch.empty(stream.images, **meta),
+        "image_positions": torch.empty(stream.images, Q, **meta), "pixel_values": None,
+    }  # fmt: skip
+    if positions == 2:
+        batch["prefix_lens"] = torch.tensor([n // 2 for n in stream.lengths])
+    if stream.images:
+        batch["pixel_values"] = torch.empty(stream.images, 3, image_size, image_size, device="meta")
+    return batch
+
+
+@dataclass
+class Device:
+    """Bytes at the moment when the most is in use, by what they are for."""
+
+    parts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+@dataclass
+class Layout:
+    """What train.py's configuration means for memory."""
+
+    pp: int
+    dp: int
+    shard: int
+    tp: int
+    sharding: str | None
+    schedule: str
+    micro_batches: int
+    recompute: bool
+    compute_bytes: int  # of a number in forward and backward: 4, or 2 in 16 bits
+    master: bool  # fp32 copies beside 16-bit weights (O2)
+    autocast: bool  # O1
+
+    @property
+    def fsdp(self) -> bool:
+        return self.dp > 1 or self.master
+
+
+def stage_memory(
+    model: nn.Module, stages: list[int], num_stages: int, hidden: float, kept: float, head: dict | None, layout: Layout
+) -> Device:
+    """Of the rank that has `stages`. `hidden`: bytes of hidden states (T, C); `kept`: saved_bytes of one micro-batch
+    over all its stages; `head`: rows, vocabulary and width of the projection if it is here."""
+    L = layout
+    groups = [[*block.parameters()] for block in [*model.vision_blocks, *model.blocks]]
+    grouped = {id(p) for group in groups for p in group}
+    groups.append([p for p in model.parameters() if id(p) not in grouped])
+
+    def size(parameters, trainable: bool | None = None, width: int = 4) -> float:
+        return sum(p.numel() * width for p in parameters if trainable is None or p.requires_grad == trainable)
+
+    everything = [*model.parameters()]
+    trained, frozen = size(everything, True), size(everything, False, 2 if L.master else 4)
+    largest = max((p.numel() * 4 for p in everything if p.requires_grad), default=0)
+    optimiser, shards = 2 * trained / L.shard, L.shard
+    weights, communication = (trained + frozen) / shards, 0.0
+    group = max((size(g) for g in groups), default=0)
+    trained_group = max((size(g, True) for g in groups), default=0)
+    gathered = 0.0
+    if L.fsdp:
+        width = L.compute_bytes if L.master else 4
+        if L.sharding == "stage3":  # this block's, the next one's, and the root's
+            gathered = sum(sorted((size(g, None, width) for g in groups[:-1]), reverse=True)[:2])
+            gathered += size(groups[-1], None, width)
+        else:
+            gathered = size(everything, None, width)
+        communication += group / 4 * width  # an all-gather's result before it is dealt out
+    if L.autocast:
+        weights += trained / 2  # autocast's copies
+    # micro-batches whose activations are kept at a time
+    n, rank = L.micro_batches, stages[0]
+    if L.pp == 1:
+        alive = 1
+    elif L.schedule == "gpipe":
+        alive = n
+    elif L.schedule == "1f1b":
+        alive = min(n, L.pp - rank)
+    else:  # in stages: warm-up of the interleaved schedule and the one at work
+        chunks = len(stages)
+        alive = min(n * chunks, 2 * (L.pp - rank - 1) + (chunks - 1) * L.pp + 1) / chunks
+    activations = alive * kept
+    if L.pp > 1:  # the schedule has a buffer for each message of a step, and keeps outputs until their backward
+        received = sum((s > 0) + (s < num_stages - 1) for s in stages)
+        communication += n * hidden * received
+        activations += alive * hidden * sum(s < num_stages - 1 for s in stages)
+    # gradients while activations are there, and when all are made
+    reduced = L.sharding in ("stage2", "stage3")
+    accumulated = 0.0
+    if n > 1:
+        accumulated = trained / shards if reduced else trained * (L.compute_bytes / 4 if L.master else 1)
+    loss = 0.0
+    if head:
+        rows, V, C = head["rows"], head["vocabulary"], head["width"]
+        loss = 2 * min(CHUNK_BYTES, 4 * rows * V) + 3 * rows * C * L.compute_bytes + head["gradient"]
+    base = {"weights": weights + gathered, "optimiser": optimiser}
+    reduce = trained_group * (1 + 1 / shards) if L.fsdp else 0.0
+    final = trained / shards if L.fsdp and reduced else trained
+    forward = Device({**base, "gradients": accumulated, "activations": activations, "loss": loss,
+                      "communication": communication})  # fmt: skip
+    backward = Device({**base, "gradients": final + (largest if n > 1 else 0), "activations": kept * 0.0, "loss": 0.0,
+                       "communication": communication + reduce})  # fmt: skip
+    step = Device({"weights": weights, "optimiser": optimiser, "gradients": trained / shards, "activations": 0.0,
+                   "loss": 2 * largest / shards, "communication": communication})  # fmt: skip
+    return max(forward, backward, step, key=lambda device: device.total)
+
+
+def heaviest_stream(plan, batch_size: int, steps: int = 10_000) -> Stream:
+    """The micro-batch with most tokens among the first ones of a run."""
+    index, heaviest = plan.index, None
+    units = plan.units(0)[: steps * batch_size]
+    for start in range(0, len(units), batch_size):
+        numbers = [int(n) for unit in units[start : start + batch_size] for n in unit]
+        tokens = int(index.length[numbers].sum())
+        if heaviest is None or tokens > heaviest[0]:
+            heaviest = tokens, numbers
+    tokens, numbers = heaviest
+    supervised, images = int(index.num_supervised[numbers].sum()), int(index.num_images[numbers].sum())
+    return Stream(tokens, supervised, images, index.length[numbers].tolist())
+
+
+def devices(model: nn.Module, module, blocks: list[range], stream: Stream, layout: Layout, dtype) -> list[Device]:
+    """Memory of each pipeline rank; `model` is on the meta device, with requires_grad as in training."""
+    L, config, found = layout, model.config, []
+    hidden = stream.tokens * config.hidden_size * L.compute_bytes
+    for rank in range(L.pp):
+        part, stages = copy.deepcopy(model), [s for s in range(len(blocks)) if s % L.pp == rank]
+        if L.pp > 1:
+            held = pipeline.stages_of_parameters(part, module.PIPELINE, blocks)
+            trained = {name for name, p in part.named_parameters() if p.requires_grad}
+            first_trained = min(min(held[name]) for name in trained)
+            pipeline.keep_parameters(part, {name for name, where in held.items() if where & {*stages}})
+        world = parallel.World(0, L.pp * L.dp * L.tp, torch.device("cpu"), tp_size=L.tp)
+        parallel.tensor_parallel(part, module.tp_plan(config, L.tp), world)
+        last = len(blocks) - 1
+        head = None
+        if last in stages:
+            V, C = config.vocab_size // L.tp, config.hidden_size
+            trains = any(p.requires_grad and p.shape == (V, C) for p in part.parameters())
+            head = {"rows": stream.supervised, "vocabulary": V, "width": C, "gradient": 4 * V * C * trains}
+        computed = copy.deepcopy(part).to(dtype).train()
+        kept = 0.0
+        for stage in stages:
+            x = None
+            if stage:
+                options = {"dtype": dtype, "device": "meta", "requires_grad": first_trained < stage}
+                x = torch.empty(stream.tokens, config.hidden_size, **options)
+            own = [block for n, block in numbered(computed, module, L.pp) if n in blocks[stage]]
+            kept += activation_bytes(computed, stream, x, own, L.recompute)
+        found.append(stage_memory(part, stages, len(blocks), hidden, kept, head, L))
+    return found
+
+
+def numbered(model: nn.Module, module, pp: int) -> list[tuple[int, nn.Module]]:
+    if pp == 1:
+        return [*enumerate(model.blocks)]
+    return [(int(n), block) for n, block in model.get_submodule(module.PIPELINE["blocks"])._modules.items()]
+
+
+def activation_bytes(model: nn.Module, stream: Stream, x: Tensor | None, blocks: list, recompute: bool) -> float:
+    config = model.config
+    if getattr(model, "pipeline_obstacle", None):  # its passes depend on the data: by a formula
+        inner = 11 * config.hidden_size + 4 * config.mlp_width
+        N = config.num_hidden_layers
+        layers = config.hidden_size * N + inner if recompute else inner * N
+        return stream.tokens * layers * next(model.parameters()).element_size()
+    vision = next(getattr(config, key) for key in ("visual", "eva_config", "vision") if hasattr(config, key))
+    image_size = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
+    batch = meta_batch(stream, model, image_size, 2 if hasattr(model, "position_step") else 1)
+    lora.set_dropout_keys(model, batch)
+
+    def forward() -> Tensor:
+        return model(batch, "hidden", x, blocks)
+
+    return saved_bytes(model, forward, x, recompute)
+
+
+def communication(model: nn.Module, tokens: float, layout: Layout) -> dict[str, float]:
+    """Bytes that a device sends in a step by axis, as messages' sizes: gathers count the result."""
+    L = layout
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / (L.pp * L.tp)
+    everything = sum(p.numel() for p in model.parameters()) / (L.pp * L.tp)
+    n, width, hidden = L.micro_batches, L.compute_bytes, tokens * model.config.hidden_size * L.compute_bytes
+    volumes = {"data parallel": 0.0, "tensor parallel": 0.0, "pipeline": 0.0}
+    if L.dp > 1:
+        gathers = 2 * n if L.sharding == "stage3" else 1
+        reductions = n if L.sharding in ("stage2", "stage3") else 1
+        volumes["data parallel"] = everything * width * gathers * (L.shard > 1) + trained * 4 * reductions
+        if L.dp > L.shard:  # and an all-reduce of the shards over the replicas
+            volumes["data parallel"] += trained * 4 * reductions / L.shard
+    if L.tp > 1:  # two all-reduces a layer forward, two backward
+        volumes["tensor parallel"] = n * hidden * len(model.blocks) / L.pp * (6 if L.recompute else 4)
+    if L.pp > 1:
+        volumes["pipeline"] = 2 * n * hidden * (2 if L.schedule == "interleaved" else 1)
+    return volumes
