@@ -451,7 +451,7 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
     parallel.tensor_parallel(model, module.tp_plan(model.config, world.tp_size), world)
     if cfg.compile:
         for block in [*model.vision_blocks, *model.blocks]:
-            block.forward = torch.compile(block.forward)
+            block.forward = torch.compile(block.forward, dynamic=True)
     if cfg.recompute:
         parallel.recompute(model)
     if world.dp_size > 1 or compute_dtype:

@@ -416,6 +416,7 @@ def attention_triton(q, k, v, cu_seqlens_q, cu_seqlens_k, causal: bool, prefix_l
     return _Attention.apply(q, k, v, bounds_q, bounds_k, prefixes)
 
 
+@torch.compiler.disable  # segments are as long as the data says: a compiled loop over them would be compiled anew
 def attention(
     q: Tensor,
     k: Tensor,
