@@ -75,7 +75,8 @@ CASES = {
     " ".join(map(str, case)): case
     for case in dict.fromkeys([*attention_cases(), *cross_entropy_cases(), *other_cases()])
 }
-EXTRA = ("skipped_blocks", "deterministic", "plan_is_shared", "refusals", "autocast", "vocab_parallel", "training_step")
+EXTRA = ("skipped_blocks", "deterministic", "plan_is_shared", "refusals", "autocast", "vocab_parallel",
+         "qwen_vl_step", "visualglm_step", "blip2_opt_step", "blip2_t5_step")  # fmt: skip
 CASES |= {name: (name,) for name in EXTRA}
 
 
@@ -427,32 +428,100 @@ def _vocab_rank(rank, directory, x, w, targets, smoothing, impl):
     dist.destroy_process_group()
 
 
-def training_step() -> list[str]:
-    """A whole step of the small Qwen-VL in tests/goldens, pictures included: the reference's loss and gradients."""
-    import torch
-    from safetensors.torch import load_file
+def golden_config(directory: str) -> dict:
+    path = sorted((ROOT / "tests" / "goldens").glob(directory))[0]
+    if (path / "config.json").exists():
+        return json.loads((path / "config.json").read_text())
+    return json.loads((path / "golden.json").read_text())["config"]
 
+
+def step_batch(lengths: list[int], Q: int, size: int, image_start: int, vocabulary: int) -> dict:
+    """A stream of random tokens with a picture in the first segment."""
+    import torch
+
+    ids = torch.randint(10, vocabulary, (sum(lengths),))
+    return {
+        "input_ids": ids, "targets": torch.where(torch.rand(len(ids)) < 0.4, ids.roll(-1), -100),
+        "cu_seqlens": bounds(lengths), "max_len": max(lengths),
+        "position_ids": torch.cat([torch.arange(n) for n in lengths]),
+        "pixel_values": torch.randn(1, 3, size, size),
+        "image_positions": torch.arange(image_start, image_start + Q)[None],
+    }  # fmt: skip
+
+
+def qwen_vl_step() -> list[str]:
     import model_qwen_vl as qwen
-    from kernels import attention, dispatch, linear_cross_entropy, swiglu
+
+    model = qwen.build_model(golden_config("qwen_vl/tiny_*"))
+    Q, size = model.config.visual.n_queries, model.config.visual.image_size
+    batch = step_batch([Q + 9, 1, 23], Q, size, 2, 200)
+    return compare_step(model, batch, ("attention", "linear_cross_entropy", "swiglu"))
+
+
+def visualglm_step() -> list[str]:
+    """With bidirectional contexts of several lengths and 2-D positions."""
+    import numpy as np
+    import torch
+
+    import model_visualglm as glm
+
+    config = golden_config("visualglm/b")
+    config["qformer_config"] |= {"hidden_size": 32, "num_attention_heads": 4}  # heads that the kernel takes
+    model = glm.build_model(config)
+    Q = model.num_image_tokens
+    batch = step_batch([Q + 9, 3, 23], Q, config["eva_config"]["image_size"][0], 3, 60)
+    placed = []
+    for ids, context in zip(batch["input_ids"].split([Q + 9, 3, 23]), (Q + 4, 1, 11), strict=True):
+        ids[context - 1], ids[context] = config["gmask_token_id"], config["bos_token_id"]
+        placed.append(glm.glm_positions(ids, *(config[f"{k}_token_id"] for k in ("bos", "gmask", "mask"))))
+    batch["position_ids"] = torch.from_numpy(np.concatenate([p for p, _ in placed], 1))
+    batch["prefix_lens"] = torch.tensor([n for _, n in placed])
+    return compare_step(model, batch, ("attention", "linear_cross_entropy"))
+
+
+def blip2_opt_step() -> list[str]:
+    import model_blip2 as blip2
+
+    config = golden_config("blip2/hf_opt_*")
+    config["vision_config"]["num_attention_heads"], config["text_config"]["num_attention_heads"] = 3, 5
+    model = blip2.build_model(config)
+    Q = model.num_image_tokens
+    batch = step_batch([Q + 9, 1, 23], Q, config["vision_config"]["image_size"], 0, 60)
+    return compare_step(model, batch, ("attention", "linear_cross_entropy"))
+
+
+def blip2_t5_step() -> list[str]:
+    """A segment is the encoder's tokens, then the decoder's from its start token on; self-attention has a bias."""
+    import model_blip2 as blip2
+
+    config = golden_config("blip2/hf_t5_*")
+    config["vision_config"]["num_attention_heads"] = 3
+    model = blip2.build_model(config)
+    Q = model.num_image_tokens
+    batch = step_batch([Q + 9, 15], Q, config["vision_config"]["image_size"], 0, 60)
+    for ids, targets, start in ((*(batch[k].split([Q + 9, 15])[i] for k in ("input_ids", "targets")), n)
+                                for i, n in enumerate((Q + 4, 8))):  # fmt: skip
+        ids[start] = model.language_model.start
+        targets[:start] = targets[-1] = -100
+        targets[start:-1] = ids[start + 1 :]
+    return compare_step(model, batch, ("attention", "linear_cross_entropy"))
+
+
+def compare_step(model, batch: dict, kernels: tuple[str, ...]) -> list[str]:
+    """A whole step, pictures included: the reference's loss and gradients, and all the kernels named have run."""
+    import importlib
+
+    import torch
+
+    from kernels import dispatch
 
     small_tiles()
-    path = sorted((ROOT / "tests" / "goldens" / "qwen_vl").glob("tiny_*"))[0]
-    model = qwen.build_model(json.loads((path / "config.json").read_text()))
-    model.load_state_dict(load_file(path / "model.safetensors"))
-    Q, size = model.config.visual.n_queries, model.config.visual.image_size
-    lengths = [Q + 9, 1, 23]
-    ids = torch.randint(200, (sum(lengths),))
-    targets = torch.where(torch.rand(len(ids)) < 0.4, ids.roll(-1), -100)
-    batch = {
-        "input_ids": ids, "targets": targets, "cu_seqlens": bounds(lengths), "max_len": max(lengths),
-        "position_ids": torch.cat([torch.arange(n) for n in lengths]),
-        "pixel_values": torch.randn(1, 3, size, size), "image_positions": torch.arange(2, 2 + Q)[None],
-    }  # fmt: skip
-    model.train()
+    model.eval()  # no dropout
     results, launches = [], []
-    for module in (attention, linear_cross_entropy, swiglu):
-        plain = module._launch
-        module._launch = lambda *a, plain=plain, **k: (launches.append(plain), plain(*a, **k))
+    modules = [importlib.import_module(f"kernels.{name}") for name in kernels]
+    plain = [module._launch for module in modules]
+    for module, launch in zip(modules, plain, strict=True):
+        module._launch = lambda *a, launch=launch, **k: (launches.append(launch), launch(*a, **k))
     for impl in ("triton", "ref"):
         dispatch.use(impl, torch.device("cpu"))
         model.zero_grad()
@@ -462,8 +531,10 @@ def training_step() -> list[str]:
             {"loss": loss.detach(), **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
         )
     dispatch.use("auto", torch.device("cpu"))
+    for module, launch in zip(modules, plain, strict=True):
+        module._launch = launch
     ours, reference = results
-    if len(set(launches)) != 3:
+    if set(launches) != set(plain):
         return ["not all kernels ran"]
     if ours.keys() != reference.keys():
         return [f"gradients of other parameters: {sorted(ours.keys() ^ reference.keys())}"]
@@ -527,6 +598,33 @@ def test_training_refuses_triton_without_gpu():
     cfg = train.Config(use_flash_attention=True)
     with pytest.raises(ValueError, match="use_flash_attention=True.*there is no GPU"):
         train.run(cfg, None, None, parallel.World(0, 1, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("frozen, share", [(False, 3), (True, 8)])
+def test_memory_of_linear_cross_entropy(monkeypatch, frozen, share):
+    """Peak of what is allocated, at 1/16 of the vocabulary and of the chunk: at most 1/share of naive logits'."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from kernels import linear_cross_entropy as ce
+
+    monkeypatch.setattr(ce, "CHUNK_BYTES", ce.CHUNK_BYTES // 16)
+    torch.manual_seed(0)
+    N, C, V = 2048, 1024, 151_936 // 16
+    x, w, targets = torch.randn(N, C), torch.randn(V, C) / 32, torch.randint(V, (N,))
+    targets[torch.rand(N) > 0.3] = -100
+    rows = (targets != -100).nonzero()[:, 0]
+
+    def peak(loss) -> int:
+        h, weight = x.detach().requires_grad_(), w.detach().requires_grad_(not frozen)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            loss(h, weight).backward()
+        events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+        return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+    ours = peak(lambda h, w: ce.linear_cross_entropy(h[rows], w, targets[rows])[0])
+    naive = peak(lambda h, w: torch.nn.functional.cross_entropy(h @ w.t(), targets, reduction="sum"))
+    assert naive > 2 * N * V * 4 and ours * share <= naive, (ours, naive)
 
 
 def test_report_of_a_subset():
