@@ -57,6 +57,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk = max(1, CHUNK_BYTES // (4 * V))
         with torch.autocast(x.device.type, enabled=False):
             for i in range(0, N, chunk):
+                logits = grad = None  # the last chunk's go before this one's come
                 rows, target = x[i : i + chunk].to(dtype), targets[i : i + chunk, None]
                 mine = (target >= 0) & (target < V)  # not another rank's
                 target = torch.where(mine, target, 0)
