@@ -10,8 +10,10 @@ penalty, minimal length, temperature, top-k, top-p; each request draws from its 
 """
 
 import argparse
+import contextlib
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 import checkpoint
 import data
 import lora
+import parallel
 from kernels import dispatch
 from kernels.attention import attention
 from quantize import BITS, quantize
@@ -361,20 +364,29 @@ def base_of(model_name_or_path: str | None, lora_path: str | None) -> str:
 
 
 def load_model(
-    directory: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu", lora_path: str | Path | None = None
-) -> nn.Module:
-    """A model for inference from a checkpoint directory, optionally with an adapter (not merged)."""
+    directory: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
+    lora_path: str | Path | None = None, world: parallel.World | None = None,
+) -> nn.Module:  # fmt: skip
+    """A model for inference from a checkpoint directory, optionally with an adapter (not merged); in a tensor-parallel
+    `world` this rank's part of it."""
     config = checkpoint.read_config(directory)
     module = importlib.import_module("model_" + checkpoint.model_kind(config))
     if hasattr(module, "check_dtype"):
         module.check_dtype(config, dtype)
     with torch.device("meta"):
         model = module.build_model(config)
-    model = model.to(dtype).to_empty(device=device)
-    weights = checkpoint.open_weights(directory, module.IGNORED_WEIGHTS, module.ALIASES)
-    checkpoint.load_into(dict(model.named_parameters()), weights)
+    base_names = [name for name, _ in model.named_parameters()]
     if lora_path is not None:
         lora.load_adapter(model, lora_path)
+    if world is not None:
+        parallel.tensor_parallel(model, module.tp_plan(model.config, world.tp_size), world)
+    model = model.to(dtype).to_empty(device=device)
+    parallel.mark_cuts(model)
+    parameters = dict(model.named_parameters())
+    weights = checkpoint.open_weights(directory, module.IGNORED_WEIGHTS, module.ALIASES)
+    checkpoint.load_into({name: parameters[name] for name in base_names}, weights)
+    if lora_path is not None:
+        lora.load_adapter(model, lora_path, checkpoint.copy_full_, parallel.whole_shape)
     return model.eval()
 
 
@@ -469,24 +481,51 @@ def main(argv: list[str] | None = None) -> int:
     add("--batch_size", type=int, default=8)
     add("--dtype", default="float32", choices=DTYPES)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    degree = "processes (torchrun --nproc_per_node N) that hold the model together"
+    add("--tensor_parallel_degree", type=int, default=1, help=degree)
     add("--quantize", default=None, choices=BITS, help="weights of the language model's blocks in 8 or 4 bits")
     choices = ("auto", "true", "false")
     add("--use_flash_attention", default="auto", choices=choices, help="Triton kernels; auto: where there is a GPU")
     args = parser.parse_args(argv)
     how = Decoding.of(args)
+    degree, processes = args.tensor_parallel_degree, int(os.environ.get("WORLD_SIZE", 1))
+    if degree != processes:
+        raise ValueError(
+            f"tensor_parallel_degree={degree} with {processes} processes; start it as "
+            f"torchrun --nproc_per_node {degree} generate.py --tensor_parallel_degree {degree} ..."
+        )
+    if degree == 1:
+        return run(args, how)
+    if args.quantize or args.chat:
+        raise ValueError(f"tensor_parallel_degree={degree} with --quantize or --chat is not supported; use 1")
+    world = parallel.init_world(degree)
+    args.device = str(world.device)
+    try:
+        if world.main:
+            return run(args, how, world)
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # all ranks have the same answers
+            args.output = args.output and os.devnull
+            return run(args, how, world)
+    finally:
+        parallel.leave_world()
+
+
+def run(args, how: Decoding, world: parallel.World | None = None) -> int:
     kernels = dispatch.use_flash_attention(args.use_flash_attention, args.device)
     directory = data.model_directory(args.model, base_of(args.model_name_or_path, args.lora_path))
     processor = data.load_processor(directory, args.stage)
     conversations = [] if args.chat else read_requests(args)
     # quantised on the CPU, so that the device never holds the whole weights
-    model = load_model(directory, DTYPES[args.dtype], "cpu" if args.quantize else args.device, args.lora_path)
+    model = load_model(directory, DTYPES[args.dtype], "cpu" if args.quantize else args.device, args.lora_path, world)
     if args.quantize:
         probe = importlib.import_module(type(model).__module__).probe_batch(processor)
         print(f"{quantize(model, args.quantize, probe)} (against {args.dtype})", file=sys.stderr)
         model.to(args.device)
     stop_words = processor.stop_words + [processor.tokenizer.encode(text) for text in args.stop]
 
-    print(f"device {args.device}, kernels: {kernels}", file=sys.stderr)
+    main_rank = world is None or world.main
+    if main_rank:
+        print(f"device {args.device}, kernels: {kernels}", file=sys.stderr)
     if args.chat:
         chat(model, processor, stop_words, how, args.system, args.image)
         return 0
@@ -502,7 +541,7 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 print(json.dumps({"id": conversation.id, "answer": text}, ensure_ascii=False), file=sink, flush=True)
             out = Path(args.draw) if drawn == 0 else Path(args.draw).with_stem(f"{Path(args.draw).stem}-{drawn}")
-            if conversation.images and (boxes := data.draw_boxes(conversation.images[-1], text, out)):
+            if main_rank and conversation.images and (boxes := data.draw_boxes(conversation.images[-1], text, out)):
                 print(f"{boxes} boxes drawn: {out}", file=sys.stderr)
                 drawn += 1
     return 0

@@ -240,9 +240,10 @@ def tensor_parallel(model: nn.Module, plan: dict[str, tuple[str, int]], world: W
 
 def mark_cuts(model: nn.Module) -> None:
     """Notes on each parameter how it was cut: for checkpoints and the gradient norm."""
+    cuts = getattr(model, "cuts", {})
     for name, p in model.named_parameters():
-        if name in model.cuts:
-            p.cut = model.cuts[name]
+        if name in cuts:
+            p.cut = cuts[name]
 
 
 def whole_shape(p: Tensor) -> torch.Size:
