@@ -8,17 +8,24 @@ import re
 import signal
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import test_blip2_train as blip2_train
 import test_train_visualglm as glm_train
 import torch
+import torch.distributed as dist
 from test_train import ROOT, arguments, assert_same_run, losses, run, wait_for_step, weights
+from torch.distributed.tensor import DTensor
 
 import checkpoint
+import generate
 import model_blip2 as blip2
 import model_qwen_vl as qwen
+import model_visualglm as glm
+import parallel
 import pipeline
 import train
 
@@ -78,35 +85,6 @@ def references(bases, tmp_path_factory):
     return reference
 
 
-LAYOUTS = {"tp2": (2, {}), "tp2 x dp2": (4, {})}  # name -> (processes, settings)
-LAYOUTS |= {f"tp2 x zero{n}": (4, {"sharding": f"stage{n}"}) for n in (1, 2, 3)}
-CELLS = [("qwen sft", layout) for layout in LAYOUTS] + [(mode, "tp2") for mode in MODES if mode != "qwen sft"]
-
-
-@pytest.mark.parametrize("mode, layout", CELLS)
-def test_equals_one_process(bases, references, tmp_path, mode, layout):
-    world, options = LAYOUTS[layout]
-    batch = 16 // world if mode == "stage 1" else 2  # pictures are contrasted within a round of micro-batches
-    start(bases, mode, tmp_path / "out", world, batch, tensor_parallel_degree=2, **options)
-    assert_same_run(tmp_path / "out", references(mode))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pipeline stages
-
-PP2 = {"batch": 2, "pipeline_parallel_degree": 2}
-PP2_DP2 = {**PP2, "batch": 1}
-PIPELINES = {  # name -> (processes, settings)
-    "pp2": (2, PP2),
-    "pp2 x dp2": (4, PP2_DP2),
-    "pp2 x zero1": (4, {**PP2_DP2, "sharding": "stage1"}),
-    "pp2 x zero2": (4, {**PP2_DP2, "sharding": "stage2"}),
-    "pp2 x zero3": (4, {**PP2_DP2, "sharding": "stage3"}),
-    "tp2 x pp2": (4, {**PP2, "tensor_parallel_degree": 2}),
-}
-PIPELINE_MODES = ["qwen sft", "qwen lora", "glm sft", "glm lora", "opt sft", "opt lora"]
-
-
 @pytest.fixture(scope="session")
 def train_run(bases, tmp_path_factory):
     """train_run(mode, world=1, out=None, **settings) -> output directory; runs in one process are kept."""
@@ -131,6 +109,202 @@ def records(out, key):
 
 def assert_close(a, b, tolerance):
     assert len(a) == len(b) and max(abs(x - y) for x, y in zip(a, b, strict=True)) < tolerance, (a, b)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tensor parallelism
+
+TP2 = {"tensor_parallel_degree": 2}
+LAYOUTS = {"tp2": (2, {}), "tp2 x dp2": (4, {})}  # name -> (processes, settings)
+LAYOUTS |= {f"tp2 x zero{n}": (4, {"sharding": f"stage{n}"}) for n in (1, 2, 3)}
+CELLS = [("qwen sft", layout) for layout in LAYOUTS] + [(mode, "tp2") for mode in MODES if mode != "qwen sft"]
+
+
+def everywhere_equal(model) -> bool:  # all ranks of a tensor-parallel group
+    """Whether what the ranks of the group hold whole is the same on all of them, bit for bit."""
+    same, group = True, parallel.groups["tp"]
+    for p in model.parameters():
+        local = p.detach().to_local() if isinstance(p, DTensor) else p.detach()
+        if not hasattr(p, "cut"):
+            others = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(others, local.contiguous(), group)
+            same = same and all(torch.equal(local, other) for other in others)
+    return same
+
+
+@pytest.mark.parametrize("mode, layout", CELLS)
+def test_equals_one_process(bases, references, tmp_path, monkeypatch, mode, layout):
+    save = train.save_checkpoint
+
+    def checked(path, model, *args):
+        assert everywhere_equal(model), "the ranks differ in what they hold whole"
+        save(path, model, *args)
+
+    monkeypatch.setattr(train, "save_checkpoint", checked)  # the ranks are forks of this process
+    world, options = LAYOUTS[layout]
+    batch = 16 // world if mode == "stage 1" else 2  # pictures are contrasted within a round of micro-batches
+    start(bases, mode, tmp_path / "out", world, batch, **TP2, **options)
+    assert_same_run(tmp_path / "out", references(mode))
+    assert_close(records(tmp_path / "out", "grad_norm"), records(references(mode), "grad_norm"), 1e-4)
+
+
+CHAINS = {  # mode -> layouts that a run goes through: (processes, settings)
+    "qwen sft": [
+        (2, TP2), (4, TP2), (1, {}), (4, {**TP2, "sharding": "stage3"}), (2, {"sharding": "stage2"}), (2, TP2),
+        (4, {**TP2, "sharding": "stage1"}), (2, {"sharding": "stage3"}), (4, {**TP2, "sharding": "stage2"}),
+    ],
+    "glm lora": [(1, {}), (2, TP2), (2, {"sharding": "stage3"})],
+    "t5 sft": [(4, {**TP2, "sharding": "stage3"}), (1, {}), (2, TP2)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", CHAINS)
+def test_resumes_on_other_layouts(train_run, mode, tmp_path):
+    """Two steps on each layout of the chain: every run continues from what another layout saved."""
+    options = {"lr_scheduler_type": "constant", "learning_rate": 1e-3}
+    for i, (world, layout) in enumerate(CHAINS[mode]):
+        batch = 8 * layout.get("tensor_parallel_degree", 1) // world
+        train_run(mode, world, tmp_path / "out", batch=batch, **options, **layout, max_steps=2 * (i + 1))
+    assert_same_run(tmp_path / "out", train_run(mode, **options, max_steps=2 * len(CHAINS[mode])))
+
+
+@pytest.mark.parametrize("mode", ["qwen sft", "qwen lora", "glm sft"])
+def test_two_all_reduces_a_layer_and_direction(bases, tmp_path, monkeypatch, mode):
+    """4 activations a layer (arXiv:1909.08053 sec. 3), by size; besides, one for the embedding and one for the head."""
+    forward_backward, all_reduce = train.forward_backward, dist.all_reduce
+
+    def counted(model, micro_batches, *args, **kwargs):
+        sizes, (batch,) = [], micro_batches
+
+        def reduce(tensor, *args, group=None, **kwargs):
+            if group is parallel.groups["tp"]:
+                sizes.append(tensor.numel())
+            return all_reduce(tensor, *args, group=group, **kwargs)
+
+        dist.all_reduce = reduce
+        result = forward_backward(model, micro_batches, *args, **kwargs)
+        facts = [len(batch["input_ids"]), batch["num_supervised"], len(batch["pixel_values"]), sizes]
+        (tmp_path / f"{dist.get_rank()}.json").write_text(json.dumps(facts))
+        return result
+
+    monkeypatch.setattr(train, "forward_backward", counted)
+    kind, _ = MODES[mode]
+    options = {"lora": "lora" in mode, **TP2, "max_steps": 1, "save_strategy": "no", "per_device_train_batch_size": 3}
+    run(arguments(*bases[kind], tmp_path / "out", **options), world=2)
+    ranks = [json.loads((tmp_path / f"{r}.json").read_text()) for r in range(2)]
+    assert ranks[0] == ranks[1]
+    tokens, supervised, pictures, sizes = ranks[0]
+    raw = checkpoint.read_config(bases[kind][0])
+    text, layers = tokens * raw["hidden_size"], 2
+    expected = Counter({text: 4 * layers + 1}) + Counter({supervised * raw["hidden_size"]: 1})
+    if mode == "qwen sft":  # the tiny resampler has one head, and stays whole
+        expected += Counter({pictures * 16 * 32: 4 * 2})
+    elif mode == "qwen lora":  # a frozen tower; nothing goes back beyond the first block; A or B of each adapter
+        expected += Counter({pictures * 16 * 32: 2 * 2}) + Counter({8 * raw["hidden_size"]: 4 * layers})
+        expected.subtract({text: 1})
+    else:  # one block of the tower, two of the Q-Former, the first with cross-attention: a row of 32 channels each
+        expected += Counter({pictures * 17 * 32: 4 + 1}) + Counter({pictures * 4 * 32: 4 * 2 + 2})
+    assert Counter(sizes) == expected
+
+
+@pytest.mark.parametrize("mode", ["qwen sft", "glm lora", "t5 sft"])
+def test_same_greedy_tokens(bases, references, tmp_path, monkeypatch, mode):
+    """From the weights or the adapter that training left; pictures in some requests only, where the model allows it."""
+    decode = generate.generate
+
+    def recorded(*args, **kwargs):
+        tokens = decode(*args, **kwargs)
+        (tmp_path / f"{os.environ['WORLD_SIZE']}-{os.environ['RANK']}.json").write_text(json.dumps(tokens))
+        return tokens
+
+    monkeypatch.setattr(generate, "generate", recorded)
+    out, folder = references(mode), Path(bases[MODES[mode][0]][1]["train"][0]["data_files"]).parent
+    requests = [{"prompt": "Question: w1 w2", "image": str(folder / f"{i}.png")} for i in range(3)]
+    if not mode.startswith("t5"):
+        requests.append({"prompt": "what is it?"})
+    (tmp_path / "requests.jsonl").write_text("\n".join(map(json.dumps, requests)))
+    where = "--lora_path" if "lora" in mode else "--model_name_or_path"
+    common = [where, str(out), "--requests", str(tmp_path / "requests.jsonl")]
+    common += ["--min_new_tokens", "6", "--max_new_tokens", "12"]
+    for degree in (1, 2):
+        output = tmp_path / f"{degree}.jsonl"
+        run([*common, "--output", str(output), "--tensor_parallel_degree", str(degree)], degree, generate.main)
+        assert len(output.read_text().splitlines()) == len(requests)
+    one, *two = (json.loads((tmp_path / f"{place}.json").read_text()) for place in ("1-0", "2-0", "2-1"))
+    assert two == [one, one] and len(one) == len(requests) and min(map(len, one)) >= 6
+
+
+def test_evaluation_and_generation_in_training(train_run):
+    options = {"evaluation_strategy": "steps", "eval_steps": 2, "save_steps": 2, "max_steps": 4, "learning_rate": 1e-3}
+    options |= {"eval_with_do_generation": True, "metric_for_best_model": "eval_loss"}
+    reference = train_run("qwen sft", **options)
+    out = train_run("qwen sft", 4, batch=4, **TP2, sharding="stage3", **options)
+    assert_same_run(out, reference)
+    assert len(records(out, "eval_loss")) == 2
+    assert_close(records(out, "eval_loss"), records(reference, "eval_loss"), 1e-5)
+
+
+@pytest.mark.parametrize("world, options", [(2, {"recompute": True}), (4, {"sharding": "stage2"})])
+def test_bf16(train_run, world, options):
+    """Computed in 16 bits with fp32 master weights, adapters in fp32."""
+    common = {"bf16": True, "fp16_opt_level": "O2", "max_steps": 3, "learning_rate": 1e-3}
+    reference = train_run("qwen lora", **common)
+    out = train_run("qwen lora", world, batch=2, **common, **TP2, **options)
+    assert_close(losses(out), losses(reference), 0.02)
+    assert_close(records(out, "grad_norm"), records(reference, "grad_norm"), 0.05)
+
+
+@pytest.mark.parametrize(
+    "model, preset, degree, words",
+    [
+        (qwen, "qwen-vl-7b", 3, "=3 does not divide num_attention_heads=32; this model takes 1, 2, 4, 8, 16$"),
+        (blip2, "blip2-opt-2.7b", 32, "=32 does not divide vision_config.num_attention_heads=16; this model"),
+        (blip2, "blip2-flan-t5-xl", 6, "=6 does not divide vision_config.num_attention_heads=16"),
+        (glm, "visualglm-6b", 5, "=5 does not divide num_attention_heads=32; this model takes 1, 2, 4, 8, 16$"),
+    ],
+)
+def test_degrees_that_do_not_divide(model, preset, degree, words):
+    with torch.device("meta"):
+        config = model.build_model(model.PRESETS[preset]).config
+    with pytest.raises(ValueError, match=f"tensor_parallel_degree{words}"):
+        model.tp_plan(config, degree)
+
+
+@pytest.mark.parametrize("model, preset", [(m, p) for m in (qwen, blip2, glm) for p in m.PRESETS])
+@pytest.mark.parametrize("degree", [2, 8])
+def test_full_size_is_cut(model, preset, degree):
+    """Each rank's share of the published shapes: all blocks are cut, what stays whole is small."""
+    with torch.device("meta"):
+        whole = sum(p.numel() for p in model.build_model(model.PRESETS[preset]).parameters())
+        part = model.build_model(model.PRESETS[preset])
+    world = parallel.World(0, degree, torch.device("cpu"), tp_size=degree)
+    parallel.tensor_parallel(part, model.tp_plan(part.config, degree), world)
+    mine = sum(p.numel() for p in part.parameters())
+    assert whole / degree < mine < whole / degree + 0.02 * whole + 3e8 / 2, (mine, whole / degree)
+
+
+def test_cut_and_join():
+    whole = torch.arange(48.0).view(12, 4)
+    for cut in (parallel.Cut(0, 3, 0, 2), parallel.Cut(0, 1, 0, 4), parallel.Cut(1, 1, 0, 2)):
+        parts = [replace(cut, rank=r).take(whole) for r in range(cut.size)]
+        assert torch.equal(cut.join(parts), whole)
+    assert parallel.Cut(0, 3, 1, 2).take(whole)[:, 0].tolist() == [8, 12, 24, 28, 40, 44]  # rows 2, 3, 6, 7, 10, 11
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pipeline stages
+
+PP2 = {"batch": 2, "pipeline_parallel_degree": 2}
+PP2_DP2 = {**PP2, "batch": 1}
+PIPELINES = {  # name -> (processes, settings)
+    "pp2": (2, PP2),
+    "pp2 x dp2": (4, PP2_DP2),
+    "pp2 x zero1": (4, {**PP2_DP2, "sharding": "stage1"}),
+    "pp2 x zero2": (4, {**PP2_DP2, "sharding": "stage2"}),
+    "pp2 x zero3": (4, {**PP2_DP2, "sharding": "stage3"}),
+    "tp2 x pp2": (4, {**PP2, "tensor_parallel_degree": 2}),
+}
+PIPELINE_MODES = ["qwen sft", "qwen lora", "glm sft", "glm lora", "opt sft", "opt lora"]
 
 
 @pytest.mark.parametrize("layout", PIPELINES)

@@ -25,21 +25,21 @@ import train
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def rank_main(rank, world, port, argv):
+def rank_main(rank, world, port, argv, main=train.main):
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
-    sys.exit(checkpoint.cli(lambda: train.main(argv)))
+    sys.exit(checkpoint.cli(lambda: main(argv)))
 
 
-def run(argv, world=1):
-    """train.py in `world` forked processes; exit codes must be 0."""
+def run(argv, world=1, main=train.main):
+    """train.py, or another main, in `world` forked processes; exit codes must be 0."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=rank_main, args=(r, world, port, argv)) for r in range(world)]
+    processes = [fork.Process(target=rank_main, args=(r, world, port, argv, main)) for r in range(world)]
     for p in processes:
         p.start()
     for p in processes:
