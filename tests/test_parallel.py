@@ -134,7 +134,7 @@ def everywhere_equal(model) -> bool:  # all ranks of a tensor-parallel group
 
 @pytest.mark.parametrize("mode, layout", CELLS)
 def test_equals_one_process(bases, references, tmp_path, monkeypatch, mode, layout):
-    save = train.save_checkpoint
+    reference, save = references(mode), train.save_checkpoint
 
     def checked(path, model, *args):
         assert everywhere_equal(model), "the ranks differ in what they hold whole"
@@ -144,8 +144,8 @@ def test_equals_one_process(bases, references, tmp_path, monkeypatch, mode, layo
     world, options = LAYOUTS[layout]
     batch = 16 // world if mode == "stage 1" else 2  # pictures are contrasted within a round of micro-batches
     start(bases, mode, tmp_path / "out", world, batch, **TP2, **options)
-    assert_same_run(tmp_path / "out", references(mode))
-    assert_close(records(tmp_path / "out", "grad_norm"), records(references(mode), "grad_norm"), 1e-4)
+    assert_same_run(tmp_path / "out", reference)
+    assert_close(records(tmp_path / "out", "grad_norm"), records(reference, "grad_norm"), 1e-4)
 
 
 CHAINS = {  # mode -> layouts that a run goes through: (processes, settings)
