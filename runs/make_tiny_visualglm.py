@@ -1,4 +1,5 @@
-"""A small untrained VisualGLM: config.json, a unigram tokenizer trained on samples/, random weights.
+"""A small VisualGLM to train: config.json, a unigram tokenizer trained on samples/, the tiny Qwen-VL's vision tower,
+random weights elsewhere.
 
 PYTHONPATH=. python runs/make_tiny_visualglm.py init runs/out/init_glm
 python train.py runs/tiny_visualglm.json
@@ -14,6 +15,7 @@ from make_tiny_qwen_vl import round_weights, texts
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 import checkpoint
+import model_qwen_vl as qwen
 import model_visualglm as glm
 from train import named_generator
 
@@ -52,6 +54,46 @@ def tokenizer() -> Tokenizer:
     return out
 
 
+def tower() -> dict[str, torch.Tensor]:
+    """The tiny Qwen-VL's trained vision tower under this model's names: nobody trains a VisualGLM from nothing, the
+    published one began with BLIP-2's.
+
+    That tower normalises the patches before its first block, this one does not: the same with each patch's own
+    standard deviation replaced by the mean one over some pictures, which the training gets over.
+    """
+    source = Path("samples/tiny_qwen_vl")
+    weights = checkpoint.open_weights(source)
+    old = {n.removeprefix("transformer.visual."): weights.read(n).float() for n in weights.names}
+    kernel, (grid, patch) = old["conv1.weight"], (CONFIG["eva_config"][k] for k in ("image_size", "patch_size"))
+    positions = qwen.resize_positions(old["positional_embedding"], grid[0] // patch)
+    processor = qwen.load_processor(source)
+    pixels = torch.stack([processor.load_image(path) for path in sorted(Path("samples/images").rglob("*.png"))[::10]])
+    patches = torch.nn.functional.conv2d(pixels, kernel, stride=patch).flatten(2).transpose(1, 2) + positions
+    scale = old["ln_pre.weight"] / patches.std(-1).mean()
+    kernel, positions = kernel - kernel.mean(0), positions - positions.mean(-1, keepdim=True)
+    vit = "image_encoder.vit."
+    new = {
+        vit + "mixins.patch_embedding.proj.weight": kernel * scale[:, None, None, None],
+        vit + "mixins.patch_embedding.proj.bias": old["ln_pre.bias"],
+        vit + "transformer.position_embeddings.weight": torch.cat((torch.zeros(1, len(scale)), positions * scale)),
+    }
+    heads = CONFIG["eva_config"]["num_attention_heads"]
+    for i in range(CONFIG["eva_config"]["num_layers"]):
+        theirs, ours = f"transformer.resblocks.{i}.", f"{vit}transformer.layers.{i}."
+        for a, b in (
+            ("ln_1", "input_layernorm"),
+            ("attn.out_proj", "attention.dense"),
+            ("ln_2", "post_attention_layernorm"),
+            ("mlp.c_fc", "mlp.dense_h_to_4h"),
+            ("mlp.c_proj", "mlp.dense_4h_to_h"),
+        ):
+            new |= {f"{ours}{b}.{kind}": old[f"{theirs}{a}.{kind}"] for kind in ("weight", "bias")}
+        for kind in ("weight", "bias"):  # rows by head: q, k, v -> all q, all k, all v
+            rows = old[f"{theirs}attn.in_proj.{kind}"].unflatten(0, (heads, 3, -1))
+            new[f"{ours}attention.query_key_value.{kind}"] = rows.transpose(0, 1).flatten(0, 2)
+    return new
+
+
 def init(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     tokenizer().save(str(out / "tokenizer.json"), pretty=False)
@@ -63,6 +105,9 @@ def init(out: Path) -> None:
     with torch.no_grad():
         for name, p in model.named_parameters():
             model.init_weights(name, p, named_generator(0, name))
+        parameters = dict(model.named_parameters())
+        for name, tensor in tower().items():
+            parameters[name].copy_(tensor)
     checkpoint.save_weights(out, model.state_dict().items())
 
 
