@@ -7,6 +7,7 @@ PYTHONPATH=. python runs/make_tiny_visualglm.py round runs/out/trained_glm sampl
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -54,6 +55,11 @@ def tokenizer() -> Tokenizer:
     return out
 
 
+def sample_pixels() -> torch.Tensor:
+    paths = sorted(Path("samples/images").rglob("*.png"))[::10]
+    return torch.stack([qwen.load_processor(Path("samples/tiny_qwen_vl")).load_image(path) for path in paths])
+
+
 def tower() -> dict[str, torch.Tensor]:
     """The tiny Qwen-VL's trained vision tower under this model's names: nobody trains a VisualGLM from nothing, the
     published one began with BLIP-2's.
@@ -66,9 +72,7 @@ def tower() -> dict[str, torch.Tensor]:
     old = {n.removeprefix("transformer.visual."): weights.read(n).float() for n in weights.names}
     kernel, (grid, patch) = old["conv1.weight"], (CONFIG["eva_config"][k] for k in ("image_size", "patch_size"))
     positions = qwen.resize_positions(old["positional_embedding"], grid[0] // patch)
-    processor = qwen.load_processor(source)
-    pixels = torch.stack([processor.load_image(path) for path in sorted(Path("samples/images").rglob("*.png"))[::10]])
-    patches = torch.nn.functional.conv2d(pixels, kernel, stride=patch).flatten(2).transpose(1, 2) + positions
+    patches = torch.nn.functional.conv2d(sample_pixels(), kernel, stride=patch).flatten(2).transpose(1, 2) + positions
     scale = old["ln_pre.weight"] / patches.std(-1).mean()
     kernel, positions = kernel - kernel.mean(0), positions - positions.mean(-1, keepdim=True)
     vit = "image_encoder.vit."
@@ -94,6 +98,32 @@ def tower() -> dict[str, torch.Tensor]:
     return new
 
 
+@torch.no_grad()
+def focus(model) -> None:
+    """Query q of the Q-Former begins as an average of the tower's features around its own place in a 4x4 grid. Queries
+    that all look everywhere take as long to part as all the rest of the training."""
+    encoder, C = model.image_encoder, CONFIG["qformer_config"]["hidden_size"]
+    former = encoder.qformer.transformer
+    heads, block = CONFIG["qformer_config"]["num_attention_heads"], former.layers[0]
+    # each head gets some of the frequencies of column and row
+    by_head = torch.arange(C).view(4, heads, -1).transpose(0, 1).flatten()
+    small = qwen.sincos_positions(math.isqrt(CONFIG["image_length"]), C)
+    places = qwen.resize_positions(small, CONFIG["eva_config"]["image_size"][0] // CONFIG["eva_config"]["patch_size"])
+    former.word_embeddings.weight.copy_(small[:, by_head])
+    # keys: the places, as far as a linear map can read them from the features
+    features, P = encoder.vit(sample_pixels())
+    features = features.unflatten(0, (-1, P))[:, 1:]
+    x = torch.nn.functional.pad(features.flatten(0, 1), (0, 1), value=1.0)
+    y = places[:, by_head].repeat(len(features), 1)
+    solution = torch.linalg.solve(x.T @ x + torch.eye(C + 1), x.T @ y)
+    cross = block.cross_attention
+    cross.query.weight.copy_(6 * torch.eye(C))
+    cross.key_value.weight.copy_(torch.cat((solution[:C].T, torch.eye(C))))
+    cross.key_value.bias.copy_(torch.cat((solution[C], torch.zeros(C))))
+    cross.dense.weight.copy_(2 * torch.eye(C))
+    encoder.glm_proj.weight.normal_(0, C**-0.5, generator=named_generator(0, "glm_proj"))
+
+
 def init(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     tokenizer().save(str(out / "tokenizer.json"), pretty=False)
@@ -108,6 +138,7 @@ def init(out: Path) -> None:
         parameters = dict(model.named_parameters())
         for name, tensor in tower().items():
             parameters[name].copy_(tensor)
+    focus(model)
     checkpoint.save_weights(out, model.state_dict().items())
 
 
