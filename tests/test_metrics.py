@@ -127,8 +127,8 @@ def test_results_file_says_how_each_answer_came_about(base, captions, tmp_path, 
 def test_training_scores_what_evaluation_scores(base, captions, tmp_path, capfd):
     entries = [{"name": "coco_caption", "data_files": str(captions)}]
     options = {
-        "model_name_or_path": str(base), "dataset": {"train": entries, "eval": entries}, "max_steps": 48,
-        "per_device_train_batch_size": 4, "learning_rate": 1e-2, "num_workers": 0, "eval_steps": 24, "save_steps": 24,
+        "model_name_or_path": str(base), "dataset": {"train": entries, "eval": entries}, "max_steps": 80,
+        "per_device_train_batch_size": 4, "learning_rate": 3e-3, "num_workers": 0, "eval_steps": 40, "save_steps": 40,
         "output_dir": str(tmp_path / "out"), "evaluation_strategy": "steps", "eval_with_do_generation": True,
         "metric_for_best_model": "eval_rouge_l", "load_best_model_at_end": True, "disable_tqdm": True,
     }  # fmt: skip
@@ -136,7 +136,7 @@ def test_training_scores_what_evaluation_scores(base, captions, tmp_path, capfd)
     run([str(tmp_path / "c.json")])
     records = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
     evals = {r["step"]: r for r in records if "eval_cider" in r}
-    assert evals.keys() == {24, 48}
+    assert evals.keys() == {40, 80}
     best = max(evals, key=lambda step: evals[step]["eval_rouge_l"])
     argv = ["--model_name_or_path", str(tmp_path / f"out/checkpoint-{best}"), "--output", str(tmp_path / "r.json")]
     evaluate.main([str(tmp_path / "c.json"), *argv])

@@ -26,10 +26,23 @@ def write(path, value):
     return str(path)
 
 
-def fails(capsys, main, argv, *words):
+def child(main, argv):
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    sys.exit(checkpoint.cli(lambda: main(argv)))
+
+
+def run(main, argv) -> int:
+    """A script's main in a process of its own: one that has joined a process group cannot fork ranks any more."""
+    process = get_context("fork").Process(target=child, args=(main, argv))
+    process.start()
+    process.join(120)
+    return process.exitcode
+
+
+def fails(capfd, main, argv, *words):
     """Runs a script's main; exactly one error line that holds all the words."""
-    code = checkpoint.cli(lambda: main(argv))
-    err = capsys.readouterr().err
+    code = run(main, argv)
+    err = capfd.readouterr().err
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 1 and len(lines) == 1 and "Traceback" not in err, err
     for word in words:
@@ -80,14 +93,14 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("argv, words", SETTINGS, ids=[" ".join(argv)[:40] for argv, _ in SETTINGS])
-def test_settings(capsys, base, dataset, tmp_path, argv, words):
-    fails(capsys, train.main, common(base, dataset, tmp_path / "out") + argv, *words)
+def test_settings(capfd, base, dataset, tmp_path, argv, words):
+    fails(capfd, train.main, common(base, dataset, tmp_path / "out") + argv, *words)
     assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
-def test_malformed_configuration_names_its_line(capsys, tmp_path):
+def test_malformed_configuration_names_its_line(capfd, tmp_path):
     path = write(tmp_path / "c.json", '{"lora": true,\n"bf16": tru}')
-    fails(capsys, train.main, [path], f"{path}:2")
+    fails(capfd, train.main, [path], f"{path}:2")
 
 
 def png(path, size=(8, 8)):
@@ -126,15 +139,15 @@ CASES = "truncated, zero bytes, no picture, bomb, missing, outside, malformed, e
 
 
 @pytest.mark.parametrize("case", CASES.split(", "))
-def test_data(capsys, base, tmp_path, case):
+def test_data(capfd, base, tmp_path, case):
     records, entry, words = bad_records(tmp_path)[case]
     text = records if isinstance(records, str) else "\n".join(map(json.dumps, records))
     files = write(tmp_path / "data.jsonl", text)
     dataset = {"train": [{"name": "chatml_dataset", "data_files": files, **entry}]}
     out = tmp_path / "out"
     argv = common(base, dataset, out)
-    code = checkpoint.cli(lambda: train.main(argv))
-    err = capsys.readouterr().err
+    code = run(train.main, argv)
+    err = capfd.readouterr().err
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 1 and len(lines) == 1 and "Traceback" not in err, err
     # pictures are opened while training: the run names each one as it comes and stops over the limit
@@ -142,7 +155,7 @@ def test_data(capsys, base, tmp_path, case):
     assert not list(out.glob("checkpoint-*"))
 
 
-def test_few_bad_pictures_are_named_and_left_out(capsys, base, dataset, tmp_path):
+def test_few_bad_pictures_are_named_and_left_out(capfd, base, dataset, tmp_path):
     folder = tmp_path / "data"
     shutil.copytree(Path(dataset["train"][0]["data_files"]).parent, folder)
     (folder / "4.png").write_bytes(b"")
@@ -150,20 +163,20 @@ def test_few_bad_pictures_are_named_and_left_out(capsys, base, dataset, tmp_path
     argv = common(
         base, {"train": entries}, tmp_path / "out", max_bad_samples=0.05, max_steps=5, per_device_train_batch_size=8
     )
-    assert checkpoint.cli(lambda: train.main(argv)) == 0
-    warnings = [line for line in capsys.readouterr().err.splitlines() if "4.png" in line]
+    assert run(train.main, argv) == 0
+    warnings = [line for line in capfd.readouterr().err.splitlines() if "4.png" in line]
     assert len(warnings) == 1 and "a.jsonl:5" in warnings[0]
 
 
-def test_output_directory_that_is_no_run(capsys, base, dataset, tmp_path):
+def test_output_directory_that_is_no_run(capfd, base, dataset, tmp_path):
     write(tmp_path / "thesis.txt", "precious")
-    fails(capsys, train.main, common(base, dataset, tmp_path, overwrite_output_dir=True), "not empty", tmp_path)
-    fails(capsys, train.main, common(base, dataset, tmp_path / "thesis.txt"), "is a file")
+    fails(capfd, train.main, common(base, dataset, tmp_path, overwrite_output_dir=True), "not empty", tmp_path)
+    fails(capfd, train.main, common(base, dataset, tmp_path / "thesis.txt"), "is a file")
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 
 @pytest.mark.parametrize("case", ["missing", "extra", "shape", "truncated", "no config", "wrong tokenizer"])
-def test_broken_checkpoints(capsys, base, dataset, tmp_path, case):
+def test_broken_checkpoints(capfd, base, dataset, tmp_path, case):
     broken = tmp_path / "broken"
     shutil.copytree(base, broken)
     file = broken / "model.safetensors"
@@ -186,11 +199,11 @@ def test_broken_checkpoints(capsys, base, dataset, tmp_path, case):
         lines = (broken / "qwen.tiktoken").read_text().splitlines()
         (broken / "qwen.tiktoken").write_text("\n".join(lines[:-1]))
         words = ["tokenizer", "image_start_id"]
-    fails(capsys, train.main, common(broken, dataset, tmp_path / "out"), *words)
+    fails(capfd, train.main, common(broken, dataset, tmp_path / "out"), *words)
 
 
 def limited(argv):
-    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    torch.set_num_threads(1)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
     sys.stderr = open(argv[0], "w")
@@ -201,7 +214,7 @@ def test_disk_that_fills_during_a_save(base, dataset, tmp_path):
     """A file size limit stands in for a full disk. The checkpoint before stays good, and the run continues from it."""
     out = tmp_path / "out"
     argv = common(base, dataset, out, save_steps=2, max_steps=2)
-    assert checkpoint.cli(lambda: train.main(argv)) == 0
+    assert run(train.main, argv) == 0
     argv = common(base, dataset, out, save_steps=2, max_steps=6)
     process = get_context("fork").Process(target=limited, args=([str(tmp_path / "err"), *argv],), daemon=True)
     process.start()
@@ -211,11 +224,11 @@ def test_disk_that_fills_during_a_save(base, dataset, tmp_path):
     assert process.exitcode == 1 and len(lines) == 1 and "checkpoint-4" in lines[0] and "Traceback" not in err, err
     assert checkpoint.last_checkpoint(out).name == "checkpoint-2"
     assert not list(out.glob("*.tmp"))
-    assert checkpoint.cli(lambda: train.main(argv)) == 0
+    assert run(train.main, argv) == 0
     assert checkpoint.last_checkpoint(out).name == "checkpoint-6"
 
 
-def test_no_supervised_token_in_a_step(base, dataset, tmp_path, capsys):
+def test_no_supervised_token_in_a_step(base, dataset, tmp_path, capfd):
     """Cannot come from files, since such samples are dropped before; pictures that all fail can empty a step."""
     folder = tmp_path / "data"
     shutil.copytree(Path(dataset["train"][0]["data_files"]).parent, folder)
@@ -223,20 +236,20 @@ def test_no_supervised_token_in_a_step(base, dataset, tmp_path, capsys):
         path.write_bytes(b"")
     entries = [{**e, "data_files": str(folder / Path(e["data_files"]).name)} for e in dataset["train"]]
     fails(
-        capsys,
+        capfd,
         train.main,
         common(base, {"train": entries}, tmp_path / "out", max_bad_samples=1.0, max_steps=30),
         "no supervised token",
     )
 
 
-def test_non_finite_loss_names_its_samples(base, dataset, tmp_path, capsys):
+def test_non_finite_loss_names_its_samples(base, dataset, tmp_path, capfd):
     broken = tmp_path / "broken"
     shutil.copytree(base, broken)
     state = load_file(broken / "model.safetensors")
     state["lm_head.weight"][5] = float("nan")
     save_file(state, broken / "model.safetensors")
-    fails(capsys, train.main, common(broken, dataset, tmp_path / "out"), "step 1 is nan", "b.json record", "#")
+    fails(capfd, train.main, common(broken, dataset, tmp_path / "out"), "step 1 is nan", "b.json record", "#")
 
 
 SCRIPTS = [
@@ -255,16 +268,16 @@ SCRIPTS = [
 @pytest.mark.parametrize(
     "main, argv, words", SCRIPTS, ids=[f"{m.__module__} {' '.join(a)}"[:40] for m, a, _ in SCRIPTS]
 )
-def test_other_scripts(capsys, base, main, argv, words):
+def test_other_scripts(capfd, base, main, argv, words):
     if main in (generate.main, evaluate.main) and "--model_name_or_path" not in argv and "--lora_path" not in argv:
         argv = ["--model_name_or_path", str(base), *argv]
-    fails(capsys, main, argv, *words)
+    fails(capfd, main, argv, *words)
 
 
-def test_malformed_request_names_its_line(capsys, base, tmp_path):
+def test_malformed_request_names_its_line(capfd, base, tmp_path):
     path = write(tmp_path / "r.jsonl", '{"prompt": "hello"}\n{"prompt": ')
     fails(
-        capsys,
+        capfd,
         generate.main,
         ["--model_name_or_path", str(base), "--requests", path],
         f"{path}:2")
