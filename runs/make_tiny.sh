@@ -41,3 +41,10 @@ stage2 tower
 stage2 language --freeze_exclude '["*"]'  # its own start: what init_from names is what it has
 python runs/make_tiny_blip2.py round $R/from_trained1 samples/tiny_blip2
 python runs/make_tiny_blip2.py round $R/trained1 samples/blip2_stage1
+
+# VisualGLM (about 10 minutes on one core): samples/tiny_visualglm, whose tower begins as the tiny Qwen-VL's.
+python runs/make_tiny_visualglm.py init runs/out/init_glm
+python train.py runs/tiny_visualglm.json
+python runs/make_tiny_visualglm.py round runs/out/trained_glm samples/tiny_visualglm
+python evaluate.py --model visualglm --image_root samples \
+    --data_files samples/pretrain/vqa_val_en.jsonl --data_files samples/pretrain/vqa_val_zh.jsonl

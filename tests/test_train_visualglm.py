@@ -88,7 +88,7 @@ MODES = {
     "sft": {},
     "lora": {"lora": True, "lora_split": True, "lora_rank": 3, "lora_dropout": 0.3},
     "plain lora": {"lora": True, "lora_target_modules": [".*query_key_value"]},
-    "ptuning": {"pre_seq_len": 3, "learning_rate": 0.05},
+    "ptuning": {"pre_seq_len": 3, "learning_rate": 0.05, "adam_epsilon": 1e-8},  # its gradients are small
 }
 SIZE = {"per_device_train_batch_size": 8, "max_steps": 6}
 
