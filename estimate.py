@@ -2,9 +2,9 @@
 
     torchrun --nproc_per_node 8 train.py configs/qwen_vl/sft.json --sharding stage1 --dry_run
 
-Activations are what autograd would keep: one forward pass on the meta device counts it. The rest is arithmetic. Beside
-the resident memory of small runs it was 2 to 8% low for one process, accumulation, two data-parallel processes and LoRA,
-and 11% low with recomputation; sharded, tensor-parallel and pipeline layouts were not measured.
+Activations are what autograd would keep: one forward pass on the meta device counts it. The rest is arithmetic.
+Beside the resident memory of small runs it was 2 to 8% low for one process, accumulation, two data-parallel processes
+and LoRA, and 11% low with recomputation; sharded, tensor-parallel and pipeline layouts were not measured.
 """
 
 import copy
