@@ -42,9 +42,12 @@ stage2 language --freeze_exclude '["*"]'  # its own start: what init_from names 
 python runs/make_tiny_blip2.py round $R/from_trained1 samples/tiny_blip2
 python runs/make_tiny_blip2.py round $R/trained1 samples/blip2_stage1
 
-# VisualGLM (about 10 minutes on one core): samples/tiny_visualglm, whose tower begins as the tiny Qwen-VL's.
+# VisualGLM (about 17 minutes on one core): samples/tiny_visualglm. Its tower begins as the tiny Qwen-VL's, and stays as it
+# is until the Q-Former and the language model can read it: gradients of models that can't would only spoil it.
 python runs/make_tiny_visualglm.py init runs/out/init_glm
-python train.py runs/tiny_visualglm.json
+python train.py runs/tiny_visualglm.json --freeze_include 'image_encoder.vit.*' --learning_rate 0.0015 \
+    --output_dir runs/out/first_glm
+python train.py runs/tiny_visualglm.json --model_name_or_path runs/out/first_glm
 python runs/make_tiny_visualglm.py round runs/out/trained_glm samples/tiny_visualglm
 python evaluate.py --model visualglm --image_root samples \
     --data_files samples/pretrain/vqa_val_en.jsonl --data_files samples/pretrain/vqa_val_zh.jsonl
