@@ -58,7 +58,7 @@ class Config:
     # checkpoint whose tensors replace those of the same name: stage 2 begins with stage 1's
     init_from: str | None = None
     freeze_include: list[str] | None = None  # fnmatch on parameter names: frozen
-    freeze_exclude: list[str] | None = None  # carved out of freeze_include: trainable
+    freeze_exclude: list[str] | None = None  # carved out of freeze_include, or of what lora freezes: trainable
     # data
     dataset: dict | None = None  # {"train": [entry, ...], "eval": [...]}; default: samples/
     mixtoken: bool = False  # fill each stream up to max_length tokens
@@ -328,7 +328,7 @@ def choose_trainable(model: nn.Module, module, cfg: Config) -> None:
         elif cfg.pre_seq_len:
             p.requires_grad_(matches(name, [module.PREFIX_TUNING]))
         elif cfg.lora:
-            p.requires_grad_(False)
+            p.requires_grad_(matches(name, cfg.freeze_exclude))
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("nothing is trainable: freeze_include matches every parameter; narrow it or set lora=true")
 

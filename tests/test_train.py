@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import checkpoint
 import data
@@ -248,6 +249,16 @@ def test_frozen_parameters_are_bit_equal_and_carved_ones_train(base, dataset, tm
         frozen = "visual" in name and "attn_pool" not in name
         assert torch.equal(before[name], after[name]) == frozen, name
     assert checkpoint.read_config(out)["model_type"] == "qwen" and (out / "qwen.tiktoken").exists()
+
+
+def test_under_lora_freeze_exclude_trains_more(base, dataset, tmp_path):
+    """The carved-out weight is in the adapter's files; nothing else of the base is."""
+    out = tmp_path / "out"
+    run(arguments(base, dataset, out, lora=True, freeze_exclude=["lm_head.weight"], **SPLIT))
+    saved, before = load_file(out / "adapter_model.safetensors"), weights(base)
+    whole = [name for name in saved if ".lora_" not in name]
+    assert len(whole) == 1 and "lm_head" in whole[0]
+    assert not torch.equal(saved[whole[0]], before["lm_head.weight"])
 
 
 def test_pretraining_trains_vision_only(base, dataset, tmp_path):
