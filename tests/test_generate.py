@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_train import run
 
 import checkpoint
 import data
@@ -18,7 +19,6 @@ import generate as g
 import lora
 import merge
 import model_qwen_vl as qwen
-import train
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def adapter(base, dataset, tmp_path_factory):
     out = tmp_path_factory.mktemp("adapter") / "out"
     argv = f"""--model_name_or_path {base} --output_dir {out} --max_steps 8 --learning_rate 0.02 --num_workers 0 --lora
         --per_device_train_batch_size 8 --freeze_include *visual* --freeze_exclude *attn_pool* --max_length 128"""
-    assert checkpoint.cli(lambda: train.main([*argv.split(), "--dataset", json.dumps(dataset)])) == 0
+    run([*argv.split(), "--dataset", json.dumps(dataset)])
     return out
 
 

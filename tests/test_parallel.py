@@ -122,7 +122,8 @@ def assert_same_norms(out, reference):
 TP2 = {"tensor_parallel_degree": 2}
 LAYOUTS = {"tp2": (2, {}), "tp2 x dp2": (4, {})}  # name -> (processes, settings)
 LAYOUTS |= {f"tp2 x zero{n}": (4, {"sharding": f"stage{n}"}) for n in (1, 2, 3)}
-CELLS = [("qwen sft", layout) for layout in LAYOUTS] + [(mode, "tp2") for mode in MODES if mode != "qwen sft"]
+ALL_LAYOUTS = ("qwen sft", "qwen lora", "glm sft", "glm lora", "opt sft", "opt lora", "t5 sft", "t5 lora")
+CELLS = [(mode, layout) for mode in MODES for layout in LAYOUTS if mode in ALL_LAYOUTS or layout == "tp2"]
 
 
 def everywhere_equal(model) -> bool:  # all ranks of a tensor-parallel group

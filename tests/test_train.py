@@ -35,7 +35,10 @@ def rank_main(rank, world, port, argv, main=train.main):
 
 
 def run(argv, world=1, main=train.main):
-    """train.py, or another main, in `world` forked processes; exit codes must be 0."""
+    """train.py, or another main, in `world` forked processes; exit codes must be 0.
+
+    Tests never train in this process: what joined a process group has threads, and its forks may hang.
+    """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
