@@ -11,7 +11,6 @@ divided by their number over all micro-batches and ranks, so batch x accumulatio
 Killed at any point, the same command continues from the last checkpoint with the same losses.
 """
 
-import contextlib
 import copy
 import difflib
 import fnmatch
@@ -21,18 +20,14 @@ import json
 import math
 import os
 import resource
-import shutil
 import signal
 import sys
 import time
-import types
-import typing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 import checkpoint
@@ -42,255 +37,10 @@ import lora
 import metrics
 import parallel
 import pipeline
+from config import Config, parse_config
 from kernels import dispatch
 from kernels.linear_cross_entropy import IGNORE_INDEX
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Configuration
-
-
-@dataclass
-class Config:
-    # model and stage
-    model: str | None = None  # qwen_vl; default: from the checkpoint's config.json
-    model_name_or_path: str = "tiny"  # a checkpoint directory, or a preset: tiny is the one in samples/
-    stage: str = "sft"  # sft; the model's own pre-training stages: pretrain (Qwen-VL), pretrain1 and pretrain2 (BLIP-2)
-    # checkpoint whose tensors replace those of the same name: stage 2 begins with stage 1's
-    init_from: str | None = None
-    freeze_include: list[str] | None = None  # fnmatch on parameter names: frozen
-    freeze_exclude: list[str] | None = None  # carved out of freeze_include, or of what lora freezes: trainable
-    # data
-    dataset: dict | None = None  # {"train": [entry, ...], "eval": [...]}; default: samples/
-    mixtoken: bool = False  # fill each stream up to max_length tokens
-    max_length: int = 2048  # tokens a stream, and the cap for one sample
-    max_images: int | None = None  # pictures a stream
-    max_bad_samples: float = 0.01  # share of unusable records above which the run stops
-    # training pictures move by up to this share of a side, scale by it, turn by so many radians
-    image_jitter: float = 0.0
-    cache_image_features: bool = False  # encode each picture once; only with a frozen vision tower
-    num_workers: int = 2  # data processes per rank
-    # run
-    output_dir: str = "output"
-    overwrite_output_dir: bool = False  # start anew instead of continuing the run that is there
-    resume_from_checkpoint: str | bool | None = None  # a checkpoint directory, or true: the last one
-    num_train_epochs: float = 1
-    max_steps: int | None = None
-    per_device_train_batch_size: int = 1  # samples, or with mixtoken streams, a micro-batch
-    per_device_eval_batch_size: int = 1
-    gradient_accumulation_steps: int = 1
-    eval_accumulation_steps: int | None = None  # eval batches kept on the device before they move to the host
-    do_train: bool = True
-    do_eval: bool = False  # evaluate at the end too
-    save_strategy: str = "steps"  # no, epoch, steps
-    save_steps: int = 500
-    save_total_limit: int | None = None  # the best one is kept besides
-    evaluation_strategy: str = "no"  # no, epoch, steps
-    eval_steps: int | None = None  # default: save_steps
-    # answers the eval questions too: eval_cider, eval_bleu_4, eval_vqa_accuracy, eval_accuracy, ... by their format
-    eval_with_do_generation: bool = False
-    load_best_model_at_end: bool = False
-    metric_for_best_model: str = "eval_loss"  # or one of those: the higher the better
-    seed: int = 42
-    # optimiser: AdamW, no decay on biases and norm weights
-    learning_rate: float = 5e-5
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0  # 0: no clipping
-    decay_scalars: bool = False  # weight decay on single numbers too (LAVIS decays its temperature)
-    lr_scheduler_type: str = "linear"  # linear, cosine, constant; cosine_epochs: steps down once an epoch, as LAVIS
-    warmup_ratio: float = 0.0
-    warmup_steps: int = 0  # wins over warmup_ratio
-    warmup_start_lr: float = 0.0
-    eta_min: float = 0.0  # where linear and cosine end
-    # precision and speed
-    bf16: bool = False
-    fp16: bool = False
-    fp16_opt_level: str = "O1"  # O1: fp32 weights, autocast; O2: computes in 16 bits, fp32 master weights
-    recompute: bool = False  # activation checkpointing
-    compile: bool = False  # torch.compile of the blocks
-    use_flash_attention: str | bool = "auto"  # auto: Triton kernels on a GPU; true: or an error; false: plain PyTorch
-    # adapters
-    lora: bool = False
-    lora_rank: int = 8
-    lora_alpha: float = 16
-    lora_dropout: float = 0.05
-    lora_target_modules: list[str] | None = None  # regular expressions, full match on module names
-    lora_path: str | None = None  # start from this adapter
-    lora_split: bool = False  # an A and a B for each of q, k, v in a packed weight, as SwissArmyTransformer has them
-    pre_seq_len: int | None = None  # P-tuning: only so many keys and values in front of every sample are trained
-    # layout
-    tensor_parallel_degree: int = 1  # ranks that hold a layer together; -1, like 1: off
-    pipeline_parallel_degree: int = 1  # stages on ranks of their own; their micro-batches: gradient_accumulation_steps
-    # 1f1b: a stage keeps activations of few micro-batches; gpipe: all forward, then all backward passes; interleaved:
-    # 1f1b with two stages on each rank, which wait half as long and send twice as much
-    pipeline_schedule: str = "1f1b"
-    sharding_parallel_degree: int | None = None  # default: all data-parallel ranks
-    sharding: str | None = None  # stage1, stage2, stage3
-    # output
-    logging_steps: int = 10
-    disable_tqdm: bool = False
-    report_to: list[str] | None = None  # tensorboard
-    benchmark: bool = False  # print samples/s, tokens/s and peak memory at the end
-    skip_memory_metrics: bool = True
-    dry_run: bool = False  # print the plan and stop
-
-
-NO_EFFECT = [  # keys of the toolkit whose files run here unchanged
-    "src_length", "lazy", "task_name", "prefix_*", "neftune*", "device", "use_auto_parallel", "amp_*", "do_predict",
-    "zero_padding", "optim", "scale_loss", "unified_checkpoint", "use_fused_*", "dataloader_*", "ignore_*",
-    "text_model_name_or_path",
-]  # fmt: skip
-CHOICES = {
-    "save_strategy": ("no", "epoch", "steps"),
-    "evaluation_strategy": ("no", "epoch", "steps"),
-    "lr_scheduler_type": ("linear", "cosine", "constant", "cosine_epochs"), "fp16_opt_level": ("O1", "O2"),
-    "metric_for_best_model": ("eval_loss", *(f"eval_{s}" for scores in metrics.SCORES.values() for s in scores)),
-    "sharding": (None, *parallel.STAGES), "pipeline_schedule": pipeline.SCHEDULES,
-    "use_flash_attention": ("auto", True, False),
-}  # fmt: skip
-
-
-def convert(key: str, value, kind, from_text: bool):
-    """`value` as the field's type; text from the command line is read as JSON where the type is not str."""
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if from_text and value not in (None, True):
-        if type(None) in options and value.lower() in ("none", "null"):
-            return None
-        for option in options:
-            if option is bool and value.lower() in ("true", "false"):
-                return value.lower() == "true"
-            if typing.get_origin(option) is list and not value.startswith("["):
-                return [value]
-            if option is not str and option is not bool:
-                with contextlib.suppress(ValueError):
-                    value = json.loads(value)
-                    break
-    for option in options:
-        plain = typing.get_origin(option) or option
-        if plain is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        if isinstance(value, plain) and not (plain is int and isinstance(value, bool)):
-            return value
-        if plain is int and isinstance(value, float) and value.is_integer():
-            return int(value)
-    expected = " or ".join(
-        "null" if o is type(None) else str(o) if typing.get_origin(o) else o.__name__ for o in options
-    )
-    raise ValueError(f"{key}={value!r} has the wrong type; expected {expected}")
-
-
-def parse_config(argv: list[str]) -> Config:
-    """`[config.json ...] [--key value ...]` -> Config. Raises ValueError for an unknown key, a wrong type or value."""
-    hints = typing.get_type_hints(Config)
-    values, from_text, i = {}, {}, 0
-    while i < len(argv):
-        if not argv[i].startswith("--"):
-            given = checkpoint.read_json(argv[i], "give the path of a configuration file")
-            i += 1
-        else:
-            key, _, value = argv[i][2:].partition("=")
-            i += 1
-            if not value and i < len(argv) and not argv[i].startswith("--"):
-                value, i = argv[i], i + 1
-            given = {key: value or True}
-            from_text[key] = True
-        for key, value in given.items():
-            if key == "lr_scheduler_name" and value == "CosineDecayWithWarmup":  # the toolkit's other name for it
-                key, value = "lr_scheduler_type", "cosine"
-            if any(fnmatch.fnmatch(key, pattern) for pattern in NO_EFFECT):
-                print(f"warning: {key} has no effect here", file=sys.stderr)
-            elif key not in hints:
-                near = difflib.get_close_matches(key, hints, n=1, cutoff=0)
-                raise ValueError(f"unknown key {key!r}; the nearest known key is {near[0]!r}")
-            else:
-                values[key] = convert(key, value, hints[key], from_text.get(key, False))
-    if values.get("dataset") is None:
-        stage = "lora" if values.get("lora") else values.get("stage", "sft")
-        path = data.ROOT / "configs" / (values.get("model") or "qwen_vl") / f"samples_{stage}.json"
-        if path.exists():
-            defaults = {k: convert(k, v, hints[k], False) for k, v in json.loads(path.read_text()).items()}
-            values = {**defaults, **values}
-            print(
-                f"no dataset given: training on samples/ with the settings of {path.relative_to(data.ROOT)}",
-                file=sys.stderr,
-            )
-    cfg = Config(**values)
-    validate(cfg)
-    return cfg
-
-
-def validate(cfg: Config) -> None:
-    for key, choices in CHOICES.items():
-        value = getattr(cfg, key)
-        if value not in choices:
-            raise ValueError(f"{key}={value!r}; expected one of {', '.join(map(str, choices))}")
-    positive = ("max_length", "per_device_train_batch_size", "per_device_eval_batch_size",
-                "gradient_accumulation_steps",                "save_steps", "logging_steps", "lora_rank")  # fmt: skip
-    optional = ("pre_seq_len", "max_steps", "max_images", "eval_steps", "save_total_limit", "eval_accumulation_steps")
-    for key in (*positive, *(k for k in optional if getattr(cfg, k) is not None)):
-        if getattr(cfg, key) < 1:
-            raise ValueError(f"{key}={getattr(cfg, key)}; expected at least 1")
-    for key in (
-        "learning_rate",
-        "weight_decay",
-        "warmup_steps",
-        "num_train_epochs",
-        "num_workers",
-        "max_grad_norm",
-        "eta_min",
-    ):
-        if getattr(cfg, key) < 0:
-            raise ValueError(f"{key}={getattr(cfg, key)}; expected 0 or more")
-    for key in ("warmup_ratio", "lora_dropout", "max_bad_samples", "image_jitter", "adam_beta1", "adam_beta2"):
-        if not 0 <= getattr(cfg, key) <= 1:
-            raise ValueError(f"{key}={getattr(cfg, key)}; expected 0 to 1")
-    if cfg.bf16 and cfg.fp16:
-        raise ValueError("bf16 and fp16 are both true; use one")
-    if cfg.tensor_parallel_degree != -1 and cfg.tensor_parallel_degree < 1:
-        raise ValueError(f"tensor_parallel_degree={cfg.tensor_parallel_degree}; expected 1 or more (or -1: off)")
-    if cfg.pipeline_parallel_degree != -1 and cfg.pipeline_parallel_degree < 1:
-        raise ValueError(f"pipeline_parallel_degree={cfg.pipeline_parallel_degree}; expected 1 or more (or -1: off)")
-    validate_pipeline(cfg)
-    if cfg.load_best_model_at_end and (cfg.evaluation_strategy == "no" or cfg.save_strategy != cfg.evaluation_strategy):
-        raise ValueError(
-            f"load_best_model_at_end needs evaluation_strategy={cfg.evaluation_strategy} and "
-            f"save_strategy={cfg.save_strategy} to be the same of epoch and steps"
-        )
-    eval_steps = cfg.eval_steps or cfg.save_steps
-    if cfg.load_best_model_at_end and cfg.save_strategy == "steps" and eval_steps % cfg.save_steps:
-        raise ValueError(
-            f"load_best_model_at_end needs a checkpoint of every evaluation: eval_steps={eval_steps} must be a "
-            f"multiple of save_steps={cfg.save_steps}"
-        )
-    if cfg.metric_for_best_model != "eval_loss" and not cfg.eval_with_do_generation:
-        raise ValueError(f"metric_for_best_model={cfg.metric_for_best_model} needs eval_with_do_generation=true")
-    if cfg.dataset is not None and (unknown := set(cfg.dataset) - {"train", "eval"}):
-        raise ValueError(f"dataset has the key {unknown.pop()!r}; expected train and eval")
-
-
-def validate_pipeline(cfg: Config) -> None:
-    """What pipeline stages can't be combined with."""
-    pp = f"pipeline_parallel_degree={cfg.pipeline_parallel_degree}"
-    if cfg.pipeline_parallel_degree < 2:
-        return
-    micro_batches = cfg.gradient_accumulation_steps
-    rounds = max(1, micro_batches // cfg.pipeline_parallel_degree)
-    if cfg.pipeline_schedule == "1f1b" and micro_batches < cfg.pipeline_parallel_degree:
-        raise ValueError(
-            f"gradient_accumulation_steps={micro_batches} is less than {pp}: the micro-batches do not fill "
-            "pipeline_schedule=1f1b; raise it, or use pipeline_schedule=gpipe"
-        )
-    if cfg.pipeline_schedule == "interleaved" and micro_batches % rounds:
-        raise ValueError(
-            f"gradient_accumulation_steps={micro_batches} with {pp} and pipeline_schedule=interleaved; use a multiple "
-            f"of {cfg.pipeline_parallel_degree}"
-        )
-    for key in ("cache_image_features", "eval_with_do_generation"):
-        if getattr(cfg, key):
-            raise ValueError(f"{key}=true needs the whole model on a rank, {pp} cuts it; use one of the two")
-
+from run_dir import Log, draw_loss, prepare_output_dir, publish
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
@@ -783,59 +533,7 @@ def cache_features(model, plan, processor, cfg: Config, weights_id: str, world) 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files of a run
-
-
-def prepare_output_dir(cfg: Config, world: parallel.World) -> Path | None:
-    """The checkpoint to continue from, or None. Refuses to touch a directory that is no run of ours.
-
-    A run that torchrun started again, since a rank had died, always goes on from its own last checkpoint.
-    """
-    out = Path(cfg.output_dir)
-    restarted = parallel.restart_count() > 0
-    overwrite = cfg.overwrite_output_dir and not restarted
-    is_run = (out / "train_config.json").exists()
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"output_dir={out} is a file; choose a directory")
-    if out.is_dir() and any(out.iterdir()) and not is_run:
-        raise ValueError(
-            f"output_dir={out} is not empty and holds no earlier run (no train_config.json); choose another directory"
-        )
-    resume = checkpoint.last_checkpoint(out) if restarted else None
-    if resume is None and isinstance(cfg.resume_from_checkpoint, str):
-        resume = Path(cfg.resume_from_checkpoint)
-        if not (resume / "trainer_state.json").exists():
-            raise ValueError(f"resume_from_checkpoint={resume} is no complete checkpoint (no trainer_state.json)")
-    elif not overwrite and resume is None:
-        resume = checkpoint.last_checkpoint(out)
-        if resume is None and cfg.resume_from_checkpoint and not restarted:
-            raise ValueError(f"resume_from_checkpoint=true, but {out} has no complete checkpoint")
-    parallel.barrier(world)
-    if world.main:
-        out.mkdir(parents=True, exist_ok=True)
-        if is_run and overwrite:
-            for path in [
-                *out.glob("checkpoint-*"),
-                *(out / n for n in ("log.jsonl", "loss.png")),
-                *out.glob("*model*.safetensors*"),
-            ]:
-                if resume is None or path.resolve() != resume.resolve():
-                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        if is_run and resume is not None:
-            old = json.loads((out / "train_config.json").read_text())
-            changed = [
-                k
-                for k, v in asdict(cfg).items()
-                if old.get(k, v) != v and k not in ("overwrite_output_dir", "resume_from_checkpoint")
-            ]
-            if changed:
-                print(
-                    f"warning: continuing with other settings than the run began with: {', '.join(changed)}",
-                    file=sys.stderr,
-                )
-        checkpoint.write_json(out / "train_config.json", asdict(cfg))
-    parallel.barrier(world)
-    return resume
+# Saving
 
 
 def save_checkpoint(
@@ -868,106 +566,6 @@ def save_checkpoint(
                 checkpoint.write_json(temporary / "config.json", config)
                 checkpoint.copy_side_files(directory, temporary)
         checkpoint.save_train_state(temporary, trainable, optimizer, state)
-
-
-def publish(path: Path, out: Path) -> None:
-    """The final model's files stand in the output directory itself too: links where possible, else copies."""
-    for source in path.iterdir():
-        if source.is_file() and source.name != "trainer_state.json":
-            temporary = out / (source.name + ".tmp")
-            temporary.unlink(missing_ok=True)
-            try:
-                os.link(source, temporary)
-            except OSError:
-                shutil.copyfile(source, temporary)
-            os.replace(temporary, out / source.name)
-
-
-class Log:
-    """log.jsonl (every step), console lines, progress bar, TensorBoard. Rank 0 only."""
-
-    def __init__(self, cfg: Config, start_step: int, total: int):
-        self.cfg, self.total, self.path = cfg, total, Path(cfg.output_dir) / "log.jsonl"
-        kept = []
-        if start_step and self.path.exists():  # steps after the checkpoint are taken again
-            for line in self.path.read_text().splitlines():
-                with contextlib.suppress(json.JSONDecodeError):
-                    if json.loads(line)["step"] <= start_step:
-                        kept.append(line)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, self.path)
-        self.file = open(self.path, "a")
-        self.bar = sys.stderr.isatty() and not cfg.disable_tqdm
-        self.board = None
-        for target in cfg.report_to or ():
-            if target != "tensorboard":
-                raise ValueError(f"report_to: {target!r} is not supported; expected tensorboard")
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise ValueError("report_to: tensorboard is not installed; pip install tensorboard") from None
-            self.board = SummaryWriter(cfg.output_dir)
-
-    def write(self, record: dict) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
-        if self.board:
-            for key, value in record.items():
-                if isinstance(value, int | float):
-                    self.board.add_scalar(key, value, record["step"])
-
-    def step(self, r: dict) -> None:
-        self.write(r)
-        if r["step"] % self.cfg.logging_steps == 0 or r["step"] in (1, self.total):
-            sets = "".join(f" | {name} {loss:.4f}" for name, loss in r.get("loss_by_dataset", {}).items())
-            print(
-                f"{self.clear()}step {r['step']:05d}/{self.total:05d} | loss {r['loss']:.4f} | lr {r['lr']:.1e} | "
-                f"gnorm {r['grad_norm']:.2f} | {r['ms']:.0f} ms | {r['tokens_per_s']:,.0f} tok/s "
-                f"({r['supervised']:.0%} supervised) | data {r['data']:.0%} | "
-                f"mem {r['mem_gib']:.1f}G{sets}",
-                flush=True,
-            )
-        if self.bar:
-            filled = 30 * r["step"] // self.total
-            print(
-                f"\r[{'#' * filled}{'.' * (30 - filled)}] {r['step']}/{self.total} loss {r['loss']:.4f} ",
-                end="",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def clear(self) -> str:
-        return "\r\033[K" if self.bar else ""
-
-
-def draw_loss(log_path: Path, out: Path) -> None:
-    """The loss curve as a picture: training in blue, evaluation in red."""
-    records = [json.loads(line) for line in log_path.read_text().splitlines()]
-    train = [(r["step"], r["loss"]) for r in records if "loss" in r]
-    evals = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r]
-    W, H, margin = 640, 400, 48
-    top = max(v for _, v in train + evals) or 1.0
-    last = max(s for s, _ in train + evals)
-    image = Image.new("RGB", (W, H), "white")
-    draw = ImageDraw.Draw(image)
-
-    def place(step, value):
-        return margin + (W - 2 * margin) * step / last, H - margin - (H - 2 * margin) * value / top
-
-    draw.rectangle((margin, margin, W - margin, H - margin), outline="black")
-    for i in range(5):
-        x, y = place(last * i / 4, top * i / 4)
-        draw.text((8, y - 6), f"{top * i / 4:.3g}", fill="black")
-        draw.text((x - 10, H - margin + 6), f"{last * i // 4}", fill="black")
-    for points, colour in ((train, "blue"), (evals, "red")):
-        if len(points) > 1:
-            draw.line([place(*p) for p in points], fill=colour, width=2)
-        for p in points if len(points) < 50 else []:
-            x, y = place(*p)
-            draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)
-    draw.text((W // 2 - 40, 16), "loss over steps", fill="black")
-    image.save(out)
 
 
 def peak_memory_gib(device: torch.device) -> float:
