@@ -21,14 +21,19 @@ import re
 import shutil
 import struct
 import sys
+import types
+import typing
 import warnings
+from dataclasses import fields
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
@@ -70,7 +75,7 @@ def cli(main) -> int:
         return 130
 
 
-# ---- config.json
+# ---- JSON that others wrote
 
 
 def read_json(path, what: str) -> dict:
@@ -78,13 +83,14 @@ def read_json(path, what: str) -> dict:
     if not path.is_file():
         raise ValueError(f"{path.parent} has no {path.name}; {what}")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as e:
         raise ValueError(f"{path}:{e.lineno}: not valid JSON ({e.msg}); fetch or write it again") from None
     except ValueError as e:
         raise ValueError(f"{path} is not text ({e}); fetch or write it again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object; fetch or write it again")
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply; fetch or write it again") from None
+    check(value, dict, f"{path}: the file")
     return value
 
 
@@ -92,8 +98,109 @@ def write_json(path, value: dict) -> None:
     Path(path).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+# Numbers of JSON files: Annotated[type, least, most]. The limits are far from any model, so that a damaged number is
+# refused before a layer or a table is made of it.
+Size = Annotated[int, 1, 1 << 20]
+Depth = Annotated[int, 1, 1000]
+Pixels = Annotated[int, 1, 4096]
+TokenId = Annotated[int, 0, 1 << 24]
+Epsilon = Annotated[float, 1e-20, 0.1]
+Share = Annotated[float, 0.0, 0.99]
+Scale = Annotated[float, 0.0, 1.0]
+NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+NAMES |= {dict: "an object", list: "a list", types.NoneType: "null"}
+
+
+def fits(value, kind) -> bool:
+    """Whether a JSON value is what a type annotation says; true is no number, and NaN and infinity are none either."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return fits(value, parts[0]) and parts[1] <= value <= parts[2]
+    if origin is Literal:
+        return any(value == part and type(value) is type(part) for part in parts)
+    if origin in (types.UnionType, typing.Union):
+        return any(fits(value, part) for part in parts)
+    if origin is list:
+        return isinstance(value, list) and all(fits(item, parts[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(k, parts[0]) and fits(v, parts[1]) for k, v in value.items())
+    if kind in (int, float):
+        number = isinstance(value, int) or kind is float and isinstance(value, float) and math.isfinite(value)
+        return number and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def expectation(kind) -> str:
+    """A type annotation in words."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return f"{expectation(parts[0])} from {parts[1]:g} to {parts[2]:.10g}"
+    if origin is Literal:
+        return " or ".join(map(repr, parts))
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(map(expectation, parts))
+    if origin is list:
+        return f"a list of which each is {expectation(parts[0])}"
+    if origin is dict:
+        return f"an object in which each value is {expectation(parts[1])}"
+    return NAMES.get(kind, kind.__name__)
+
+
+def check(value, kind, where: str) -> None:
+    """ValueError unless the value at `where` (file and key) is what the annotation `kind` says."""
+    if not fits(value, kind):
+        shown = repr(value) if not isinstance(value, dict | list) or len(value) < 4 else NAMES[type(value)]
+        shown = shown if len(shown) <= 60 else shown[:60] + "..."
+        raise ValueError(f"{where} is {shown}; expected {expectation(kind)}; fetch or write it again")
+
+
+def from_json(kind: type, values, where: str, **given):
+    """A dataclass from a JSON object at `where`: each field is there, or has a default, and is of its type. `given` are
+    fields that come from elsewhere; other keys of the object are left out."""
+    check(values, dict, where)
+    hints = typing.get_type_hints(kind, include_extras=True)
+    wanted = [f for f in fields(kind) if f.name not in given]
+    missing = [f.name for f in wanted if f.name not in values and f.default is f.default_factory]
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}; is it a checkpoint of another model?")
+    for f in wanted:
+        if f.name in values:
+            check(values[f.name], hints[f.name], f"{where}: {f.name}")
+    return kind(**{f.name: values[f.name] for f in wanted if f.name in values}, **given)
+
+
+def require(values: dict, where: str, **expected) -> None:
+    """ValueError for a key that changes what is computed and has another value than the only one supported."""
+    for key, value in expected.items():
+        if key in values and (values[key] != value or isinstance(value, bool) != isinstance(values[key], bool)):
+            raise ValueError(f"{where}: {key} is {values[key]!r}; this model is computed with {value!r} only")
+
+
+# ---- config.json
+
+
 def read_config(directory) -> dict:
-    return read_json(Path(directory) / "config.json", "expected a checkpoint directory with config.json and weights")
+    path = Path(directory) / "config.json"
+    config = read_json(path, "expected a checkpoint directory with config.json and weights")
+    check(config.get("architectures"), list[str] | None, f"{path}: architectures")
+    for key in ("torch_dtype", "dtype"):
+        check(config.get(key), Literal["float32", "bfloat16", "float16", "auto"] | None, f"{path}: {key}")
+    return config
+
+
+def read_tokenizer(*paths, make=None):
+    """The tokenizers library's tokenizer of a tokenizer.json, or of other files by `make(*paths)`. ValueError for a
+    damaged file."""
+    try:
+        tokenizer = make(*paths) if make else Tokenizer.from_str(Path(paths[0]).read_text(encoding="utf-8-sig"))
+        ids = tokenizer.get_vocab()
+    except OSError:
+        raise
+    except Exception as e:  # the library raises nothing narrower
+        raise ValueError(f"{paths[0]}: not a readable tokenizer ({_reason(e)}); fetch it again") from None
+    if len({*ids.values()}) < len(ids) or not ids:
+        raise ValueError(f"{paths[0]}: the tokenizer has no tokens, or two with one id; fetch it again")
+    return tokenizer
 
 
 def model_kind(config: dict) -> str:
@@ -102,7 +209,7 @@ def model_kind(config: dict) -> str:
     if model_type == "qwen" and "visual" in config:
         return "qwen_vl"
     kinds = {"blip-2": "blip2", "chatglm": "visualglm", "visualglm": "visualglm"}
-    if model_type in kinds:
+    if isinstance(model_type, str) and model_type in kinds:
         return kinds[model_type]
     raise ValueError(
         f"config.json has model_type={model_type!r}; supported: 'qwen' with a 'visual' part (Qwen-VL), 'blip-2', "
@@ -114,53 +221,76 @@ def model_kind(config: dict) -> str:
 
 
 class Weights:
-    """The tensors of a checkpoint directory by name."""
+    """The tensors of a checkpoint directory by name. `stems`: its files' names without .safetensors and .bin."""
 
-    def __init__(self, directory, ignore=(), aliases=None):
-        directory = Path(directory)
-        for file_name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-                          "pytorch_model.bin.index.json"):  # fmt: skip
+    def __init__(self, directory, ignore=(), aliases=None, stems=("model", "pytorch_model")):
+        directory, (safe, old) = Path(directory), stems
+        for file_name in (
+            f"{safe}.safetensors",
+            f"{safe}.safetensors.index.json",
+            f"{old}.bin",
+            f"{old}.bin.index.json",
+        ):
             if (directory / file_name).is_file():
                 break
         else:
-            raise ValueError(f"{directory} has no model.safetensors or pytorch_model.bin (or their .index.json)")
-        weight_map = {}  # name -> shard
+            raise ValueError(f"{directory} has no {safe}.safetensors or {old}.bin (or their .index.json)")
+        weight_map = None  # name -> shard
         if file_name.endswith(".index.json"):
-            weight_map = read_json(directory / file_name, "").get("weight_map", {})
-        self._entries = {}  # name -> (path, shape, dtype, offset or None for .bin)
+            weight_map = read_json(directory / file_name, "").get("weight_map")
+            where = f"{directory / file_name}: weight_map"
+            check(weight_map, dict[str, str], where)
+            for shard in {*weight_map.values()} or {""}:
+                if shard != os.path.basename(shard) or not shard.endswith((".safetensors", ".bin")):
+                    raise ValueError(f"{where} names the file {shard!r}; expected .safetensors or .bin files beside it")
+        self._entries = {}  # name -> (path, name in the file, shape, dtype, offset or None for .bin)
         self._shard = (None, None)  # the one .bin shard that is open: (path, tensors)
-        for shard in sorted(set(weight_map.values())) or [file_name]:
+        self.metadata: dict[str, str] = {}  # of a .safetensors file
+        for shard in sorted({*weight_map.values()}) if weight_map else [file_name]:
             path = directory / shard
             if not path.is_file():
                 raise ValueError(f"{path} is missing but {file_name} names it; fetch it again")
-            entries = _safetensors_entries(path) if shard.endswith(".safetensors") else self._bin_entries(path)
+            if shard.endswith(".safetensors"):
+                entries, self.metadata = _safetensors_entries(path)
+            else:
+                entries = self._bin_entries(path)
             for name, entry in entries.items():
-                if weight_map.get(name, shard) == shard:
+                if weight_map is None or weight_map.get(name) == shard:
                     self._entries[name] = entry
-        for name, shard in weight_map.items():
+                elif name not in weight_map and not _matches(name, [*ignore, *(aliases or {})]):
+                    raise ValueError(f"{path} holds {name!r}, which {file_name} does not name; fetch both again")
+        for name, shard in (weight_map or {}).items():
             if name not in self._entries:
                 raise ValueError(f"{directory / shard} does not hold {name!r}, which {file_name} says; fetch it again")
-        for alias, name in (aliases or {}).items():
-            if name in self._entries:
-                self._entries.pop(alias, None)
-        for name in [n for n in self._entries if any(fnmatch.fnmatch(n, pattern) for pattern in ignore)]:
+        for name in [n for n in self._entries if _matches(n, ignore)]:
             del self._entries[name]
+        for alias, name in (aliases or {}).items():
+            if alias not in self._entries:
+                continue
+            if name not in self._entries:  # a file may hold the tied tensor under any of its names
+                self._entries[name] = self._entries[alias]
+            elif not torch.equal(self.read(alias), self.read(name)):
+                raise ValueError(
+                    f"{directory}: {alias} and {name} are one tied tensor in this model, but their values differ; "
+                    "use weights whose two are equal"
+                )
+            del self._entries[alias]
         self.names = set(self._entries)
 
     def __iter__(self):
         return iter(self._entries)  # in file order, so that each .bin shard is opened once
 
     def shape(self, name: str) -> torch.Size:
-        return self._entries[name][1]
+        return self._entries[name][2]
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._entries[name][2]
+        return self._entries[name][3]
 
     def read(self, name: str, scratch: torch.Tensor | None = None) -> torch.Tensor:
         """One tensor in memory of its own, or in what `scratch()` gave: then it is valid until the next read."""
-        path, shape, dtype, offset = self._entries[name]
+        path, key, shape, dtype, offset = self._entries[name]
         if offset is None:
-            tensor = self._open_bin(path)[name]
+            tensor = self._open_bin(path)[key]
             return tensor.clone(memory_format=torch.contiguous_format) if scratch is None else tensor
         # not memory-mapped: mapped pages would count beside the model's own copy and double the memory
         if scratch is None:
@@ -179,14 +309,19 @@ class Weights:
 
     def scratch(self) -> torch.Tensor:
         """Room for any one tensor. Fresh memory for each would leave the heap full of holes: up to 1.6x the weights."""
-        sizes = [math.prod(shape) * dtype.itemsize for _, shape, dtype, offset in self._entries.values() if offset]
+        sizes = [math.prod(shape) * dtype.itemsize for _, _, shape, dtype, offset in self._entries.values() if offset]
         return torch.empty(max(sizes, default=0), dtype=torch.uint8)
 
     def _bin_entries(self, path: Path) -> dict:
         tensors = self._open_bin(path)
         if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
             raise ValueError(f"{path} is not a plain dictionary of tensors; save its state dict alone")
-        return {name: (path, t.shape, t.dtype, None) for name, t in tensors.items()}
+        for name, t in tensors.items():
+            if not isinstance(name, str):
+                raise ValueError(f"{path}: a tensor has the name {name!r}; expected text")
+            if t.layout != torch.strided or t.device.type != "cpu" or t.dtype not in SAFETENSORS_DTYPES.values():
+                raise ValueError(f"{path}: {name!r} is {t.dtype}, {t.layout} on {t.device}; expected a plain tensor")
+        return {name: (path, name, t.shape, t.dtype, None) for name, t in tensors.items()}
 
     def _open_bin(self, path: Path) -> dict:
         if self._shard[0] != path:
@@ -206,12 +341,28 @@ class Weights:
 
 def open_weights(directory, ignore=(), aliases: dict | None = None) -> Weights:
     """`ignore`: fnmatch patterns of names to leave out (what a model's files hold but its code recomputes). `aliases`
-    {name: name}: names that say the same as another one are left out where that is there too (tied weights)."""
+    {name: name}: the first says the same as the second (tied weights), and is left out or takes its place."""
     return Weights(directory, ignore, aliases)
 
 
-def _safetensors_entries(path: Path) -> dict:
-    """8 bytes little-endian header length, JSON header, then the data; every offset is checked against the file."""
+def open_model(directory, module) -> Weights:
+    """The weights of a checkpoint directory under the names that the model file `module` has for them."""
+    return Weights(directory, module.IGNORED_WEIGHTS, module.aliases(read_config(directory)))
+
+
+def _matches(name: str, patterns) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+
+def _without_duplicates(pairs: list) -> dict:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name stands twice")
+    return dict(pairs)
+
+
+def _safetensors_entries(path: Path) -> tuple[dict, dict]:
+    """-> (entries, metadata). 8 bytes little-endian header length, JSON header, then the tensors without gaps or
+    overlaps, to the end of the file; all of that is checked."""
     size = path.stat().st_size
     with open(path, "rb") as f:
         head = f.read(8)
@@ -219,39 +370,69 @@ def _safetensors_entries(path: Path) -> dict:
         if header_size > size - 8:
             raise ValueError(f"{path} is cut short or no safetensors file ({size:,} bytes); fetch it again")
         try:
-            header = json.loads(f.read(header_size))
-            header.pop("__metadata__", None)
-        except (ValueError, AttributeError):
+            header = json.loads(f.read(header_size), object_pairs_hook=_without_duplicates)
+        except (ValueError, RecursionError):
             raise ValueError(f"{path} has a damaged header; fetch it again") from None
-    data, entries = 8 + header_size, {}
+    check(header, dict, f"{path}: the header")
+    metadata = header.pop("__metadata__", {})
+    check(metadata, dict[str, str], f"{path}: __metadata__")
+    data, entries, places = 8 + header_size, {}, []
     for name, info in header.items():
+        where = f"{path}: {name!r}"
+        check(info, dict, where)
+        for key, kind in (("dtype", str), ("shape", list[_Length]), ("data_offsets", list[_Length])):
+            check(info.get(key), kind, f"{where}, {key}")
         if info["dtype"] not in SAFETENSORS_DTYPES:
-            raise ValueError(f"{path}: {name!r} has dtype {info['dtype']}; supported: {', '.join(SAFETENSORS_DTYPES)}")
-        dtype, (begin, end) = SAFETENSORS_DTYPES[info["dtype"]], info["data_offsets"]
-        if end - begin != math.prod(info["shape"]) * dtype.itemsize or begin < 0:
-            raise ValueError(f"{path}: {name!r} has data offsets that do not fit its shape; fetch the file again")
-        if data + end > size:
+            raise ValueError(f"{where} has dtype {info['dtype']}; supported: {', '.join(SAFETENSORS_DTYPES)}")
+        dtype, shape, offsets = SAFETENSORS_DTYPES[info["dtype"]], info["shape"], info["data_offsets"]
+        if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{where} has data offsets that do not fit its shape; fetch the file again")
+        if data + offsets[1] > size:
             raise ValueError(
-                f"{path} is cut short: {size:,} bytes, but {name!r} ends at {data + end:,}; fetch it again"
+                f"{path} is cut short: {size:,} bytes, but {name!r} ends at {data + offsets[1]:,}; fetch it again"
             )
-        entries[name] = (path, torch.Size(info["shape"]), dtype, data + begin)
-    return entries
+        entries[name] = (path, name, torch.Size(shape), dtype, data + offsets[0])
+        places.append((*offsets, name))
+    end = 0
+    for begin, next_end, name in sorted(places):
+        if begin != end:
+            raise ValueError(
+                f"{path}: {name!r} begins at byte {begin:,}, the one before ends at {end:,}; fetch it again"
+            )
+        end = next_end
+    if data + end != size:
+        raise ValueError(f"{path} has {size - data - end:,} bytes behind its last tensor; fetch it again")
+    return entries, metadata
+
+
+_Length = Annotated[int, 0, 1 << 50]
 
 
 def check_names(expected: dict, weights: Weights, ignore=()) -> None:
-    """Raise unless the weights have exactly the expected {name: shape}; names in `ignore` don't matter."""
+    """Raise unless the weights have exactly the expected {name: shape}, in floating point; names in `ignore` don't
+    matter."""
     ignore = set(ignore)
     problems = [f"missing {name}" for name in sorted(set(expected) - weights.names - ignore)]
     problems += [f"unexpected {name}" for name in sorted(weights.names - set(expected) - ignore)]
     for name in sorted(weights.names & set(expected) - ignore):
         if tuple(weights.shape(name)) != tuple(expected[name]):
             problems.append(f"{name} is {tuple(weights.shape(name))}, expected {tuple(expected[name])}")
+        elif not weights.dtype(name).is_floating_point:
+            problems.append(f"{name} is {weights.dtype(name)}, expected floating point (quantised files are not read)")
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(
             f"the weights do not fit the model: {'; '.join(problems[:8])}{more}; "
             "use the config.json that belongs to these weights"
         )
+
+
+def largest(tensor: torch.Tensor, name: str) -> float:
+    """The largest absolute value, without a copy of the tensor. ValueError for NaN or infinity."""
+    value = max((abs(float(x)) for x in torch.aminmax(tensor)), default=0.0) if tensor.numel() else 0.0
+    if not math.isfinite(value):
+        raise ValueError(f"{name} holds NaN or infinity; fetch or train these weights again")
+    return value
 
 
 @torch.no_grad()
@@ -283,11 +464,18 @@ def load_into(params: dict, weights: Weights, dtype: torch.dtype | None = None, 
     dtype: round to this first (None: only the parameter's own dtype counts). skip: names left alone on both sides.
     """
     check_names({name: parallel.whole_shape(p) for name, p in params.items()}, weights, ignore=skip)
-    skip, scratch = set(skip), weights.scratch()
+    skip, scratch, peak = set(skip), weights.scratch(), 0.0
     for name in weights:
         if name not in skip:
             full = weights.read(name, scratch)
+            high = largest(full, name)
+            for kind in (dtype, params[name].dtype):
+                if kind is not None and high > torch.finfo(kind).max:
+                    raise ValueError(f"{name} has a value of {high:.3g}, too large for {kind}; use bfloat16 or float32")
+            peak = max(peak, high)
             copy_full_(params[name], full if dtype is None else full.to(dtype))
+    if params and not peak:
+        raise ValueError("every weight is zero; the file was never written in full: fetch it again")
 
 
 # ---- weights out

@@ -383,7 +383,7 @@ def load_model(
     model = model.to(dtype).to_empty(device=device)
     parallel.mark_cuts(model)
     parameters = dict(model.named_parameters())
-    weights = checkpoint.open_weights(directory, module.IGNORED_WEIGHTS, module.ALIASES)
+    weights = checkpoint.open_model(directory, module)
     checkpoint.load_into({name: parameters[name] for name in base_names}, weights)
     if lora_path is not None:
         lora.load_adapter(model, lora_path, checkpoint.copy_full_, parallel.whole_shape)

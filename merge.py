@@ -41,8 +41,11 @@ def merge(base: Path | None, adapter: Path, output: Path, dtype: torch.dtype | N
     model_config = checkpoint.read_config(base)
     kind = checkpoint.model_kind(model_config)
     module = importlib.import_module("model_" + kind)
-    weights = open_weights(base, module.IGNORED_WEIGHTS, module.ALIASES)
-    scalings, replaced = adapter_updates(config, lora, {name: weights.shape(name) for name in weights})
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in module.build_model(model_config).named_parameters()}
+    weights = checkpoint.open_model(base, module)
+    checkpoint.check_names(shapes, weights)
+    scalings, replaced = adapter_updates(config, lora, shapes)
     if not any(is_changed(name, weights, scalings, lora) for name in weights):
         raise ValueError(f"the adapter in {adapter} changes nothing (all updates are zero): it was not trained")
 

@@ -22,9 +22,10 @@ import math
 import re
 import sys
 import zlib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ from torch import Tensor, nn
 import checkpoint
 import lora
 import parallel
+from checkpoint import Depth, Epsilon, Pixels, Share, Size, TokenId
 from kernels.attention import attention
 from kernels.linear_cross_entropy import IGNORE_INDEX
 from kernels.norm import rms_norm
@@ -46,62 +48,63 @@ from kernels.norm import rms_norm
 
 @dataclass
 class VisionConfig:
-    hidden_size: int = 1408
-    intermediate_size: int = 6144
-    num_hidden_layers: int = 39
-    num_attention_heads: int = 16
-    image_size: int = 224
-    patch_size: int = 14
-    layer_norm_eps: float = 1e-6
+    hidden_size: Size = 1408
+    intermediate_size: Size = 6144
+    num_hidden_layers: Depth = 39
+    num_attention_heads: Size = 16
+    image_size: Pixels = 224
+    patch_size: Pixels = 14
+    layer_norm_eps: Epsilon = 1e-6
     # LAVIS normalises the features with 1e-5, the published Hugging Face models with the blocks' eps; ours alone has
     # the key
-    post_layernorm_eps: float | None = None
+    post_layernorm_eps: Epsilon | None = None
 
 
 @dataclass
 class QFormerConfig:
-    vocab_size: int = 30522
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_dropout_prob: float = 0.1
-    max_position_embeddings: int = 512
-    layer_norm_eps: float = 1e-12
-    cross_attention_frequency: int = 2
-    encoder_hidden_size: int = 1408
+    vocab_size: Size = 30522
+    hidden_size: Size = 768
+    num_hidden_layers: Depth = 12
+    num_attention_heads: Size = 12
+    intermediate_size: Size = 3072
+    hidden_dropout_prob: Share = 0.1
+    max_position_embeddings: Size = 512
+    layer_norm_eps: Epsilon = 1e-12
+    cross_attention_frequency: Size = 2
+    encoder_hidden_size: Size = 1408
     use_qformer_text_input: bool = False
 
 
 @dataclass
 class OPTConfig:
-    vocab_size: int = 50272
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    ffn_dim: int = 3072
-    max_position_embeddings: int = 2048
-    dropout: float = 0.1
-    pad_token_id: int = 1
-    bos_token_id: int = 2
+    vocab_size: Size = 50272
+    hidden_size: Size = 768
+    num_hidden_layers: Depth = 12
+    num_attention_heads: Size = 12
+    ffn_dim: Size = 3072
+    max_position_embeddings: Size = 2048
+    dropout: Share = 0.1
+    pad_token_id: TokenId = 1
+    bos_token_id: TokenId = 2
 
 
 @dataclass
 class T5Config:
-    vocab_size: int = 32128
-    d_model: int = 512
-    d_kv: int = 64
-    d_ff: int = 2048
-    num_layers: int = 6
-    num_decoder_layers: int | None = None
-    num_heads: int = 8
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
-    dropout_rate: float = 0.1
-    layer_norm_epsilon: float = 1e-6
-    dense_act_fn: str = "gelu_new"  # the published BLIP-2 configs say gelu: the exact one, unlike Flan-T5's own
-    pad_token_id: int = 0  # also what the decoder starts with
-    eos_token_id: int = 1
+    vocab_size: Size = 32128
+    d_model: Size = 512
+    d_kv: Size = 64
+    d_ff: Size = 2048
+    num_layers: Depth = 6
+    num_decoder_layers: Depth | None = None
+    num_heads: Size = 8
+    relative_attention_num_buckets: Annotated[int, 4, 1 << 20] = 32
+    relative_attention_max_distance: Size = 128
+    dropout_rate: Share = 0.1
+    layer_norm_epsilon: Epsilon = 1e-6
+    # the published BLIP-2 configs say gelu: the exact one, unlike Flan-T5's own
+    dense_act_fn: Literal["gelu", "gelu_new"] = "gelu_new"
+    pad_token_id: TokenId = 0  # also what the decoder starts with
+    eos_token_id: TokenId = 1
 
 
 @dataclass
@@ -109,9 +112,9 @@ class Blip2Config:
     vision: VisionConfig
     qformer: QFormerConfig
     text: OPTConfig | T5Config
-    num_query_tokens: int = 32
-    image_text_hidden_size: int = 256
-    image_token_index: int | None = None  # null in older files
+    num_query_tokens: Size = 32
+    image_text_hidden_size: Size = 256
+    image_token_index: TokenId | None = None  # null in older files
     stage1_heads: bool = (
         False  # temperature and language-modelling head of stage 1; published retrieval models lack them
     )
@@ -121,22 +124,33 @@ class Blip2Config:
     def from_dict(cls, raw: dict) -> "Blip2Config":
         """Raises ValueError for a shape that the architecture cannot have."""
 
-        def pick(kind, values: dict):
-            return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values and f.name != "raw"})
-
-        parts = [raw.get(f"{part}_config") for part in ("vision", "qformer", "text")]
-        if not all(isinstance(part, dict) for part in parts):
-            raise ValueError(
-                "config.json lacks vision_config, qformer_config or text_config; is it a BLIP-2 checkpoint?"
-            )
-        kinds = {"opt": OPTConfig, "t5": T5Config}
-        if parts[2].get("model_type") not in kinds:
-            raise ValueError(f"config.json: text_config.model_type={parts[2].get('model_type')!r}; expected opt or t5")
-        text = pick(kinds[parts[2]["model_type"]], parts[2])
-        top = {f.name: raw[f.name] for f in fields(cls)[3:-1] if f.name in raw}
-        config = cls(
-            vision=pick(VisionConfig, parts[0]), qformer=pick(QFormerConfig, parts[1]), text=text, raw=raw, **top
-        )
+        parts = {part: raw.get(f"{part}_config") for part in ("vision", "qformer", "text")}
+        for part, values in parts.items():
+            checkpoint.check(values, dict, f"config.json: {part}_config")
+        kind = parts["text"].get("model_type")
+        checkpoint.check(kind, Literal["opt", "t5"], "config.json: text_config.model_type")
+        text = checkpoint.from_json({"opt": OPTConfig, "t5": T5Config}[kind], parts["text"], "config.json: text_config")
+        vision = checkpoint.from_json(VisionConfig, parts["vision"], "config.json: vision_config")
+        qformer = checkpoint.from_json(QFormerConfig, parts["qformer"], "config.json: qformer_config")
+        config = checkpoint.from_json(cls, raw, "config.json", vision=vision, qformer=qformer, text=text, raw=raw)
+        only = {
+            "vision": {"hidden_act": "gelu", "qkv_bias": True, "attention_dropout": 0},
+            "qformer": {"hidden_act": "gelu", "position_embedding_type": "absolute"},
+            "text": {
+                "do_layer_norm_before": True,
+                "activation_function": "relu",
+                "enable_bias": True,
+                "layerdrop": 0,
+                "layer_norm_elementwise_affine": True,
+                "_remove_final_layer_norm": False,
+                "attention_dropout": 0,
+                "word_embed_proj_dim": config.hidden_size,
+            },
+        }
+        if config.is_t5:
+            only["text"] = {"feed_forward_proj": "gated-gelu", "decoder_start_token_id": text.pad_token_id}
+        for part, values in only.items():
+            checkpoint.require(parts[part], f"config.json: {part}_config", **values)
         v, q = config.vision, config.qformer
         checks = [
             (v.hidden_size % v.num_attention_heads == 0, "vision_config: num_attention_heads must divide hidden_size"),
@@ -152,24 +166,13 @@ class Blip2Config:
                     text.hidden_size % text.num_attention_heads == 0,
                     "text_config: num_attention_heads must divide hidden_size",
                 ),
-                (
-                    parts[2].get("word_embed_proj_dim", text.hidden_size) == text.hidden_size
-                    and parts[2].get("do_layer_norm_before", True)
-                    and parts[2].get("activation_function", "relu") == "relu",
-                    "text_config: OPT with projected embeddings, post-norm or without relu is not supported",
-                ),
             ]
         else:
             text.num_decoder_layers = text.num_decoder_layers or text.num_layers
             checks += [
                 (
-                    text.dense_act_fn in T5_ACTIVATIONS
-                    and parts[2].get("feed_forward_proj", "gated-gelu") == "gated-gelu",
-                    f"text_config: dense_act_fn={text.dense_act_fn!r}; expected gelu or gelu_new, gated (Flan-T5)",
-                ),
-                (
                     # transformers 5 saves tie_word_embeddings true for every T5, and what it means in the other key
-                    not parts[2].get("scale_decoder_outputs", parts[2].get("tie_word_embeddings", False)),
+                    not parts["text"].get("scale_decoder_outputs", parts["text"].get("tie_word_embeddings", False)),
                     "text_config.tie_word_embeddings must be false: Flan-T5 has its own lm_head",
                 ),
             ]
@@ -1217,6 +1220,16 @@ def check_dtype(config: dict, dtype: torch.dtype) -> None:
         raise ValueError("Flan-T5 overflows in fp16 (float16): use bf16 (bfloat16) or fp32 (float32)")
 
 
+def aliases(config: dict) -> dict[str, str]:
+    """Names that files may hold beside, or instead of, the tied one that they say the same as."""
+    if (config.get("text_config") or {}).get("model_type") == "opt":
+        return {"language_model.lm_head.weight": "language_model.model.decoder.embed_tokens.weight"}
+    return {
+        f"language_model.{stack}.embed_tokens.weight": "language_model.shared.weight"
+        for stack in ("encoder", "decoder")
+    }
+
+
 # Parameters of each part, for the start-up table: the first pattern that matches
 PARTS = {
     "vision": "vision_model.*",
@@ -1234,12 +1247,6 @@ IGNORED_WEIGHTS: list[str] = []  # names that files hold but this file recompute
 _TOWER = ["vision_model.embeddings.*", "vision_model.encoder.*"]
 PRETRAIN_FREEZE = {"pretrain1": _TOWER, "pretrain2": [*_TOWER, "language_model.*"]}
 LORA_TARGETS = [r"language_model\.(model\.decoder\.layers.*\.(q_proj|v_proj)|.*Attention\.(q|v))"]
-# Aliases of tied weights that some files hold beside the one that is loaded
-ALIASES = {
-    "language_model.lm_head.weight": "language_model.model.decoder.embed_tokens.weight",
-    "language_model.encoder.embed_tokens.weight": "language_model.shared.weight",
-    "language_model.decoder.embed_tokens.weight": "language_model.shared.weight",
-}
 # Names of the toolkit PaddleMIX inside patterns of the configuration -> ours
 LEGACY_NAMES = {"language_model.opt.": "language_model.model.", "visual_encoder": "vision_model", "Qformer": "qformer"}
 # How a weight is cut over tensor-parallel ranks: (kind, number of equal blocks packed along the cut dimension)
@@ -1377,6 +1384,9 @@ def from_lavis(state: dict[str, Tensor]) -> dict[str, Tensor]:
     out = {}
     for name, tensor in state.items():
         if name.endswith(("attn.q_bias", "attn.v_bias")):
+            other = name[: -len("q_bias")] + {"q": "v", "v": "q"}[name[-len("q_bias")]] + "_bias"
+            if other not in state:
+                raise ValueError(f"the file holds {name} but not {other}; fetch it again")
             if name.endswith("attn.q_bias"):
                 v = state[name.replace("q_bias", "v_bias")]
                 out[translate(name.replace("q_bias", "qkv.bias"), LAVIS_NAMES)] = torch.cat(
@@ -1393,6 +1403,12 @@ def from_bert(state: dict[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
     """A BERT checkpoint under the Q-Former's names, as stage 1 begins: the queries' feed-forwards are copies of the
     text's, one row for [DEC] is added to the vocabulary."""
     dropped = ("pooler", "token_type_embeddings", "seq_relationship", "position_ids", "predictions.decoder")
+    words, decoder = (
+        next((t for n, t in state.items() if n.endswith(end)), None)
+        for end in ("embeddings.word_embeddings.weight", "predictions.decoder.weight")
+    )
+    if words is not None and decoder is not None and not torch.equal(words, decoder):
+        raise ValueError("BERT's predictions.decoder.weight differs from its word embedding, to which it is tied here")
     names = {n: n.replace("gamma", "weight").replace("beta", "bias") for n in state if not any(d in n for d in dropped)}
     names = {n: m if m.startswith(("bert.", "cls.")) else f"bert.{m}" for n, m in names.items()}
     out = from_lavis({f"Qformer.{m}": state[n] for n, m in names.items()})
@@ -1449,6 +1465,26 @@ def to_lavis(state: dict[str, Tensor], max_positions: int = 512) -> dict[str, Te
 # Tokenizers
 
 
+def check_merges(path: Path, vocab: dict[str, int]) -> None:
+    """ValueError unless merges.txt is whole and in order: a line joins characters or what earlier lines made, and all
+    longer tokens of the vocabulary are made by one, but for some added ones."""
+    made: set[str] = set()
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        if number == 1 and line.startswith("#version"):
+            continue
+        pair = line.split(" ")
+        if len(pair) != 2 or any(len(part) > 1 and part not in made for part in pair):
+            raise ValueError(
+                f"{path}:{number}: {line[:40]!r} joins no two tokens that are there before; fetch it again"
+            )
+        made.add("".join(pair))
+    unmade = [token for token in vocab if len(token) > 1 and token not in made]
+    if len(unmade) > 64:
+        raise ValueError(
+            f"{path}: no line makes {len(unmade)} tokens of vocab.json, e.g. {unmade[0]!r}; fetch both again"
+        )
+
+
 class Blip2Tokenizer:
     """OPT's byte-level BPE, T5's Unigram or BERT's WordPiece, from tokenizer.json, vocab.json + merges.txt, or
     vocab.txt.
@@ -1462,13 +1498,19 @@ class Blip2Tokenizer:
         directory = Path(directory)
         files = {"opt": ("vocab.json", "merges.txt"), "bert": ("vocab.txt",), "t5": ()}[kind]
         if (directory / "tokenizer.json").exists():
-            self.model = Tokenizer.from_file(str(directory / "tokenizer.json"))
+            self.model = checkpoint.read_tokenizer(directory / "tokenizer.json")
         elif files and all((directory / f).exists() for f in files):
             paths = [str(directory / f) for f in files]
-            self.model = Tokenizer(
-                models.BPE.from_file(*paths) if kind == "opt" else models.WordPiece.from_file(*paths, unk_token="[UNK]")
+            self.model = checkpoint.read_tokenizer(
+                *paths,
+                make=lambda *paths: Tokenizer(
+                    models.BPE.from_file(*paths)
+                    if kind == "opt"
+                    else models.WordPiece.from_file(*paths, unk_token="[UNK]")
+                ),
             )
             if kind == "opt":
+                check_merges(directory / "merges.txt", self.model.get_vocab())
                 self.model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
                 self.model.decoder = decoders.ByteLevel()
                 self.model.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
@@ -1497,7 +1539,7 @@ class Blip2Tokenizer:
             self.begin, self.eos = special("</s>"), special("</s>")
         else:
             self.begin, self.eos = special("<pad>"), special("</s>")
-        self.vocab_size = self.model.get_vocab_size()
+        self.vocab_size = 1 + max(self.model.get_vocab().values())
 
     def encode(self, text: str) -> list[int]:
         ids = self.model.encode(text, add_special_tokens=False).ids if text else []
@@ -1688,7 +1730,14 @@ def read_lavis(path: str | Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # damaged pickles raise all sorts of errors
         raise ValueError(f"{path} can't be read ({type(e).__name__}: {e}); expected a LAVIS .pth file") from None
-    return from_lavis(state.get("model", state))
+    state = state.get("model", state) if isinstance(state, dict) else state
+    plain = isinstance(state, dict) and all(isinstance(t, Tensor) and isinstance(n, str) for n, t in state.items())
+    if not plain:
+        raise ValueError(f'{path} holds no plain dictionary of tensors (under "model"); expected a LAVIS .pth file')
+    for alias, name in LAVIS_REDUNDANT.items():
+        if alias in state and name in state and not torch.equal(state[alias], state[name]):
+            raise ValueError(f"{path}: {alias} and {name} are one tied tensor in this model, but their values differ")
+    return from_lavis(state)
 
 
 def write_model(out: str | Path, config: dict, state: dict[str, Tensor], side_files: str | Path | None) -> None:
@@ -1709,6 +1758,10 @@ def write_model(out: str | Path, config: dict, state: dict[str, Tensor], side_fi
     wrong = [f"{n} is {tuple(state[n].shape)}, expected {tuple(s)}" for n, s in shapes.items() if state[n].shape != s]
     if wrong:
         raise ValueError(f"{'; '.join(wrong[:3])}; use the config.json that belongs to these weights")
+    for n, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{n} is {tensor.dtype}; expected floating point (quantised files are not read)")
+        checkpoint.largest(tensor, n)
     with checkpoint.atomic_dir(out) as temporary:
         checkpoint.save_weights(temporary, ((n, state[n].float()) for n in shapes))
         checkpoint.write_json(temporary / "config.json", {**config, "torch_dtype": "float32"})
@@ -1723,7 +1776,10 @@ def without_last_block(config: dict, state: dict[str, Tensor]) -> dict[str, Tens
 
 
 def read_model(directory: str | Path) -> dict[str, Tensor]:
-    weights = checkpoint.open_weights(directory, aliases=ALIASES)
+    return read_all(checkpoint.open_model(directory, sys.modules[__name__]))
+
+
+def read_all(weights: checkpoint.Weights) -> dict[str, Tensor]:
     return {name: weights.read(name) for name in weights}
 
 
@@ -1782,7 +1838,7 @@ def main() -> int:
         config = checkpoint.read_json(args.config, "give --config") if args.config else PRESETS["blip2-stage1"]
         config = {**config, "vision_config": {**config["vision_config"], "post_layernorm_eps": 1e-5}}
         config["qformer_config"] = {**asdict(QFormerConfig()), **config["qformer_config"]}
-        state = {**read_lavis(args.tower), **from_bert(read_model(args.bert), args.seed)}
+        state = {**read_lavis(args.tower), **from_bert(read_all(checkpoint.open_weights(args.bert)), args.seed)}
         state = fill_stage1(config, without_last_block(config, state), args.seed)
         write_model(args.out, config, state, args.bert)
     elif args.command == "export":

@@ -10,13 +10,14 @@ Parameter names are those of the published checkpoint.
 """
 
 import base64
+import binascii
 import hashlib
-import json
 import math
 import re
 import unicodedata
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -25,7 +26,9 @@ from PIL import Image
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
+import checkpoint
 import parallel
+from checkpoint import Depth, Epsilon, Pixels, Scale, Size, TokenId
 from kernels.attention import attention
 from kernels.linear_cross_entropy import IGNORE_INDEX
 from kernels.norm import rms_norm
@@ -38,15 +41,15 @@ from kernels.swiglu import swiglu
 
 @dataclass
 class VisualConfig:
-    image_size: int
-    patch_size: int
-    width: int
-    layers: int
-    heads: int
-    mlp_ratio: float
-    output_dim: int
-    image_start_id: int
-    n_queries: int = 256  # absent from the published file
+    image_size: Pixels
+    patch_size: Pixels
+    width: Size
+    layers: Depth
+    heads: Size
+    mlp_ratio: Annotated[float, 0.01, 100]
+    output_dim: Size
+    image_start_id: TokenId
+    n_queries: Size = 256  # absent from the published file
 
 
 @dataclass
@@ -55,22 +58,22 @@ class QwenVLConfig:
     ignored.
     """
 
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int  # the MLP's inner width is HALF of it
-    vocab_size: int
+    hidden_size: Size
+    num_hidden_layers: Depth
+    num_attention_heads: Size
+    intermediate_size: Size  # the MLP's inner width is HALF of it
+    vocab_size: Size
     visual: VisualConfig
-    kv_channels: int = 128
-    layer_norm_epsilon: float = 1e-6
-    rotary_emb_base: float = 10000
+    kv_channels: Annotated[int, 4, 1 << 20] = 128
+    layer_norm_epsilon: Epsilon = 1e-6
+    rotary_emb_base: Annotated[float, 100, 1e10] = 10000
     rotary_pct: float = 1.0
-    seq_length: int = 2048  # trained length: beyond it evaluation uses dynamic NTK and log-n scaling
+    seq_length: Size = 2048  # trained length: beyond it evaluation uses dynamic NTK and log-n scaling
     use_dynamic_ntk: bool = True
     use_logn_attn: bool = True
     no_bias: bool = True
     tie_word_embeddings: bool = False
-    initializer_range: float = 0.02
+    initializer_range: Scale = 0.02
     raw: dict = field(default_factory=dict)  # config.json as it was read, written back with the weights
 
     @property
@@ -79,26 +82,18 @@ class QwenVLConfig:
 
     @classmethod
     def from_dict(cls, raw: dict) -> "QwenVLConfig":
-        """Raises ValueError for a missing field or a shape that the architecture cannot have."""
-
-        def pick(kind, values: dict, where: str):
-            known = {f.name: f for f in fields(kind) if f.name not in ("raw", "visual")}
-            missing = [n for n, f in known.items() if n not in values and f.default is f.default_factory]
-            if missing:
-                raise ValueError(f"config.json: {where} lacks {', '.join(missing)}; is it a Qwen-VL checkpoint?")
-            return {n: values[n] for n in known if n in values}
-
-        if not isinstance(raw.get("visual"), dict):
-            raise ValueError("config.json has no 'visual' section; expected a Qwen-VL checkpoint")
-        config = cls(
-            visual=VisualConfig(**pick(VisualConfig, raw["visual"], "visual")), raw=raw, **pick(cls, raw, "it")
-        )
+        """Raises ValueError for a missing field, a wrong type or a shape that the architecture cannot have."""
+        visual = checkpoint.from_json(VisualConfig, raw.get("visual"), "config.json: visual")
+        config = checkpoint.from_json(cls, raw, "config.json", visual=visual, raw=raw)
+        checkpoint.require(raw, "config.json", attn_dropout_prob=0, emb_dropout_prob=0, scale_attn_weights=True)
         c, v = config, config.visual
         for ok, message in (
             (
                 c.kv_channels * c.num_attention_heads == c.hidden_size,
                 f"kv_channels={c.kv_channels} x num_attention_heads={c.num_attention_heads} is not the hidden_size",
             ),
+            (c.kv_channels % 2 == 0, f"kv_channels={c.kv_channels} must be even (rotary positions turn pairs)"),
+            (c.intermediate_size % 2 == 0, f"intermediate_size={c.intermediate_size} must be even"),
             (v.output_dim == c.hidden_size, f"visual.output_dim={v.output_dim} must be hidden_size={c.hidden_size}"),
             (v.output_dim % 128 == 0, f"visual.output_dim={v.output_dim} must be a multiple of 128 (resampler heads)"),
             (v.width % v.heads == 0, f"visual.heads={v.heads} does not divide visual.width={v.width}"),
@@ -349,9 +344,13 @@ class QwenVL(nn.Module):
         self.transformer.visual = Visual(config.visual)
         self.transformer.h = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.transformer.ln_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
-        self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.transformer.wte.weight
+        if not config.tie_word_embeddings:
+            self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def pipeline_obstacle(self) -> str | None:
+        tied = self.config.tie_word_embeddings
+        return "tie_word_embeddings=true: the first and the last stage would share a tensor" if tied else None
 
     @property
     def num_image_tokens(self) -> int:
@@ -417,12 +416,18 @@ class QwenVL(nn.Module):
         return x
 
     def logits(self, x: Tensor) -> Tensor:
-        return self.lm_head(self.transformer.ln_f(x))
+        x = self.transformer.ln_f(x)
+        if self.config.tie_word_embeddings:
+            return parallel.vocab_logits(F.linear(x, self.transformer.wte.weight))
+        return self.lm_head(x)
 
     def head(self, x: Tensor, batch: dict) -> tuple[Tensor, Tensor]:
         """Summed loss of the supervised tokens and each one's own loss (detached), in stream order."""
         rows = (batch["targets"] != IGNORE_INDEX).nonzero()[:, 0]
-        return self.lm_head(self.transformer.ln_f(x[rows]), batch["targets"][rows])
+        x, targets = self.transformer.ln_f(x[rows]), batch["targets"][rows]
+        if self.config.tie_word_embeddings:
+            return parallel.vocab_cross_entropy(x, self.transformer.wte.weight, targets)
+        return self.lm_head(x, targets)
 
     def forward(self, batch: dict, output: str = "loss", x: Tensor | None = None, blocks=None):
         """The one entrance of a sharded model. `output`: "loss" as head(); "logits" (S, V) of each segment's last
@@ -470,6 +475,11 @@ def build_model(config: dict) -> QwenVL:
     return QwenVL(QwenVLConfig.from_dict(config))
 
 
+def aliases(config: dict) -> dict[str, str]:
+    """Names that files may hold beside, or instead of, the tied one that they say the same as."""
+    return {"lm_head.weight": "transformer.wte.weight"} if config.get("tie_word_embeddings") else {}
+
+
 # Parameters of each part, for the start-up table: the first pattern that matches
 PARTS = {
     "resampler": "transformer.visual.attn_pool.*",
@@ -481,7 +491,6 @@ PARTS = {
 IMAGE_PARAMETERS = ["transformer.visual.*"]  # what a picture's features depend on
 STAGES = ("sft", "pretrain")
 IGNORED_WEIGHTS: list[str] = []  # names that files hold but this file recomputes
-ALIASES: dict[str, str] = {}  # tied names
 PRETRAIN_FREEZE = {"pretrain": ["transformer.wte.*", "transformer.h.*", "transformer.ln_f.*", "lm_head.*"]}
 # The official targets. By name they exist in the language model only: the vision tower's linears are in_proj,
 # out_proj, c_fc.
@@ -570,12 +579,16 @@ def read_tiktoken(path: Path) -> Tokenizer:
     """A byte-level BPE from a file of `base64(token) rank` lines. A merge is any pair of tokens that makes a token,
     by its rank.
     """
+    ranks, lines = {}, path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
     try:
-        ranks = {
-            base64.b64decode(t): int(r) for t, r in (line.split() for line in path.read_bytes().splitlines() if line)
-        }
-    except ValueError as e:
+        for text, rank in (line.split() for line in lines if line):
+            ranks[base64.b64decode(text, validate=True)] = int(rank)
+    except (ValueError, binascii.Error) as e:
         raise ValueError(f"{path}: not a tiktoken vocabulary (lines of 'base64 rank'): {e}") from None
+    if len(ranks) < sum(map(bool, lines)) or sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError(f"{path}: its tokens or ranks are not each there once, from 0 on; fetch it again")
+    if missing := [b for b in range(256) if bytes([b]) not in ranks]:
+        raise ValueError(f"{path}: the byte {missing[0]} is no token of it; fetch it again")
     to_text = {token: "".join(BYTE_TO_CHAR[b] for b in token) for token in ranks}
     merges = []
     for token in sorted(ranks, key=ranks.get):
@@ -604,7 +617,7 @@ class QwenTokenizer:
         if (directory / "qwen.tiktoken").exists():
             self.bpe = read_tiktoken(directory / "qwen.tiktoken")
         elif (directory / "tokenizer.json").exists():
-            self.bpe = Tokenizer.from_file(str(directory / "tokenizer.json"))
+            self.bpe = checkpoint.read_tokenizer(directory / "tokenizer.json")
         else:
             raise ValueError(f"{directory}: no tokenizer; expected qwen.tiktoken or tokenizer.json beside the weights")
         base = self.bpe.get_vocab(with_added_tokens=False)
@@ -614,6 +627,10 @@ class QwenTokenizer:
         self.special_text = {i: token for token, i in self.special.items()}
         self.token_bytes = [b""] * len(base)
         for token, i in base.items():
+            if i >= len(base) or not CHAR_TO_BYTE.keys() >= set(token):
+                raise ValueError(
+                    f"{directory}: the tokenizer has the token {token!r} ({i}); expected Qwen's byte-level BPE"
+                )
             self.token_bytes[i] = bytes(CHAR_TO_BYTE[c] for c in token)
         self.eos = self.pad = self.special[ENDOFTEXT]
         self.im_start, self.im_end = self.special[IM_START], self.special[IM_END]
@@ -923,11 +940,5 @@ def probe_batch(processor: QwenVLProcessor) -> dict:
 
 def load_processor(directory: str | Path, stage: str = "sft") -> QwenVLProcessor:
     """The processor of a checkpoint directory (config.json and tokenizer)."""
-    path = Path(directory) / "config.json"
-    try:
-        config = QwenVLConfig.from_dict(json.loads(path.read_text()))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{path}: no such file; expected a checkpoint directory with config.json") from None
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path}:{e.lineno}: malformed JSON ({e.msg})") from None
+    config = QwenVLConfig.from_dict(checkpoint.read_config(directory))
     return QwenVLProcessor(config, QwenTokenizer(directory, config.visual.n_queries), stage)

@@ -16,8 +16,9 @@ import re
 import struct
 import unicodedata
 from base64 import b64decode
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -26,7 +27,9 @@ from PIL import Image
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 
+import checkpoint
 import parallel
+from checkpoint import Depth, Epsilon, Pixels, Scale, Size, TokenId
 from kernels.attention import attention
 from kernels.linear_cross_entropy import IGNORE_INDEX
 from kernels.rotary import rotary
@@ -39,31 +42,32 @@ from kernels.rotary import rotary
 class VisionConfig:
     """EVA ViT, config.json's `eva_config`."""
 
-    num_layers: int
-    hidden_size: int
-    num_attention_heads: int
-    inner_hidden_size: int
-    image_size: list[int]
-    patch_size: int
-    layernorm_epsilon: float = 1e-6
+    num_layers: Depth
+    hidden_size: Size
+    num_attention_heads: Size
+    inner_hidden_size: Size
+    image_size: list[Pixels]  # height, width
+    patch_size: Pixels
+    layernorm_epsilon: Epsilon = 1e-6
 
     @property
     def num_tokens(self) -> int:
         """Of one picture: its patches and the class token in front."""
-        return (self.image_size[0] // self.patch_size) ** 2 + 1
+        height, width = self.image_size
+        return (height // self.patch_size) * (width // self.patch_size) + 1
 
 
 @dataclass
 class QFormerConfig:
     """config.json's `qformer_config`; its vocab_size is the number of queries."""
 
-    num_layers: int
-    hidden_size: int
-    num_attention_heads: int
+    num_layers: Depth
+    hidden_size: Size
+    num_attention_heads: Size
     is_decoder: list[bool]  # which layers attend to the picture
-    vocab_size: int = 32
-    inner_hidden_size: int | None = None  # default: 4 x hidden_size
-    layernorm_epsilon: float = 1e-12
+    vocab_size: Size = 32
+    inner_hidden_size: Size | None = None  # default: 4 x hidden_size
+    layernorm_epsilon: Epsilon = 1e-12
 
 
 @dataclass
@@ -71,25 +75,25 @@ class VisualGLMConfig:
     """The fields of the published config.json that change what is computed; other fields of the file are kept and
     ignored."""
 
-    hidden_size: int
-    num_layers: int
-    num_attention_heads: int
-    inner_hidden_size: int
-    vocab_size: int
+    hidden_size: Size
+    num_layers: Depth
+    num_attention_heads: Size
+    inner_hidden_size: Size
+    vocab_size: Size
     eva_config: VisionConfig
     qformer_config: QFormerConfig
-    layernorm_epsilon: float = 1e-5
-    bos_token_id: int = 130004  # <sop>
-    eos_token_id: int = 130005  # <eop>
-    mask_token_id: int = 130000
-    gmask_token_id: int = 130001
-    pad_token_id: int = 3
+    layernorm_epsilon: Epsilon = 1e-5
+    bos_token_id: TokenId = 130004  # <sop>
+    eos_token_id: TokenId = 130005  # <eop>
+    mask_token_id: TokenId = 130000
+    gmask_token_id: TokenId = 130001
+    pad_token_id: TokenId = 3
     # HF rounds the rotary frequencies to half precision, whatever dtype follows; SAT >= 0.4.4 does not
     exact_inv_freq: bool = False
     prompt_language: str = "zh"  # zh: 问/答, as the Hugging Face code always does; en: Q/A, SAT's English mode
-    pre_seq_len: int | None = None  # P-tuning: keys and values in front of every segment, in each layer
+    pre_seq_len: Size | None = None  # P-tuning: keys and values in front of every segment, in each layer
     prefix_projection: bool = False  # P-tuning: made by a two-layer network from embeddings
-    initializer_range: float = 0.02
+    initializer_range: Scale = 0.02
     raw: dict = field(default_factory=dict)  # config.json as it was read, written back with the weights
 
     @property
@@ -110,30 +114,36 @@ class VisualGLMConfig:
 
     @classmethod
     def from_dict(cls, raw: dict) -> "VisualGLMConfig":
-        """Raises ValueError for a missing field or a shape that the architecture cannot have."""
-
-        def pick(kind, values, where: str):
-            if not isinstance(values, dict):
-                raise ValueError(f"config.json has no {where!r} section; expected a VisualGLM checkpoint")
-            known = {f.name: f for f in fields(kind) if f.name not in ("raw", "eva_config", "qformer_config")}
-            missing = [n for n, f in known.items() if n not in values and f.default is f.default_factory]
-            if missing:
-                raise ValueError(f"config.json: {where} lacks {', '.join(missing)}; is it a VisualGLM checkpoint?")
-            return {n: values[n] for n in known if n in values}
-
-        vision = VisionConfig(**pick(VisionConfig, raw.get("eva_config"), "eva_config"))
-        qformer = QFormerConfig(**pick(QFormerConfig, raw.get("qformer_config"), "qformer_config"))
-        c = cls(eva_config=vision, qformer_config=qformer, raw=raw, **pick(cls, raw, "the file"))
-        width, height = vision.image_size
+        """Raises ValueError for a missing field, a wrong type or a shape that the architecture cannot have."""
+        vision = checkpoint.from_json(VisionConfig, raw.get("eva_config"), "config.json: eva_config")
+        qformer = checkpoint.from_json(QFormerConfig, raw.get("qformer_config"), "config.json: qformer_config")
+        c = checkpoint.from_json(cls, raw, "config.json", eva_config=vision, qformer_config=qformer, raw=raw)
+        checkpoint.require(raw, "config.json", position_encoding_2d=True, image_length=qformer.vocab_size)
+        checkpoint.require(
+            raw["eva_config"],
+            "config.json: eva_config",
+            layernorm_order="pre",
+            pre_len=1,
+            post_len=0,
+            in_channels=3,
+            use_final_layernorm=False,
+            vocab_size=1,
+        )
+        checkpoint.require(
+            raw["qformer_config"],
+            "config.json: qformer_config",
+            layernorm_order="post",
+            cross_attn_hidden_size=vision.hidden_size,
+        )
         for ok, message in (
             (
                 c.hidden_size % (4 * c.num_attention_heads) == 0,
                 f"num_attention_heads={c.num_attention_heads} must cut hidden_size={c.hidden_size} by 4s",
             ),
-            (width == height, f"eva_config.image_size={vision.image_size} must be square"),
             (
-                width % vision.patch_size == 0,
-                f"eva_config.patch_size={vision.patch_size} does not divide image_size={width}",
+                len(vision.image_size) == 2 and not any(n % vision.patch_size for n in vision.image_size),
+                f"eva_config.image_size={vision.image_size} must be a height and a width that "
+                f"patch_size={vision.patch_size} divides",
             ),
             (
                 vision.hidden_size % vision.num_attention_heads == 0,
@@ -147,11 +157,6 @@ class VisualGLMConfig:
                 len(qformer.is_decoder) == qformer.num_layers,
                 f"qformer_config.is_decoder must have {qformer.num_layers} entries",
             ),
-            (
-                raw.get("image_length", qformer.vocab_size) == qformer.vocab_size,
-                f"image_length={raw.get('image_length')} must be qformer_config.vocab_size={qformer.vocab_size}",
-            ),
-            (raw.get("position_encoding_2d", True), "position_encoding_2d=false is not supported; VisualGLM has true"),
             (
                 c.prompt_language in TEMPLATES,
                 f"prompt_language={c.prompt_language!r}; expected one of {', '.join(TEMPLATES)}",
@@ -566,6 +571,11 @@ def build_model(config: dict) -> VisualGLM:
     return VisualGLM(VisualGLMConfig.from_dict(config))
 
 
+def aliases(config: dict) -> dict[str, str]:
+    """Names that say the same as another one: none, the vocabulary projection is not tied."""
+    return {}
+
+
 # Parameters of each part, for the start-up table: the first pattern that matches
 PARTS = {
     "q-former": "image_encoder.[qg]*",  # Q-Former and glm_proj
@@ -580,7 +590,6 @@ STAGES = ("sft", "pretrain")
 PRETRAIN_FREEZE = {"pretrain": ["transformer.*", "lm_head.*"]}
 # In published files; the original ignores them too
 IGNORED_WEIGHTS = ["transformer.layers.*.attention.rotary_emb.inv_freq"]
-ALIASES: dict[str, str] = {}  # tied names
 # Names of the toolkit PaddleMIX inside patterns of the configuration -> ours
 LEGACY_NAMES = {
     "vision_model": "image_encoder.vit", "language_projection": "image_encoder.glm_proj",
@@ -710,6 +719,8 @@ def protobuf_fields(data: bytes):
         elif kind == 2:
             size = varint()
             value, i = data[i : i + size], i + size
+            if i > len(data):
+                raise ValueError("it is cut short")
         elif kind in (1, 5):
             size = 8 if kind == 1 else 4
             value, i = struct.unpack("<d" if kind == 1 else "<f", data[i : i + size])[0], i + size
@@ -738,33 +749,45 @@ def read_sentencepiece(path: Path) -> tuple[list[tuple[str, float, int]], bytes]
 
 def read_tokenizer_json(path: Path) -> tuple[list[tuple[str, float, int]], bytes]:
     """The same from a tokenizers file with a Unigram model. Types go by name."""
+    document = checkpoint.read_json(path, "expected a tokenizer")
+    model, added, normalizer = (document.get(key) for key in ("model", "added_tokens", "normalizer"))
+    checkpoint.check(model, dict, f"{path}: model")
+    checkpoint.check(model.get("type", "Unigram"), Literal["Unigram"], f"{path}: model.type")
+    vocab = model.get("vocab")
+    checkpoint.check(vocab, list, f"{path}: model.vocab")
+    pairs = (isinstance(e, list) and len(e) == 2 and isinstance(e[0], str) for e in vocab)
+    if not all(pairs) or not all(isinstance(score, int | float) for _, score in vocab):
+        raise ValueError(f"{path}: model.vocab has an entry that is no pair of text and score; fetch it again")
+    checkpoint.check(model.get("unk_id"), Annotated[int, 0, len(vocab) - 1], f"{path}: model.unk_id")
+    checkpoint.check(added, list[dict] | None, f"{path}: added_tokens")
+    control = {str(token.get("content")) for token in added or [] if token.get("special")}
+    checkpoint.check(normalizer, dict | None, f"{path}: normalizer")
+    parts = (normalizer or {}).get("normalizers", [normalizer or {}])
+    checkpoint.check(parts, list[dict], f"{path}: normalizer.normalizers")
+    maps = [n.get("precompiled_charsmap") for n in parts if n.get("type") == "Precompiled"]
+    checkpoint.check(maps, list[str], f"{path}: precompiled_charsmap")
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        vocab = document["model"]["vocab"]
-        if document["model"].get("type", "Unigram") != "Unigram":
-            raise ValueError(f"its model is {document['model']['type']}, expected Unigram")
-        control = {token["content"] for token in document.get("added_tokens", []) if token["special"]}
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path}: not a Unigram tokenizer ({e})") from None
-    normalizer = document.get("normalizer") or {}
-    parts = normalizer.get("normalizers", [normalizer])
-    table = next((b64decode(n["precompiled_charsmap"]) for n in parts if n.get("type") == "Precompiled"), b"")
+        table = b64decode(maps[0], validate=True) if maps else b""
+    except ValueError as e:
+        raise ValueError(f"{path}: precompiled_charsmap is no base64 ({e}); fetch it again") from None
 
     def kind(i: int, piece: str) -> int:
-        if i == document["model"]["unk_id"]:
+        if i == model["unk_id"]:
             return UNKNOWN
         if piece in (NEWLINE, TAB) or re.fullmatch(r"<\|blank_\d+\|>", piece):
             return USER_DEFINED
         return BYTE if re.fullmatch(r"<0x[0-9A-F]{2}>", piece) else CONTROL if piece in control else NORMAL
 
-    return [(piece, score, kind(i, piece)) for i, (piece, score) in enumerate(vocab)], table
+    return [(piece, float(score), kind(i, piece)) for i, (piece, score) in enumerate(vocab)], table
 
 
 class CharacterMap:
     """sentencepiece's normalisation table: a Darts double array of UTF-8 prefixes -> offsets of their replacements."""
 
     def __init__(self, table: bytes):
-        size = struct.unpack("<I", table[:4])[0] if table else 0
+        size = struct.unpack("<I", table[:4])[0] if len(table) > 4 else 0
+        if not 4 <= size <= len(table) - 5 or size % 4 or table[-1]:
+            raise ValueError("the tokenizer's normalisation table is damaged; fetch it again")
         self.units = np.frombuffer(table[4 : 4 + size], dtype="<u4").tolist()
         self.replacements = table[4 + size :]
 
@@ -779,7 +802,9 @@ class CharacterMap:
             unit = units[node]
             node ^= offset_of(unit)
             if unit >> 8 & 1:  # a key ends here; its value is the next unit
-                found = i + 1 - start, units[node] & 0x7FFFFFFF
+                if node >= len(units) or (value := units[node] & 0x7FFFFFFF) >= len(self.replacements):
+                    raise ValueError("the tokenizer's normalisation table is damaged; fetch it again")
+                found = i + 1 - start, value
         if found is None:
             return None
         end = self.replacements.index(b"\0", found[1])
@@ -804,6 +829,10 @@ class GLMTokenizer:
         self.pieces = [piece for piece, _, _ in pieces]
         self.types = [kind for _, _, kind in pieces]
         self.ids = {piece: i for i, piece in enumerate(self.pieces)}
+        odd = next((p for p in pieces if not math.isfinite(p[1]) or p[2] not in range(1, 7)), None)
+        if odd or len(self.ids) < len(pieces):
+            what = f"the piece {odd!r}" if odd else "a piece twice"
+            raise ValueError(f"{directory}: the tokenizer has {what}; expected ChatGLM-6B's, fetch it again")
         missing = [t for t in (*TEXT_SPECIALS, "[gMASK]", NEWLINE, "<0x00>", "<0xFF>") if t not in self.ids]
         if missing:
             raise ValueError(f"{directory}: the tokenizer has no piece {', '.join(missing)}; expected ChatGLM-6B's")
@@ -1120,11 +1149,5 @@ def probe_batch(processor: VisualGLMProcessor) -> dict:
 
 def load_processor(directory: str | Path, stage: str = "sft") -> VisualGLMProcessor:
     """The processor of a checkpoint directory (config.json and tokenizer)."""
-    path = Path(directory) / "config.json"
-    try:
-        config = VisualGLMConfig.from_dict(json.loads(path.read_text()))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{path}: no such file; expected a checkpoint directory with config.json") from None
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path}:{e.lineno}: malformed JSON ({e.msg})") from None
+    config = VisualGLMConfig.from_dict(checkpoint.read_config(directory))
     return VisualGLMProcessor(config, GLMTokenizer(directory), stage)

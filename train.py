@@ -163,7 +163,7 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
     config = checkpoint.read_config(directory)
     module = importlib.import_module("model_" + checkpoint.model_kind(config))
     config = with_prefix(config, module, cfg)
-    weights = checkpoint.open_weights(directory, module.IGNORED_WEIGHTS, module.ALIASES)
+    weights = checkpoint.open_model(directory, module)
     with torch.device("meta"):
         model = module.build_model(config)
     # P-tuning's parameters are new, unless the base was P-tuned before
@@ -212,7 +212,7 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
     here = base_names & parameters.keys()
     checkpoint.load_into({name: parameters[name] for name in here}, weights, skip=base_names - here)
     if cfg.init_from:
-        other = checkpoint.open_weights(cfg.init_from, module.IGNORED_WEIGHTS, module.ALIASES)
+        other = checkpoint.open_model(cfg.init_from, module)
         common = sorted(base_names & other.names)
         for name in common:
             if other.shape(name) != shapes[name]:

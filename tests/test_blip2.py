@@ -34,11 +34,7 @@ class Variant:
     def model(self):
         config = json.loads((self.path / "config.json").read_text())
         model = blip2.build_model(config)
-        state = {
-            n: t
-            for n, t in load_file(self.path / "model.safetensors").items()
-            if n not in blip2.ALIASES or config["text_config"]["model_type"] == "t5"
-        }
+        state = {n: t for n, t in load_file(self.path / "model.safetensors").items() if n not in blip2.aliases(config)}
         model.load_state_dict(state, strict=True)
         return model.eval()
 

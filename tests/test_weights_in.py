@@ -1,0 +1,394 @@
+"""What is read from other people's files is whole, of the right types and means what it says, or is refused in a line.
+
+Every case is a small model of the right family with one thing changed, and the message that it must give (None: it is
+read, and right).
+"""
+
+import base64
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+import generate
+import model_blip2 as blip2
+import model_qwen_vl as qwen
+import model_visualglm as glm
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLES = {"qwen_vl": "tiny_qwen_vl", "blip2": "tiny_blip2", "visualglm": "tiny_visualglm", "stage1": "blip2_stage1"}
+MODULES = {"qwen_vl": qwen, "blip2": blip2, "visualglm": glm, "stage1": blip2}
+
+
+@pytest.fixture(params=SAMPLES)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of a small checkpoint, which may be spoilt."""
+
+    def make(kind: str) -> Path:
+        shutil.copytree(ROOT / "samples" / SAMPLES[kind], tmp_path / "model", dirs_exist_ok=True)
+        return tmp_path / "model"
+
+    return make
+
+
+def refused(match: str, function, *args):
+    """One line that says what, where and what was expected; no other kind of exception."""
+    with pytest.raises(ValueError, match=match) as info:
+        function(*args)
+    assert len(str(info.value).splitlines()) == 1 and len(str(info.value)) < 2000
+
+
+# ---- config.json: every field of every model, with every wrong type
+
+
+def fields_of(config: dict, path=()):
+    """(path of keys, value) of everything but what is only said, and what names the family."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield (*path, key), value
+            yield from fields_of(value, (*path, key))
+        elif key not in ("model_type", "torch_dtype", "architectures", "max_sequence_length", "initializer_range",
+                         "eos_token_id", "use_decoder_only_language_model"):  # fmt: skip
+            yield (*path, key), value
+
+
+def changed(config: dict, path: tuple, value) -> dict:
+    config = json.loads(json.dumps(config))
+    place = config
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return config
+
+
+WRONG = ["x", -1, 1.5, [], {}, 10**12, True, float("nan"), [[1]]]
+
+
+def test_every_field_of_every_config_is_checked(kind):
+    module, config = MODULES[kind], checkpoint.read_config(ROOT / "samples" / SAMPLES[kind])
+    paths = list(fields_of(config))
+    assert len(paths) > 15
+    for path, right in paths:
+        for value in WRONG:
+            if value is True and isinstance(right, bool) or value == 1.5 and path[-1] == "mlp_ratio":
+                continue  # that one is right
+            refused("config.json", module.build_model, changed(config, path, value))
+
+
+def test_deep_models_and_foreign_files_are_refused(kind, copy, tmp_path):
+    directory = copy(kind)
+    module = MODULES[kind]
+    for text in ("", "null", "[]", "{}", "5", "{", "[" * 10**5, '{"model_type": ["qwen"]}', '{"model_type": {}}'):
+        (directory / "config.json").write_text(text)
+        refused("config.json", lambda: module.build_model(checkpoint.read_config(directory)))
+        if kind != "stage1":
+            refused("config.json", generate.load_model, directory)
+    (directory / "config.json").write_bytes(b"\xff\xfe{}")
+    refused("is not text", checkpoint.read_config, directory)
+    (directory / "config.json").write_text('{"torch_dtype": "int4"}')
+    refused("torch_dtype", checkpoint.read_config, directory)
+    (directory / "config.json").write_text('{"architectures": "x"}')
+    refused("architectures", checkpoint.read_config, directory)
+    (directory / "config.json").write_text('\ufeff{"model_type": "qwen"}', encoding="utf-8")
+    assert checkpoint.read_config(directory) == {"model_type": "qwen"}  # a byte order mark is no damage
+
+
+@pytest.mark.parametrize(
+    "kind,path,value",
+    [
+        ("qwen_vl", ("scale_attn_weights",), False), ("qwen_vl", ("attn_dropout_prob",), 0.1),
+        ("blip2", ("vision_config", "hidden_act"), "relu"), ("blip2", ("qformer_config", "hidden_act"), "relu"),
+        ("blip2", ("text_config", "activation_function"), "gelu"), ("blip2", ("text_config", "enable_bias"), False),
+        ("blip2", ("qformer_config", "position_embedding_type"), "relative_key"),
+        ("visualglm", ("eva_config", "layernorm_order"), "post"), ("visualglm", ("position_encoding_2d",), False),
+        ("visualglm", ("qformer_config", "cross_attn_hidden_size"), 64),
+    ],
+)  # fmt: skip
+def test_keys_that_change_what_is_computed_are_refused(kind, path, value):
+    config = checkpoint.read_config(ROOT / "samples" / SAMPLES[kind])
+    refused(path[-1], MODULES[kind].build_model, changed(config, path, value))
+
+
+# ---- safetensors headers
+
+
+def entry(**change):
+    return lambda h: h["b"].update(change)
+
+
+HEADERS = {
+    "entry is a number": lambda h: h.update(b=5),
+    "no dtype": lambda h: h["b"].pop("dtype"),
+    "no shape": lambda h: h["b"].pop("shape"),
+    "no offsets": lambda h: h["b"].pop("data_offsets"),
+    "metadata is a number": lambda h: h.update(__metadata__=5),
+    "metadata of numbers": lambda h: h.update(__metadata__={"a": 5}),
+    "shares bytes": lambda h: h["b"].update(data_offsets=h["a"]["data_offsets"]),
+    "hole": lambda h: h.pop("a"),
+    "behind the last": lambda h: h.pop("c"),
+    **{f"dtype {v!r}": entry(dtype=v) for v in (None, 5, "F99", [], {}, "I64", "f32")},
+    **{f"offsets {v!r}": entry(data_offsets=v) for v in (
+        None, 5, "x", [], [0], [0, 1, 2], ["a", "b"], [-24, 0], [48, 24], [0, 10**18], [1.5, 2.5], [10**30, 10**31],
+        [True, 25])},
+    **{f"shape {v!r}": entry(shape=v) for v in (
+        None, 5, "x", [], [-2, -3], ["a"], [1.5, 4], [10**30], [0, 6], [[6]], [0, 10**30], [True, 6])},
+}  # fmt: skip
+
+
+def safetensors(path: Path, header, data: bytes) -> None:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_safetensors_headers(tmp_path, case):
+    header = {n: {"dtype": "F32", "shape": [2, 3], "data_offsets": [24 * i, 24 * i + 24]} for i, n in enumerate("abc")}
+    safetensors(tmp_path / "model.safetensors", header, bytes(72))
+    assert checkpoint.open_weights(tmp_path).names == {*"abc"}
+    HEADERS[case](header)
+    safetensors(tmp_path / "model.safetensors", header, bytes(72))
+    refused("model.safetensors", checkpoint.open_weights, tmp_path)
+
+
+@pytest.mark.parametrize("text", [
+    b"[]", b"5", b"null", b"", b"{", b"[" * 10**5, b'{"\xff": 1}',
+    b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}, "a": {"dtype": "U8", "shape": [1], '
+    b'"data_offsets": [0, 1]}}',
+])  # fmt: skip
+def test_safetensors_headers_that_are_no_objects(tmp_path, text):
+    safetensors(tmp_path / "model.safetensors", text, b"1")
+    refused("model.safetensors", checkpoint.open_weights, tmp_path)
+
+
+# ---- indices
+
+INDICES = {
+    "outside": {"a": "../x.safetensors", "b": "x.safetensors"},
+    "absolute": {"a": "/dev/zero", "b": "x.safetensors"},
+    "folder": {"a": "sub/x.safetensors", "b": "x.safetensors"},
+    "dot": {"a": ".", "b": "x.safetensors"},
+    "no name": {"a": "", "b": "x.safetensors"},
+    "config.json": {"a": "config.json", "b": "x.safetensors"},
+    "number": {"a": 5, "b": "x.safetensors"},
+    "null": {"a": None, "b": "x.safetensors"},
+    "list": {"a": ["x.safetensors"], "b": "x.safetensors"},
+    "gone": {"a": "y.safetensors", "b": "x.safetensors"},
+    "not named": {"a": "x.safetensors"},
+    "not held": {"a": "x.safetensors", "b": "x.safetensors", "c": "x.safetensors"},
+    "empty": {},
+    "no object": [],
+    "nothing": None,
+}
+
+
+@pytest.mark.parametrize("case", INDICES)
+def test_indices(tmp_path, case):
+    save_file({"a": torch.ones(2), "b": torch.ones(2)}, tmp_path / "x.safetensors")
+    save_file({"a": torch.ones(2), "b": torch.ones(2)}, tmp_path.parent / "x.safetensors")
+    (tmp_path / "sub").mkdir()
+    shutil.copy(tmp_path / "x.safetensors", tmp_path / "sub")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "x.safetensors", "b": "x.safetensors"}}))
+    assert checkpoint.open_weights(tmp_path).names == {"a", "b"}
+    index.write_text(json.dumps({"weight_map": INDICES[case]}))
+    refused("index.json|x.safetensors", checkpoint.open_weights, tmp_path)
+
+
+# ---- values
+
+
+@pytest.mark.parametrize("case", ["int", "bool", "nan", "inf", "one nan", "zeros", "overflow"])
+def test_values_that_no_model_has(kind, copy, case):
+    directory, dtype = copy(kind), torch.float16 if case == "overflow" else torch.float32
+    state = load_file(directory / "model.safetensors")
+    name = max(state, key=lambda n: state[n].numel())
+    w = state[name].float()
+    w.view(-1)[7] = {"one nan": float("nan"), "inf": float("inf"), "overflow": 1e30}.get(case, w.view(-1)[7])
+    state[name] = {"int": w.to(torch.int8), "bool": w.bool(), "nan": w * float("nan")}.get(case, w)
+    if case == "zeros":
+        state = {n: torch.zeros_like(t) for n, t in state.items()}
+    save_file(state, directory / "model.safetensors")
+    match = {"int": "int8, expected floating", "bool": "bool, expected floating", "overflow": "too large for",
+             "zeros": "every weight is zero"}.get(case, "holds NaN or infinity")  # fmt: skip
+    refused(match, generate.load_model, directory, dtype)
+
+
+def test_tensors_of_a_bin_file(tmp_path):
+    good = {"a": torch.randn(2, 3), "b": torch.nn.Parameter(torch.randn(2)), "c": torch.zeros(1).expand(2, 2)}
+    torch.save(good, tmp_path / "pytorch_model.bin")
+    assert torch.equal(checkpoint.open_weights(tmp_path).read("a"), good["a"])
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    for bad in ([1], {"state_dict": good}, {1: good["a"]}, {**good, "a": None}, good["a"], torch.nn.Linear(2, 2),
+                {"a": good["a"].to_sparse()}, {"a": good["a"].to(torch.complex64)}, {"a": good["a"].to("meta")},
+                {"a": Evil()}, Evil()):  # fmt: skip
+        torch.save(bad, tmp_path / "pytorch_model.bin")
+        refused("pytorch_model.bin", checkpoint.open_weights, tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+# ---- tied names: equal by value, whatever name the file has them under
+
+TIED = {
+    "blip2": ["language_model.lm_head.weight"],
+    "t5": ["language_model.encoder.embed_tokens.weight", "language_model.decoder.embed_tokens.weight"],
+    "qwen_vl": ["lm_head.weight"],
+}
+
+
+def tied_checkpoint(tmp_path, kind: str):
+    """A small model with tied weights, freshly initialised -> (module, directory, name of the tied tensor)."""
+    module = MODULES.get(kind, blip2)
+    config = checkpoint.read_config(ROOT / "samples" / SAMPLES.get(kind, "tiny_blip2"))
+    if kind == "qwen_vl":
+        config["tie_word_embeddings"] = True
+    if kind == "t5":
+        config["text_config"] = {
+            "model_type": "t5", "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
+            "vocab_size": 1002, "tie_word_embeddings": False, "feed_forward_proj": "gated-gelu",
+        }  # fmt: skip
+    model = module.build_model(config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            model.init_weights(name, p, torch.Generator().manual_seed(len(name)))
+    save_file({n: p.detach() for n, p in model.named_parameters()}, tmp_path / "model.safetensors")
+    checkpoint.write_json(tmp_path / "config.json", config)
+    return module, tmp_path, module.aliases(config)[TIED[kind][0]]
+
+
+@pytest.mark.parametrize("kind", TIED)
+def test_tied_names_must_be_equal(tmp_path, kind):
+    module, directory, name = tied_checkpoint(tmp_path, kind)
+    assert sorted(module.aliases(checkpoint.read_config(directory))) == sorted(TIED[kind])
+    file = directory / "model.safetensors"
+    state = load_file(file)
+    expected = dict(generate.load_model(directory).named_parameters())
+    assert not expected.keys() & {*TIED[kind]}
+    for held in ([name, *TIED[kind]], TIED[kind], TIED[kind][:1]):  # beside it, and instead of it
+        save_file({**{n: t for n, t in state.items() if n != name}, **{n: state[name].clone() for n in held}}, file)
+        loaded = dict(generate.load_model(directory).named_parameters())
+        assert all(torch.equal(loaded[n], p) for n, p in expected.items())
+    for alias in TIED[kind]:
+        save_file({**state, alias: state[name] + 1e-3}, file)
+        refused(f"{alias} and {name} are one tied tensor", generate.load_model, directory)
+
+
+def test_a_tied_qwen_computes_with_its_embedding(tmp_path):
+    _, directory, _ = tied_checkpoint(tmp_path, "qwen_vl")
+    shutil.copy(ROOT / "samples/tiny_qwen_vl/qwen.tiktoken", directory)
+    tied = generate.load_model(directory)
+    batch = qwen.probe_batch(qwen.load_processor(directory))
+    config = {**checkpoint.read_config(directory), "tie_word_embeddings": False}
+    checkpoint.write_json(directory / "config.json", config)
+    state = load_file(directory / "model.safetensors")
+    save_file({**state, "lm_head.weight": state["transformer.wte.weight"].clone()}, directory / "model.safetensors")
+    untied = generate.load_model(directory)
+    assert torch.equal(tied.logits(tied.hidden(batch)), untied.logits(untied.hidden(batch)))
+    batch["targets"] = torch.arange(len(batch["input_ids"]))
+    losses = [model(batch)[0] for model in (tied, untied)]
+    assert torch.equal(*losses)
+    losses[0].backward()
+    losses[1].backward()
+    grad = untied.transformer.wte.weight.grad + untied.lm_head.weight.grad
+    torch.testing.assert_close(tied.transformer.wte.weight.grad, grad)
+
+
+# ---- tokenizers
+
+
+def spoilt(data: bytes) -> dict[str, bytes]:
+    lines = data.splitlines(keepends=True)
+    return {
+        "empty": b"", "half": data[: len(data) // 2], "binary": bytes(range(256)) * 3, "{}": b"{}", "[]": b"[]",
+        "null": b"null", "deep": b"[" * 10**5, "lfs": b"version https://git-lfs.github.com/spec/v1\n",
+        "a line twice": data + lines[0], "html": b"<html>403</html>",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind,file", [
+    ("qwen_vl", "qwen.tiktoken"), ("visualglm", "tokenizer.json"), ("blip2", "vocab.json"), ("blip2", "merges.txt"),
+])  # fmt: skip
+def test_damaged_tokenizers(copy, kind, file):
+    directory, module = copy(kind), MODULES[kind]
+    data = (directory / file).read_bytes()
+    for name, bad in spoilt(data).items():
+        (directory / file).write_bytes(bad)
+        with pytest.raises(ValueError) as info:
+            module.load_processor(directory)
+        assert len(str(info.value).splitlines()) == 1, name
+    ids = lambda: module.load_processor(directory).tokenizer.encode("Which animal? 这是什么 1/2")  # noqa: E731
+    (directory / file).write_bytes(data)
+    expected = ids()
+    for good in (data.replace(b"\n", b"\r\n"), b"\xef\xbb\xbf" + data if file.endswith(("json", "tiktoken")) else data):
+        if file != "vocab.json":
+            (directory / file).write_bytes(good)
+            assert ids() == expected
+    (directory / file).unlink()
+    refused("tokenizer", module.load_processor, directory)
+
+
+def test_tiktoken_lines(copy):
+    directory = copy("qwen_vl")
+    path = directory / "qwen.tiktoken"
+    lines = path.read_text().splitlines()
+    a = base64.b64encode(b"a").decode()
+    for bad in (lines[:-1] + [lines[-1].split()[0] + " -5"], lines[:-1] + [lines[-1].split()[0] + " 5"],
+                lines[:-1] + [lines[-1].split()[0] + " five"], lines[:-1] + ["%% 1500"],
+                [line for line in lines if line.split()[0] != a] + ["YWFhYWFh " + str(lines.index(next(
+                    line for line in lines if line.split()[0] == a)))]):  # fmt: skip
+        path.write_text("\n".join(bad))
+        refused("qwen.tiktoken", qwen.read_tiktoken, path)
+    path.write_text("\n".join(lines[::-1]))  # any order: the ranks say it
+    assert qwen.read_tiktoken(path).get_vocab_size() == len(lines)
+
+
+def test_merges_out_of_order(copy):
+    directory = copy("blip2")
+    lines = (directory / "merges.txt").read_text(encoding="utf-8").splitlines()
+    for bad in (lines[::-1], lines[:1], lines[: len(lines) // 2]):
+        (directory / "merges.txt").write_text("\n".join(bad), encoding="utf-8")
+        refused("merges.txt", blip2.load_processor, directory)
+
+
+def varint(n: int) -> bytes:
+    out = b""
+    while n > 127:
+        out, n = out + bytes([n & 127 | 128]), n >> 7
+    return out + bytes([n])
+
+
+def field(number: int, payload: bytes) -> bytes:
+    return varint(number << 3 | 2) + varint(len(payload)) + payload
+
+
+def piece(text: str, score: float = 0.0, kind: int = 1) -> bytes:
+    return field(1, field(1, text.encode()) + bytes([2 << 3 | 5]) + struct.pack("<f", score) + b"\x18" + varint(kind))
+
+
+def test_sentencepiece_files(tmp_path):
+    special = ["<unk>", "<pad>", "<sop>", "<eop>", "[MASK]", "[gMASK]", "<n>"]
+    pieces = [piece(t, 0.0, 2 if t == "<unk>" else 4 if t == "<n>" else 3) for t in special]
+    pieces += [piece(f"<0x{b:02X}>", 0.0, 6) for b in range(256)] + [piece(c, -1.0) for c in "▁ab"]
+    path = tmp_path / "ice_text.model"
+    path.write_bytes(b"".join(pieces))
+    assert glm.GLMTokenizer(tmp_path).encode("ab")
+    whole = b"".join(pieces)
+    for bad in (whole[:-1], whole[: len(whole) // 2], whole + b"\xff", b"", b"{}", whole + pieces[-1],
+                whole + piece("c", float("nan")), whole + piece("c", 0.0, 9), whole + field(1, b""),
+                whole + field(3, field(2, b"\x05\0\0\0abc"))):  # fmt: skip
+        path.write_bytes(bad)
+        refused("ice_text.model|the tokenizer", glm.GLMTokenizer, tmp_path)
