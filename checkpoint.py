@@ -11,8 +11,10 @@ If it carries a parallel.Cut, that is a tensor-parallel rank's part of the one i
 Formats: https://huggingface.co/docs/safetensors#format, https://pytorch.org/docs/stable/distributed.checkpoint.html
 """
 
+import base64
 import contextlib
 import fnmatch
+import hashlib
 import json
 import math
 import os
@@ -28,6 +30,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -224,7 +227,8 @@ class Weights:
     """The tensors of a checkpoint directory by name. `stems`: its files' names without .safetensors and .bin."""
 
     def __init__(self, directory, ignore=(), aliases=None, stems=("model", "pytorch_model")):
-        directory, (safe, old) = Path(directory), stems
+        self.directory = directory = Path(directory)
+        safe, old = stems
         for file_name in (
             f"{safe}.safetensors",
             f"{safe}.safetensors.index.json",
@@ -311,6 +315,34 @@ class Weights:
         """Room for any one tensor. Fresh memory for each would leave the heap full of holes: up to 1.6x the weights."""
         sizes = [math.prod(shape) * dtype.itemsize for _, _, shape, dtype, offset in self._entries.values() if offset]
         return torch.empty(max(sizes, default=0), dtype=torch.uint8)
+
+    def sample(self) -> str:
+        """Some values of every tensor, and the coarsest precision, as text: it tells other weights from these."""
+        values, eps = {}, 0.0
+        for name in self:
+            path, key, shape, dtype, offset = self._entries[name]
+            count = min(8, math.prod(shape))
+            first = (math.prod(shape) - count) // 2
+            if offset is None:
+                values[name] = self._open_bin(path)[key].reshape(-1)[first : first + count].float()
+            else:
+                with open(path, "rb") as f:
+                    f.seek(offset + first * dtype.itemsize)
+                    raw = bytearray(f.read(count * dtype.itemsize))
+                values[name] = torch.frombuffer(raw, dtype=dtype).float() if raw else torch.empty(0)
+            eps = max(eps, torch.finfo(dtype).eps if dtype.is_floating_point else 0.0)
+        names = hashlib.sha256("\n".join(sorted(values)).encode()).hexdigest()
+        flat = torch.cat([values[name] for name in sorted(values)]) if values else torch.empty(0)
+        return f"{names} {eps:g} {base64.b64encode(flat.numpy().astype('<f4').tobytes()).decode()}"
+
+    def fits_sample(self, sample: str) -> bool:
+        """Whether `sample` is of these weights, in this precision exactly, in another one up to rounding."""
+        (names, eps, values), (names2, eps2, values2) = sample.split(" "), self.sample().split(" ")
+        a, b = (np.frombuffer(base64.b64decode(v), "<f4").astype(np.float64) for v in (values, values2))
+        if names != names2 or len(a) != len(b):
+            return False
+        coarse = 0.0 if eps == eps2 else max(float(eps), float(eps2))
+        return bool((np.abs(a - b) <= coarse * np.abs(a) + (1e-7 if coarse else 0.0)).all())
 
     def _bin_entries(self, path: Path) -> dict:
         tensors = self._open_bin(path)

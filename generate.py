@@ -359,7 +359,7 @@ def step_batch(model: nn.Module, cache: KVCache, tokens: list[int], prompt_lengt
 def base_of(model_name_or_path: str | None, lora_path: str | None) -> str:
     """The checkpoint that is meant: the one named, else the adapter's base, else the tiny model."""
     if model_name_or_path is None and lora_path is not None:
-        return lora.read_adapter(lora_path)[0]["base_model_name_or_path"]
+        return lora.find_base(lora_path)
     return model_name_or_path or "tiny"
 
 
@@ -386,6 +386,7 @@ def load_model(
     weights = checkpoint.open_model(directory, module)
     checkpoint.load_into({name: parameters[name] for name in base_names}, weights)
     if lora_path is not None:
+        lora.check_base(lora_path, weights)
         lora.load_adapter(model, lora_path, checkpoint.copy_full_, parallel.whole_shape)
     return model.eval()
 

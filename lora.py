@@ -11,18 +11,21 @@ File format: https://huggingface.co/docs/peft/developer_guides/checkpoint
 
 import difflib
 import fnmatch
-import json
+import importlib
 import math
-import pickle
+import os
 import re
+import sys
 import zlib
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
+
+import checkpoint
 
 PREFIX = "base_model.model."  # PEFT puts it before every name
 
@@ -164,6 +167,44 @@ def init_lora(name: str, tensor: torch.Tensor, generator: torch.Generator | None
 # ---- files
 
 
+# Every key of adapter_config.json is known, by PEFT's LoraConfig (0.21): those that count here, with their types;
+Rank, Alpha = Annotated[int, 1, 1 << 16], Annotated[float, 1e-6, 1e6]
+USED = {
+    "peft_type": Literal["LORA"],
+    "base_model_name_or_path": str | None,
+    "r": Rank,
+    "lora_alpha": Alpha,
+    "lora_dropout": checkpoint.Share,
+    "use_rslora": bool,
+    "rank_pattern": dict[str, Rank] | None,
+    "alpha_pattern": dict[str, Alpha] | None,
+    "target_modules": str | list[str],
+    "exclude_modules": str | list[str] | None,
+    "layers_to_transform": int | list[int] | None,
+    "layers_pattern": str | list[str] | None,
+    "modules_to_save": list[str] | None,
+    "ensure_weight_tying": bool,
+    # the others (pissa, olora, corda, loftq, lora_ga, ...) change the base's weights when the adapter begins
+    "init_lora_weights": bool | Literal["gaussian", "eva", "orthogonal"],
+}
+REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
+# those that must have the value of a plain adapter, since they compute something else;
+PLAIN = {"bias": "none"} | dict.fromkeys(("fan_in_fan_out", "use_dora", "use_qalora", "lora_bias"), False)
+PLAIN |= dict.fromkeys(
+    ("megatron_config", "trainable_token_indices", "alora_invocation_tokens", "layer_replication", "target_parameters",
+     "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config")
+)  # fmt: skip
+# and those that say nothing about the result of a plain one. Any other key is refused.
+SAID = ("task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "runtime_config", "megatron_core",
+        "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size")  # fmt: skip
+
+
+def aliases_of(model: nn.Module) -> dict[str, str]:
+    """Names of tied weights that PEFT sees beside the one that this model has, {alias: name}."""
+    aliases = getattr(sys.modules[type(model).__module__], "aliases", None)
+    return aliases(model.config.raw) if aliases and hasattr(model, "config") else {}
+
+
 def save_adapter(
     directory, model: nn.Module, base_name, rank: int, alpha: float, dropout: float, module_names: list[str],
     extra_trained, tensors, write: bool = True,
@@ -171,7 +212,8 @@ def save_adapter(
     """adapter_config.json and adapter_model.safetensors, which PEFT reads too.
 
     extra_trained: names of other parameters that were trained. Leaf modules are saved with all their parameters and
-    listed in modules_to_save, as PEFT expects; it loads the others too.
+    listed in modules_to_save, as PEFT expects; it loads the others too. Tied weights are saved under all their names,
+    since PEFT unties what it saves, and an adapted layer's own weight or bias under its name in PEFT.
     tensors(name) gives a full CPU tensor; it may gather, so all ranks call this, and those with write=True write.
     """
     rank_pattern, alpha_pattern, state = {}, {}, {}
@@ -181,7 +223,7 @@ def save_adapter(
             rank_pattern["^" + name] = module.rank  # PEFT would take a name for the end of a longer one
         if not math.isclose(module.scaling * module.rank, alpha):
             alpha_pattern["^" + name] = module.scaling * module.rank
-    owners = sorted({name.rpartition(".")[0] for name in extra_trained})
+    owners = sorted({name.rpartition(".")[0] for name in extra_trained} - {*module_names})
     owners = [name for name in owners if not list(model.get_submodule(name).children())]
     names = [f"{name}.lora_{side}.weight" for name in module_names for side in "AB"]
     names += extra_trained
@@ -189,43 +231,124 @@ def save_adapter(
     for name in dict.fromkeys(names):
         tensor = tensors(name)
         if write:
-            state[PREFIX + name] = tensor.detach().contiguous()
+            owner, _, key = name.rpartition(".")
+            theirs = f"{owner}.base_layer.{key}" if owner in module_names else name
+            state[PREFIX + theirs] = tensor.detach().contiguous()
     if not write:
         return
-    targets, others = list(module_names), {n for n, m in model.named_modules() if type(m) is nn.Linear}
+    for alias, name in aliases_of(model).items():
+        if PREFIX + name in state:
+            state[PREFIX + alias] = state[PREFIX + name].clone()
+            owners.append(alias.rpartition(".")[0])
+    targets = list(module_names)
+    others = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding | nn.Conv2d)}
     if any(other.endswith("." + name) for other in others for name in targets):  # so a list would name those too
         targets = "|".join(map(re.escape, targets))
+    is_directory = (Path(base_name) / "config.json").is_file()
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_name), "r": rank,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": os.path.abspath(base_name) if is_directory else str(base_name), "r": rank,
         "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": targets, "bias": "none",
         "fan_in_fan_out": False, "modules_to_save": owners or None, "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern, "inference_mode": True,
     }  # fmt: skip
-    save_file(state, Path(directory) / "adapter_model.safetensors", metadata={"format": "pt"})
-    (Path(directory) / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    metadata = {"format": "pt"}
+    if is_directory:
+        module = importlib.import_module("model_" + checkpoint.model_kind(checkpoint.read_config(base_name)))
+        metadata["base"] = checkpoint.open_model(base_name, module).sample()
+    save_file(state, Path(directory) / "adapter_model.safetensors", metadata=metadata)
+    checkpoint.write_json(Path(directory) / "adapter_config.json", config)
 
 
-def read_adapter(directory) -> tuple[dict, dict]:
-    """-> (adapter_config.json, {name in the base model: tensor}); refuses what this file does not compute."""
-    directory = Path(directory)
-    try:
-        config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
-        if (directory / "adapter_model.safetensors").is_file():
-            state = load_file(directory / "adapter_model.safetensors")
-        else:
-            state = torch.load(directory / "adapter_model.bin", map_location="cpu", weights_only=True)
-    except FileNotFoundError as e:
-        raise ValueError(f"{directory} holds no LoRA adapter ({Path(e.filename).name} is missing)") from None
-    except (ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as e:
-        raise ValueError(f"the adapter in {directory} is damaged ({e}); fetch or train it again") from None
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{directory}: peft_type is {config.get('peft_type')!r}, expected 'LORA'")
-    if config.get("use_dora") or config.get("bias", "none") != "none" or config.get("lora_bias"):
-        raise ValueError(f"{directory}: use_dora, lora_bias and bias other than 'none' are not supported")
-    strange = [n for n in state if not n.startswith(PREFIX) or re.search(r"\.lora_(?!(A|B)\.weight$)", n)]
-    if strange:
-        raise ValueError(f"{directory}: {strange[0]!r} is not a LoRA weight of a linear layer")
-    return config, {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
+def read_adapter_config(directory) -> dict:
+    """adapter_config.json, ValueError for anything in it that this file does not compute."""
+    path = Path(directory) / "adapter_config.json"
+    if not path.is_file():
+        raise ValueError(f"{directory} holds no LoRA adapter ({path.name} is missing)")
+    config = checkpoint.read_json(path, "")
+    if missing := [key for key in REQUIRED if key not in config]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; expected a LoRA adapter of PEFT's")
+    for key, value in config.items():
+        if key in USED:
+            checkpoint.check(value, USED[key], f"{path}: {key}")
+        elif key in PLAIN:
+            if value != PLAIN[key] and (value or key == "bias"):
+                raise ValueError(f"{path}: {key}={value!r} is not supported; expected {PLAIN[key]!r}")
+        elif key not in SAID:
+            raise ValueError(f"{path}: the key {key!r} is not known, and may change what is computed; remove it if not")
+    patterns = [*(config.get("rank_pattern") or ()), *(config.get("alpha_pattern") or ())]
+    patterns += [v for k in ("target_modules", "exclude_modules") if isinstance(v := config.get(k), str)]
+    patterns += _listed(config.get("layers_pattern")) + _listed(config.get("modules_to_save"))
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as e:
+            raise ValueError(f"{path}: {pattern!r} is no regular expression ({e})") from None
+    return config
+
+
+def _listed(value) -> list:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def _open_adapter(directory) -> checkpoint.Weights:
+    return checkpoint.Weights(directory, stems=("adapter_model", "adapter_model"))
+
+
+def read_adapter(directory, aliases: dict[str, str] | None = None) -> tuple[dict, dict]:
+    """-> (adapter_config.json, {name in the base model: tensor}); refuses what this file does not compute.
+
+    aliases {name: name}: the base's tied weights. In PEFT a tied weight that is trained whole is tied no longer, so all
+    of its names must be there, with one value.
+    """
+    config, weights = read_adapter_config(directory), _open_adapter(directory)
+    tensors = {}
+    for file_name in weights:
+        if not file_name.startswith(PREFIX) or re.search(r"\.lora_(?!(A|B)\.weight$)", file_name):
+            raise ValueError(f"{directory}: {file_name!r} is not a LoRA weight of a linear layer")
+        if not weights.dtype(file_name).is_floating_point:
+            raise ValueError(f"{directory}: {file_name!r} is {weights.dtype(file_name)}; expected floating point")
+        tensor, name = weights.read(file_name), file_name.removeprefix(PREFIX).replace(".base_layer.", ".")
+        checkpoint.largest(tensor, f"{directory}: {name}")
+        tensors[name] = tensor
+    for name in {*(aliases or {}).values()}:
+        group = [name, *(alias for alias, original in aliases.items() if original == name)]
+        held = [n for n in group if n in tensors]
+        whole = len(held) == len(group) or config.get("ensure_weight_tying")
+        if held and not (whole and all(torch.equal(tensors[n], tensors[held[0]]) for n in held)):
+            raise ValueError(
+                f"{directory}: {' and '.join(group)} are one tied tensor in this model, but the adapter holds "
+                f"{'different values of them' if whole else 'only ' + ' and '.join(held)}: in PEFT they are untied, "
+                "which is not supported; train with ensure_weight_tying=True, or with all of them in modules_to_save"
+            )
+        if held:
+            tensors[name] = tensors[held[0]]
+            for alias in group[1:]:
+                tensors.pop(alias, None)
+    return config, tensors
+
+
+def check_base(directory, weights: checkpoint.Weights) -> None:
+    """ValueError if the adapter says that it was trained on other weights than these."""
+    sample = _open_adapter(directory).metadata.get("base")
+    if sample is not None and not weights.fits_sample(sample):
+        raise ValueError(
+            f"the adapter in {directory} was trained on other weights than those of {weights.directory}; give its own "
+            "base with --model_name_or_path"
+        )
+
+
+def find_base(directory) -> str:
+    """Where the base of an adapter is: the path that it names, from here, from the project, or beside the adapter."""
+    name = read_adapter_config(directory).get("base_model_name_or_path") or ""
+    root = Path(__file__).resolve().parent
+    for place in (Path(name), root / name, Path(directory) / name, Path(directory).resolve().parent / Path(name).name):
+        if name and "\0" not in name and (place / "config.json").is_file():
+            return str(place)
+    raise ValueError(
+        f"the adapter in {directory} names the base model {name!r}, which is no checkpoint directory here; give the "
+        "path of its base with --model_name_or_path"
+    )
 
 
 def rank_and_scaling(config: dict, module_name: str) -> tuple[int, float]:
@@ -243,7 +366,8 @@ def rank_and_scaling(config: dict, module_name: str) -> tuple[int, float]:
 def adapter_updates(config: dict, tensors: dict, shapes: dict) -> tuple[dict, list]:
     """Check an adapter against a model {name: shape} -> ({module: scaling}, [other saved names]).
 
-    Every tensor belongs to the model, every module has both sides in the right shape, every target has its pair.
+    Every tensor belongs to the model, every module has both sides in the right shape and is a target, every target has
+    its pair, every module to save its tensors.
     """
     modules = sorted({name.partition(".lora_")[0] for name in tensors if ".lora_" in name})
     if not modules:
@@ -252,6 +376,8 @@ def adapter_updates(config: dict, tensors: dict, shapes: dict) -> tuple[dict, li
     for module in modules:
         if len(shapes.get(f"{module}.weight", ())) != 2:
             raise ValueError(f"the adapter changes {module!r}, which is no linear layer of this model: wrong base?")
+        if not is_target(config, module):
+            raise ValueError(f"the adapter holds {module}.lora_A.weight, which its adapter_config.json does not name")
         out_features, in_features = shapes[f"{module}.weight"]
         rank, scalings[module] = rank_and_scaling(config, module)
         expected |= {f"{module}.lora_A.weight": (rank, in_features), f"{module}.lora_B.weight": (out_features, rank)}
@@ -265,20 +391,39 @@ def adapter_updates(config: dict, tensors: dict, shapes: dict) -> tuple[dict, li
             raise ValueError(f"the adapter lacks {name!r}; its file is incomplete")
         if tuple(tensors[name].shape) != tuple(shape):
             raise ValueError(f"the adapter's {name!r} is {tuple(tensors[name].shape)}, expected {tuple(shape)}")
-    if not (config.get("exclude_modules") or config.get("layers_to_transform")):
-        for name, shape in shapes.items():
-            module = name.removesuffix(".weight")
-            if len(shape) == 2 and ".lora_" not in name and module not in scalings and _is_target(config, module):
-                raise ValueError(f"the adapter lacks {module}.lora_A.weight, which its target_modules name")
+    owners = {name: name.rpartition(".")[0] for name in shapes if ".lora_" not in name}
+    for name, module in owners.items():
+        linear = name.endswith(".weight") and len(shapes[name]) == 2
+        if linear and module not in scalings and is_target(config, module):
+            raise ValueError(f"the adapter lacks {module}.lora_A.weight, which its target_modules name")
+    for saved in config.get("modules_to_save") or ():
+        meant = [n for n, m in owners.items() if m == saved] or [n for n, m in owners.items() if m.endswith(saved)]
+        if lost := next((name for name in meant if name not in tensors), None):
+            raise ValueError(f"the adapter lacks {lost}, which its modules_to_save name")
     return scalings, extra
 
 
-def _is_target(config: dict, module: str) -> bool:
-    """PEFT's rule: target_modules is a regular expression, or a list of full names or their last parts."""
-    targets = config.get("target_modules") or []
-    if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
-    return any(module == t or module.endswith("." + t) for t in targets)
+def is_target(config: dict, module: str) -> bool:
+    """PEFT's rule. target_modules and exclude_modules: a regular expression, or a list of full names or their last
+    parts; in a list, layers_to_transform and layers_pattern narrow the last parts down."""
+
+    def named(names) -> bool:
+        if isinstance(names, str):
+            return re.fullmatch(names, module) is not None
+        return any(module == name or module.endswith("." + name) for name in names or ())
+
+    if named(config.get("exclude_modules")):
+        return False
+    if any(re.match(rf"(^|.*\.){m}($|\..*)", module) for m in config.get("modules_to_save") or ()):
+        return False
+    targets, layers = config["target_modules"], _listed(config.get("layers_to_transform"))
+    if not named(targets) or isinstance(targets, str) or module in targets or not layers:
+        return named(targets)
+    patterns = _listed(config.get("layers_pattern"))
+    found = [re.match(rf"(?:^|.*?\.){pattern}\.(?P<i>\d+)\.", module) for pattern in patterns] if patterns else [
+        re.match(r".*?\.[^.]*\.(?P<i>\d+)\.", module)]  # fmt: skip
+    first = next((match for match in found if match), None)
+    return first is not None and int(first["i"]) in layers
 
 
 @torch.no_grad()
@@ -289,11 +434,11 @@ def load_adapter(
     """Inject what the adapter needs and copy every tensor of it into the model; returns the module names.
 
     copy(parameter, full tensor), shape(parameter): pass checkpoint.copy_full_ and parallel.whole_shape for sharded
-    parameters. On the meta device nothing is copied: call again once the parameters are real. Modules that are injected
-    already must agree. whole: what `model` is a pipeline stage of, injected like it, without memory; then only the
-    stage's own tensors are copied.
+    parameters. On the meta device nothing is copied: call again once the parameters are real. If modules are injected
+    already, they must be the adapter's. whole: what `model` is a pipeline stage of, injected like it, without memory;
+    then only the stage's own tensors are copied.
     """
-    config, tensors = read_adapter(directory)
+    config, tensors = read_adapter(directory, aliases_of(model))
     if whole is not None:
         names = load_adapter(whole, directory)
         for name, p in model.named_parameters():
@@ -301,6 +446,13 @@ def load_adapter(
                 copy(p, tensors[name])
         return names
     scalings, _ = adapter_updates(config, tensors, {name: shape(p) for name, p in model.named_parameters()})
+    injected = {n for n, m in model.named_modules() if isinstance(m, LoraLinear)}
+    if injected and injected != scalings.keys():
+        here, there = sorted(injected - scalings.keys()), sorted(scalings.keys() - injected)
+        less = f"no tensors for {here[0]} ({len(here)} such modules), which has an adapter here" if here else ""
+        more = f"tensors for {there[0]} ({len(there)} such modules), which has no adapter here" if there else ""
+        problem = " and ".join(filter(None, (less, more)))
+        raise ValueError(f"{directory} has {problem}; leave lora_target_modules out to continue with its own")
     for name, scaling in scalings.items():
         rank, module = tensors[f"{name}.lora_A.weight"].shape[0], model.get_submodule(name)
         if not isinstance(module, LoraLinear):
@@ -313,9 +465,6 @@ def load_adapter(
                 f"rank {module.rank} and scaling {module.scaling:g}; set them to the adapter's"
             )
     params = dict(model.named_parameters())
-    unused = [n for n, m in model.named_modules() if isinstance(m, LoraLinear) and n not in scalings]
-    if unused:
-        raise ValueError(f"{directory} has no tensors for {unused[0]}, which has a LoRA adapter in this model")
     for name, tensor in tensors.items():
         parts = model.get_submodule(name.partition(".lora_")[0]).parts if ".lora_B." in name else None
         if parts is not None:

@@ -17,7 +17,7 @@ import torch
 import checkpoint
 from checkpoint import Weights, open_weights
 from generate import load_model
-from lora import adapter_updates, read_adapter
+from lora import adapter_updates, check_base, find_base, read_adapter
 
 
 def merge(base: Path | None, adapter: Path, output: Path, dtype: torch.dtype | None = None) -> dict:
@@ -27,8 +27,7 @@ def merge(base: Path | None, adapter: Path, output: Path, dtype: torch.dtype | N
         inside = sorted(adapter.glob("checkpoint-*/adapter_config.json"), key=lambda p: p.stat().st_mtime)
         hint = f"; {inside[-1].parent} does: pass it as --lora_path" if inside else "; train one with lora=true"
         raise ValueError(f"{adapter} holds no LoRA adapter (adapter_config.json){hint}")
-    config, lora = read_adapter(adapter)
-    base = Path(base or config.get("base_model_name_or_path") or "")
+    base = Path(base or find_base(adapter))
     if not (base / "config.json").is_file():
         raise ValueError(f"the base model {str(base)!r} is no checkpoint directory; name it with --model_name_or_path")
     if output.exists():  # it will be replaced as a whole
@@ -45,6 +44,8 @@ def merge(base: Path | None, adapter: Path, output: Path, dtype: torch.dtype | N
         shapes = {name: p.shape for name, p in module.build_model(model_config).named_parameters()}
     weights = checkpoint.open_model(base, module)
     checkpoint.check_names(shapes, weights)
+    config, lora = read_adapter(adapter, module.aliases(model_config))
+    check_base(adapter, weights)
     scalings, replaced = adapter_updates(config, lora, shapes)
     if not any(is_changed(name, weights, scalings, lora) for name in weights):
         raise ValueError(f"the adapter in {adapter} changes nothing (all updates are zero): it was not trained")
