@@ -876,7 +876,7 @@ def _start_loading(worker):
 
 def model_directory(model: str | None, name: str) -> str:
     """The checkpoint directory that `name` means; "tiny" is the model's small one in samples/."""
-    if name == "tiny":
+    if name == "tiny" and not os.path.isdir(name):
         model = model or "qwen_vl"
         if not (path := ROOT / f"samples/tiny_{model}").is_dir():
             tiny = sorted(p.name.removeprefix("tiny_") for p in (ROOT / "samples").glob("tiny_*"))

@@ -295,6 +295,13 @@ def _open_adapter(directory) -> checkpoint.Weights:
     return checkpoint.Weights(directory, stems=("adapter_model", "adapter_model"))
 
 
+def contents(directory) -> tuple[list[str], list[str]]:
+    """Names of the modules that an adapter adapts, and of the parameters that it holds whole."""
+    names = [n.removeprefix(PREFIX).replace(".base_layer.", ".") for n in _open_adapter(directory)]
+    modules = dict.fromkeys(n.partition(".lora_")[0] for n in names if ".lora_" in n)
+    return list(modules), [n for n in names if ".lora_" not in n]
+
+
 def read_adapter(directory, aliases: dict[str, str] | None = None) -> tuple[dict, dict]:
     """-> (adapter_config.json, {name in the base model: tensor}); refuses what this file does not compute.
 

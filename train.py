@@ -19,6 +19,7 @@ import importlib
 import json
 import math
 import os
+import re
 import resource
 import signal
 import sys
@@ -54,6 +55,28 @@ def check_stage(cfg: Config, module) -> None:
                 setattr(cfg, key, [pattern.replace(theirs, ours) for pattern in getattr(cfg, key)])
     if cfg.stage not in module.STAGES:
         raise ValueError(f"stage={cfg.stage!r}; expected one of {', '.join(module.STAGES)} for this model")
+
+
+def check_adapter(cfg: Config) -> None:
+    """Refuses what would train or save something else than an adapter of the base alone."""
+    if cfg.lora_path and not cfg.lora:
+        raise ValueError(
+            f"lora_path={cfg.lora_path} without lora=true: add --lora to train that adapter on, or fold it into its "
+            "base with merge.py and train the result"
+        )
+    for key in ("init_from", "pre_seq_len"):
+        if cfg.lora and getattr(cfg, key):
+            raise ValueError(
+                f"{key}={getattr(cfg, key)} with lora=true: an adapter is saved without its base, so no other command "
+                f"could put that base together again; train with {key} first, then lora=true on the checkpoint"
+            )
+
+
+def lora_targets(cfg: Config, module) -> list[str]:
+    """The patterns to adapt: those asked for, else the continued adapter's own modules, else the model's default."""
+    if cfg.lora_target_modules or not cfg.lora_path:
+        return cfg.lora_target_modules or module.LORA_TARGETS
+    return [re.escape(name) for name in lora.contents(cfg.lora_path)[0]]
 
 
 def matches(name: str, patterns: list[str] | None) -> bool:
@@ -174,10 +197,18 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
     lora_modules = []
     if cfg.lora:
         lora_modules = lora.inject(
-            model, cfg.lora_target_modules or module.LORA_TARGETS, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout,
+            model, lora_targets(cfg, module), cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout,
             lora_parts(model, module, cfg), module.IMAGE_PARAMETERS,
         )  # fmt: skip
     choose_trainable(model, module, cfg)
+    if cfg.lora_path:
+        lora.check_base(cfg.lora_path, weights)
+        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+        if lost := sorted(frozen.intersection(lora.contents(cfg.lora_path)[1])):
+            raise ValueError(
+                f"lora_path={cfg.lora_path} holds {lost[0]} trained whole, which is frozen here and would be left out "
+                f"of the new adapter; name it in freeze_exclude ({len(lost)} such parameters)"
+            )
     dtype16 = {(True, False): torch.bfloat16, (False, True): torch.float16}.get((cfg.bf16, cfg.fp16))
     compute_dtype = dtype16 if cfg.fp16_opt_level == "O2" else None
     if compute_dtype:  # frozen parameters need no fp32 master copy
@@ -584,7 +615,7 @@ def dry_run(cfg: Config, config: dict, module, plan, world_size: int) -> str:
         model = module.build_model(with_prefix(config, module, cfg))
     if cfg.lora:
         lora.inject(
-            model, cfg.lora_target_modules or module.LORA_TARGETS, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout,
+            model, lora_targets(cfg, module), cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout,
             lora_parts(model, module, cfg), module.IMAGE_PARAMETERS,
         )  # fmt: skip
     choose_trainable(model, module, cfg)
@@ -656,7 +687,7 @@ def model_file(cfg: Config) -> tuple[dict, object, Path | None]:
     """-> (config.json's contents, model file, checkpoint directory; None for a preset, which is a shape alone)."""
     for path in sorted(data.ROOT.glob("model_*.py")):
         module = importlib.import_module(path.stem)
-        if cfg.model_name_or_path in module.PRESETS:
+        if cfg.model_name_or_path in module.PRESETS and not os.path.isdir(cfg.model_name_or_path):
             return module.PRESETS[cfg.model_name_or_path], module, None
     directory = Path(data.model_directory(cfg.model, cfg.model_name_or_path))
     config = checkpoint.read_config(directory)
@@ -668,6 +699,7 @@ def model_file(cfg: Config) -> tuple[dict, object, Path | None]:
 
 def main(argv: list[str] | None = None) -> int:
     cfg = parse_config(sys.argv[1:] if argv is None else argv)
+    check_adapter(cfg)
     config, module, directory = model_file(cfg)
     if cfg.fp16 and hasattr(module, "check_dtype"):
         module.check_dtype(config, torch.float16)

@@ -181,8 +181,9 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
     refuse("no LoRA weights", without("lora"))
     refuse("'h.7.c_attn', which is no linear", lambda t: t | {f"{p}h.7.c_attn.lora_A.weight": torch.zeros(2, 8)})
     refuse("'h.0.norm', which is no linear", lambda t: t | {f"{p}h.0.norm.lora_A.weight": torch.zeros(2, 8)})
-    refuse("'wte', a Embedding", lambda t: t | {
-        f"{p}wte.lora_A.weight": torch.zeros(2, 8), f"{p}wte.lora_B.weight": torch.zeros(20, 2)})  # fmt: skip
+    embedding = {f"{p}wte.lora_A.weight": torch.zeros(2, 8), f"{p}wte.lora_B.weight": torch.zeros(20, 2)}
+    refuse("does not name", lambda t: t | embedding)
+    refuse("'wte', a Embedding", lambda t: t | embedding, {"target_modules": [*names, "wte"]})
     refuse("'gone.weight', which this model does not", lambda t: t | {f"{p}gone.weight": torch.zeros(2)})
     refuse(r"'lm_head.bias' is \(2,\), expected \(20,\)", lambda t: t | {f"{p}lm_head.bias": torch.zeros(2)})
     refuse(r"is \(2, 8\), expected \(3, 8\)", change_config={"r": 3})
@@ -190,6 +191,7 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
     refuse("use_dora", change_config={"use_dora": True})
     refuse("bias", change_config={"bias": "all"})
     refuse("peft_type is 'IA3'", change_config={"peft_type": "IA3"})
+    save(tmp_path, model, names)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"123")
     with pytest.raises(ValueError, match="cut short or no safetensors"):
         lora.load_adapter(Toy(), tmp_path)
