@@ -276,14 +276,15 @@ def read_adapter_config(directory) -> dict:
                 raise ValueError(f"{path}: {key}={value!r} is not supported; expected {PLAIN[key]!r}")
         elif key not in SAID:
             raise ValueError(f"{path}: the key {key!r} is not known, and may change what is computed; remove it if not")
-    patterns = [*(config.get("rank_pattern") or ()), *(config.get("alpha_pattern") or ())]
-    patterns += [v for k in ("target_modules", "exclude_modules") if isinstance(v := config.get(k), str)]
-    patterns += _listed(config.get("layers_pattern")) + _listed(config.get("modules_to_save"))
-    for pattern in patterns:
+    expressions = [(k, v) for k in ("target_modules", "exclude_modules") if isinstance(v := config.get(k), str)]
+    for key in ("rank_pattern", "alpha_pattern", "layers_pattern", "modules_to_save"):
+        value = config.get(key)
+        expressions += [(key, v) for v in ([value] if isinstance(value, str) else value or ())]
+    for key, expression in expressions:
         try:
-            re.compile(pattern)
+            re.compile(expression)
         except (re.error, RecursionError, OverflowError) as e:
-            raise ValueError(f"{path}: {pattern!r} is no regular expression ({e})") from None
+            raise ValueError(f"{path}: {key}: {expression!r} is no regular expression ({e})") from None
     return config
 
 
@@ -321,17 +322,16 @@ def read_adapter(directory, aliases: dict[str, str] | None = None) -> tuple[dict
     for name in {*(aliases or {}).values()}:
         group = [name, *(alias for alias, original in aliases.items() if original == name)]
         held = [n for n in group if n in tensors]
-        whole = len(held) == len(group) or config.get("ensure_weight_tying")
+        whole = len(held) == len(group)
         if held and not (whole and all(torch.equal(tensors[n], tensors[held[0]]) for n in held)):
             raise ValueError(
                 f"{directory}: {' and '.join(group)} are one tied tensor in this model, but the adapter holds "
                 f"{'different values of them' if whole else 'only ' + ' and '.join(held)}: in PEFT they are untied, "
-                "which is not supported; train with ensure_weight_tying=True, or with all of them in modules_to_save"
+                "which is not supported; save equal values of all of them (modules_to_save)"
             )
         if held:
-            tensors[name] = tensors[held[0]]
             for alias in group[1:]:
-                tensors.pop(alias, None)
+                del tensors[alias]
     return config, tensors
 
 

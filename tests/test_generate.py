@@ -161,6 +161,8 @@ def test_a_tampered_adapter_is_not_merged(adapter, tmp_path, capsys, change):
         state[name] = state[name][:, :-1].contiguous()
     else:
         state = {n: torch.zeros_like(t) if "lora_B" in n else t for n, t in state.items() if "lora_" in n}
+        config = json.loads((tmp_path / "adapter_config.json").read_text())
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "modules_to_save": None}))
     save_file(state, tmp_path / "adapter_model.safetensors")
     argv = ["--lora_path", str(tmp_path), "--merge_model_path", str(tmp_path / "m")]
     assert checkpoint.cli(lambda: merge.main(argv)) == 1
