@@ -10,10 +10,11 @@ nonsense. Memory: the checkpoint once.
 """
 
 import argparse
-import pickle
+import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import checkpoint
@@ -32,18 +33,40 @@ def expected_shapes(config: dict) -> dict[str, torch.Size]:
         return {name: p.shape for name, p in glm.build_model(config).named_parameters()}
 
 
+def read_state(source: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a SAT checkpoint; no code in it is run. Beside them SAT keeps where it was in training: the random
+    states hold NumPy arrays, which are let in as data."""
+    if not (source / "latest").is_file():
+        raise ValueError(f"{source} has no file latest; expected a SAT checkpoint directory")
+    folder = (source / "latest").read_text(encoding="utf-8", errors="replace").strip()
+    if folder != os.path.basename(folder) or folder in ("", ".", ".."):
+        raise ValueError(f"{source / 'latest'} names {folder[:60]!r}; expected the name of a directory beside it")
+    path = source / folder / "mp_rank_00_model_states.pt"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, but {source / 'latest'} names its directory; fetch it again")
+    array = np.zeros(1, np.uint32)
+    rebuild = array.__reduce__()[0]
+    harmless = [np.ndarray, np.dtype, *{type(np.dtype(c)) for c in "?bhilqBHILQfd"}]
+    harmless += [(rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
+    try:
+        with torch.serialization.safe_globals(harmless):
+            state = torch.load(path, map_location="cpu", weights_only=True)["module"]
+        named = all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in state.items())
+    except Exception as e:  # damaged pickles raise all sorts of errors
+        reason = (str(e).splitlines() or ["cut short"])[0][:200]
+        raise ValueError(f"{path} is no SAT checkpoint of one model-parallel rank ({reason}); fetch it again") from None
+    if not named:
+        raise ValueError(f"{path}: its 'module' is no plain dictionary of tensors; fetch it again")
+    return state
+
+
 def import_sat(source: Path, target: Path, split_qkv: bool, tokenizer: Path | None) -> None:
     raw = checkpoint.read_json(source / "model_config.json", "expected a SAT checkpoint directory")
     config = {**glm.PRESETS["visualglm-6b"], **{k: raw[k] for k in SAME_KEYS if k in raw}}
     config |= {ours: raw[theirs] for ours, theirs in RENAMED.items() if theirs in raw}
     config |= {k: raw[k] for k in ("layernorm_epsilon", "eos_token_id") if k in raw}
     shapes = expected_shapes(config)
-    path = source / (source / "latest").read_text().strip() / "mp_rank_00_model_states.pt"
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)["module"]
-    except (RuntimeError, KeyError, pickle.UnpicklingError, EOFError) as e:
-        reason = (str(e).splitlines() or ["cut short"])[0]
-        raise ValueError(f"{path} is no SAT checkpoint of one model-parallel rank ({reason}); fetch it again") from None
+    state = read_state(source)
     state = {name: tensor for name, tensor in state.items() if name not in LEFT_OUT}
     names = {glm.sat_name(name): name for name in shapes}
     problems = [f"missing {n}" for n in names if n not in state] + [f"unexpected {n}" for n in state if n not in names]
@@ -53,7 +76,12 @@ def import_sat(source: Path, target: Path, split_qkv: bool, tokenizer: Path | No
         if n in state and state[n].shape != shapes[name]
     ]
     if problems:
-        raise ValueError(f"{path} does not fit model_config.json: {'; '.join(problems[:8])} ({len(problems)} in all)")
+        some = "; ".join(problems[:8])
+        raise ValueError(f"{source} does not fit its model_config.json: {some} ({len(problems)} in all)")
+    for n in names:
+        if not state[n].is_floating_point():
+            raise ValueError(f"{n} is {state[n].dtype}; expected floating point (quantised files are not read)")
+        checkpoint.largest(state[n], n)
     heads = config["num_attention_heads"]
     tensors = (
         (name, glm.repack_qkv(name, state[n], heads, to_sat=False) if split_qkv else state[n])
@@ -78,6 +106,7 @@ def export_sat(source: Path, target: Path, split_qkv: bool) -> None:
     state = {}
     for name in weights:
         tensor = weights.read(name)
+        checkpoint.largest(tensor, name)
         state[glm.sat_name(name)] = (
             glm.repack_qkv(name, tensor, c.num_attention_heads, to_sat=True) if split_qkv else tensor
         )
@@ -110,6 +139,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{args.target} exists; choose another directory")
     if args.direction == "import":
         import_sat(args.source, args.target, args.qkv == "split", args.tokenizer)
+        print("note: SAT trains this model with a dropout of 0.1; train.py trains it without (lora_dropout is its own)")
     else:
         export_sat(args.source, args.target, args.qkv == "split")
     print(f"wrote {args.target}")

@@ -98,7 +98,7 @@ class Stream:
     lengths: list[int]
 
 
-def meta_batch(stream: Stream, model: nn.Module, image_size: int, positions: int) -> dict:
+def meta_batch(stream: Stream, model: nn.Module, image_size: list[int], positions: int) -> dict:
     """`positions`: rows of position_ids (1 or 2)."""
     T, Q, meta = stream.tokens, model.num_image_tokens, {"device": "meta", "dtype": torch.int64}
     batch = {
@@ -111,7 +111,7 @@ def meta_batch(stream: Stream, model: nn.Module, image_size: int, positions: int
     if positions == 2:
         batch["prefix_lens"] = torch.tensor([n // 2 for n in stream.lengths])
     if stream.images:
-        batch["pixel_values"] = torch.empty(stream.images, 3, image_size, image_size, device="meta")
+        batch["pixel_values"] = torch.empty(stream.images, 3, *image_size, device="meta")
     return batch
 
 
@@ -282,7 +282,7 @@ def activation_bytes(
         width = stream.tokens * next(model.parameters()).element_size()
         return width * layers, width * inner
     vision = next(getattr(config, key) for key in ("visual", "eva_config", "vision") if hasattr(config, key))
-    image_size = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
+    image_size = [vision.image_size] * 2 if isinstance(vision.image_size, int) else vision.image_size
     batch = meta_batch(stream, model, image_size, 2 if hasattr(model, "position_step") else 1)
     lora.set_dropout_keys(model, batch)
 

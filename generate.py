@@ -220,6 +220,7 @@ def generate(
     prompts, seen, cache, batch = prefill(model, requests, max_new_tokens)
     generators = [torch.Generator().manual_seed(seed) for _ in prompts]
     outputs: list[list[int]] = [[] for _ in prompts]
+    room = [room_for(model, p, max_new_tokens) for p in prompts]
     seen = seen if penalty_rule == "hf" else [[] for _ in seen]
     ends = [word[0] for word in stop_words if len(word) == 1]
     while True:
@@ -242,8 +243,10 @@ def generate(
                 on_token(i, token)
             text = prompts[i] + outputs[i]
             stopped = any(text[-len(word) :] == word for word in stop_words)
-            if not stopped and len(outputs[i]) < max_new_tokens:
+            if not stopped and len(outputs[i]) < room[i]:
                 still.append(i)
+            elif not stopped and room[i] < max_new_tokens:
+                print(f"warning: an answer ends after {room[i]} tokens, at the model's last position", file=sys.stderr)
         if not still:
             return outputs
         cache.active = still
@@ -268,6 +271,7 @@ def beam_search(
     if len(ends) < len(stop_words):
         raise ValueError("beam search ends at single tokens; a stop text of several tokens needs num_beams=1")
     prompts, seen, cache, batch = prefill(model, requests, max_new_tokens)
+    room = [room_for(model, p, max_new_tokens) for p in prompts]
     # requests that are still open; each has K sequences in the cache after the first pass
     live = list(range(len(requests)))
     beams = {i: [(0.0, [])] for i in live}  # request -> its running (sum of log-probabilities, new tokens)
@@ -276,7 +280,7 @@ def beam_search(
     def finish(i: int, total: float, tokens: list[int], length: int) -> None:
         finished[i] = sorted([*finished[i], (total / length**length_penalty, tokens)], key=lambda h: -h[0])[:K]
 
-    for n in range(1, max_new_tokens + 1):
+    for n in range(1, max(room) + 1):
         logits = next_logits(model, batch, cache)
         offset, parents, last, still = 0, [], [], []
         for i in live:
@@ -297,7 +301,7 @@ def beam_search(
                 if tokens[-1] in ends:
                     if rank < K:
                         finish(i, total, tokens, n)
-                elif n == max_new_tokens and not lavis:
+                elif n == room[i] and not lavis:
                     if rank < K:
                         finish(i, total, tokens, n)
                 elif len(running) < K:
@@ -307,10 +311,10 @@ def beam_search(
             reachable = (float(best[0]) / (n + 1) ** length_penalty) if lavis else (
                 running[0][0] / n**length_penalty if running else float("-inf"))  # fmt: skip
             closed = len(finished[i]) == K and finished[i][-1][0] >= reachable
-            if n == max_new_tokens and lavis and not closed:
+            if n == room[i] and lavis and not closed:
                 for total, tokens in running:
                     finish(i, total, tokens, n + 1)
-            if n < max_new_tokens and not closed:
+            if n < room[i] and not closed:
                 still.append(i)
                 beams[i] = running
                 parents += sources
@@ -323,9 +327,20 @@ def beam_search(
     return finished
 
 
+def room_for(model: nn.Module, prompt: list[int], max_new_tokens: int) -> int:
+    """New tokens that fit: fewer than max_new_tokens where the model's learned positions end before. ValueError for
+    none."""
+    limit = getattr(getattr(model, "config", None), "max_positions", None)
+    if limit is not None and len(prompt) >= limit:
+        raise ValueError(f"the prompt has {len(prompt)} tokens, but the model has {limit} positions; shorten it")
+    return max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
+
+
 def prefill(model: nn.Module, requests: list[dict], max_new_tokens: int) -> tuple[list, list, KVCache, dict]:
     """-> (prompts, the tokens of each that the repetition penalty sees, an empty cache, the prompts as one stream)"""
     prompts = [[int(t) for t in r["input_ids"]] for r in requests]
+    for p in prompts:
+        room_for(model, p, max_new_tokens)
     Q = model.num_image_tokens
     batch = data.collate([{"labels": p, "num_image_tokens": Q, **r} for p, r in zip(prompts, requests, strict=True)])
     seen = []

@@ -336,7 +336,7 @@ def read_adapter(directory, aliases: dict[str, str] | None = None) -> tuple[dict
 
 
 def check_base(directory, weights: checkpoint.Weights) -> None:
-    """ValueError if the adapter says that it was trained on other weights than these."""
+    """ValueError if the adapter says that it was trained on other weights than these; one from elsewhere can't say."""
     sample = _open_adapter(directory).metadata.get("base")
     if sample is not None and not weights.fits_sample(sample):
         raise ValueError(

@@ -187,6 +187,13 @@ class Blip2Config:
 
     # what train.py asks of every model's config
     @property
+    def max_positions(self) -> int | None:
+        """Tokens of a sequence, a picture's slots included, that have a learned position; None: no table that ends."""
+        if self.qformer.use_qformer_text_input:  # text counts from the end of the slots
+            return self.num_query_tokens + self.qformer.max_position_embeddings
+        return None if self.is_t5 else self.text.max_position_embeddings
+
+    @property
     def hidden_size(self) -> int:
         return self.text.d_model if self.is_t5 else self.text.hidden_size
 
@@ -1618,7 +1625,7 @@ class Blip2Processor:
     def fingerprint(self) -> str:
         """Changes whenever the same conversation could get other ids."""
         vocabulary = hashlib.sha256(self.tokenizer.model.to_str().encode()).hexdigest()
-        return f"blip2-2-{self.stage}-{self.num_image_tokens}-{vocabulary}"
+        return f"blip2-3-{self.stage}-{self.num_image_tokens}-{self.config.max_positions}-{vocabulary}"
 
     # same as model_qwen_vl.QwenVLProcessor.load_image
     def load_image(self, path: str | Path) -> Tensor:
@@ -1632,6 +1639,13 @@ class Blip2Processor:
             if isinstance(e, FileNotFoundError):
                 raise ValueError(f"{path}: no such picture") from None
             raise ValueError(f"{path}: not a readable picture ({e}); replace the file or remove its records") from None
+
+    def check_length(self, length: int) -> None:
+        if (limit := self.config.max_positions) is not None and length > limit:
+            raise ValueError(
+                f"{length} tokens with the picture's, but the model has {limit} positions; shorten the text, or let "
+                f"max_length={limit} cut it"
+            )
 
     def texts(self, conversation) -> tuple[str, str]:
         """(prompt, answer). Earlier turns of a chat are joined by blanks and belong to the prompt."""
@@ -1672,6 +1686,7 @@ class Blip2Processor:
             reply = tk.encode(f" {answer}" if prompt else answer) + self.end
             ids, truncated = (head + reply)[:room], len(head) + len(reply) > room
             supervised = ids[len(head) if prompt else 0 :]
+        self.check_length(Q + len(ids))
         labels = [IGNORE_INDEX] * (Q + len(ids) - len(supervised)) + supervised
         return {
             "input_ids": np.array([self.slot] * Q + ids, dtype=np.int32), "labels": np.array(labels, dtype=np.int32),
@@ -1689,6 +1704,7 @@ class Blip2Processor:
         else:
             ids = seen = [tk.begin, *tk.encode(prompt)]
         ids = [self.slot] * self.num_image_tokens + ids
+        self.check_length(len(ids))
         return {
             "input_ids": np.array(ids, dtype=np.int32), "labels": np.full(len(ids), IGNORE_INDEX, dtype=np.int32),
             "image_starts": [0], "images": conversation.images, "truncated": False, "seen": seen,
@@ -1849,6 +1865,7 @@ def main() -> int:
         torch.save({"model": to_lavis(state, positions)}, args.out)
     else:
         config = checkpoint.read_config(args.directory)
+        Blip2Config.from_dict(config)
         config["vision_config"] = {**config["vision_config"], "image_size": args.image_size}
         write_model(args.out, config, read_model(args.directory), args.directory)
     print(f"written: {args.out}")

@@ -17,7 +17,7 @@ import re
 import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -75,6 +75,7 @@ class QwenVLConfig:
     tie_word_embeddings: bool = False
     initializer_range: Scale = 0.02
     raw: dict = field(default_factory=dict)  # config.json as it was read, written back with the weights
+    max_positions: ClassVar[int | None] = None  # tokens of a sequence: rotary positions have no table that ends
 
     @property
     def mlp_width(self) -> int:

@@ -18,7 +18,7 @@ import unicodedata
 from base64 import b64decode
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -95,6 +95,8 @@ class VisualGLMConfig:
     prefix_projection: bool = False  # P-tuning: made by a two-layer network from embeddings
     initializer_range: Scale = 0.02
     raw: dict = field(default_factory=dict)  # config.json as it was read, written back with the weights
+
+    max_positions: ClassVar[int | None] = None  # tokens of a sequence: rotary positions have no table that ends
 
     @property
     def num_hidden_layers(self) -> int:
@@ -937,15 +939,15 @@ TEMPLATES = {"zh": "问：{}\n答：", "en": "Q:{}\nA:"}
 FRONT_IMAGE = re.compile(r"\s*(?:Picture 1:\s*)?<img>.*?</img>\n?", re.DOTALL)
 
 
-# same as model_qwen_vl.resize_image
-def resize_image(image: Image.Image, size: int) -> np.ndarray:
-    """(size, size, 3) uint8: alpha dropped, aspect ratio not kept, PIL's antialiased bicubic rounded to 8 bits."""
-    return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+def resize_image(image: Image.Image, size: int | tuple[int, int]) -> np.ndarray:
+    """(height, width, 3) uint8, `size` being both or that pair: alpha dropped, aspect ratio not kept, PIL's antialiased
+    bicubic rounded to 8 bits."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC))
 
 
-# same as model_qwen_vl.preprocess_image
-def preprocess_image(image: Image.Image, size: int) -> Tensor:
-    """(3, size, size) fp32, normalised."""
+def preprocess_image(image: Image.Image, size: int | tuple[int, int]) -> Tensor:
+    """(3, height, width) fp32, normalised."""
     pixels = resize_image(image, size).astype(np.float32) / np.float32(255)
     return torch.from_numpy(np.ascontiguousarray(((pixels - MEAN) / STD).transpose(2, 0, 1)))
 
@@ -1046,7 +1048,9 @@ class VisualGLMProcessor:
                 f"the tokenizer has {tokenizer.vocab_size} tokens, config.json's vocab_size is {config.vocab_size}"
             )
         self.config, self.tokenizer, self.stage = config, tokenizer, stage
-        self.image_size, self.num_image_tokens = config.eva_config.image_size[0], config.num_image_tokens
+        height, width = config.eva_config.image_size
+        self.image_size = height if height == width else (height, width)
+        self.num_image_tokens = config.num_image_tokens
         self.eos = tokenizer.eop
         self.stop_words = [[tokenizer.eop]]
 
@@ -1135,14 +1139,15 @@ class VisualGLMProcessor:
 
 def probe_batch(processor: VisualGLMProcessor) -> dict:
     """A fixed prompt with one synthetic picture, to compare two models' logits."""
-    tk, Q, size = processor.tokenizer, processor.num_image_tokens, processor.image_size
+    tk, Q = processor.tokenizer, processor.num_image_tokens
     ids = chat_prompt(tk, "What is this? 这是什么？", num_image_tokens=Q)
     positions, context = glm_positions(ids, tk.sop, tk.gmask, tk.mask)
-    ramp = torch.linspace(-1, 1, size)
+    rows, columns = (torch.linspace(-1, 1, size) for size in processor.config.eva_config.image_size)
+    rows, columns = rows[:, None], columns[None]
     return {
         "input_ids": torch.tensor(ids), "position_ids": torch.from_numpy(positions), "max_len": len(ids),
         "cu_seqlens": torch.tensor([0, len(ids)], dtype=torch.int32), "prefix_lens": torch.tensor([context]),
-        "pixel_values": torch.stack((ramp[:, None] + 0 * ramp, ramp + 0 * ramp[:, None], ramp[:, None] * ramp))[None],
+        "pixel_values": torch.stack((rows + 0 * columns, columns + 0 * rows, rows * columns))[None],
         "image_positions": (len(tk.encode("<img>")) + torch.arange(Q))[None],
     }  # fmt: skip
 

@@ -319,7 +319,12 @@ class LossScaler:
 # Steps
 
 
-def to_device(batch: dict, device: torch.device, blank_image: bool, image_size: int) -> dict:
+def blank(image_size: int | tuple[int, int]) -> Tensor:
+    """A picture of zeros (3, height, width); one number stands for both."""
+    return torch.zeros(3, *((image_size, image_size) if isinstance(image_size, int) else image_size))
+
+
+def to_device(batch: dict, device: torch.device, blank_image: bool, image_size: int | tuple[int, int]) -> dict:
     """Moves a batch; a rank without a picture gets a blank one where another rank has one, since a sharded tower is
     entered together.
     """
@@ -328,7 +333,7 @@ def to_device(batch: dict, device: torch.device, blank_image: bool, image_size: 
         for k, v in batch.items()
     }
     if blank_image and batch["pixel_values"] is None and batch.get("image_features") is None:
-        batch["pixel_values"] = torch.zeros(1, 3, image_size, image_size, device=device)
+        batch["pixel_values"] = blank(image_size)[None].to(device)
         batch["image_dropout_keys"] = torch.zeros(1, dtype=torch.int64, device=device)
     return batch
 
@@ -550,7 +555,7 @@ def cache_features(model, plan, processor, cfg: Config, weights_id: str, world) 
             try:
                 pixels = processor.load_image(path)
             except data.BAD_SAMPLE:  # the loader reports it: its row stays zero and is never used
-                pixels = torch.zeros(3, processor.image_size, processor.image_size)
+                pixels = blank(processor.image_size)
             with autocast(cfg, world):
                 encoded = model({"pixel_values": pixels[None].to(world.device)}, output="features")
             features.array[features.rows[path]] = encoded[0].float().cpu()

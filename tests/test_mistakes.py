@@ -282,3 +282,44 @@ def test_malformed_request_names_its_line(capfd, base, tmp_path):
         ["--model_name_or_path", str(base), "--requests", path],
         f"{path}:2")
     assert not os.path.exists(tmp_path / "boxes.png")
+
+
+# ---- adapters that are trained on
+
+
+def adapter(base, dataset, out, *options):
+    assert run(train.main, [*common(base, dataset, out, max_steps=1, lora=True), *options]) == 0
+    return {n.split("base_model.model.")[1] for n in load_file(out / "adapter_model.safetensors")}
+
+
+def test_an_adapter_is_trained_on_as_a_whole(base, dataset, tmp_path, capfd):
+    first = adapter(base, dataset, tmp_path / "a", "--lora_target_modules", '[".*c_attn", ".*w1"]',
+                    "--freeze_exclude", '["lm_head.weight"]')  # fmt: skip
+    assert len(first) == 2 * 4 + 1 and "lm_head.weight" in first
+    capfd.readouterr()
+    go_on = [*common(base, dataset, tmp_path / "b"), "--lora_path", str(tmp_path / "a")]
+    whole = ["--freeze_exclude", '["lm_head.weight"]']
+    for options, words in (
+        (["--lora"], ["lm_head.weight", "freeze_exclude"]),
+        (["--lora", *whole, "--lora_target_modules", '[".*c_attn"]'], ["tensors for transformer.h.0.mlp.w1"]),
+        (["--lora", *whole, "--lora_target_modules", '[".*c_attn", ".*w1", ".*w2"]'], ["no tensors for", "mlp.w2"]),
+        (["--lora", *whole, "--lora_rank", "4"], ["rank 8", "rank 4"]),
+        ([], ["lora_path", "--lora"]),
+        (["--lora", "--init_from", str(base)], ["init_from", "lora=true"]),
+    ):
+        fails(capfd, train.main, [*go_on, *options], *words)
+    assert adapter(base, dataset, tmp_path / "c", "--lora_path", str(tmp_path / "a"), *whole) == first
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    state = load_file(other / "model.safetensors")
+    state["transformer.h.0.mlp.w1.weight"] += 0.1
+    save_file(state, other / "model.safetensors")
+    fails(capfd, train.main, [*common(other, dataset, tmp_path / "d"), "--lora", *whole,
+                              "--lora_path", str(tmp_path / "a")], "trained on other weights")  # fmt: skip
+
+
+def test_a_directory_wins_over_a_preset_of_its_name(base, dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(base, "visualglm-6b")
+    assert run(train.main, common("visualglm-6b", dataset, "out", max_steps=1)) == 0
+    assert checkpoint.read_config("out")["hidden_size"] == 128

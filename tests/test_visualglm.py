@@ -417,7 +417,7 @@ def test_golden_lora_file_merges_into_packed_rows(variant, official_lora, tmp_pa
     for name, tensor in expected.items():
         close(state[name], tensor, 3e-6)
     again = variant.model(exact_inv_freq=True)
-    lora.inject(again, [r"transformer\.layers\.\d+\.attention\.query_key_value"], 1, 1, 0.0)
+    lora.inject(again, names, 1, 1, 0.0)
     with pytest.raises(ValueError, match="lora_rank"):
         lora.load_adapter(again, tmp_path)
     loaded = variant.model(exact_inv_freq=True)

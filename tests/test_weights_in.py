@@ -7,15 +7,20 @@ read, and right).
 import base64
 import json
 import os
+import random
 import shutil
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import convert_sat
+import data
 import generate
 import model_blip2 as blip2
 import model_qwen_vl as qwen
@@ -392,3 +397,136 @@ def test_sentencepiece_files(tmp_path):
                 whole + field(3, field(2, b"\x05\0\0\0abc"))):  # fmt: skip
         path.write_bytes(bad)
         refused("ice_text.model|the tokenizer", glm.GLMTokenizer, tmp_path)
+
+
+# ---- SAT checkpoints as SAT saves them
+
+
+def sat_directory(tmp_path) -> Path:
+    convert_sat.main(["export", str(ROOT / "samples/tiny_visualglm"), str(tmp_path / "sat"), "--qkv", "split"])
+    return tmp_path / "sat"
+
+
+def test_a_sat_checkpoint_with_random_states_is_imported(tmp_path):
+    source = sat_directory(tmp_path)
+    file = source / "1/mp_rank_00_model_states.pt"
+    state = torch.load(file, weights_only=True)
+    training = {
+        "random_rng_state": random.getstate(), "np_rng_state": np.random.get_state(), "iteration": 300,
+        "torch_rng_state": torch.get_rng_state(), "rng_tracker_states": {"model-parallel-rng": torch.get_rng_state()},
+        "client_lr_scheduler": {"num_iters": 300, "lr": np.float64(1e-4).item()}, "ds_config": {}, "buffer_names": [],
+    }  # fmt: skip
+    torch.save({**state, **training}, file)
+    convert_sat.main(["import", str(source), str(tmp_path / "back"), "--qkv", "split"])
+    weights = checkpoint.open_weights(tmp_path / "back")
+    original = checkpoint.open_weights(ROOT / "samples/tiny_visualglm")
+    assert all(torch.equal(weights.read(n), original.read(n)) for n in original)
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    name = next(iter(state["module"]))
+    for bad in ({**state, **training, "client_lr_scheduler": Evil()}, {"module": [1]}, {}, [], Evil(),
+                {"module": {**state["module"], name: 5}},
+                {"module": {**state["module"], name: state["module"][name].to(torch.int8)}},
+                {"module": {**state["module"], name: state["module"][name] * float("nan")}}):  # fmt: skip
+        torch.save(bad, file)
+        argv = ["import", str(source), str(tmp_path / "bad"), "--qkv", "split"]
+        refused("SAT checkpoint|plain dictionary|NaN|int8", convert_sat.main, argv)
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "bad").exists()
+    for folder in ("", "..", "/etc", "2"):
+        (source / "latest").write_text(folder)
+        refused("latest", convert_sat.main, ["import", str(source), str(tmp_path / "bad"), "--qkv", "split"])
+    (source / "latest").unlink()
+    refused("latest", convert_sat.main, ["import", str(source), str(tmp_path / "bad"), "--qkv", "split"])
+
+
+# ---- a vision tower that is not square
+
+
+def test_visualglm_takes_images_that_are_not_square(copy, tmp_path):
+    """The same tower computed with its parts by hand: rows x columns of patches, in that order."""
+    directory = copy("visualglm")
+    config = checkpoint.read_config(directory)
+    config["eva_config"]["image_size"] = [24, 40]  # height, width; patches of 8
+    checkpoint.write_json(directory / "config.json", config)
+    state = load_file(directory / "model.safetensors")
+    name = "image_encoder.vit.transformer.position_embeddings.weight"
+    state[name] = state[name][: 3 * 5 + 1].clone()
+    save_file(state, directory / "model.safetensors")
+    Image.effect_noise((70, 30), 50).convert("RGB").save(tmp_path / "a.png")
+    processor, model = glm.load_processor(directory), generate.load_model(directory)
+    pixels = processor.load_image(tmp_path / "a.png")
+    assert pixels.shape == (3, 24, 40)
+    vit = model.image_encoder.vit
+    seen = []
+    vit.transformer.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    features = model.encode_images(pixels[None])
+    assert features.shape[1] == 16
+    proj = vit.mixins["patch_embedding"].proj
+    for row, column in ((0, 0), (0, 4), (2, 1)):
+        patch = pixels[:, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
+        expected = (proj.weight * patch).sum((1, 2, 3)) + proj.bias + state[name][1 + 5 * row + column].float()
+        torch.testing.assert_close(seen[0][1 + 5 * row + column], expected, atol=1e-4, rtol=1e-4)
+    (text,) = generate.answer(
+        model, processor, [data.request([("user", "what is it?")], [str(tmp_path / "a.png")], "test")],
+        processor.stop_words, generate.Decoding(max_new_tokens=3),
+    )  # fmt: skip
+    assert isinstance(text, str)
+    batch = glm.probe_batch(processor)
+    assert model.logits(model.hidden(batch)).isfinite().all()
+    for bad in ([24], [24, 40, 8], [24, 41], 24):
+        refused("image_size", glm.build_model, changed(config, ("eva_config", "image_size"), bad))
+
+
+# ---- learned positions end
+
+
+def long_request(tmp_path, words: int):
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "a.png")
+    return data.request([("user", "dog " * words)], [str(tmp_path / "a.png")], "test")
+
+
+def sample(tmp_path, words: int):
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "a.png")
+    turns = [{"role": "user", "content": "dog " * words}, {"role": "assistant", "content": "a cat"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"image": "a.png", "messages": turns}))
+    return data.Entry({"name": "chatml_dataset", "data_files": str(tmp_path / "a.jsonl")}).conversations(0)[0]
+
+
+def test_more_tokens_than_positions_are_refused(tmp_path):
+    directory = ROOT / "samples/tiny_blip2"  # OPT with 128 positions
+    processor, model = blip2.load_processor(directory), generate.load_model(directory)
+    limit = model.config.max_positions
+    assert limit == 128 == processor.config.max_positions
+    short, long = (sample(tmp_path, words) for words in (20, 300))
+    assert len(processor.encode(short, 2048)["input_ids"]) < limit
+    refused("the model has 128 positions.*max_length=128", processor.encode, long, 2048)
+    assert len(processor.encode(long, limit)["input_ids"]) == limit
+    refused("the model has 128 positions", processor.prompt, long_request(tmp_path, 300))
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_answers_end_at_the_last_position(tmp_path, capsys, beams):
+    directory = ROOT / "samples/tiny_blip2"
+    processor, model = blip2.load_processor(directory), generate.load_model(directory)
+    model.config.text.max_position_embeddings = 40  # as if the table ended there
+    request = processor.prompt(long_request(tmp_path, 8))
+    request["pixel_values"] = [processor.load_image(p) for p in request["images"]]
+    room = 40 - len(request["input_ids"])
+    assert 0 < room < 30
+    if beams == 1:
+        (answer,) = generate.generate(model, [request], 100, stop_words=[])
+        assert "last position" in capsys.readouterr().err
+    else:
+        ((_, answer), *_), = generate.beam_search(model, [request], 100, [[999]], beams)  # fmt: skip
+    assert len(answer) == room
+    model.config.text.max_position_embeddings = len(request["input_ids"])
+    refused("positions", generate.generate, model, [request], 5, [])
+
+
+def test_positions_of_each_model():
+    limits = {kind: MODULES[kind].build_model(checkpoint.read_config(ROOT / "samples" / name)).config.max_positions
+              for kind, name in SAMPLES.items()}  # fmt: skip
+    assert limits == {"qwen_vl": None, "blip2": 128, "visualglm": None, "stage1": 8 + 64}
