@@ -271,6 +271,7 @@ def name_dropouts(model: nn.Module) -> None:
             module.seed = zlib.crc32(name.encode()) >> 1
 
 
+# same as model_qwen_vl.even_segments
 def even_segments(num_segments: int, length: int) -> Tensor:
     return torch.arange(0, (num_segments + 1) * length, length, dtype=torch.int32)
 

@@ -310,6 +310,7 @@ class PrefixEncoder(nn.Module):
         return x.view(self.shape).permute(1, 2, 0, 3, 4)
 
 
+# same as model_qwen_vl.LMHead
 class LMHead(nn.Linear):
     """Logits, or with targets their cross entropy without the logits of the whole stream."""
 
@@ -323,6 +324,7 @@ class LMHead(nn.Linear):
 # Vision: pictures are a plain batch; inside, their tokens are one stream of N*P rows
 
 
+# same as model_qwen_vl.even_segments
 def even_segments(num_segments: int, length: int) -> Tensor:
     return torch.arange(0, (num_segments + 1) * length, length, dtype=torch.int32)
 
