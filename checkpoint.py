@@ -281,6 +281,12 @@ class Weights:
             del self._entries[alias]
         self.names = set(self._entries)
 
+    def untie(self, aliases: dict[str, str]) -> None:
+        """Hold the tied weights under each of their names {alias: name} from now on."""
+        for alias, name in aliases.items():
+            self._entries[alias] = self._entries[name]
+        self.names = set(self._entries)
+
     def __iter__(self):
         return iter(self._entries)  # in file order, so that each .bin shard is opened once
 

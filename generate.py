@@ -388,6 +388,9 @@ def load_model(
     module = importlib.import_module("model_" + checkpoint.model_kind(config))
     if hasattr(module, "check_dtype"):
         module.check_dtype(config, dtype)
+    weights = None
+    if lora_path is not None:
+        config, weights = lora.open_base(directory, lora_path, module)
     with torch.device("meta"):
         model = module.build_model(config)
     base_names = [name for name, _ in model.named_parameters()]
@@ -398,10 +401,9 @@ def load_model(
     model = model.to(dtype).to_empty(device=device)
     parallel.mark_cuts(model)
     parameters = dict(model.named_parameters())
-    weights = checkpoint.open_model(directory, module)
+    weights = weights or checkpoint.open_model(directory, module)
     checkpoint.load_into({name: parameters[name] for name in base_names}, weights)
     if lora_path is not None:
-        lora.check_base(lora_path, weights)
         lora.load_adapter(model, lora_path, checkpoint.copy_full_, parallel.whole_shape)
     return model.eval()
 

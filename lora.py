@@ -335,6 +335,24 @@ def read_adapter(directory, aliases: dict[str, str] | None = None) -> tuple[dict
     return config, tensors
 
 
+def open_base(directory, adapter, module) -> tuple[dict, checkpoint.Weights]:
+    """-> (config.json's contents, weights) of an adapter's base, as the adapter takes it: where it holds a tied weight
+    under some of its names alone, or with several values, each name has a value of its own, as in PEFT. ValueError if
+    the adapter says that it was trained on other weights."""
+    config, own = checkpoint.read_config(directory), _open_adapter(adapter)
+    weights = checkpoint.open_model(directory, module)
+    check_base(adapter, weights)
+    aliases, apart = module.aliases(config), False
+    for name in {*aliases.values()}:
+        group = [PREFIX + n for n in (name, *(a for a, original in aliases.items() if original == name))]
+        held = [n for n in group if n in own.names]
+        apart |= 0 < len(held) < len(group) or not all(torch.equal(own.read(n), own.read(held[0])) for n in held)
+    if apart and (untied := module.untied(config)) is not None:
+        weights.untie(aliases)
+        config = untied
+    return config, weights
+
+
 def check_base(directory, weights: checkpoint.Weights) -> None:
     """ValueError if the adapter says that it was trained on other weights than these; one from elsewhere can't say."""
     sample = _open_adapter(directory).metadata.get("base")

@@ -17,7 +17,7 @@ import torch
 import checkpoint
 from checkpoint import Weights, open_weights
 from generate import load_model
-from lora import adapter_updates, check_base, find_base, read_adapter
+from lora import adapter_updates, find_base, open_base, read_adapter
 
 
 def merge(base: Path | None, adapter: Path, output: Path, dtype: torch.dtype | None = None) -> dict:
@@ -40,12 +40,11 @@ def merge(base: Path | None, adapter: Path, output: Path, dtype: torch.dtype | N
     model_config = checkpoint.read_config(base)
     kind = checkpoint.model_kind(model_config)
     module = importlib.import_module("model_" + kind)
+    model_config, weights = open_base(base, adapter, module)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in module.build_model(model_config).named_parameters()}
-    weights = checkpoint.open_model(base, module)
     checkpoint.check_names(shapes, weights)
     config, lora = read_adapter(adapter, module.aliases(model_config))
-    check_base(adapter, weights)
     scalings, replaced = adapter_updates(config, lora, shapes)
     if not any(is_changed(name, weights, scalings, lora) for name in weights):
         raise ValueError(f"the adapter in {adapter} changes nothing (all updates are zero): it was not trained")

@@ -86,6 +86,7 @@ class OPTConfig:
     dropout: Share = 0.1
     pad_token_id: TokenId = 1
     bos_token_id: TokenId = 2
+    tie_word_embeddings: bool = True  # in every published file
 
 
 @dataclass
@@ -580,7 +581,7 @@ class OPTBlock(nn.Module):
 
 
 class OPT(nn.Module):
-    """The vocabulary projection is the word embedding itself."""
+    """The vocabulary projection is the word embedding itself, unless tie_word_embeddings is false."""
 
     POSITION_OFFSET = 2  # the published table begins with two rows that no real token uses
 
@@ -593,6 +594,8 @@ class OPT(nn.Module):
         decoder.embed_positions = nn.Embedding(config.max_position_embeddings + self.POSITION_OFFSET, C)
         decoder.final_layer_norm = nn.LayerNorm(C)
         decoder.layers = nn.ModuleList(OPTBlock(config, i) for i in range(config.num_hidden_layers))
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(C, config.vocab_size, bias=False)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -621,7 +624,7 @@ class OPT(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        return self.model.decoder.embed_tokens.weight
+        return self.lm_head.weight if hasattr(self, "lm_head") else self.model.decoder.embed_tokens.weight
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1230,12 +1233,20 @@ def check_dtype(config: dict, dtype: torch.dtype) -> None:
 
 def aliases(config: dict) -> dict[str, str]:
     """Names that files may hold beside, or instead of, the tied one that they say the same as."""
-    if (config.get("text_config") or {}).get("model_type") == "opt":
-        return {"language_model.lm_head.weight": "language_model.model.decoder.embed_tokens.weight"}
+    text = config.get("text_config") or {}
+    if text.get("model_type") == "opt":
+        tied = {"language_model.lm_head.weight": "language_model.model.decoder.embed_tokens.weight"}
+        return {} if text.get("tie_word_embeddings") is False else tied
     return {
         f"language_model.{stack}.embed_tokens.weight": "language_model.shared.weight"
         for stack in ("encoder", "decoder")
     }
+
+
+def untied(config: dict) -> dict | None:
+    """The same with a vocabulary projection of its own; None for Flan-T5, whose encoder and decoder share words."""
+    text = config["text_config"]
+    return {**config, "text_config": {**text, "tie_word_embeddings": False}} if text["model_type"] == "opt" else None
 
 
 # Parameters of each part, for the start-up table: the first pattern that matches
@@ -1286,7 +1297,8 @@ TP_PLAN = {
 PIPELINE = {
     "blocks": "language_model.model.decoder.layers",
     "first": ["vision_model.*", "q*", "language_projection.*", "language_model.model.decoder.embed_*"],
-    "last": ["language_model.model.decoder.final_layer_norm.*", "language_model.model.decoder.embed_tokens.*"],
+    "last": ["language_model.model.decoder.final_layer_norm.*", "language_model.model.decoder.embed_tokens.*",
+             "language_model.lm_head.*"],  # fmt: skip
 }
 
 
@@ -1452,6 +1464,8 @@ def to_lavis(state: dict[str, Tensor], max_positions: int = 512) -> dict[str, Te
     """The inverse, with LAVIS's aliases and its buffer of text positions. The k third of the towers' biases has no
     place there."""
     lm = "t5" if any(n.startswith("language_model.shared") for n in state) else "opt"
+    if lm == "opt" and "language_model.lm_head.weight" in state:
+        raise ValueError("an OPT with a vocabulary projection of its own has no counterpart in LAVIS's files")
     other = {"opt": "t5", "t5": "opt"}[lm]
     table = {new: old for old, new in LAVIS_NAMES.items() if not old.startswith(other)}
     out = {}

@@ -481,6 +481,11 @@ def aliases(config: dict) -> dict[str, str]:
     return {"lm_head.weight": "transformer.wte.weight"} if config.get("tie_word_embeddings") else {}
 
 
+def untied(config: dict) -> dict:
+    """The same with a vocabulary projection of its own."""
+    return {**config, "tie_word_embeddings": False}
+
+
 # Parameters of each part, for the start-up table: the first pattern that matches
 PARTS = {
     "resampler": "transformer.visual.attn_pool.*",
