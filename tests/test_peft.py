@@ -92,7 +92,7 @@ def trained_adapter(directory: Path, out: Path, settings: dict) -> nn.Module:
                 for j in range(P):
                     blocks[:, j, :, j].normal_(generator=generator)
             elif p.requires_grad:
-                p.add_((0.3 if ".lora_" in name else 0.1) * torch.randn(p.shape, generator=generator))
+                p.add_((1.0 if ".lora_" in name else 0.1) * torch.randn(p.shape, generator=generator))
     params = dict(model.named_parameters())
     out.mkdir()
     lora.save_adapter(out, model, directory, cfg.lora_rank, cfg.lora_alpha, 0.0, names, extra, params.__getitem__)
