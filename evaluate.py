@@ -24,15 +24,19 @@ from kernels import dispatch
 
 
 def merge_references(conversations: list[data.Conversation], entries: list[int]) -> list[data.Conversation]:
-    """One caption is asked for a picture of an entry: its records and parts become one with all their references.
+    """One caption is asked for an image of an entry: its records become one with all their references, equal ones
+    too. Each conversation of a record carries all captions of the record, which count once.
 
     entries: the number of each conversation's dataset entry.
     """
-    merged: dict = {}
+    merged, taken = {}, set()
     for n, (entry, c) in enumerate(zip(entries, conversations, strict=True)):
         key = (entry, *c.images) if c.kind == "caption" else n
-        known = merged[key].answers if key in merged else []
-        merged[key] = dataclasses.replace(merged.get(key, c), answers=list(dict.fromkeys([*known, *c.answers])))
+        if key not in merged:
+            merged[key] = dataclasses.replace(c, answers=list(c.answers))
+        elif (key, c.where) not in taken:
+            merged[key].answers.extend(c.answers)
+        taken.add((key, c.where))
     return list(merged.values())
 
 
@@ -78,11 +82,12 @@ def score(
 def retrieval(
     model: nn.Module, processor, conversations: list[data.Conversation], batch_size: int, rerank: int
 ) -> tuple[dict[str, float], Tensor, Tensor]:
-    """Recall of texts for pictures and of pictures for texts, by BLIP-2's contrastive similarity ("itc") and by
-    matching ("itm"): the `rerank` most similar get matching logit + similarity, as in arXiv:2301.12597.
+    """Recall of texts for images and of images for texts, by BLIP-2's contrastive similarity ("itc") and by matching
+    ("itm"): the `rerank` most similar of each image, and of each text, get matching logit + similarity, as in
+    arXiv:2301.12597. A direction ranks its own candidates only.
 
-    conversations: one caption each. -> (scores, similarities (N, M) of N pictures and M captions, re-ranked (N, M),
-    -inf where matching was not computed)
+    conversations: one caption each. -> (scores, similarities (N, M) of N images and M captions, re-ranked (2, N, M):
+    of each image its texts, of each text its images; -inf where it is no candidate)
     """
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
     paths = list(dict.fromkeys(c.images[0] for c in conversations))
@@ -103,24 +108,25 @@ def retrieval(
         text_feats = model.text_features(model.encode_text(ids, lengths), lengths)
         similarity.append(torch.einsum("nqe,me->nmq", image_feats, text_feats).amax(-1).float().cpu())
     similarity = torch.cat(similarity, dim=1)  # (N, M)
-    wanted = torch.zeros_like(similarity, dtype=torch.bool)
-    for dim in (0, 1):
-        wanted.scatter_(dim, similarity.topk(min(rerank, similarity.shape[dim]), dim).indices, True)
+    wanted = torch.zeros(2, *similarity.shape, dtype=torch.bool)
+    for side, dim in ((0, 1), (1, 0)):
+        wanted[side].scatter_(dim, similarity.topk(min(rerank, similarity.shape[dim]), dim).indices, True)
     matched = torch.full_like(similarity, float("-inf"))
-    pairs = wanted.nonzero()
+    pairs = wanted.any(0).nonzero()
     for some in pairs.split(batch_size):
         of = [texts[m] for m in some[:, 1].tolist()]
         lengths = torch.tensor([len(t) for t in of], device=device)
         logits = model.match(pictures[some[:, 0]].to(device), torch.cat(of).to(device), lengths)
         matched[some[:, 0], some[:, 1]] = logits[:, 1].float().cpu() + similarity[some[:, 0], some[:, 1]]
+    matched = torch.where(wanted, matched, float("-inf"))
     own = owner == torch.arange(len(paths))[:, None]  # (N, M)
     scores = {}
-    for name, table in (("itc", similarity), ("itm", matched)):
+    for name, tables in (("itc", (similarity, similarity)), ("itm", matched)):
         for k in (1, 5, 10):
-            hits = own.gather(1, table.topk(min(k, table.shape[1]), 1).indices).any(1)
-            scores[f"{name}_text_r{k}"] = float(hits.float().mean())
-            hits = own.gather(0, table.topk(min(k, table.shape[0]), 0).indices).any(0)
-            scores[f"{name}_image_r{k}"] = float(hits.float().mean())
+            for table, direction, dim in zip(tables, ("text", "image"), (1, 0), strict=True):
+                best = table.topk(min(k, table.shape[dim]), dim)
+                hits = (own.gather(dim, best.indices) & best.values.isfinite()).any(dim)
+                scores[f"{name}_{direction}_r{k}"] = float(hits.float().mean())
     return scores, similarity, matched
 
 

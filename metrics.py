@@ -1,8 +1,9 @@
 """Scores of captions and answers: BLEU-1..4, ROUGE-L, CIDEr-D, VQA accuracy, exact match.
 
 Captions are scored as by the COCO caption evaluation (arXiv:1504.00325; CIDEr-D: arXiv:1411.5726) on tokens as the
-Penn Treebank tokenizer of Stanford CoreNLP 3.4 makes them; answers as by the official VQA evaluation
-(arXiv:1505.00468). Chinese and Japanese text, which that tokenizer leaves whole, is scored by character.
+Penn Treebank tokenizer of Stanford CoreNLP 3.4.1 makes them when called as there (-preserveLines -lowerCase); answers
+as by the official VQA evaluation (arXiv:1505.00468). Chinese and Japanese text, which that tokenizer leaves whole, is
+scored by character.
 """
 
 import math
@@ -10,7 +11,7 @@ import re
 import unicodedata
 from collections import Counter
 
-VERSION = "1"  # changes whenever the same answers could get other scores
+VERSION = "2"  # changes whenever the same answers could get other scores
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Caption tokens. Each rule's first matching group is the token; what follows the group is context that must stand
@@ -50,7 +51,7 @@ RULES = [re.compile(rule, re.IGNORECASE) for rule in (
     r"(\d{1,2}[-/]\d{1,2}[-/]\d{2,4}|\d{4}[-/]\d{1,2}[-/]\d{1,2})",  # dates
     rf"([-+]?{NUM})",
     "((?:\\d{1,4}[- \u00a0])?\\d{1,4}/\\d{1,4}|[\u00bc\u00bd\u00be\u2153-\u215e])",  # fractions
-    rf"({ALNUM}+(?:-{LETTER}+){{0,2}}(?:/{ALNUM}+(?:-{LETTER}+){{0,2}}){{1,2}})",  # and/or
+    r"((?a:[^\W_]+(?:-[^\W\d_]+){0,2}(?:/[^\W_]+(?:-[^\W\d_]+){0,2}){1,2}))",  # and/or
     "((?-i:[A-Z])*\\$|\\#|[\u00a2-\u00a5\u20a0-\u20bf])",
     rf"((?:{ABBREVIATIONS})\.|vs\.)(?!{ALNUM})",
     r"((?:ca|figs?|prop|nos?|vols?|arts?|pp|op)\.)\s?\d",
@@ -60,7 +61,7 @@ RULES = [re.compile(rule, re.IGNORECASE) for rule in (
     r"((?-i:[A-Z])+(?:[+&](?-i:[A-Z])+)+)",  # AT&T
     r"([<>]?[:;=][-o*']?[()DPO\\{@|\[\]])(?![^\W_])",  # smileys
     r"(</?[a-z][^<>\r\n]*>)",
-    "(\\.\\.\\.+|\u2026|\\.(?:[ \u00a0]\\.){2,}|[-\u2010-\u2012]+|[\u2013-\u2015]|@+|\\#+|_+|\\*|=+|[?!]+)",
+    "(\\.\\.\\.+|\u2026|\\.(?:[ \u00a0]\\.){2,}|[-\u2010-\u2012]+|[\u2013-\u2015]|@+|\\#+|_+|\\*+|=+|[?!]+)",
     f"({APOS}){LETTER}\\S|([`\u2018-\u201f\u00ab\u00bb\u2039\u203a]{{1,2}}|\"|[`']'|{APOS})",
     r"(\S)",
 )]  # fmt: skip
@@ -87,8 +88,6 @@ def normal_token(token: str) -> str:
     if re.fullmatch("[\u00bc\u00bd\u00be\u2153-\u215e]", token):
         token = unicodedata.normalize("NFKC", token).replace("\u2044", "/")
     token = "".join(BRACKETS.get(c, c) for c in token)
-    if not token.startswith("<"):
-        token = token.replace("/", "\\/").replace("*", "\\*")
     return token.replace(" ", "\u00a0").lower()
 
 
@@ -247,13 +246,17 @@ def vqa_normalise(text: str) -> str:
 
 
 def vqa_accuracy(prediction: str, answers: list[str]) -> float:
-    """min(1, matches / 3), the mean over leaving out each of the (ten) answers. Nothing but blanks and line breaks is
-    normalised where all answers are the same."""
+    """min(1, matches / 3), the mean over leaving out each of the ten answers, equal ones among them counted each.
+    Nothing but blanks and line breaks is normalised where all answers are the same.
+
+    Fewer than ten stand for ten in the same shares, in whatever order: one alone is worth everything.
+    """
     prediction, *answers = (t.replace("\n", " ").replace("\t", " ").strip() for t in (prediction, *answers))
     if len(set(answers)) > 1:
         prediction, *answers = (vqa_words(vqa_punctuation(t)) for t in (prediction, *answers))
-    matches = [answer == prediction for answer in answers]
-    return sum(min(1.0, (sum(matches) - own) / 3) for own in matches) / len(answers)
+    people = max(10, len(answers))
+    matches = answers.count(prediction) * people / len(answers)
+    return (matches * min(1.0, (matches - 1) / 3) + (people - matches) * min(1.0, matches / 3)) / people
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -274,9 +277,7 @@ def mean_score(name: str, scores: list[float]) -> dict[str, tuple[float, list[fl
 
 
 def vqa_scores(answers: list[str], references: list[list[str]]) -> dict[str, tuple[float, list[float]]]:
-    """Fewer than ten answers are repeated to ten: one alone is worth everything, as three of ten are."""
-    tens = [some if len(some) >= 10 else [some[i % len(some)] for i in range(10)] for some in references]
-    return mean_score("vqa_accuracy", [vqa_accuracy(a, ten) for a, ten in zip(answers, tens, strict=True)])
+    return mean_score("vqa_accuracy", [vqa_accuracy(a, some) for a, some in zip(answers, references, strict=True)])
 
 
 def exact_match_scores(answers: list[str], references: list[list[str]]) -> dict[str, tuple[float, list[float]]]:

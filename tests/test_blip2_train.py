@@ -344,10 +344,14 @@ def test_retrieval_and_captions_are_scored(bases, dataset, tmp_path, kind):
         for i, j in ((i, 3 * i % 20) for i in range(20)):  # each pair alone
             image, text = model.vision_model(samples[i]["pixel_values"][0][None]), samples[j]["input_ids"][Q:]
             logits = model.match(image, torch.from_numpy(text).long(), torch.tensor([len(text)]))
-            assert abs(matched[i, j] - similarity[i, j] - logits[0, 1]) < 1e-5
-        few = evaluate.retrieval(model, processor, captions, 7, 3)[2].isfinite()
-    best = [torch.zeros(20, 20).scatter(d, similarity.topk(3, d).indices, 1.0) for d in (0, 1)]
-    assert torch.equal(few, (best[0] + best[1]) > 0)
+            assert (matched[:, i, j] - similarity[i, j] - logits[0, 1]).abs().max() < 1e-5
+        few_scores, _, few = evaluate.retrieval(model, processor, captions, 7, 3)
+    for side, dim in ((0, 1), (1, 0)):  # each direction re-ranks its own three
+        best = torch.zeros(20, 20).scatter(dim, similarity.topk(3, dim).indices, 1.0) > 0
+        assert torch.equal(few[side].isfinite(), best)
+        hits = float((best.diag()).float().mean())
+        assert few_scores[("itm_text_r10", "itm_image_r10")[side]] == pytest.approx(hits)
+    assert not torch.equal(few[0].isfinite(), few[1].isfinite())
     for k, name in ((1, "itc_text_r1"), (5, "itc_text_r5")):
         rank = (similarity > similarity.diag()[:, None]).sum(1)
         assert scores[name] == pytest.approx((rank < k).float().mean().item())

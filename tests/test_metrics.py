@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 from test_train import run
 
+import data
 import evaluate
 import metrics
 
@@ -77,7 +78,12 @@ def test_golden_vqa_accuracy(goldens):
         ("They can't say it isn't Bob's dogs' house.", "they ca n't say it is n't bob 's dogs ' house"),
         ("You cannot, I'm gonna; we've", "you can not i 'm gon na we 've"),
         ("A well-known 3-year-old, at 10:30 a.m. in the U.S.", "a well-known 3-year-old at 10:30 a.m. in the u.s."),
-        ("Mr. X paid $1,000 (50% off) and/or 1/2...", "mr. x paid $ 1,000 -lrb- 50 % off -rrb- and\\/or 1\\/2"),
+        ("Mr. X paid $1,000 (50% off) and/or 1/2...", "mr. x paid $ 1,000 -lrb- 50 % off -rrb- and/or 1/2"),
+        # slashes and stars, by CoreNLP 3.4.1 itself
+        ("A metal/rock band, a hip-hop/rap song and/or more", "a metal/rock band a hip-hop/rap song and/or more"),
+        ("black-and-white/red a/b/c/d w/ 1/2", "black-and-white/red a/b/c / d w / 1/2"),
+        ("caf\u00e9/bar men's/women's word_a/b 50mph/hour", "caf\u00e9 / bar men 's / women 's word_a / b 50mph/hour"),
+        ("a * star ** two *italic* f**k", "a * star ** two * italic * f ** k"),
         ("\u201cA man's caf\u00e9\u201d \u2013 it's 5 o'clock!", "a man 's caf\u00e9 it 's 5 o'clock"),
         ("一只狗，在草地上。 A dog", "一 只 狗 在 草 地 上 a dog"),
     ],
@@ -91,6 +97,34 @@ def test_fewer_than_ten_answers_count_as_ten():
         "vqa_accuracy"
     ]
     assert own == [1.0, 1.0, 1.0, 0.0] and whole == 0.75
+    for some in (["cat", "dog", "x"], ["cat", "x", "cat", "dog", "y", "z"]):  # in any order
+        turned = [some[i:] + some[:i] for i in range(len(some))]
+        assert len(set(metrics.vqa_scores(["cat"] * len(some), turned)["vqa_accuracy"][1])) == 1
+
+
+@pytest.mark.parametrize(
+    "prediction, answers, expected",
+    [("1", ["7"] * 9 + ["1"], 0.3), ("7", ["7"] * 9 + ["1"], 1.0), ("cat", ["cat"] * 6 + list("abcd"), 1.0)],
+)
+def test_each_of_ten_people_counts(prediction, answers, expected):
+    """Through the reader, as training and evaluation take the references."""
+    record = {"image": "a.png", "question": "q", "answers": [{"answer": a} for a in answers]}
+    ((kind, turns, references),) = data.read_vqa(record)
+    c = data.Conversation("0", turns, ["a.png"], kind, "f:1", references, "s")
+    (merged,) = evaluate.merge_references([c], [0])
+    assert evaluate.score([merged], [prediction])[0]["vqa_accuracy"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_equal_captions_count_each_but_once_per_record():
+    """A record of two captions gives two conversations that both carry them."""
+    records = [["a dog", "a dog"], ["a dog", "one cat"]]
+    conversations = [
+        data.Conversation("0", [], ["a.png"], "caption", f"f:{n}", captions, "s")
+        for n, captions in enumerate(records)
+        for _ in captions
+    ]
+    (merged,) = evaluate.merge_references(conversations, [0] * 4)
+    assert merged.answers == ["a dog", "a dog", "a dog", "one cat"]
 
 
 @pytest.fixture(scope="module")
