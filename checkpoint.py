@@ -38,7 +38,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -97,8 +104,32 @@ def read_json(path, what: str) -> dict:
     return value
 
 
+@contextlib.contextmanager
+def atomic_file(path, mode: str = "wb"):
+    """Yield an open file that becomes `path` when the body has succeeded: whole, synced, or not there at all.
+
+    It is `path`.tmp until then. Failed writes become a SaveError; what was at `path` stays.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _fsync(path.parent)
+    except BaseException as e:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(e, OSError) and not isinstance(e, SaveError):
+            raise SaveError(path, _reason(e)) from e
+        raise
+
+
 def write_json(path, value: dict) -> None:
-    Path(path).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with atomic_file(path, "w") as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 # Numbers of JSON files: Annotated[type, least, most]. The limits are far from any model, so that a damaged number is
@@ -595,9 +626,13 @@ def atomic_dir(final, rank: int = 0):
             yield temporary
         with _all_or_none(final):
             if rank == 0:
+                mask = os.umask(0)
+                os.umask(mask)
                 for folder, _, files in os.walk(temporary):
-                    for path in [*(os.path.join(folder, f) for f in files), folder]:
+                    for path in [os.path.join(folder, f) for f in files]:
+                        os.chmod(path, 0o666 & ~mask)  # safetensors makes its files for their owner alone
                         _fsync(path)
+                    _fsync(folder)
                 shutil.rmtree(old, ignore_errors=True)
                 if final.exists():
                     final.rename(old)
@@ -649,9 +684,9 @@ def _reason(error: BaseException) -> str:
     while isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     cause = error
-    while cause is not None and not isinstance(cause, OSError):
+    while cause is not None and not (isinstance(cause, OSError) and cause.strerror):
         cause = cause.__context__
-    if cause is not None and cause.strerror:
+    if cause is not None:
         return cause.strerror
     if "inline_container.cc" in str(error):  # torch.save's words when a write fails; from another rank without cause
         return "a write failed (disk full?)"
@@ -661,23 +696,96 @@ def _reason(error: BaseException) -> str:
 # ---- training state
 
 
+class StateReader(dcp.FileSystemReader):
+    """Reads a training state without running what its pickled .metadata may ask for: only the classes that describe
+    tensors are known."""
+
+    KNOWN = {
+        "torch.distributed.checkpoint.metadata": (
+            "Metadata", "TensorStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING", "ChunkStorageMetadata",
+            "MetadataIndex", "StorageMeta",
+        ),
+        "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+        "torch": ("Size", *(str(dtype).removeprefix("torch.") for dtype in SAFETENSORS_DTYPES.values())),
+        "torch.serialization": ("_get_layout",),
+        "pathlib": ("PosixPath", "PurePosixPath", "WindowsPath"),
+        "pathlib._local": ("PosixPath", "PurePosixPath", "WindowsPath"),
+        "collections": ("OrderedDict",),
+    }  # fmt: skip
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str):
+            if name not in StateReader.KNOWN.get(module, ()):
+                raise pickle.UnpicklingError(f"it asks for {module}.{name}, which describes no tensor")
+            if name == "WindowsPath" or name == "PosixPath":  # of the system that saved it
+                name, module = "PurePosixPath", "pathlib"
+            return super().find_class(module, name)
+
+    def read_metadata(self, *args, **kwargs) -> Metadata:
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            metadata = StateReader.Unpickler(file).load()
+        tensors = getattr(metadata, "state_dict_metadata", None)
+        if not isinstance(metadata, Metadata) or not isinstance(tensors, dict):
+            raise pickle.UnpicklingError("it describes no training state")
+        if not all(isinstance(t, TensorStorageMetadata) for t in tensors.values()):
+            raise pickle.UnpicklingError("it holds something else than tensors")
+        for place in metadata.storage_data.values():
+            if os.path.basename(place.relative_path) != place.relative_path:
+                raise pickle.UnpicklingError(f"it names the file {place.relative_path!r} outside of the directory")
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def file_digest(path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def save_train_state(directory, params: dict, optimizer: torch.optim.Optimizer, extra: dict) -> None:
     """Write {name: parameter} and AdamW's state to train_state/, and `extra` to trainer_state.json. all ranks."""
-    directory = Path(directory)
+    folder, rank = Path(directory) / "train_state", dist.get_rank() if dist.is_initialized() else 0
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.save(_train_state(params, optimizer), storage_writer=dcp.FileSystemWriter(directory / "train_state"))
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        write_json(directory / "trainer_state.json", extra)  # last: it marks a complete state
+        dcp.save(_train_state(params, optimizer), storage_writer=dcp.FileSystemWriter(folder))
+    digests = [{p.name: file_digest(p) for p in sorted(folder.glob(f"__{rank}_*.distcp"))}]
+    if dist.is_initialized():
+        mine, digests = digests[0], [None] * dist.get_world_size()
+        dist.all_gather_object(digests, mine)
+    if rank == 0:  # last: it marks a complete state
+        files = {name: digest for part in digests for name, digest in part.items()}
+        write_json(Path(directory) / "trainer_state.json", {**extra, "train_state": files})
+
+
+def check_train_state(directory, files: dict) -> None:
+    """Compare the files of train_state/ with their checksums; ranks take files in turn. all ranks."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    problem = None
+    for name in sorted(files)[rank::size]:
+        path = Path(directory) / "train_state" / os.path.basename(name)
+        try:
+            if file_digest(path) != files[name]:
+                problem = f"{path} has changed since it was saved"
+        except OSError as e:
+            problem = f"{path}: {e.strerror}"
+    problems = [problem]
+    if dist.is_initialized():
+        problems = [None] * size
+        dist.all_gather_object(problems, problem)
+    if problem := next(filter(None, problems), None):
+        raise ValueError(f"{problem}: the checkpoint is damaged; remove {directory} to resume from an earlier one")
 
 
 def load_train_state(directory, params: dict, optimizer: torch.optim.Optimizer) -> dict:
     """Read back what save_train_state wrote, bit for bit, on any number of ranks; returns `extra`. all ranks."""
     directory = Path(directory)
     extra = read_json(directory / "trainer_state.json", "expected a checkpoint-N directory of a training run")
+    files = extra.pop("train_state", {})
+    check(files, dict[str, str], f"{directory / 'trainer_state.json'}: train_state")
+    check_train_state(directory, files)
     state = _train_state(params, optimizer)
     try:
-        reader = dcp.FileSystemReader(directory / "train_state")
+        reader = StateReader(directory / "train_state")
         saved = reader.read_metadata().state_dict_metadata
         here = {name: (tuple(t.shape), t.dtype) for name, t in state.items()}
         if dist.is_initialized():  # pipeline stages hold different names; all ranks must come to the same verdict
@@ -699,7 +807,7 @@ def load_train_state(directory, params: dict, optimizer: torch.optim.Optimizer) 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(state, storage_reader=reader)
-    except (OSError, EOFError, pickle.UnpicklingError, CheckpointException) as e:
+    except (OSError, EOFError, pickle.UnpicklingError, CheckpointException, AttributeError, TypeError, IndexError) as e:
         raise ValueError(
             f"{directory}/train_state can't be read ({_reason(e)}); remove {directory} to resume from an earlier one"
         ) from None

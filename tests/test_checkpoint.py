@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import pickle
 import subprocess
 import sys
 
@@ -382,5 +383,43 @@ def test_resumed_steps_are_exact_and_other_states_are_refused(tmp_path):
     with pytest.raises(ValueError, match="unexpected model.a.bias"):
         ck.load_train_state(tmp_path, few, torch.optim.AdamW(few.values()))
     next((tmp_path / "train_state").glob("*.distcp")).write_bytes(np.zeros(10, np.uint8).tobytes())
-    with pytest.raises(ValueError, match="can't be read"):
+    with pytest.raises(ValueError, match="is damaged; remove"):
         ck.load_train_state(tmp_path, *toy(sharded=False)[1:])
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, (f"touch {os.environ['EVIL']}",)
+
+
+@pytest.mark.parametrize("metadata", [Evil(), {"a": 1}, [], b"", b"\x80\x04cos\nsystem\n."])
+def test_resuming_runs_no_code_of_the_checkpoint(tmp_path, metadata, monkeypatch):
+    """Neither a pickle that names a function, nor another object or half a pickle, in .metadata."""
+    monkeypatch.setenv("EVIL", str(tmp_path / "ran"))
+    _, params, optimizer = toy(sharded=False)
+    ck.save_train_state(tmp_path, params, optimizer, {})
+    raw = metadata if isinstance(metadata, bytes) else pickle.dumps(metadata)
+    (tmp_path / "train_state" / ".metadata").write_bytes(raw)
+    with pytest.raises(ValueError, match="train_state can't be read"):
+        ck.load_train_state(tmp_path, params, optimizer)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_files_are_whole_or_not_there_and_follow_the_umask(tmp_path):
+    path = tmp_path / "x.json"
+    ck.write_json(path, {"a": 1})
+    with pytest.raises(KeyError), ck.atomic_file(path, "w") as file:
+        file.write("half")
+        raise KeyError
+    assert ck.read_json(path, "") == {"a": 1} and os.listdir(tmp_path) == ["x.json"]
+    with pytest.raises(ck.SaveError, match="No such file"):
+        ck.write_json(tmp_path / "nowhere" / "x.json", {})
+    old = os.umask(0o027)
+    try:
+        with ck.atomic_dir(tmp_path / "checkpoint-1") as directory:
+            ck.save_weights(directory, [("a", torch.zeros(2))])
+        ck.write_json(path, {})
+    finally:
+        os.umask(old)
+    for made in (path, tmp_path / "checkpoint-1" / "model.safetensors"):
+        assert made.stat().st_mode & 0o777 == 0o640, made
