@@ -11,12 +11,14 @@ penalty, minimal length, temperature, top-k, top-p; each request draws from its 
 
 import argparse
 import contextlib
+import hashlib
 import importlib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -50,25 +52,39 @@ class Decoding:
         "hf", "whose repetition penalty; hf: prompt and answer; sat: answer only, always divided", ("hf", "sat")
     )
     min_new_tokens: int = option(0)
-    min_length: int = option(0, "tokens, the prompt's included, before the answer may end")
+    min_length: int = option(0, "tokens before the answer may end, the prompt's included (not an encoder's)")
     num_beams: int = option(1, "1: no beam search")
     length_penalty: float = option(1.0, "beams: above 0 favours long answers")
     beam_rule: str = option("transformers", "when a beam search ends", ("transformers", "lavis"))
     seed: int = option(0)
 
     def __post_init__(self):
-        d = self
-        checks = [
-            (d.max_new_tokens >= 1, "max_new_tokens >= 1"), (d.temperature >= 0, "temperature >= 0"),
-            (d.top_k >= 0, "top_k >= 0"), (0 < d.top_p <= 1, "0 < top_p <= 1"),
-            (d.repetition_penalty > 0, "repetition_penalty > 0"), (d.min_new_tokens >= 0, "min_new_tokens >= 0"),
-            (d.num_beams >= 1, "num_beams >= 1"),
-            (d.num_beams == 1 or not (d.temperature or d.min_length or d.penalty_rule == "sat"),
-             f"temperature=0, min_length=0 and penalty_rule=hf with num_beams={d.num_beams}"),
-        ]  # fmt: skip
-        for ok, expected in checks:
-            if not ok:
-                raise ValueError(f"decoding: expected {expected}, got {asdict(self)}")
+        # finite and within what a float holds, so that no score overflows or becomes NaN
+        limits = {
+            "max_new_tokens": (1, 1 << 16), "temperature": (0, 1e4), "top_k": (0, math.inf), "top_p": (0, 1),
+            "repetition_penalty": (1e-3, 1e3), "min_new_tokens": (0, self.max_new_tokens), "min_length": (0, math.inf),
+            "num_beams": (1, 1024), "length_penalty": (-100, 100),
+        }  # fmt: skip
+        for key, (least, most) in limits.items():
+            value = getattr(self, key)
+            if not least <= value <= most or (key == "top_p" and value == 0):
+                expected = f"{least} or more" if most == math.inf else f"{least} to {most}"
+                above = ", above 0" if key == "top_p" else " (max_new_tokens)" if key == "min_new_tokens" else ""
+                raise ValueError(f"decoding: {key}={value}; expected {expected}{above}")
+        if 0 < self.temperature < 1e-4:
+            raise ValueError(f"decoding: temperature={self.temperature}; expected 0 (greedy) or at least 0.0001")
+        if self.num_beams > 1 and (self.temperature or self.penalty_rule == "sat"):
+            raise ValueError(
+                f"decoding: num_beams={self.num_beams} goes with temperature=0 and penalty_rule=hf, got "
+                f"temperature={self.temperature} and penalty_rule={self.penalty_rule}"
+            )
+
+    def without_effect(self) -> list[str]:
+        """The options that are set but do nothing beside the others."""
+        idle = []
+        idle += ["top_k", "top_p", "seed"] if not self.temperature else []
+        idle += ["length_penalty", "beam_rule"] if self.num_beams == 1 else []
+        return [f.name for f in fields(self) if f.name in idle and getattr(self, f.name) != f.default]
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser, **defaults) -> None:
@@ -77,7 +93,11 @@ class Decoding:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Decoding":
-        return cls(**{f.name: getattr(args, f.name) for f in fields(cls)})
+        how = cls(**{f.name: getattr(args, f.name) for f in fields(cls)})
+        for name in how.without_effect():
+            needed = "temperature above 0" if how.num_beams == 1 and name in ("top_k", "top_p", "seed") else "num_beams"
+            print(f"warning: {name} has no effect without {needed}", file=sys.stderr)
+        return how
 
 
 class KVCache:
@@ -168,7 +188,8 @@ class KVCache:
 def sampling_probs(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     """logits (B, V) -> probabilities (B, V). top_k 0 and top_p 1 keep all; top_p keeps the smallest set of most
     probable tokens whose total before each member is below top_p, and at least one."""
-    logits = logits.float() / temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # nothing overflows at a low temperature
     if top_k > 0:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))
@@ -206,23 +227,27 @@ def generate(
     min_new_tokens: int = 0,
     min_length: int = 0,
     penalty_rule: str = "hf",
+    stopped: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
     """New token ids of each request, a stop word included as it came.
 
     A request: input_ids (T,), image_starts (positions of the pictures' first slots), pixel_values (list of (3, H, W)),
     and what data.collate takes besides. temperature 0 is greedy. A sequence ends where all its ids, prompt included,
-    end with one of `stop_words`; those of one token can't come before min_length ids, prompt included.
+    end with one of `stop_words`, or where `stopped` says so of the ids of its answer. Stop words of one token can't
+    come before min_length ids, those of the prompt (of an encoder-decoder: of the decoder's prompt) included.
+    Draws of a request depend on (seed, its "id") alone: a batch gives what its requests give alone.
     penalty_rule: whose repetition penalty. "hf": of the prompt's tokens (`seen`, by default those outside pictures) and
     the answer's; "sat": of the answer's alone, always divided.
     `on_token(request, token)` sees each token as it comes.
     """  # fmt: skip
     model.eval()
     prompts, seen, cache, batch = prefill(model, requests, max_new_tokens)
-    generators = [torch.Generator().manual_seed(seed) for _ in prompts]
+    generators = [random_stream(seed, r.get("id", "")) for r in requests]
     outputs: list[list[int]] = [[] for _ in prompts]
     room = [room_for(model, p, max_new_tokens) for p in prompts]
     seen = seen if penalty_rule == "hf" else [[] for _ in seen]
     ends = [word[0] for word in stop_words if len(word) == 1]
+    given = [given_tokens(model, p) for p in prompts]
     while True:
         logits = next_logits(model, batch, cache)
         still = []
@@ -230,7 +255,7 @@ def generate(
             if repetition_penalty != 1.0:
                 row = penalise_repetition(row, seen[i], repetition_penalty, always_divide=penalty_rule == "sat")
             made = len(outputs[i])
-            if ends and (made < min_new_tokens or len(prompts[i]) + made < min_length):
+            if ends and (made < min_new_tokens or given[i] + made < min_length):
                 row = row.index_fill(0, torch.tensor(ends, device=row.device), float("-inf"))
             if temperature == 0:
                 token = int(row.argmax())
@@ -242,10 +267,10 @@ def generate(
             if on_token:
                 on_token(i, token)
             text = prompts[i] + outputs[i]
-            stopped = any(text[-len(word) :] == word for word in stop_words)
-            if not stopped and len(outputs[i]) < room[i]:
+            ended = any(text[-len(word) :] == word for word in stop_words) or bool(stopped and stopped(outputs[i]))
+            if not ended and len(outputs[i]) < room[i]:
                 still.append(i)
-            elif not stopped and room[i] < max_new_tokens:
+            elif not ended and room[i] < max_new_tokens:
                 print(f"warning: an answer ends after {room[i]} tokens, at the model's last position", file=sys.stderr)
         if not still:
             return outputs
@@ -257,20 +282,23 @@ def generate(
 def beam_search(
     model: nn.Module, requests: list[dict], max_new_tokens: int, stop_words: list[list[int]], num_beams: int,
     length_penalty: float = 1.0, repetition_penalty: float = 1.0, min_new_tokens: int = 0, rule: str = "transformers",
+    min_length: int = 0, stopped: Callable[[list[int]], bool] | None = None,
 ) -> list[list[tuple[float, list[int]]]]:
     """The num_beams best answers of each request as (score, new token ids), best first.
 
     A score is the sum of log-probabilities (after the repetition penalty, which acts on them) / number of tokens **
-    length_penalty. An answer ends with one of the one-token `stop_words`, or at max_new_tokens. `rule`: when a request
-    is
-    closed, and how an answer that the limit cuts is scored: "transformers" (5.x) or "lavis" (transformers 4.x fed with
-    embeddings: it counts the start token as one more).
+    length_penalty. An answer ends with one of the one-token `stop_words`, where `stopped` says so of its ids, or at
+    max_new_tokens. `rule`: when a request is closed, and how an answer that the limit cuts is scored: "transformers"
+    (5.x) or "lavis" (transformers 4.x fed with embeddings: it counts the start token as one more, and knows that token
+    alone of the prompt, also for the repetition penalty and min_length).
     """
     model.eval()
     K, ends, lavis = num_beams, {word[0] for word in stop_words if len(word) == 1}, rule == "lavis"
     if len(ends) < len(stop_words):
-        raise ValueError("beam search ends at single tokens; a stop text of several tokens needs num_beams=1")
+        raise ValueError("beam search ends at single tokens; a stop word of several tokens needs num_beams=1")
     prompts, seen, cache, batch = prefill(model, requests, max_new_tokens)
+    given = [1 if lavis else given_tokens(model, p) for p in prompts]
+    seen = [tokens[:1] for tokens in seen] if lavis else seen
     room = [room_for(model, p, max_new_tokens) for p in prompts]
     # requests that are still open; each has K sequences in the cache after the first pass
     live = list(range(len(requests)))
@@ -286,19 +314,21 @@ def beam_search(
         for i in live:
             rows = logits[offset : offset + len(beams[i])].log_softmax(-1)  # (1 or K, V)
             V = rows.shape[1]
+            if K > V // 2:
+                raise ValueError(f"num_beams={K}; expected at most {V // 2}, half of the vocabulary")
             if repetition_penalty != 1.0:
                 rows = torch.stack([
                     penalise_repetition(row, seen[i] + tokens, repetition_penalty)
                     for row, (_, tokens) in zip(rows, beams[i], strict=True)
                 ])  # fmt: skip
-            if n <= min_new_tokens:
+            if n <= min_new_tokens or given[i] + n - 1 < min_length:
                 rows = rows.index_fill(1, torch.tensor(sorted(ends), device=rows.device), float("-inf"))
             totals = rows + torch.tensor([total for total, _ in beams[i]], device=rows.device)[:, None]
             best, index = totals.flatten().topk(min(2 * K, totals.numel()))
             running, sources = [], []
             for rank, (total, at) in enumerate(zip(best.tolist(), index.tolist(), strict=True)):
                 tokens = [*beams[i][at // V][1], at % V]
-                if tokens[-1] in ends:
+                if tokens[-1] in ends or (stopped and stopped(tokens)):
                     if rank < K:
                         finish(i, total, tokens, n)
                 elif n == room[i] and not lavis:
@@ -327,6 +357,17 @@ def beam_search(
     return finished
 
 
+def random_stream(seed: int, id: str) -> torch.Generator:
+    """The draws of one request, whatever it is batched with."""
+    digest = hashlib.sha256(f"{seed}:{id}".encode("utf-8", "surrogatepass")).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def given_tokens(model: nn.Module, prompt: list[int]) -> int:
+    """Tokens before the answer that min_length counts: of an encoder-decoder, the one that its decoder begins with."""
+    return 1 if getattr(getattr(model, "config", None), "is_t5", False) else len(prompt)
+
+
 def room_for(model: nn.Module, prompt: list[int], max_new_tokens: int) -> int:
     """New tokens that fit: fewer than max_new_tokens where the model's learned positions end before. ValueError for
     none."""
@@ -347,17 +388,22 @@ def prefill(model: nn.Module, requests: list[dict], max_new_tokens: int) -> tupl
     for r, p in zip(requests, prompts, strict=True):
         slots = {i for s in r["image_starts"] for i in range(s, s + Q)}  # a picture's slots are no tokens of the text
         seen.append(list(map(int, r.get("seen", (t for i, t in enumerate(p) if i not in slots)))))
-    cache = KVCache([len(p) + max_new_tokens for p in prompts])
+    cache = KVCache([len(p) + room_for(model, p, max_new_tokens) for p in prompts])
     cache.positions = batch["position_ids"][..., batch["cu_seqlens"][1:].long() - 1]
     return prompts, seen, cache, batch
 
 
 def next_logits(model: nn.Module, batch: dict, cache: KVCache) -> Tensor:
-    """(B, V) fp32 of each segment's last position; the cache grows by the batch."""
+    """(B, V) fp32 of each segment's last position; the cache grows by the batch. ValueError unless all are finite."""
     device = next(model.parameters()).device
     batch = {k: v.to(device) if torch.is_tensor(v) and k not in data.HOST_TENSORS else v for k, v in batch.items()}
     logits = model({**batch, "cache": cache}, output="logits").float()
     cache.advance()
+    if not bool(logits.isfinite().all()):
+        raise ValueError(
+            "the model's logits are not finite (NaN or infinity): its weights are damaged, or 16 bits overflow; fetch "
+            "the checkpoint again, or use --dtype float32"
+        )
     return logits
 
 
@@ -417,15 +463,30 @@ def read_requests(args) -> list[data.Conversation]:
     return [data.request(turns, args.image, where="--prompt")]
 
 
-class Printer:
-    """Shows the answer to one request while its tokens come, whole characters only."""
+def cut_at_stop(processor, ids: list[int], stop_texts: list[str]) -> tuple[str, bool]:
+    """The answer's text before the first stop text, and whether there was one, wherever the borders of tokens lie."""
+    shown = processor.decode(ids)
+    for text in (shown, processor.tokenizer.decode(ids)) if stop_texts else ():  # blanks at the ends are in the second
+        if found := [text.index(stop) for stop in stop_texts if stop in text]:
+            return text[: min(found)].strip(), True
+    return shown, False
 
-    def __init__(self, processor):
-        self.processor, self.tokens, self.shown = processor, [], ""
+
+class Printer:
+    """Shows the answer to one request while its tokens come, whole characters only and no part of a stop text."""
+
+    def __init__(self, processor, stop_texts: list[str] = ()):
+        self.processor, self.stop_texts, self.tokens, self.shown = processor, stop_texts, [], ""
 
     def __call__(self, _, token: int) -> None:
         self.tokens.append(token)
-        text = self.processor.decode(self.tokens)[:-1]  # the next token may change the last character
+        text, stopped = cut_at_stop(self.processor, self.tokens, self.stop_texts)
+        if stopped:
+            return
+        held = 1  # the next token may change the last character, and may complete a stop text
+        for stop in self.stop_texts:
+            held = max([held, *(n for n in range(1, len(stop)) if text.endswith(stop[:n]))])
+        text = text[:-held].rstrip()
         if text.startswith(self.shown) and not text.endswith("\ufffd"):
             print(text[len(self.shown) :], end="", flush=True)
             self.shown = text
@@ -436,28 +497,56 @@ class Printer:
 
 def answer(
     model: nn.Module, processor, conversations: list[data.Conversation], stop_words: list[list[int]], how: Decoding,
-    on_token: Callable[[int, int], None] | None = None,
-) -> list[str]:  # fmt: skip
-    """The answers, searched for as `how` says. Pictures that cannot be read raise ValueError."""
+    on_token: Callable[[int, int], None] | None = None, stop_texts: list[str] = (),
+    bad: list[tuple[str, str]] | None = None,
+) -> list[str | None]:  # fmt: skip
+    """The answers, searched for as `how` says, each up to the first of `stop_texts`.
+
+    A conversation whose prompt or images cannot be read is listed in `bad` as (where, reason) and has the answer None;
+    without that list it raises its ValueError.
+    """
     d, dtype = how, next(p.dtype for p in model.parameters())
-    requests = [processor.prompt(c) for c in conversations]
-    for request in requests:
-        request["pixel_values"] = [processor.load_image(p).to(dtype) for p in request["images"]]
-    if d.num_beams > 1:
+    requests = {}
+    for n, c in enumerate(conversations):
+        try:
+            request = {**processor.prompt(c), "id": c.id}
+            room_for(model, request["input_ids"], d.max_new_tokens)
+            request["pixel_values"] = [processor.load_image(image).to(dtype) for image in request["images"]]
+            requests[n] = request
+        except data.BAD_SAMPLE as e:
+            if bad is None:
+                raise
+            bad.append((c.where, data.one_line(e).removeprefix(f"{c.where}: ")))
+    stopped = (lambda ids: cut_at_stop(processor, ids, stop_texts)[1]) if stop_texts else None
+    if not requests:
+        found = []
+    elif d.num_beams > 1:
         beams = beam_search(
-            model, requests, d.max_new_tokens, stop_words, d.num_beams, d.length_penalty, d.repetition_penalty,
-            d.min_new_tokens, d.beam_rule,
+            model, list(requests.values()), d.max_new_tokens, stop_words, d.num_beams, d.length_penalty,
+            d.repetition_penalty, d.min_new_tokens, d.beam_rule, d.min_length, stopped,
         )  # fmt: skip
-        answers = [found[0][1] for found in beams]
+        found = [ids for ((_, ids), *_) in beams]
     else:
-        answers = generate(
-            model, requests, d.max_new_tokens, stop_words, d.temperature, d.top_k, d.top_p, d.repetition_penalty,
-            d.seed, on_token, d.min_new_tokens, d.min_length, d.penalty_rule,
+        found = generate(
+            model, list(requests.values()), d.max_new_tokens, stop_words, d.temperature, d.top_k, d.top_p,
+            d.repetition_penalty, d.seed, on_token, d.min_new_tokens, d.min_length, d.penalty_rule, stopped,
         )  # fmt: skip
-    return [processor.decode(ids) for ids in answers]
+    texts = dict(zip(requests, (cut_at_stop(processor, ids, stop_texts)[0] for ids in found), strict=True))
+    return [texts.get(n) for n in range(len(conversations))]
 
 
-def chat(model: nn.Module, processor, stop_words, how: Decoding, system: str | None, images: list[str]) -> None:
+def check_bad(bad: list[tuple[str, str]], total: int, share: float, what: str) -> None:
+    """ValueError if more than the share max_bad_samples is bad; each was named when it was left out."""
+    if len(bad) > share * total:
+        raise ValueError(
+            f"{len(bad):,} of {total:,} {what} were left out (the first: {bad[0][0]}: {bad[0][1]}), "
+            f"max_bad_samples={share:g} allows {int(share * total):,}; mend them or raise it"
+        )
+
+
+def chat(
+    model: nn.Module, processor, stop_texts: list[str], how: Decoding, system: str | None, images: list[str]
+) -> None:
     """Questions from standard input, one a line, each after all the rounds before; the images belong to the first."""
     turns = [("system", system)] if system else []
     while True:
@@ -468,8 +557,8 @@ def chat(model: nn.Module, processor, stop_words, how: Decoding, system: str | N
         if not line.strip():
             continue
         conversation = data.request([*turns, ("user", line.strip())], images, where="standard input")
-        printer = Printer(processor)
-        (text,) = answer(model, processor, [conversation], stop_words, how, printer)
+        printer = Printer(processor, stop_texts)
+        (text,) = answer(model, processor, [conversation], processor.stop_words, how, printer, stop_texts)
         printer.end(text)
         turns, images = [*conversation.turns, ("assistant", text)], []
 
@@ -495,8 +584,10 @@ def main(argv: list[str] | None = None) -> int:
     add("--draw", default="boxes.png", help="where a copy of the picture with the answer's boxes goes, if it has any")
     add("--stage", default="sft", choices=("sft", "pretrain", "pretrain1", "pretrain2"), help="prompt format")
     Decoding.add_arguments(parser)
-    add("--stop", action="append", default=[], help="stop at this text too; may be repeated")
+    add("--stop", action="append", default=[], help="end before this text too; may be repeated")
     add("--batch_size", type=int, default=8)
+    share = "share of --requests that may be unusable (named and left out) before the command fails"
+    add("--max_bad_samples", type=float, default=0.01, help=share)
     add("--dtype", default="float32", choices=DTYPES)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     degree = "processes (torchrun --nproc_per_node N) that hold the model together"
@@ -506,6 +597,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--use_flash_attention", default="auto", choices=choices, help="Triton kernels; auto: where there is a GPU")
     args = parser.parse_args(argv)
     how = Decoding.of(args)
+    check_arguments(args)
     degree, processes = args.tensor_parallel_degree, int(os.environ.get("WORLD_SIZE", 1))
     if degree != processes:
         raise ValueError(
@@ -528,6 +620,21 @@ def main(argv: list[str] | None = None) -> int:
         parallel.leave_world()
 
 
+def check_arguments(args) -> None:
+    """Refuses what would be ignored."""
+    if args.batch_size < 1:
+        raise ValueError(f"batch_size={args.batch_size}; expected at least 1")
+    if not 0 <= args.max_bad_samples <= 1:
+        raise ValueError(f"max_bad_samples={args.max_bad_samples}; expected 0 to 1")
+    if "" in args.stop:
+        raise ValueError("--stop is empty; give the text that ends an answer")
+    for name, others in (("requests", ("prompt", "image", "system", "chat")), ("chat", ("prompt", "output"))):
+        for other in others if getattr(args, name) else ():
+            if getattr(args, other):
+                remedy = "leave one out" if name == "chat" or other == "chat" else "put it into the file's records"
+                raise ValueError(f"--{name} and --{other} are both given, and only one can be used; {remedy}")
+
+
 def run(args, how: Decoding, world: parallel.World | None = None) -> int:
     kernels = dispatch.use_flash_attention(args.use_flash_attention, args.device)
     directory = data.model_directory(args.model, base_of(args.model_name_or_path, args.lora_path))
@@ -539,30 +646,55 @@ def run(args, how: Decoding, world: parallel.World | None = None) -> int:
         probe = importlib.import_module(type(model).__module__).probe_batch(processor)
         print(f"{quantize(model, args.quantize, probe)} (against {args.dtype})", file=sys.stderr)
         model.to(args.device)
-    stop_words = processor.stop_words + [processor.tokenizer.encode(text) for text in args.stop]
-
     main_rank = world is None or world.main
     if main_rank:
         print(f"device {args.device}, kernels: {kernels}", file=sys.stderr)
     if args.chat:
-        chat(model, processor, stop_words, how, args.system, args.image)
+        chat(model, processor, args.stop, how, args.system, args.image)
         return 0
-    printer = Printer(processor) if len(conversations) == 1 and args.output is None else None
-    sink, drawn = open(args.output, "w") if args.output else None, 0
-    for first in range(0, len(conversations), args.batch_size):
-        some = conversations[first : first + args.batch_size]
-        for conversation, text in zip(some, answer(model, processor, some, stop_words, how, printer), strict=True):
-            if printer:
-                printer.end(text)
-            elif sink is None:
-                print(f"{conversation.id}: {text}")
-            else:
-                print(json.dumps({"id": conversation.id, "answer": text}, ensure_ascii=False), file=sink, flush=True)
-            out = Path(args.draw) if drawn == 0 else Path(args.draw).with_stem(f"{Path(args.draw).stem}-{drawn}")
-            if main_rank and conversation.images and (boxes := data.draw_boxes(conversation.images[-1], text, out)):
-                print(f"{boxes} boxes drawn: {out}", file=sys.stderr)
-                drawn += 1
+    printer = Printer(processor, args.stop) if len(conversations) == 1 and args.output is None else None
+    bad, drawn = ([] if args.requests else None), 0
+    with answer_file(args.output) as sink:
+        for first in range(0, len(conversations), args.batch_size):
+            some, named = conversations[first : first + args.batch_size], len(bad or ())
+            texts = answer(model, processor, some, processor.stop_words, how, printer, args.stop, bad)
+            for where, reason in (bad or ())[named:] if main_rank else ():
+                print(f"warning: left out {where}: {reason}", file=sys.stderr, flush=True)
+            for conversation, text in zip(some, texts, strict=True):
+                if text is None:
+                    continue
+                if printer:
+                    printer.end(text)
+                elif sink is None:
+                    print(f"{conversation.id}: {text}")
+                else:
+                    record = {"id": conversation.id, "answer": text}
+                    print(json.dumps(record, ensure_ascii=False), file=sink, flush=True)
+                out = Path(args.draw) if drawn == 0 else Path(args.draw).with_stem(f"{Path(args.draw).stem}-{drawn}")
+                if main_rank and conversation.images and (boxes := data.draw_boxes(conversation.images[-1], text, out)):
+                    print(f"{boxes} boxes drawn: {out}", file=sys.stderr)
+                    drawn += 1
+    check_bad(bad or [], len(conversations), args.max_bad_samples, "requests")
     return 0
+
+
+@contextlib.contextmanager
+def answer_file(path: str | None):
+    """The file that answers go to, or None. They gather beside it and replace what is there when all are answered, or
+    when the command stops: what it has by then is kept."""
+    if path is None or (os.path.exists(path) and not os.path.isfile(path)):  # a device, say
+        with open(path, "w", encoding="utf-8") if path else contextlib.nullcontext() as file:
+            yield file
+        return
+    partial = Path(f"{path}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
+            yield file
+    finally:
+        if partial.stat().st_size:
+            os.replace(partial, path)
+        else:
+            partial.unlink()
 
 
 if __name__ == "__main__":

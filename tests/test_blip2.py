@@ -526,22 +526,24 @@ def test_golden_stage2_generation(blip2_stage2):
         eos = args["eos"] if "eos" in args else 1
         texts = [prompt.format(q) for q in args["questions"]] if "questions" in args else [prompt] * N
         text_ids = [[int(w[1:]) for w in t.split()] for t in texts]
-        requests = []
+        requests, beams = [], args["num_beams"]
         for ids, picture in zip(text_ids, io["in.image"], strict=True):
             ids = [*ids, 1, 0] if t5 else [2, *ids]
+            seen = [0] if t5 else ids if beams > 1 else [2]  # beams by the rule "lavis" leave the prompt out themselves
             requests.append(
-                {"input_ids": [1] * Q + ids, "image_starts": [0], "pixel_values": [picture], "seen": [0] if t5 else [2]}
+                {"input_ids": [1] * Q + ids, "image_starts": [0], "pixel_values": [picture], "seen": seen}
             )
         if "vqa" in name:
             new, minimum = args["max_new_tokens"], args["min_length"]
         else:  # the start token counts, but for T5's maximum
             new, minimum = args["max_length"] - (0 if t5 else 1), args["min_length"]
-        beams = args["num_beams"]
         options = {k: args[k] for k in ("repetition_penalty", "length_penalty") if k in args}
         if beams > 1:
             options["rule"] = "lavis"
         expected = [[new_tokens(s, 1, eos)] for s in case["sequences"]]
-        check_generation(model, requests, expected, eos, new, beams, min_new_tokens=minimum - 1, **options)
+        # the original's minimum counts the start token: as min_length does without a prompt before the decoder
+        least = {"min_length": minimum} if t5 or beams > 1 else {"min_new_tokens": minimum - 1}
+        check_generation(model, requests, expected, eos, new, beams, **least, **options)
 
 
 def run_training(model, steps, optimizer, expected, loss_of):

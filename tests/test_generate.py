@@ -172,6 +172,142 @@ def test_a_tampered_adapter_is_not_merged(adapter, tmp_path, capsys, change):
     assert words[change] in err
 
 
+def test_draws_depend_on_seed_and_id_alone(model, requests):
+    """Equal requests with different ids differ, equal ids are equal, and a batch is its requests alone."""
+    six = [{**requests[0], "id": str(i)} for i in range(6)]
+    hot = {"temperature": 5.0, "seed": 1}
+    batch = g.generate(model, six, 10, [], **hot)
+    assert len({tuple(ids) for ids in batch}) == 6
+    assert batch == [g.generate(model, [r], 10, [], **hot)[0] for r in six]
+    assert batch[::-1] == g.generate(model, six[::-1], 10, [], **hot)
+
+
+class Letters:
+    """A processor whose tokens are texts: id n is pieces[n]."""
+
+    def __init__(self, pieces):
+        self.pieces, self.tokenizer = pieces, self
+
+    def decode(self, ids):
+        return "".join(self.pieces[i] for i in ids)
+
+
+@pytest.mark.parametrize(
+    "pieces, stops, shown",
+    [
+        (["He", "llo", " EN", "D no"], ["END"], "Hello"),  # across tokens
+        (["Hello EN", "END", "x"], ["END"], "Hello EN"),  # a false start
+        (["a", "b##c", "d"], ["##"], "ab"),  # inside a token
+        (["no stop", " EN"], ["END"], "no stop EN"),  # the part of one at the end is text
+        (["a x", "y", "z"], ["xyz", "xy"], "a"),  # the first that is complete
+    ],
+)
+def test_stop_texts_lie_anywhere_and_are_never_shown(pieces, stops, shown, capsys):
+    processor, printer = Letters(pieces), None
+    printer = g.Printer(processor, stops)
+    for n in range(len(pieces)):
+        printer(0, n)
+        text, stopped = g.cut_at_stop(processor, list(range(n + 1)), stops)
+        assert shown.startswith(printer.shown)
+        if stopped:
+            break
+    printer.end(text)
+    assert (text, capsys.readouterr().out) == (shown, shown + "\n")
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_stop_text_of_an_answer(model, processor, dataset, beams):
+    """Any piece of the free answer, at borders that no tokenizer would choose, ends the answer before it."""
+    c = data.request([("user", "hello")], [], "test")
+    how = g.Decoding(max_new_tokens=12, num_beams=beams)
+    (free,) = g.answer(model, processor, [c], [], how)
+    cut = len(free) // 2
+    stop = free[cut : cut + 3]
+    (text,) = g.answer(model, processor, [c], [], how, stop_texts=[stop])
+    assert stop not in text
+    if beams == 1:
+        assert text == free[: free.index(stop)].strip() != ""
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0}, {"num_beams": 2}])
+def test_logits_that_are_not_finite_are_refused(base, processor, settings):
+    broken = g.load_model(base)
+    with torch.no_grad():
+        broken.lm_head.weight[5] = float("nan")
+    c = data.request([("user", "hello")], [], "test")
+    with pytest.raises(ValueError, match="logits are not finite"):
+        g.answer(broken, processor, [c], processor.stop_words, g.Decoding(max_new_tokens=3, **settings))
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_min_length_counts_the_prompt(model, requests, beams):
+    """All but one token end an answer: it ends at once, or at the length asked for."""
+    request, ends = requests[0], [[t] for t in range(model.config.vocab_size - 8)]
+    length = len(request["input_ids"])
+    for more in (1, 4):
+        if beams == 1:
+            (ids,) = g.generate(model, [request], 9, ends, min_length=length + more - 1)
+        else:
+            (((_, ids), *_),) = g.beam_search(model, [request], 9, ends, beams, min_length=length + more - 1)
+        assert len(ids) >= more and all([t] not in ends for t in ids[: more - 1])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": float("nan")}, {"temperature": float("inf")}, {"temperature": 1e-30}, {"temperature": -1},
+        {"top_p": float("nan")}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}, {"max_new_tokens": 0},
+        {"max_new_tokens": 10**9}, {"repetition_penalty": float("nan")}, {"repetition_penalty": 0.0},
+        {"repetition_penalty": float("inf")}, {"min_new_tokens": 300}, {"min_length": -1}, {"num_beams": 10**6},
+        {"num_beams": 2, "length_penalty": float("nan")}, {"num_beams": 2, "length_penalty": 1e9},
+        {"num_beams": 2, "temperature": 1.0}, {"num_beams": 2, "penalty_rule": "sat"},
+    ],
+)  # fmt: skip
+def test_impossible_decoding_is_refused(settings):
+    with pytest.raises(ValueError, match="decoding: " + list(settings)[-1] if len(settings) == 1 else "decoding: "):
+        g.Decoding(**settings)
+
+
+def test_options_without_effect_are_said():
+    assert g.Decoding(top_k=5, length_penalty=2.0, seed=1).without_effect() == ["top_k", "length_penalty", "seed"]
+    assert g.Decoding(top_k=5, temperature=1.0).without_effect() == []
+    assert g.Decoding(num_beams=2, length_penalty=2.0).without_effect() == []
+
+
+def test_beams_beyond_the_vocabulary_are_refused(model, requests):
+    with pytest.raises(ValueError, match="half of the vocabulary"):
+        g.beam_search(model, requests[:1], 2, [], model.config.vocab_size)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["--requests", "r", "--prompt", "x"], ["--requests", "r", "--image", "x"], ["--requests", "r", "--system", "x"],
+     ["--requests", "r", "--chat"], ["--chat", "--prompt", "x"], ["--chat", "--output", "x"]],
+)  # fmt: skip
+def test_arguments_that_would_be_ignored_are_refused(argv):
+    with pytest.raises(ValueError, match="both given"):
+        g.main(argv)
+
+
+@pytest.mark.parametrize("allowed", [0.5, 0.01])
+def test_requests_with_a_bad_image_leave_the_others_answered(base, tmp_path, capsys, allowed):
+    """Named, counted; beyond the allowed share the command fails, its answers stay."""
+    for i in range(4):
+        Image.new("RGB", (8, 8), (60 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:40])
+    lines = [json.dumps({"id": f"r{i}", "prompt": "q", "image": f"{i}.png"}) for i in range(4)]
+    (tmp_path / "r.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text("yesterday's\n", encoding="utf-8")
+    argv = ["--model_name_or_path", str(base), "--requests", str(tmp_path / "r.jsonl"), "--batch_size", "2"]
+    argv += ["--max_new_tokens", "2", "--output", str(tmp_path / "a.jsonl"), "--max_bad_samples", str(allowed)]
+    assert checkpoint.cli(lambda: g.main(argv)) == (allowed < 0.25)
+    err = capsys.readouterr().err
+    assert err.count("r.jsonl:3: ") == (1 if allowed == 0.5 else 2) and "Traceback" not in err
+    answers = (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["id"] for line in answers] == ["r0", "r1", "r3"]
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".jsonl"] * 2 + [".png"] * 4
+
+
 def test_boxes_are_drawn(tmp_path):
     Image.new("RGB", (200, 100), "white").save(tmp_path / "a.png")
     text = "<ref>dog</ref><box>(100,200),(500,900)</box> and <box>(0,0),(999,999)</box>"
