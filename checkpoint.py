@@ -222,6 +222,31 @@ def read_config(directory) -> dict:
     return config
 
 
+def check_side_files(directory, height: int, width: int, **tokenizer) -> None:
+    """ValueError where preprocessor_config.json or tokenizer_config.json asks for something else than is done here: images
+    of height x width, CLIP's mean and deviation, bicubic; `tokenizer`: keys with the value that is supported."""
+    path = Path(directory) / "tokenizer_config.json"
+    if path.is_file():
+        require(read_json(path, ""), str(path), **tokenizer)
+    path = Path(directory) / "preprocessor_config.json"
+    if not path.is_file():
+        return
+    config = read_json(path, "")
+    require(config, str(path), do_resize=True, do_rescale=True, do_normalize=True, do_center_crop=False, resample=3)
+    numbers = {"image_mean": (0.48145466, 0.4578275, 0.40821073), "image_std": (0.26862954, 0.26130258, 0.27577711)}
+    for key, expected in {**numbers, "rescale_factor": (1 / 255,)}.items():
+        check(value := config.get(key, list(expected)), float | list[float], f"{path}: {key}")
+        value = value if isinstance(value, list) else [value]
+        if len(value) != len(expected) or any(abs(a - b) > 1e-5 for a, b in zip(value, expected, strict=True)):
+            raise ValueError(f"{path}: {key} is {value}; this model's images are normalised with {list(expected)} only")
+    size = config.get("size", {})
+    check(size, Pixels | dict[str, Pixels], f"{path}: size")
+    sides = {"height": height, "width": width}
+    given = dict.fromkeys(sides, size) if isinstance(size, int) else size
+    if any(given[key] != side for key, side in sides.items() if key in given) or given.keys() - sides:
+        raise ValueError(f"{path}: size is {size}, but config.json's images are {height} x {width}; make them agree")
+
+
 def read_tokenizer(*paths, make=None):
     """The tokenizers library's tokenizer of a tokenizer.json, or of other files by `make(*paths)`. ValueError for a
     damaged file."""

@@ -11,6 +11,7 @@ File format: https://huggingface.co/docs/peft/developer_guides/checkpoint
 
 import difflib
 import fnmatch
+import functools
 import importlib
 import math
 import os
@@ -205,6 +206,15 @@ def aliases_of(model: nn.Module) -> dict[str, str]:
     return aliases(model.config.raw) if aliases and hasattr(model, "config") else {}
 
 
+@functools.cache
+def base_sample(directory: str | Path) -> str | None:
+    """What tells a base's weights from others, None for a base that is no directory here."""
+    if not (Path(directory) / "config.json").is_file():
+        return None
+    module = importlib.import_module("model_" + checkpoint.model_kind(checkpoint.read_config(directory)))
+    return checkpoint.open_model(directory, module).sample()
+
+
 def save_adapter(
     directory, model: nn.Module, base_name, rank: int, alpha: float, dropout: float, module_names: list[str],
     extra_trained, tensors, write: bool = True,
@@ -244,18 +254,15 @@ def save_adapter(
     others = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding | nn.Conv2d)}
     if any(other.endswith("." + name) for other in others for name in targets):  # so a list would name those too
         targets = "|".join(map(re.escape, targets))
-    is_directory = (Path(base_name) / "config.json").is_file()
+    sample = base_sample(base_name)
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": os.path.abspath(base_name) if is_directory else str(base_name), "r": rank,
+        "base_model_name_or_path": os.path.abspath(base_name) if sample else str(base_name), "r": rank,
         "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": targets, "bias": "none",
         "fan_in_fan_out": False, "modules_to_save": owners or None, "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern, "inference_mode": True,
     }  # fmt: skip
-    metadata = {"format": "pt"}
-    if is_directory:
-        module = importlib.import_module("model_" + checkpoint.model_kind(checkpoint.read_config(base_name)))
-        metadata["base"] = checkpoint.open_model(base_name, module).sample()
+    metadata = {"format": "pt"} | ({"base": sample} if sample else {})
     save_file(state, Path(directory) / "adapter_model.safetensors", metadata=metadata)
     checkpoint.write_json(Path(directory) / "adapter_config.json", config)
 

@@ -159,7 +159,8 @@ class Blip2Config:
             (q.hidden_size % q.num_attention_heads == 0, "qformer_config: num_attention_heads must divide hidden_size"),
             (q.encoder_hidden_size == v.hidden_size,
              f"qformer_config.encoder_hidden_size={q.encoder_hidden_size} must be the vision tower's {v.hidden_size}"),
-            (q.cross_attention_frequency >= 1, "qformer_config.cross_attention_frequency must be at least 1"),
+            ((config.image_token_index or 0) < text.vocab_size,
+             f"image_token_index={config.image_token_index} must be below text_config.vocab_size={text.vocab_size}"),
         ]  # fmt: skip
         if isinstance(text, OPTConfig):
             checks += [
@@ -1615,10 +1616,18 @@ class Blip2Processor:
     QUESTION_PROMPT = "Question: {} Short answer:"
 
     def __init__(self, config: Blip2Config, tokenizer: Blip2Tokenizer, stage: str = "sft"):
-        if tokenizer.vocab_size > config.vocab_size and not config.qformer.use_qformer_text_input:
+        stage1, text = config.qformer.use_qformer_text_input, config.text
+        room = config.qformer.vocab_size - 1 if stage1 else config.vocab_size  # stage 1 adds [DEC] behind BERT's words
+        if tokenizer.vocab_size > room:
             raise ValueError(
                 f"tokenizer and config.json do not belong together: {tokenizer.vocab_size} tokens, "
-                f"vocab_size is {config.vocab_size}"
+                f"vocab_size leaves room for {room}"
+            )
+        begin, eos = (text.pad_token_id, text.eos_token_id) if config.is_t5 else (text.bos_token_id, tokenizer.eos)
+        if not stage1 and (tokenizer.begin, tokenizer.eos) != (begin, eos):
+            raise ValueError(
+                f"tokenizer and config.json do not belong together: texts begin and end with tokens {tokenizer.begin} "
+                f"and {tokenizer.eos}; by text_config with {begin} and {eos}"
             )
         if (stage == "pretrain1") != config.qformer.use_qformer_text_input:
             kind = "a stage-1" if config.qformer.use_qformer_text_input else "a captioning"
@@ -1748,6 +1757,8 @@ def probe_batch(processor: Blip2Processor) -> dict:
 def load_processor(directory: str | Path, stage: str = "sft") -> Blip2Processor:
     """The processor of a checkpoint directory (config.json and tokenizer)."""
     config = Blip2Config.from_dict(checkpoint.read_config(directory))
+    side, bert = config.vision.image_size, {"do_lower_case": True} if config.qformer.use_qformer_text_input else {}
+    checkpoint.check_side_files(directory, side, side, add_prefix_space=False, tokenize_chinese_chars=True, **bert)
     kind = "bert" if config.qformer.use_qformer_text_input else "t5" if config.is_t5 else "opt"
     return Blip2Processor(config, Blip2Tokenizer(directory, kind), stage)
 
@@ -1798,6 +1809,10 @@ def write_model(out: str | Path, config: dict, state: dict[str, Tensor], side_fi
         checkpoint.write_json(temporary / "config.json", {**config, "torch_dtype": "float32"})
         if side_files:
             checkpoint.copy_side_files(side_files, temporary)
+        file = temporary / "preprocessor_config.json"
+        if file.is_file():  # it may be another resolution's
+            side = Blip2Config.from_dict(config).vision.image_size
+            checkpoint.write_json(file, {**checkpoint.read_json(file, ""), "size": {"height": side, "width": side}})
 
 
 def without_last_block(config: dict, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -947,4 +947,5 @@ def probe_batch(processor: QwenVLProcessor) -> dict:
 def load_processor(directory: str | Path, stage: str = "sft") -> QwenVLProcessor:
     """The processor of a checkpoint directory (config.json and tokenizer)."""
     config = QwenVLConfig.from_dict(checkpoint.read_config(directory))
+    checkpoint.check_side_files(directory, config.visual.image_size, config.visual.image_size)
     return QwenVLProcessor(config, QwenTokenizer(directory, config.visual.n_queries), stage)

@@ -1157,4 +1157,6 @@ def probe_batch(processor: VisualGLMProcessor) -> dict:
 def load_processor(directory: str | Path, stage: str = "sft") -> VisualGLMProcessor:
     """The processor of a checkpoint directory (config.json and tokenizer)."""
     config = VisualGLMConfig.from_dict(checkpoint.read_config(directory))
+    # num_image_tokens: the first release's tokenizer counts 20,000 ids for images that this model does not have
+    checkpoint.check_side_files(directory, *config.eva_config.image_size, num_image_tokens=0, do_lower_case=False)
     return VisualGLMProcessor(config, GLMTokenizer(directory), stage)

@@ -196,6 +196,7 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
     base_names = {name for name, _ in model.named_parameters()} - new
     lora_modules = []
     if cfg.lora:
+        lora.base_sample(directory)  # for the adapter's file: read now, whatever happens to the base in the meantime
         lora_modules = lora.inject(
             model, lora_targets(cfg, module), cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout,
             lora_parts(model, module, cfg), module.IMAGE_PARAMETERS,
@@ -251,8 +252,12 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
                     f"init_from={cfg.init_from}: {name} is {tuple(other.shape(name))}, "
                     f"expected {tuple(shapes[name])}; use a checkpoint of the same sizes"
                 )
+            if not other.dtype(name).is_floating_point:
+                raise ValueError(f"init_from={cfg.init_from}: {name} is {other.dtype(name)}, expected floating point")
             if name in parameters:
-                checkpoint.copy_full_(parameters[name], other.read(name))
+                full = other.read(name)
+                checkpoint.largest(full, f"init_from={cfg.init_from}: {name}")
+                checkpoint.copy_full_(parameters[name], full)
         if not common:
             raise ValueError(f"init_from={cfg.init_from} has no tensor of this model; the two must share names")
         if world.main:

@@ -341,6 +341,7 @@ def merge_setup(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "model_visualglm", ToyFile)
     monkeypatch.setattr(merge, "load_model", ToyFile.load_model)
     monkeypatch.chdir(tmp_path)
+    lora.base_sample.cache_clear()
 
     def write(dtype=torch.float32):
         Path("base").mkdir(exist_ok=True)

@@ -530,3 +530,49 @@ def test_positions_of_each_model():
     limits = {kind: MODULES[kind].build_model(checkpoint.read_config(ROOT / "samples" / name)).config.max_positions
               for kind, name in SAMPLES.items()}  # fmt: skip
     assert limits == {"qwen_vl": None, "blip2": 128, "visualglm": None, "stage1": 8 + 64}
+
+
+# ---- what stands beside the weights
+
+
+@pytest.mark.parametrize("change", [
+    {"image_mean": [0.5, 0.5, 0.5]}, {"image_std": [0.5, 0.5, 0.5]}, {"image_mean": "x"}, {"resample": 2},
+    {"size": {"height": 32, "width": 64}}, {"size": 32}, {"size": {"shortest_edge": 64}}, {"size": "64"},
+    {"do_normalize": False}, {"do_center_crop": True}, {"rescale_factor": 1.0},
+])  # fmt: skip
+def test_a_preprocessor_that_differs_is_refused(kind, copy, change):
+    directory, stage = copy(kind), "pretrain1" if kind == "stage1" else "sft"
+    right = {
+        "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "resample": 3, "size": {"height": 64, "width": 64}, "do_resize": True, "do_rescale": True, "do_normalize": True,
+        "do_convert_rgb": True, "rescale_factor": 0.00392156862745098, "image_processor_type": "BlipImageProcessor",
+    }  # fmt: skip
+    path = directory / "preprocessor_config.json"
+    checkpoint.write_json(path, right)
+    MODULES[kind].load_processor(directory, stage)
+    checkpoint.write_json(path, {**right, **change})
+    refused(f"preprocessor_config.json: {next(iter(change))}", MODULES[kind].load_processor, directory, stage)
+    path.write_text("[")
+    refused("preprocessor_config.json", MODULES[kind].load_processor, directory, stage)
+
+
+@pytest.mark.parametrize("kind,key,value", [
+    ("visualglm", "num_image_tokens", 20000), ("blip2", "add_prefix_space", True), ("stage1", "do_lower_case", False),
+])  # fmt: skip
+def test_a_tokenizer_config_that_differs_is_refused(copy, kind, key, value):
+    directory, stage = copy(kind), "pretrain1" if kind == "stage1" else "sft"
+    checkpoint.write_json(directory / "tokenizer_config.json", {key: value})
+    refused(key, MODULES[kind].load_processor, directory, stage)
+
+
+@pytest.mark.parametrize("kind,path,value", [
+    ("qwen_vl", ("visual", "image_start_id"), 1713), ("qwen_vl", ("vocab_size",), 1700),
+    ("visualglm", ("gmask_token_id",), 1404), ("visualglm", ("vocab_size",), 1400),
+    ("blip2", ("text_config", "bos_token_id"), 3), ("blip2", ("text_config", "vocab_size"), 900),
+    ("blip2", ("image_token_index",), 1002), ("stage1", ("qformer_config", "vocab_size"), 900),
+])  # fmt: skip
+def test_tokenizer_and_config_that_do_not_belong_together(copy, kind, path, value):
+    directory, stage = copy(kind), "pretrain1" if kind == "stage1" else "sft"
+    checkpoint.write_json(directory / "config.json", changed(checkpoint.read_config(directory), path, value))
+    match = "belong together|vocab_size"
+    refused(match, MODULES[kind].load_processor, directory, stage)
