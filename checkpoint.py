@@ -223,8 +223,8 @@ def read_config(directory) -> dict:
 
 
 def check_side_files(directory, height: int, width: int, **tokenizer) -> None:
-    """ValueError where preprocessor_config.json or tokenizer_config.json asks for something else than is done here: images
-    of height x width, CLIP's mean and deviation, bicubic; `tokenizer`: keys with the value that is supported."""
+    """ValueError where preprocessor_config.json or tokenizer_config.json asks for something else than is done here:
+    images of height x width, CLIP's mean and deviation, bicubic; `tokenizer`: keys with the only supported value."""
     path = Path(directory) / "tokenizer_config.json"
     if path.is_file():
         require(read_json(path, ""), str(path), **tokenizer)

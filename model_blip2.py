@@ -37,7 +37,7 @@ from torch import Tensor, nn
 import checkpoint
 import lora
 import parallel
-from checkpoint import Depth, Epsilon, Pixels, Share, Size, TokenId
+from checkpoint import Depth, Epsilon, Pixels, Scale, Share, Size, TokenId
 from kernels.attention import attention
 from kernels.linear_cross_entropy import IGNORE_INDEX
 from kernels.norm import rms_norm
@@ -86,6 +86,7 @@ class OPTConfig:
     dropout: Share = 0.1
     pad_token_id: TokenId = 1
     bos_token_id: TokenId = 2
+    eos_token_id: TokenId = 2  # answers end at a line break, whatever it says
     tie_word_embeddings: bool = True  # in every published file
 
 
@@ -116,6 +117,7 @@ class Blip2Config:
     num_query_tokens: Size = 32
     image_text_hidden_size: Size = 256
     image_token_index: TokenId | None = None  # null in older files
+    initializer_range: Scale = 0.02
     stage1_heads: bool = (
         False  # temperature and language-modelling head of stage 1; published retrieval models lack them
     )
@@ -150,6 +152,7 @@ class Blip2Config:
         }
         if config.is_t5:
             only["text"] = {"feed_forward_proj": "gated-gelu", "decoder_start_token_id": text.pad_token_id}
+        checkpoint.require(raw, "config.json", use_decoder_only_language_model=not config.is_t5)
         for part, values in only.items():
             checkpoint.require(parts[part], f"config.json: {part}_config", **values)
         v, q = config.vision, config.qformer
@@ -1562,6 +1565,7 @@ class Blip2Tokenizer:
             self.begin, self.eos = special("</s>"), special("</s>")
         else:
             self.begin, self.eos = special("<pad>"), special("</s>")
+        self.pad = self.model.token_to_id("<pad>")
         self.vocab_size = 1 + max(self.model.get_vocab().values())
 
     def encode(self, text: str) -> list[int]:
@@ -1622,6 +1626,11 @@ class Blip2Processor:
             raise ValueError(
                 f"tokenizer and config.json do not belong together: {tokenizer.vocab_size} tokens, "
                 f"vocab_size leaves room for {room}"
+            )
+        if not stage1 and tokenizer.pad not in (None, text.pad_token_id):
+            raise ValueError(
+                f"tokenizer and config.json do not belong together: <pad> is token {tokenizer.pad}, "
+                f"text_config.pad_token_id is {text.pad_token_id}"
             )
         begin, eos = (text.pad_token_id, text.eos_token_id) if config.is_t5 else (text.bos_token_id, tokenizer.eos)
         if not stage1 and (tokenizer.begin, tokenizer.eos) != (begin, eos):

@@ -94,6 +94,7 @@ class VisualGLMConfig:
     pre_seq_len: Size | None = None  # P-tuning: keys and values in front of every segment, in each layer
     prefix_projection: bool = False  # P-tuning: made by a two-layer network from embeddings
     initializer_range: Scale = 0.02
+    max_sequence_length: Size = 2048  # of the original's chat; nothing is cut at it
     raw: dict = field(default_factory=dict)  # config.json as it was read, written back with the weights
 
     max_positions: ClassVar[int | None] = None  # tokens of a sequence: rotary positions have no table that ends

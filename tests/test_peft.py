@@ -54,6 +54,7 @@ def base(tmp_path):
         if num_layers:
             config |= {"num_layers": num_layers, "hidden_size": 32, "inner_hidden_size": 48}
         if kind == "t5":
+            config["use_decoder_only_language_model"] = False
             config["text_config"] = {
                 "model_type": "t5", "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2,
                 "num_heads": 4, "vocab_size": 1002, "tie_word_embeddings": False, "feed_forward_proj": "gated-gelu",

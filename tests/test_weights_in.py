@@ -63,8 +63,7 @@ def fields_of(config: dict, path=()):
         if isinstance(value, dict):
             yield (*path, key), value
             yield from fields_of(value, (*path, key))
-        elif key not in ("model_type", "torch_dtype", "architectures", "max_sequence_length", "initializer_range",
-                         "eos_token_id", "use_decoder_only_language_model"):  # fmt: skip
+        elif key not in ("model_type", "torch_dtype", "architectures"):
             yield (*path, key), value
 
 
@@ -262,6 +261,7 @@ def tied_checkpoint(tmp_path, kind: str):
     if kind == "qwen_vl":
         config["tie_word_embeddings"] = True
     if kind == "t5":
+        config["use_decoder_only_language_model"] = False
         config["text_config"] = {
             "model_type": "t5", "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
             "vocab_size": 1002, "tie_word_embeddings": False, "feed_forward_proj": "gated-gelu",
