@@ -121,7 +121,7 @@ def attention_cpu(T: int, H: int = 8, D: int = 64, repeats: int = 5) -> None:
 
 
 def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
 
 
 def cost(call: Callable) -> tuple[float, int]:

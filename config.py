@@ -183,7 +183,8 @@ def parse_config(argv: list[str]) -> Config:
         stage = "lora" if values.get("lora") else values.get("stage", "sft")
         path = data.ROOT / "configs" / (values.get("model") or "qwen_vl") / f"samples_{stage}.json"
         if path.exists():
-            defaults = {k: convert(k, v, hints[k], False) for k, v in json.loads(path.read_text()).items()}
+            given = json.loads(path.read_text(encoding="utf-8"))
+            defaults = {k: convert(k, v, hints[k], False) for k, v in given.items()}
             values = {**defaults, **values}
             print(
                 f"no dataset given: training on samples/ with the settings of {path.relative_to(data.ROOT)}",

@@ -118,7 +118,7 @@ def export_sat(source: Path, target: Path, split_qkv: bool) -> None:
     with checkpoint.atomic_dir(target) as directory:
         (directory / "1").mkdir()
         torch.save({"module": state}, directory / "1" / "mp_rank_00_model_states.pt")
-        (directory / "latest").write_text("1")
+        (directory / "latest").write_text("1", encoding="utf-8")
         checkpoint.write_json(directory / "model_config.json", sat_config)
         checkpoint.copy_side_files(source, directory)
 

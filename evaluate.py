@@ -1,17 +1,24 @@
 """Dataset -> answers -> scores: captions (CIDEr-D, BLEU, ROUGE-L), VQA accuracy, exact match, BLIP-2's retrieval.
 
-python evaluate.py --lora_path output                      # the default task of samples/, with an adapter
+python evaluate.py --lora_path output                      # an adapter, on the eval entries of its own run
 python evaluate.py --model blip2 --data_files samples/caption/captions_val_en.json --name coco_caption --num_beams 5
 python evaluate.py configs/blip2/samples_sft.json --model_name_or_path output --output results.json
 
+A configuration is read as train.py reads it, and the same samples are scored; options of the command line win. With
+none, it is the train_config.json of the run that --lora_path or --model_name_or_path comes from.
 What is scored follows each record's format: captions by "caption", questions by "vqa_accuracy" and "exact_match",
 chats by "exact_match"; --metric takes others. A stage-1 checkpoint of BLIP-2 is scored by "retrieval".
 """
 
 import argparse
 import dataclasses
+import json
+import os
+import signal
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +26,8 @@ from torch import Tensor, nn
 import checkpoint
 import data
 import metrics
-from generate import DTYPES, Decoding, answer, base_of, load_model
+from config import Config, parse_config
+from generate import DTYPES, Decoding, answer, base_of, check_bad, load_model
 from kernels import dispatch
 
 
@@ -47,14 +55,38 @@ def question(conversation: data.Conversation) -> str:
 
 
 def answer_all(
-    model: nn.Module, processor, conversations: list[data.Conversation], batch_size: int, how: Decoding
-) -> list[str]:
-    """all ranks of a sharded model."""
-    found = []
+    model: nn.Module, processor, conversations: list[data.Conversation], batch_size: int, how: Decoding,
+    bad: list[tuple[str, str]], progress: bool = False,
+) -> Iterator[str | None]:  # fmt: skip
+    """The answers in order. all ranks of a sharded model.
+
+    Where an image cannot be read, the answer is None and (where, reason) is named and added to `bad`.
+    """
     for first in range(0, len(conversations), batch_size):
-        some = conversations[first : first + batch_size]
-        found += answer(model, processor, some, processor.stop_words, how)
-    return found
+        some, named = conversations[first : first + batch_size], len(bad)
+        texts = answer(model, processor, some, processor.stop_words, how, bad=bad)
+        name_bad(bad[named:], progress)
+        yield from texts
+        if progress and sys.stderr.isatty():
+            done = min(first + batch_size, len(conversations))
+            bar = f"[{'#' * (30 * done // len(conversations)):30}]"
+            end = "\r\033[K" if done == len(conversations) else ""
+            print(f"\ranswering {bar} {done:,}/{len(conversations):,}{end}", end="", file=sys.stderr, flush=True)
+
+
+def name_bad(bad: list[tuple[str, str]], bar: bool = False) -> None:
+    """Says what is left out, on the first rank."""
+    clear = "\r\033[K" if bar and sys.stderr.isatty() else ""
+    for where, reason in bad if os.environ.get("RANK", "0") == "0" else ():
+        print(f"{clear}warning: left out {where}: {reason}", file=sys.stderr, flush=True)
+
+
+def answered(conversations: list[data.Conversation], answers: list[str | None]) -> tuple[list, list[str]]:
+    """Both without those that could not be answered. ValueError if none is left."""
+    pairs = [(c, a) for c, a in zip(conversations, answers, strict=True) if a is not None]
+    if not pairs:
+        raise ValueError(f"none of {len(conversations):,} questions could be answered; the reasons are listed above")
+    return [c for c, _ in pairs], [a for _, a in pairs]
 
 
 def score(
@@ -80,24 +112,43 @@ def score(
 
 @torch.no_grad()
 def retrieval(
-    model: nn.Module, processor, conversations: list[data.Conversation], batch_size: int, rerank: int
+    model: nn.Module, processor, conversations: list[data.Conversation], batch_size: int, rerank: int,
+    bad: list[tuple[str, str]] | None = None,
 ) -> tuple[dict[str, float], Tensor, Tensor]:
     """Recall of texts for images and of images for texts, by BLIP-2's contrastive similarity ("itc") and by matching
     ("itm"): the `rerank` most similar of each image, and of each text, get matching logit + similarity, as in
     arXiv:2301.12597. A direction ranks its own candidates only.
 
-    conversations: one caption each. -> (scores, similarities (N, M) of N images and M captions, re-ranked (2, N, M):
-    of each image its texts, of each text its images; -inf where it is no candidate)
+    conversations: one caption each; those whose image cannot be read are left out and listed in `bad`, and raise
+    without that list. -> (scores, similarities (N, M) of N images and M captions, re-ranked (2, N, M): of each image
+    its texts, of each text its images; -inf where it is no candidate)
     """
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
-    paths = list(dict.fromkeys(c.images[0] for c in conversations))
-    owner = torch.tensor([paths.index(c.images[0]) for c in conversations])  # (M,) each text's picture
+    paths, reasons = list(dict.fromkeys(c.images[0] for c in conversations)), {}
     pictures, image_feats = [], []
     for first in range(0, len(paths), batch_size):
-        pixels = torch.stack([processor.load_image(p) for p in paths[first : first + batch_size]])
-        features = model.encode_pictures(pixels.to(device, dtype))
-        pictures.append(features[0].cpu())
-        image_feats.append(features[1])
+        pixels = []
+        for path in paths[first : first + batch_size]:
+            try:
+                pixels.append(processor.load_image(path))
+            except data.BAD_SAMPLE as e:
+                if bad is None:
+                    raise
+                reasons[path] = data.one_line(e)
+        if pixels:
+            features = model.encode_pictures(torch.stack(pixels).to(device, dtype))
+            pictures.append(features[0].cpu())
+            image_feats.append(features[1])
+    if reasons:
+        found = [(c.where, reasons[c.images[0]]) for c in conversations if c.images[0] in reasons]
+        name_bad(found)
+        bad += found
+        paths = [p for p in paths if p not in reasons]
+        conversations = [c for c in conversations if c.images[0] not in reasons]
+        if not conversations:
+            raise ValueError("no image could be read; the reasons are listed above")
+    row = {path: n for n, path in enumerate(paths)}
+    owner = torch.tensor([row[c.images[0]] for c in conversations])  # (M,) each text's image
     pictures, image_feats = torch.cat(pictures), torch.cat(image_feats)
     Q = processor.num_image_tokens
     texts = [torch.from_numpy(processor.encode(c, Q + 35)["input_ids"][Q:]).long() for c in conversations]
@@ -130,78 +181,148 @@ def retrieval(
     return scores, similarity, matched
 
 
+def run_config(path: str | Path) -> str | None:
+    """The train_config.json of the run that wrote this model or adapter: in it, or above its checkpoint-N."""
+    path = Path(path)
+    for folder in (path, path.resolve().parent) if path.resolve().name.startswith("checkpoint-") else (path,):
+        if (folder / "train_config.json").is_file():
+            return str(folder / "train_config.json")
+    return None
+
+
+def settings(args) -> tuple[Config, str | None]:
+    """The configuration that is meant, with the options of the command line, and its file (None: the defaults)."""
+    if args.config and args.data_files:
+        raise ValueError(f"both the configuration {args.config} and --data_files are given; use one")
+    trained = args.lora_path or args.model_name_or_path
+    source = args.config or (trained and run_config(trained))
+    if args.lora_path and not source and not args.data_files:
+        raise ValueError(
+            f"{args.lora_path} has no train_config.json, in it or above its checkpoint-N, that says which data it was "
+            "trained with; give a configuration, or --data_files and --name"
+        )
+    argv = [source] if source else []
+    if args.data_files:
+        entry = {"name": args.name, "data_files": args.data_files, "image_root": args.image_root}
+        argv += ["--dataset", json.dumps({"eval": [entry]})]
+    elif not source:
+        argv += ["--dataset", json.dumps(data.DEFAULT_DATASET)]
+    given = {
+        "model": args.model,
+        "model_name_or_path": args.model_name_or_path,
+        "stage": args.stage,
+        "per_device_eval_batch_size": args.batch_size,
+        "max_bad_samples": args.max_bad_samples,
+    }
+    for key, value in given.items():
+        argv += [f"--{key}", str(value)] if value is not None else []
+    return parse_config(argv), source
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
     add("config", nargs="?", default=None, help='training configuration whose "eval" entries are answered')
-    add("--model", default="qwen_vl", help="whose samples/tiny_* to use if no checkpoint is named")
-    add(
-        "--model_name_or_path",
-        default=None,
-        help="checkpoint directory; default: the adapter's base, else the tiny model",
-    )
-    add("--lora_path", default=None, help="adapter directory, applied without merging")
-    add("--data_files", action="append", default=None, help="may be repeated; instead of a configuration")
+    add("--model", default=None, help="whose samples/tiny_* to use if no checkpoint is named")
+    base = "checkpoint directory; default: the configuration's, the adapter's base"
+    add("--model_name_or_path", default=None, help=base)
+    add("--lora_path", default=None, help="adapter directory, applied without merging; default: the configuration's")
+    add("--data_files", action="append", default=None, help="may be repeated; instead of the configuration's entries")
     add("--name", default="coco_vqa", choices=data.READERS, help="format of --data_files")
-    add("--image_root", default=None)
+    add("--image_root", default=None, help="directory of the images of --data_files")
     names = [*metrics.METRICS, "retrieval"]
     add("--metric", action="append", default=None, choices=names, help="instead of the format's own; may be repeated")
     stages = ("sft", "pretrain", "pretrain1", "pretrain2")
-    add("--stage", default=None, choices=stages, help="prompt format; default: pretrain1 for stage 1, else sft")
+    add("--stage", default=None, choices=stages, help="prompt format; default: the configuration's; stage 1: pretrain1")
     add("--output", default=None, help="write answers, scores and settings as JSON here")
-    add("--batch_size", type=int, default=32)
+    add("--batch_size", type=int, default=None, help="default: per_device_eval_batch_size, else 32")
     add("--rerank", type=int, default=128, help="retrieval: candidates that are matched")
+    share = "share of unusable records and images (named and left out) before the command fails; default: 0.01"
+    add("--max_bad_samples", type=float, default=None, help=share)
     Decoding.add_arguments(parser, max_new_tokens=32)
-    add("--dtype", default="float32", choices=DTYPES)
+    held = "default: what the configuration's weights are held in, else float32"
+    add("--dtype", default=None, choices=DTYPES, help=held)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     choices = ("auto", "true", "false")
-    add("--use_flash_attention", default="auto", choices=choices, help="Triton kernels; auto: where there is a GPU")
+    add("--use_flash_attention", default=None, choices=choices, help="Triton kernels; auto: where there is a GPU")
     args = parser.parse_args(argv)
     how = Decoding.of(args)
     for key in ("batch_size", "rerank"):
-        if getattr(args, key) < 1:
+        if getattr(args, key) is not None and getattr(args, key) < 1:
             raise ValueError(f"{key}={getattr(args, key)}; expected at least 1")
-    if args.config and args.data_files:
-        raise ValueError(f"both the configuration {args.config} and --data_files are given; use one")
-    kernels = dispatch.use_flash_attention(args.use_flash_attention, args.device)
-    if args.data_files:
-        entries = [{"name": args.name, "data_files": args.data_files, "image_root": args.image_root}]
-    else:
-        config = checkpoint.read_json(args.config, "give the path of a configuration file") if args.config else {}
-        entries = (config.get("dataset") or data.DEFAULT_DATASET).get("eval")
-        if not entries:
-            raise ValueError(f'{args.config}: its dataset has no "eval" entry; name files with --data_files')
-    entries = data.open_entries(entries)
-    directory = data.model_directory(args.model, base_of(args.model_name_or_path, args.lora_path))
-    is_stage1 = bool((checkpoint.read_config(directory).get("qformer_config") or {}).get("use_qformer_text_input"))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: what is answered is kept
+    try:
+        return run(args, how, names)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run(args, how: Decoding, names: list[str]) -> int:
+    cfg, source = settings(args)
+    kernels = dispatch.use_flash_attention(args.use_flash_attention or cfg.use_flash_attention, args.device)
+    adapter = args.lora_path or cfg.lora_path
+    # an adapter given here brings its own base, unless that is given too
+    base = base_of(args.model_name_or_path, args.lora_path) if args.lora_path else cfg.model_name_or_path
+    directory = data.model_directory(cfg.model, base)
+    model_config = checkpoint.read_config(directory)
+    is_stage1 = bool((model_config.get("qformer_config") or {}).get("use_qformer_text_input"))
     retrieving = "retrieval" in args.metric if args.metric else is_stage1
     if retrieving and not (is_stage1 and len(args.metric or names[-1:]) == 1):
         raise ValueError(
             f"metric=retrieval needs a stage-1 checkpoint of BLIP-2 and no other metric; {directory} "
             f"{'is one' if is_stage1 else 'is none'}, --metric {' '.join(args.metric)}"
         )
-    processor = data.load_processor(directory, args.stage or ("pretrain1" if is_stage1 else "sft"))
-    found = [(n, c) for n, e in enumerate(entries) for i in range(len(e)) for c in e.conversations(i)]
-    numbers, conversations = [n for n, _ in found], [c for _, c in found]
-    if not conversations:
-        raise ValueError("the dataset is empty: nothing to answer")
-    model = load_model(directory, DTYPES[args.dtype], args.device, args.lora_path)
+    entries = cfg.dataset.get("eval") if cfg.dataset else data.DEFAULT_DATASET["eval"]
+    if not entries:
+        raise ValueError(f'{source}: its dataset has no "eval" entry; name files with --data_files')
+    processor = data.load_processor(directory, "pretrain1" if is_stage1 and not args.stage else cfg.stage)
+    batch_size = cfg.per_device_eval_batch_size if args.batch_size or source else 32
+    dtype = args.dtype or {"bf16": "bfloat16", "fp16": "float16"}.get(
+        next((k for k in ("bf16", "fp16") if getattr(cfg, k) and cfg.fp16_opt_level == "O2"), ""), "float32"
+    )
+    # the samples of training's own evaluation; all problems are named, and counted when the others are answered
+    index = data.build_index(entries, processor, cfg.max_length, None, cfg.num_workers, max_bad_samples=1.0)
+    bad = list(index.problems)
+    name_bad(bad)
+    conversations, numbers = [index.conversation(n) for n in range(len(index))], index.entry.tolist()
+    total = len({c.where for c in conversations}) + len(bad)
+    print(
+        f"scoring {directory} ({checkpoint.model_kind(model_config)}, {processor.stage}, {dtype}) with "
+        f"{f'adapter {adapter}' if adapter else 'no adapter'} on "
+        + ", ".join(f"{e.label} ({', '.join(e.paths)})" for e in index.entries)
+        + (f", settings of {source}" if source else ""),
+        flush=True,
+    )
+    if args.output and Path(args.output).is_file():
+        say_again(args.output)
+    model = load_model(directory, DTYPES[dtype], args.device, adapter)
     print(f"device {args.device}, kernels: {kernels}", file=sys.stderr)
     result = {
-        "model_name_or_path": str(directory), "lora_path": args.lora_path, "dataset": [e.settings for e in entries],
-        "prompt_format": processor.stage, "dtype": args.dtype, "metric_version": metrics.VERSION,
+        "model_name_or_path": str(directory), "lora_path": adapter, "config": source,
+        "dataset": [e.settings for e in index.entries], "prompt_format": processor.stage, "dtype": dtype,
+        "metric_version": metrics.VERSION, "complete": True,
     }  # fmt: skip
+    stop = None
     if retrieving:
         if not_captions := [c for c in conversations if c.kind != "caption"]:
             raise ValueError(f"{not_captions[0].where}: metric=retrieval needs captions; use --name coco_caption")
-        scores, similarity, _ = retrieval(model, processor, conversations, args.batch_size, args.rerank)
+        scores, similarity, _ = retrieval(model, processor, conversations, batch_size, args.rerank, bad)
         result |= {"metrics": ["retrieval"], "scores": scores, "rerank": args.rerank}
         print(f"retrieval among {similarity.shape[0]} pictures and {similarity.shape[1]} captions: ", end="")
     else:
-        conversations = merge_references(conversations, numbers)
-        answers = answer_all(model, processor, conversations, args.batch_size, how)
+        conversations, answers = merge_references(conversations, numbers), []
+        try:
+            for text in answer_all(model, processor, conversations, batch_size, how, bad, progress=True):
+                answers.append(text)
+        except (KeyboardInterrupt, Exception) as e:  # what is answered is written before it ends
+            stop = e
+            if not any(text is not None for text in answers):
+                raise
+            result |= {"complete": False, "asked": len(conversations)}
+        asked = len(conversations)
+        conversations, answers = answered(conversations[: len(answers)], answers)
         scores, each = score(conversations, answers, args.metric)
         prompts = [processor.tokenizer.decode(processor.prompt(c)["input_ids"].tolist()) for c in conversations]
         result |= {
@@ -213,15 +334,34 @@ def main(argv: list[str] | None = None) -> int:
                 for c, prompt, text, own in zip(conversations, prompts, answers, each, strict=True)
             ],
         }  # fmt: skip
-        print(f"scores of {len(conversations)} answers: ", end="")
+        if stop is not None:
+            print(f"stopped ({type(stop).__name__}) with {len(answers):,} of {asked:,} questions answered; ", end="")
+        print(f"scores of {len(answers)} answers: ", end="")
+    result["left_out"] = [{"where": where, "reason": reason} for where, reason in bad]
     print(", ".join(f"{k} {v:.3f}" for k, v in scores.items() if "/" not in k))
     for key in ("vqa_accuracy", "accuracy"):
         if parts := [f"{k.partition('/')[2]} {v:.3f}" for k, v in scores.items() if k.startswith(f"{key}/")]:
             print(f"{key} by source: {', '.join(parts)}")
     if args.output:
         checkpoint.write_json(args.output, result)
-        print(f"results: {args.output}")
+        print(f"results: {args.output}", flush=True)
+    if stop is not None:
+        print("the same command begins again", flush=True)
+        raise stop
+    if bad:
+        print(f"{len(bad):,} of {total:,} left out, named above", file=sys.stderr)
+    check_bad(bad, total, cfg.max_bad_samples, "records")
     return 0
+
+
+def say_again(path: str) -> None:
+    """Results of a stopped run are made anew; says so."""
+    try:
+        stopped = json.loads(Path(path).read_text(encoding="utf-8")).get("complete") is False
+    except (ValueError, AttributeError, OSError):
+        return
+    if stopped:
+        print(f"{path} holds the answers of a stopped evaluation; this one begins again", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import importlib
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -605,7 +606,11 @@ def main(argv: list[str] | None = None) -> int:
             f"torchrun --nproc_per_node {degree} generate.py --tensor_parallel_degree {degree} ..."
         )
     if degree == 1:
-        return run(args, how)
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: what is answered is kept
+        try:
+            return run(args, how)
+        finally:
+            signal.signal(signal.SIGTERM, before)
     if args.quantize or args.chat:
         raise ValueError(f"tensor_parallel_degree={degree} with --quantize or --chat is not supported; use 1")
     world = parallel.init_world(degree)
@@ -613,7 +618,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if world.main:
             return run(args, how, world)
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # all ranks have the same answers
+        # all ranks have the same answers
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
             args.output = args.output and os.devnull
             return run(args, how, world)
     finally:
@@ -690,6 +696,11 @@ def answer_file(path: str | None):
     try:
         with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
             yield file
+    except BaseException:
+        answers = len(partial.read_bytes().splitlines())
+        state = f"has the {answers:,} answers so far" if answers else "is as before"
+        print(f"stopped: {path} {state}", file=sys.stderr)
+        raise
     finally:
         if partial.stat().st_size:
             os.replace(partial, path)

@@ -54,7 +54,7 @@ def prepare_output_dir(cfg: Config, world: parallel.World) -> Path | None:
                 if resume is None or path.resolve() != resume.resolve():
                     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         if is_run and resume is not None:
-            old = json.loads((out / "train_config.json").read_text())
+            old = json.loads((out / "train_config.json").read_text(encoding="utf-8"))
             changed = [
                 k
                 for k, v in asdict(cfg).items()
@@ -90,14 +90,14 @@ class Log:
         self.cfg, self.total, self.path = cfg, total, Path(cfg.output_dir) / "log.jsonl"
         kept = []
         if start_step and self.path.exists():  # steps after the checkpoint are taken again
-            for line in self.path.read_text().splitlines():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
                 with contextlib.suppress(json.JSONDecodeError):
                     if json.loads(line)["step"] <= start_step:
                         kept.append(line)
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         os.replace(temporary, self.path)
-        self.file = open(self.path, "a")
+        self.file = open(self.path, "a", encoding="utf-8")
         self.bar = sys.stderr.isatty() and not cfg.disable_tqdm
         self.board = None
         for target in cfg.report_to or ():
@@ -143,7 +143,7 @@ class Log:
 
 def draw_loss(log_path: Path, out: Path) -> None:
     """The loss curve as a picture: training in blue, evaluation in red."""
-    records = [json.loads(line) for line in log_path.read_text().splitlines()]
+    records = [json.loads(line) for line in log_path.read_text(encoding="utf-8").splitlines()]
     train = [(r["step"], r["loss"]) for r in records if "loss" in r]
     evals = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r]
     W, H, margin = 640, 400, 48

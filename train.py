@@ -516,12 +516,16 @@ def evaluate_loss(model, plan, processor, cfg: Config, world, stages=None) -> di
 
 def generation_scores(model, index: data.Index, processor, cfg: Config) -> dict[str, float]:
     """The eval entries' own metrics (eval_cider, eval_vqa_accuracy, eval_accuracy, ...) of greedy answers. all ranks
-    answer all questions: a sharded model is entered together."""
+    answer all questions: a sharded model is entered together. Questions whose image cannot be read are named and left
+    out; ValueError for more than max_bad_samples."""
     import evaluate  # it imports generate.py, which training alone needs not
 
     questions = evaluate.merge_references([index.conversation(n) for n in range(len(index))], index.entry.tolist())
     how = evaluate.Decoding(max_new_tokens=32)
-    answers = evaluate.answer_all(model, processor, questions, cfg.per_device_eval_batch_size, how)
+    bad: list[tuple[str, str]] = []
+    answers = list(evaluate.answer_all(model, processor, questions, cfg.per_device_eval_batch_size, how, bad))
+    evaluate.check_bad(bad, len(questions), cfg.max_bad_samples, "questions of the evaluation")
+    questions, answers = evaluate.answered(questions, answers)
     return {f"eval_{name}": value for name, value in evaluate.score(questions, answers)[0].items()}
 
 

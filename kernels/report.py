@@ -304,7 +304,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="regular expression on 'NAME DTYPE'")
     parser.add_argument("--write_budget", action="store_true")
     args = parser.parse_args()
-    budget = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
+    budget = json.loads(BUDGET.read_text(encoding="utf-8")) if BUDGET.exists() else {}
     failures, num = [], 0
     for architecture in args.arch:
         print(f"{architecture}: compiled and statically checked, not run on a GPU\n{line(HEADER)}")
@@ -322,7 +322,7 @@ def main() -> int:
             failures += failed
             num += 1
     if args.write_budget:
-        BUDGET.write_text(json.dumps(budget, indent=0, sort_keys=True) + "\n")
+        BUDGET.write_text(json.dumps(budget, indent=0, sort_keys=True) + "\n", encoding="utf-8")
     print(*failures, f"{num} kernels compiled, {len(failures)} checks failed", sep="\n")
     return 1 if failures or not num else 0
 
