@@ -408,13 +408,7 @@ class Weights:
 
     def _bin_entries(self, path: Path) -> dict:
         tensors = self._open_bin(path)
-        if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-            raise ValueError(f"{path} is not a plain dictionary of tensors; save its state dict alone")
-        for name, t in tensors.items():
-            if not isinstance(name, str):
-                raise ValueError(f"{path}: a tensor has the name {name!r}; expected text")
-            if t.layout != torch.strided or t.device.type != "cpu" or t.dtype not in SAFETENSORS_DTYPES.values():
-                raise ValueError(f"{path}: {name!r} is {t.dtype}, {t.layout} on {t.device}; expected a plain tensor")
+        check_state(tensors, path)
         return {name: (path, name, t.shape, t.dtype, None) for name, t in tensors.items()}
 
     def _open_bin(self, path: Path) -> dict:
@@ -431,6 +425,17 @@ class Weights:
                 raise ValueError(f"{path} can't be read ({_reason(e)}); it may be cut short: fetch it again") from None
             self._shard = (path, tensors)
         return self._shard[1]
+
+
+def check_state(tensors, path) -> None:
+    """ValueError unless what a pickle held is a dictionary of names and plain tensors."""
+    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        raise ValueError(f"{path} is not a plain dictionary of tensors; save its state dict alone")
+    for name, t in tensors.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{path}: a tensor has the name {name!r}; expected text")
+        if t.layout != torch.strided or t.device.type != "cpu" or t.dtype not in SAFETENSORS_DTYPES.values():
+            raise ValueError(f"{path}: {name!r} is {t.dtype}, {t.layout} on {t.device}; expected a plain tensor")
 
 
 def open_weights(directory, ignore=(), aliases: dict | None = None) -> Weights:

@@ -51,12 +51,10 @@ def read_state(source: Path) -> dict[str, torch.Tensor]:
     try:
         with torch.serialization.safe_globals(harmless):
             state = torch.load(path, map_location="cpu", weights_only=True)["module"]
-        named = all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in state.items())
     except Exception as e:  # damaged pickles raise all sorts of errors
         reason = (str(e).splitlines() or ["cut short"])[0][:200]
         raise ValueError(f"{path} is no SAT checkpoint of one model-parallel rank ({reason}); fetch it again") from None
-    if not named:
-        raise ValueError(f"{path}: its 'module' is no plain dictionary of tensors; fetch it again")
+    checkpoint.check_state(state, path)
     return state
 
 

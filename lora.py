@@ -370,11 +370,17 @@ def check_base(directory, weights: checkpoint.Weights) -> None:
         )
 
 
+def says_base(directory) -> bool:
+    """Whether an adapter says what tells its base's weights from others; PEFT's do not."""
+    return "base" in _open_adapter(directory).metadata
+
+
 def find_base(directory) -> str:
     """Where the base of an adapter is: the path that it names, from here, from the project, or beside the adapter."""
     name = read_adapter_config(directory).get("base_model_name_or_path") or ""
     root = Path(__file__).resolve().parent
-    for place in (Path(name), root / name, Path(directory) / name, Path(directory).resolve().parent / Path(name).name):
+    beside = Path(directory).resolve().parent / Path(name).name
+    for place in (Path(name), root / name, Path(directory) / name, beside, root / "samples" / Path(name).name):
         if name and "\0" not in name and (place / "config.json").is_file():
             return str(place)
     raise ValueError(

@@ -17,7 +17,7 @@ import torch
 import checkpoint
 from checkpoint import Weights, open_weights
 from generate import load_model
-from lora import adapter_updates, find_base, open_base, read_adapter
+from lora import adapter_updates, find_base, open_base, read_adapter, says_base
 
 
 def merge(base: Path | None, adapter: Path, output: Path, dtype: torch.dtype | None = None) -> dict:
@@ -45,6 +45,8 @@ def merge(base: Path | None, adapter: Path, output: Path, dtype: torch.dtype | N
         shapes = {name: p.shape for name, p in module.build_model(model_config).named_parameters()}
     checkpoint.check_names(shapes, weights)
     config, lora = read_adapter(adapter, module.aliases(model_config))
+    if not says_base(adapter):
+        print(f"note: {adapter} does not say which weights it was trained on; whether they are {base}'s is not checked")
     scalings, replaced = adapter_updates(config, lora, shapes)
     if not any(is_changed(name, weights, scalings, lora) for name in weights):
         raise ValueError(f"the adapter in {adapter} changes nothing (all updates are zero): it was not trained")

@@ -1780,11 +1780,10 @@ def read_lavis(path: str | Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # damaged pickles raise all sorts of errors
-        raise ValueError(f"{path} can't be read ({type(e).__name__}: {e}); expected a LAVIS .pth file") from None
+        reason = (str(e).splitlines() or ["cut short"])[0][:200]
+        raise ValueError(f"{path} can't be read ({type(e).__name__}: {reason}); expected a LAVIS .pth file") from None
     state = state.get("model", state) if isinstance(state, dict) else state
-    plain = isinstance(state, dict) and all(isinstance(t, Tensor) and isinstance(n, str) for n, t in state.items())
-    if not plain:
-        raise ValueError(f'{path} holds no plain dictionary of tensors (under "model"); expected a LAVIS .pth file')
+    checkpoint.check_state(state, path)
     for alias, name in LAVIS_REDUNDANT.items():
         if alias in state and name in state and not torch.equal(state[alias], state[name]):
             raise ValueError(f"{path}: {alias} and {name} are one tied tensor in this model, but their values differ")
@@ -1796,7 +1795,8 @@ def write_model(out: str | Path, config: dict, state: dict[str, Tensor], side_fi
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in build_model(config).named_parameters()}
     name = "vision_model.embeddings.position_embedding"
-    if name in state and state[name].shape != shapes[name]:
+    table = state[name].shape if name in state else ()
+    if len(table) == 3 and math.isqrt(table[1] - 1) ** 2 == table[1] - 1 and table[1] != shapes[name][1]:
         grid = math.isqrt(shapes[name][1] - 1)
         state = {**state, name: resize_positions(state[name], grid, grid)}
     missing, unknown = sorted(shapes.keys() - state.keys()), sorted(state.keys() - shapes.keys())

@@ -47,7 +47,7 @@ def copy(tmp_path):
     return make
 
 
-def refused(match: str, function, *args):
+def refused(match: str | None, function, *args):
     """One line that says what, where and what was expected; no other kind of exception."""
     with pytest.raises(ValueError, match=match) as info:
         function(*args)
@@ -433,7 +433,7 @@ def test_a_sat_checkpoint_with_random_states_is_imported(tmp_path):
                 {"module": {**state["module"], name: state["module"][name] * float("nan")}}):  # fmt: skip
         torch.save(bad, file)
         argv = ["import", str(source), str(tmp_path / "bad"), "--qkv", "split"]
-        refused("SAT checkpoint|plain dictionary|NaN|int8", convert_sat.main, argv)
+        refused("SAT checkpoint|plain|NaN|int8", convert_sat.main, argv)
     assert not (tmp_path / "ran").exists() and not (tmp_path / "bad").exists()
     for folder in ("", "..", "/etc", "2"):
         (source / "latest").write_text(folder)
@@ -576,3 +576,38 @@ def test_tokenizer_and_config_that_do_not_belong_together(copy, kind, path, valu
     checkpoint.write_json(directory / "config.json", changed(checkpoint.read_config(directory), path, value))
     match = "belong together|vocab_size"
     refused(match, MODULES[kind].load_processor, directory, stage)
+
+
+# ---- LAVIS checkpoints
+
+
+def test_damaged_lavis_files(tmp_path):
+    out, file = tmp_path / "out", tmp_path / "x.pth"
+    config = checkpoint.read_config(ROOT / "samples/tiny_blip2")
+    state = blip2.to_lavis(blip2.read_model(ROOT / "samples/tiny_blip2"))
+
+    def import_lavis(saved):
+        torch.save(saved, file)
+        blip2.write_model(out, config, blip2.read_lavis(file), None)
+
+    import_lavis({"model": state})
+    assert checkpoint.open_weights(out).names == checkpoint.open_weights(ROOT / "samples/tiny_blip2").names
+    shutil.rmtree(out)
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    name, table, head = "opt_proj.weight", "visual_encoder.pos_embed", "opt_model.lm_head.weight"
+    w = state[name]
+    for change in (
+        {name: w.to(torch.int8)}, {name: w * float("nan")}, {name: None}, {1: w}, {name: w.to_sparse()},
+        {name: w.to("meta")}, {name: w.to(torch.complex64)}, {"zzz": w}, {head: state[head] + 1}, {name: w[:-1]},
+        {table: torch.zeros(5)}, {table: torch.zeros(1, 7, 128)}, {table: torch.zeros(1, 65, 64)}, {"x": Evil()},
+    ):  # fmt: skip
+        refused(None, import_lavis, {"model": {**state, **change}})
+    for gone in ("visual_encoder.blocks.0.attn.q_bias", "visual_encoder.blocks.0.attn.v_bias", name):
+        refused(None, import_lavis, {"model": {n: t for n, t in state.items() if n != gone}})
+    for saved in ([1], {"model": [1]}, Evil()):
+        refused(None, import_lavis, saved)
+    assert not out.exists() and not (tmp_path / "ran").exists()
