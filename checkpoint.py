@@ -75,6 +75,9 @@ class SaveError(OSError):
 
 def cli(main) -> int:
     """Run a script's main(): a user's mistake becomes one line on stderr and exit code 1."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character shows its code, and nothing is lost
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return main()
     except (ValueError, OSError) as e:

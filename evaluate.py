@@ -16,6 +16,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,23 +63,28 @@ def answer_all(
 
     Where an image cannot be read, the answer is None and (where, reason) is named and added to `bad`.
     """
-    for first in range(0, len(conversations), batch_size):
-        some, named = conversations[first : first + batch_size], len(bad)
-        texts = answer(model, processor, some, processor.stop_words, how, bad=bad)
-        name_bad(bad[named:], progress)
-        yield from texts
-        if progress and sys.stderr.isatty():
-            done = min(first + batch_size, len(conversations))
-            bar = f"[{'#' * (30 * done // len(conversations)):30}]"
-            end = "\r\033[K" if done == len(conversations) else ""
-            print(f"\ranswering {bar} {done:,}/{len(conversations):,}{end}", end="", file=sys.stderr, flush=True)
+    progress = progress and sys.stderr.isatty()
+    start, total, clear = time.monotonic(), len(conversations), "\r\033[K" if progress else ""
+    try:
+        for first in range(0, total, batch_size):
+            some, named = conversations[first : first + batch_size], len(bad)
+            texts = answer(model, processor, some, processor.stop_words, how, bad=bad)
+            print(clear, end="", file=sys.stderr)
+            name_bad(bad[named:])
+            yield from texts
+            if progress:
+                done = first + len(some)
+                left = (time.monotonic() - start) / done * (total - done)
+                bar = f"[{'#' * (20 * done // total):20}] {done:,}/{total:,}, {left:,.0f} s left"
+                print(f"\ranswering {bar}", end="", file=sys.stderr, flush=True)
+    finally:
+        print(clear, end="", file=sys.stderr, flush=True)
 
 
-def name_bad(bad: list[tuple[str, str]], bar: bool = False) -> None:
+def name_bad(bad: list[tuple[str, str]]) -> None:
     """Says what is left out, on the first rank."""
-    clear = "\r\033[K" if bar and sys.stderr.isatty() else ""
     for where, reason in bad if os.environ.get("RANK", "0") == "0" else ():
-        print(f"{clear}warning: left out {where}: {reason}", file=sys.stderr, flush=True)
+        print(f"warning: left out {where}: {reason}", file=sys.stderr, flush=True)
 
 
 def answered(conversations: list[data.Conversation], answers: list[str | None]) -> tuple[list, list[str]]:

@@ -85,6 +85,7 @@ class Decoding:
         idle = []
         idle += ["top_k", "top_p", "seed"] if not self.temperature else []
         idle += ["length_penalty", "beam_rule"] if self.num_beams == 1 else []
+        idle += ["penalty_rule"] if self.repetition_penalty == 1 else []
         return [f.name for f in fields(self) if f.name in idle and getattr(self, f.name) != f.default]
 
     @classmethod
@@ -96,8 +97,9 @@ class Decoding:
     def of(cls, args: argparse.Namespace) -> "Decoding":
         how = cls(**{f.name: getattr(args, f.name) for f in fields(cls)})
         for name in how.without_effect():
-            needed = "temperature above 0" if how.num_beams == 1 and name in ("top_k", "top_p", "seed") else "num_beams"
-            print(f"warning: {name} has no effect without {needed}", file=sys.stderr)
+            needed = {"top_k": "temperature", "top_p": "temperature", "seed": "temperature"}
+            needed |= {"length_penalty": "num_beams", "beam_rule": "num_beams", "penalty_rule": "repetition_penalty"}
+            print(f"warning: {name} has no effect without {needed[name]}", file=sys.stderr)
         return how
 
 
@@ -342,6 +344,8 @@ def beam_search(
             reachable = (float(best[0]) / (n + 1) ** length_penalty) if lavis else (
                 running[0][0] / n**length_penalty if running else float("-inf"))  # fmt: skip
             closed = len(finished[i]) == K and finished[i][-1][0] >= reachable
+            if n == room[i] < max_new_tokens and not closed:
+                print(f"warning: an answer ends after {n} tokens, at the model's last position", file=sys.stderr)
             if n == room[i] and lavis and not closed:
                 for total, tokens in running:
                     finish(i, total, tokens, n + 1)

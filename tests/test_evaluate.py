@@ -217,6 +217,18 @@ def test_a_stopped_evaluation_keeps_its_answers(base, says, tmp_path, capsys, mo
     assert len(results(out)["answers"]) == 4 and results(out)["complete"] is True
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_progress_bar_is_for_terminals_and_leaves_no_trace(cut, base, says, monkeypatch, capsys, terminal):
+    says({str(i): f"a{i}" for i in range(4)})
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal, raising=False)
+    argv = ["--model_name_or_path", str(base), "--data_files", cut, "--batch_size", "1", "--max_bad_samples", "1"]
+    evaluate.main(argv)
+    err = capsys.readouterr().err
+    assert ("\r" in err) == terminal == ("] 4/4, 0 s left" in err)
+    for line in err.split("\n"):  # what stays on a line has no bar in front
+        assert "answering" not in line.split("\r\033[K")[-1]
+
+
 def test_every_text_file_is_opened_with_an_encoding():
     """Files are UTF-8 whatever the locale says."""
     scripts = [*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py")]

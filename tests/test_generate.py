@@ -271,6 +271,7 @@ def test_impossible_decoding_is_refused(settings):
 def test_options_without_effect_are_said():
     assert g.Decoding(top_k=5, length_penalty=2.0, seed=1).without_effect() == ["top_k", "length_penalty", "seed"]
     assert g.Decoding(top_k=5, temperature=1.0).without_effect() == []
+    assert g.Decoding(penalty_rule="sat").without_effect() == ["penalty_rule"]
     assert g.Decoding(num_beams=2, length_penalty=2.0).without_effect() == []
 
 
