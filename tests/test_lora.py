@@ -1,7 +1,10 @@
 """lora.py against PEFT (both directions), its dropout as a pure function, and merge.py on toy weights."""
 
 import json
+import multiprocessing
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -417,3 +420,45 @@ def test_merge_refuses(merge_setup, capsys, monkeypatch):
     refuse("trained on other weights than those of base")
     Path("base/config.json").write_text('{"model_type": "llama"}')
     refuse("model_type='llama'")
+
+
+def killed_merge(kill_at: int, count: Path) -> None:
+    """In a child: merge, killed before its kill_at-th change of the file system."""
+    changes = 0
+
+    def hook(event, args):
+        nonlocal changes
+        writes = event == "open" and isinstance(args[1], str) and any(c in args[1] for c in "wax+")
+        if event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir") or writes:
+            changes += 1
+            os.write(file, b".")
+            if changes == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    file = os.open(count, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    sys.addaudithook(hook)
+    torch.set_num_threads(1)
+    os._exit(merge.main(["--model_name_or_path", "base"]))
+
+
+def test_a_killed_merge_loses_nothing(merge_setup):
+    """kill -9 at each of its changes, over an earlier merge: that is there, or put back by the same command."""
+    merge_setup()
+    merge.main(["--model_name_or_path", "base"])
+    whole = Path("merged/model.safetensors").read_bytes()
+
+    def child(kill_at: int) -> int:
+        process = multiprocessing.get_context("fork").Process(target=killed_merge, args=(kill_at, Path("count")))
+        process.start()
+        process.join(60)
+        return process.exitcode
+
+    assert child(-1) == 0
+    changes = Path("count").stat().st_size
+    assert changes > 5
+    for kill_at in range(1, changes + 1):
+        assert child(kill_at) == -signal.SIGKILL
+        kept = [p for p in (Path("merged"), Path("merged.old")) if (p / "merge_info.json").is_file()]
+        assert kept and all((p / "model.safetensors").read_bytes() == whole for p in kept), kill_at
+        assert child(-1) == 0 and Path("merged/model.safetensors").read_bytes() == whole
+        assert not Path("merged.old").exists() and not Path("merged.tmp").exists()
