@@ -359,6 +359,19 @@ def test_retrieval_and_captions_are_scored(bases, dataset, tmp_path, kind):
     assert scores["itc_image_r10"] == pytest.approx((rank < 10).float().mean().item())
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_min_length_of_t5_counts_the_decoders_tokens(bases, beams):
+    """Nearly every token ends an answer; the prompt in the encoder is longer than the minimum, and does not count."""
+    model, request = generate.load_model(bases["t5"]), our_request("t5", torch.zeros(1, 3, 28, 28))
+    ends = [[t] for t in range(model.config.text.vocab_size - 8)]
+    if beams == 1:
+        (ids,) = generate.generate(model, [request], 9, ends, min_length=4)
+    else:
+        (((_, ids), *_),) = generate.beam_search(model, [request], 9, ends, beams, min_length=4)
+    assert len(request["input_ids"]) > 4 and len(ids) >= 4  # the start token, and three that don't end
+    assert all([t] not in ends for t in ids[:3])
+
+
 def their_model(transformers, path, kind):
     theirs, info = transformers.Blip2ForConditionalGeneration.from_pretrained(
         path, output_loading_info=True, dtype=torch.float32

@@ -229,6 +229,22 @@ def test_stop_text_of_an_answer(model, processor, dataset, beams):
         assert text == free[: free.index(stop)].strip() != ""
 
 
+def test_beams_end_where_the_text_does(model, requests):
+    """Every beam ends where `stopped` says so."""
+    found = g.beam_search(model, requests, 6, [], 3, stopped=lambda ids: len(ids) == 2)
+    assert all(len(ids) == 2 for beams in found for _, ids in beams)
+
+
+def test_lavis_rule_penalises_no_token_of_the_prompt_but_the_first(model, requests):
+    prompt = [int(t) for t in requests[0]["input_ids"]]
+    free = g.beam_search(model, requests[:1], 8, [], 2)[0][0][1]
+    seen = {"all": [prompt[0], *free], "first": prompt[:1]}  # what the answer would hold counts as said before
+    for rule, same in (("lavis", True), ("transformers", False)):
+        options = {"repetition_penalty": 3.0, "rule": rule}
+        one, other = (g.beam_search(model, [{**requests[0], "seen": s}], 8, [], 2, **options) for s in seen.values())
+        assert (one == other) == same
+
+
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0}, {"num_beams": 2}])
 def test_logits_that_are_not_finite_are_refused(base, processor, settings):
     broken = g.load_model(base)
