@@ -922,7 +922,7 @@ def _train_state(params: dict, optimizer: torch.optim.Optimizer) -> dict:
 # ---- checkpoint-N directories
 
 
-def _checkpoints(output_dir) -> list:
+def checkpoints(output_dir) -> list[Path]:
     """Complete checkpoint-N directories, oldest first."""
     found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
     complete = [p for p in found if (p / "trainer_state.json").is_file()]
@@ -931,17 +931,25 @@ def _checkpoints(output_dir) -> list:
 
 def last_checkpoint(output_dir) -> Path | None:
     """The newest complete checkpoint-N, or None."""
-    return (_checkpoints(output_dir) or [None])[-1]
+    return (checkpoints(output_dir) or [None])[-1]
 
 
-def rotate(output_dir, limit: int | None, keep=()) -> None:
-    """Keep the newest `limit` checkpoints (None: all) and those in `keep`; clear what a killed save left. rank 0."""
+def remove_dir(path: Path) -> None:
+    doomed = path.rename(path.with_name(path.name + ".tmp"))  # so that it is never half there
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def rotate(output_dir, limit: int | None, keep=(), own=None) -> None:
+    """Keep the newest `limit` checkpoints (None: all) and those in `keep`; clear what a killed save left. rank 0.
+
+    own(path): whether a checkpoint is of this run; others are the first to go.
+    """
     for path in Path(output_dir).glob("checkpoint-*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
     if limit is None:
         return
     keep = {os.path.abspath(path) for path in keep if path is not None}
-    for path in _checkpoints(output_dir)[: -limit or None]:
+    by_age = sorted(checkpoints(output_dir), key=own) if own else checkpoints(output_dir)
+    for path in by_age[: -limit or None]:
         if os.path.abspath(path) not in keep:
-            doomed = path.rename(path.with_name(path.name + ".tmp"))  # so that it is never half there
-            shutil.rmtree(doomed, ignore_errors=True)
+            remove_dir(path)

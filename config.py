@@ -46,6 +46,7 @@ class Config:
     output_dir: str = "output"
     overwrite_output_dir: bool = False  # start anew instead of continuing the run that is there
     resume_from_checkpoint: str | bool | None = None  # a checkpoint directory, or true: the last one
+    accept_changed_data: bool = False  # continue although the data files have changed since the checkpoint
     num_train_epochs: float = 1
     max_steps: int | None = None
     per_device_train_batch_size: int = 1  # samples, or with mixtoken streams, a micro-batch

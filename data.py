@@ -13,10 +13,13 @@ import difflib
 import hashlib
 import importlib
 import json
+import math
 import os
 import re
 import signal
 import sys
+import threading
+import time
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -483,6 +486,20 @@ class Measurer:
         return np.array(rows, dtype=np.int64).reshape(-1, 7), problems
 
 
+def ends_with_parent() -> None:
+    """For a worker: it ends when its parent does, however that dies; signals of a terminal are the parent's."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 _measurer = None  # in a forked worker of measure_all: the parent's Measurer
 
 
@@ -490,6 +507,7 @@ def _start_worker(measurer):
     global _measurer
     _measurer = measurer
     torch.set_num_threads(1)
+    ends_with_parent()
 
 
 def _measure_in_worker(task):
@@ -530,7 +548,7 @@ def measure_all(measurer: Measurer, num_workers: int, progress: bool):
         raise ValueError("a worker that reads records died (out of memory?); try --num_workers 0") from None
     finally:
         if pool:
-            pool.shutdown()
+            pool.shutdown(cancel_futures=True)
     rows = np.concatenate(rows) if rows else np.zeros((0, 7), np.int64)
     for number, entry in enumerate(measurer.entries):
         if entry.max_samples:
@@ -540,13 +558,55 @@ def measure_all(measurer: Measurer, num_workers: int, progress: bool):
     return rows, problems
 
 
+def digest(path: str) -> str:
+    """Of the contents of a file, or of all files of a directory (pictures in it by size)."""
+    if not os.path.isdir(path):
+        return checkpoint.file_digest(path)
+    listed = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+    texts = (".txt", ".json", ".jsonl", ".csv", ".tsv")
+    facts = [
+        [os.path.relpath(p, path), digest(p) if p.lower().endswith(texts) else os.path.getsize(p)]
+        for p in sorted(listed)
+    ]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def content_key(entries: list[Entry]) -> str:
+    """Changes whenever the records of the entries, their order or their mixture do; not with the place of the files."""
+    facts = []
+    for entry in entries:
+        if not hasattr(entry, "digests"):
+            entry.digests = [digest(path) for path in entry.paths]
+        settings = {k: v for k, v in entry.settings.items() if k not in ("data_files", "image_root", "chat_template")}
+        facts.append([entry.digests, settings, entry.system])
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
 def index_key(entries: list[Entry], processor, max_length: int) -> str:
     facts = [max_length, getattr(processor, "fingerprint", processor.__repr__)()]
-    for entry in entries:
-        files = [(os.path.abspath(p), os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in entry.paths]
+    facts.append(content_key(entries))
+    for entry in entries:  # where pictures are looked for
         settings = {key: value for key, value in entry.settings.items() if key != "weight"}
-        facts.append([files, settings, entry.system])
+        facts.append([[os.path.abspath(p) for p in entry.paths], settings])
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def index_checksum(rows: np.ndarray, listing: str) -> str:
+    return hashlib.sha256(rows.tobytes() + listing.encode()).hexdigest()
+
+
+def read_index(path: Path) -> tuple[np.ndarray, list] | None:
+    """A saved index: (rows, problems); None if the file is damaged."""
+    try:
+        with np.load(path) as saved:
+            rows, listing, checksum = saved["rows"], str(saved["problems"]), str(saved["checksum"])
+        if index_checksum(rows, listing) == checksum:
+            return rows, [tuple(p) for p in json.loads(listing)]
+    except Exception as e:  # a damaged archive raises all sorts of errors
+        print(f"warning: {path} is damaged ({one_line(e)}) and is made again", file=sys.stderr)
+        return None
+    print(f"warning: {path} does not fit its checksum and is made again", file=sys.stderr)
+    return None
 
 
 def build_index(
@@ -562,9 +622,8 @@ def build_index(
     measurer = Measurer(entries, processor, max_length, decode_images)
     path = Path(cache_dir) / f"index-{index_key(entries, processor, max_length)}.npz" if cache_dir else None
     rows = None
-    if path and path.exists():
-        with np.load(path) as saved:
-            rows, problems = saved["rows"], [tuple(p) for p in json.loads(str(saved["problems"]))]
+    if path and path.exists() and (saved := read_index(path)):
+        rows, problems = saved
         # A picture may have been added since: if a record has become good, measure anew.
         if any(not measurer((number, record, record + 1))[1] for number, record, *_ in problems):
             rows = None
@@ -583,10 +642,9 @@ def build_index(
         raise ValueError(f"the dataset is empty: no sample in {files} (after splits and max_samples)")
     if path and fresh:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp")
-        with open(temporary, "wb") as file:
-            np.savez(file, rows=rows, problems=np.array(json.dumps(problems)))
-        os.replace(temporary, path)
+        listing = json.dumps(problems)
+        with checkpoint.atomic_file(path) as file:
+            np.savez(file, rows=rows, problems=np.array(listing), checksum=np.array(index_checksum(rows, listing)))
     return Index(entries, rows, listed)
 
 
@@ -609,6 +667,7 @@ class Plan:
         self.index, self.seed, self.max_length = index, seed, max_length
         self.mixtoken, self.max_images, self.shuffle = mixtoken, max_images, shuffle
         self.cached = None, None  # epoch, units
+        self.origin = 0, 0, 0  # the run stands behind (step, epoch, units of it); later steps count from there
         self.num_units = {}  # epoch -> number of units: packs differ a little from one shuffle to the next
         if mixtoken and max_images and index.num_images.max() > max_images:
             n = int(index.num_images.argmax())
@@ -661,28 +720,47 @@ class Plan:
             tokens, pictures = tokens + length, pictures + count
         return np.split(order, borders)
 
-    def steps_per_epoch(self, global_batch: int, epoch: int = 0) -> int:
+    def count(self, epoch: int) -> int:
+        """Units of an epoch."""
         if not self.mixtoken:
-            return -(-len(self.index) // global_batch)
+            return len(self.index)
         if epoch not in self.num_units:
             self.units(epoch)
-        return -(-self.num_units[epoch] // global_batch)
+        return self.num_units[epoch]
 
-    def total_steps(self, num_epochs: int, global_batch: int) -> int:
-        return sum(self.steps_per_epoch(global_batch, epoch) for epoch in range(num_epochs))
+    def steps_per_epoch(self, global_batch: int, epoch: int = 0) -> int:
+        return -(-self.count(epoch) // global_batch)
+
+    def total_steps(self, num_epochs: float, global_batch: int) -> int:
+        """Of the whole run, of which origin's steps are done."""
+        steps, epoch, first = self.origin
+        for e, end in self.ends(num_epochs, global_batch):
+            if e >= epoch:
+                steps += max(0, -(-(end - (first if e == epoch else 0)) // global_batch))
+        return steps
+
+    def ends(self, num_epochs: float, global_batch: int) -> list[tuple[int, int]]:
+        """(epoch, how many of its units are trained on)"""
+        whole, part = int(num_epochs), num_epochs % 1
+        ends = [(epoch, self.count(epoch)) for epoch in range(whole)]
+        if part:
+            steps = math.ceil(part * self.steps_per_epoch(global_batch, whole))
+            ends.append((whole, min(self.count(whole), steps * global_batch)))
+        return ends
 
     def locate(self, step: int, global_batch: int) -> tuple[int, int]:
-        """Step of the run -> (epoch, step inside it)."""
-        epoch = 0
-        while step >= (steps := self.steps_per_epoch(global_batch, epoch)):
-            step, epoch = step - steps, epoch + 1
-        return epoch, step
+        """Step of the run -> (epoch, first of its units there)."""
+        start, epoch, first = self.origin
+        step -= start
+        while step >= (steps := -(-(self.count(epoch) - first) // global_batch)):
+            step, epoch, first = step - steps, epoch + 1, 0
+        return epoch, first + step * global_batch
 
     def micro_batches(self, step: int, dp_rank: int, dp_size: int, per_device_batch: int, grad_accum: int):
         """-> (epoch, one list of units per forward pass of this rank). All ranks get equally many lists, some empty."""
         round_size = per_device_batch * dp_size
-        epoch, step = self.locate(step, round_size * grad_accum)
-        units = self.units(epoch)[step * round_size * grad_accum : (step + 1) * round_size * grad_accum]
+        epoch, first = self.locate(step, round_size * grad_accum)
+        units = self.units(epoch)[first : first + round_size * grad_accum]
         rounds = [units[start : start + round_size] for start in range(0, len(units), round_size)]
         return epoch, [units_of_round[dp_rank::dp_size] for units_of_round in rounds]
 
@@ -728,6 +806,7 @@ def attach_images(sample: dict, processor, features=None, image_jitter: float = 
         found = [features.get(path) for path in sample["images"]]
         for path, feature in zip(sample["images"], found, strict=True):
             if feature is None:
+                processor.load_image(path)  # says what is wrong with it
                 raise ValueError(f"no cached features of image {path}")
         sample["image_features"] = [torch.as_tensor(feature) for feature in found]
         return sample
@@ -867,8 +946,7 @@ def _as_it_is(item):
 
 def _start_loading(worker):
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal signals the whole group; the main process decides
-        signal.signal(number, signal.SIG_IGN)
+    ends_with_parent()
 
 
 # ------------------------------------------------------------------------------------------------------------- commands

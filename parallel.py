@@ -16,8 +16,10 @@ import functools
 import math
 import os
 import re
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from fnmatch import fnmatch
 
 import torch
@@ -33,6 +35,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels.linear_cross_entropy import linear_cross_entropy
 
 STAGES = ("stage1", "stage2", "stage3")
+TIMEOUT = timedelta(hours=2)  # of a collective: as long as rank 0 may write a large checkpoint
 
 
 AXES = ("pp", "dp_replicate", "dp_shard", "tp")
@@ -76,7 +79,48 @@ def layout(size: int, tp: int, pp: int, sharding: str | None, sharding_degree: i
     return pp, dp // degree, degree, tp
 
 
-def init_world(tp: int = 1, pp: int = 1, sharding: str | None = None, sharding_degree: int | None = None) -> World:
+class Meeting:
+    """The ranks before they are a process group: they wait for each other however long that takes, and share texts."""
+
+    def __init__(self):
+        self.rank, self.size, self.store = 0, 1, dist.HashStore()
+        if "RANK" in os.environ:
+            store, self.rank, self.size = next(rendezvous("env://"))
+            # ranks that torchrun started again find what the dead ones left in its store
+            self.store = dist.PrefixStore(f"start-{restart_count()}", store)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, key: str, value: str | None = None) -> str:  # all ranks
+        """What rank 0 gives."""
+        if self.main:
+            self.store.set(key, value)
+        self.wait([key])
+        return self.store.get(key).decode()
+
+    def wait_for_all(self, key: str) -> None:  # all ranks
+        self.store.set(f"{key}-{self.rank}", "here")
+        self.wait([f"{key}-{rank}" for rank in range(self.size)])
+
+    def wait(self, keys: list[str]) -> None:
+        while not self.store.check(keys):
+            if self.store.check(["failed"]):
+                raise ValueError(f"stopped, since another rank did: {self.store.get('failed').decode()}")
+            time.sleep(0.05)
+
+    def fail(self, reason: str) -> None:
+        """The others need not wait for this rank."""
+        if self.size > 1 and not self.store.check(["failed"]):
+            self.store.set("failed", f"rank {self.rank}: {reason}")
+
+
+def init_world(
+    tp: int = 1, pp: int = 1, sharding: str | None = None, sharding_degree: int | None = None,
+    meeting: Meeting | None = None,
+) -> World:  # fmt: skip
     """Joins the ranks that torchrun started, or makes a world of one. NCCL where there are GPUs, else gloo."""
     sizes = layout(int(os.environ.get("WORLD_SIZE", 1)), tp, pp, sharding, sharding_degree)
     cuda = torch.cuda.is_available()
@@ -84,13 +128,10 @@ def init_world(tp: int = 1, pp: int = 1, sharding: str | None = None, sharding_d
     if cuda:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    if "RANK" in os.environ:
-        store, rank, size = next(rendezvous("env://"))
-        # ranks that torchrun started again find the addresses of the dead ones in its store
-        store = dist.PrefixStore(f"start-{restart_count()}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    else:
-        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
+    meeting = meeting or Meeting()
+    dist.init_process_group(
+        backend, store=meeting.store, rank=meeting.rank, world_size=meeting.size, timeout=TIMEOUT
+    )
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
     axes = {**{axis: mesh[axis] for axis in AXES}, "dp": mesh["dp_replicate", "dp_shard"]._flatten("dp")}
     groups.clear()
@@ -107,7 +148,21 @@ def restart_count() -> int:
 
 def leave_world() -> None:
     groups.clear()
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def compare(facts: dict) -> None:  # all ranks
+    """ValueError on every rank unless all have the same facts {name: value}."""
+    found: list = [None] * dist.get_world_size()
+    dist.all_gather_object(found, facts)
+    for key in facts:
+        for rank, other in enumerate(found):
+            if other.get(key) != found[0].get(key):
+                raise ValueError(
+                    f"the ranks differ in {key}: rank 0 has {found[0].get(key)}, rank {rank} has {other.get(key)}; "
+                    "start all with the same command on the same files"
+                )
 
 
 def lost_rank(error: BaseException) -> str | None:

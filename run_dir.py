@@ -1,14 +1,26 @@
 """The output directory of a run: what is in it, how it is continued, and what is published there.
 
-    train_config.json   the settings      log.jsonl   every step      checkpoint-N   whole, each a model_name_or_path
+    run.json            which run this is: its id, settings, where it began, whether it is finished
+    train_config.json   the settings that trained, as a configuration file      log.jsonl   every step
+    checkpoint-N        whole, each a model_name_or_path; trainer_state.json in it says which run's it is
+    .lock               while a run goes on: by which process
+
+The first start of a run decides whether it begins anew, from a given checkpoint, or continues; a restart of the same
+command finds that decision in run.json and goes on from the run's own last checkpoint.
 """
 
 import contextlib
+import fcntl
 import json
+import math
 import os
 import shutil
+import signal
+import socket
 import sys
-from dataclasses import asdict
+import time
+import uuid
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -17,62 +29,334 @@ import checkpoint
 import parallel
 from config import Config
 
+# Settings that change no trained value: a finished run with others of them is the same finished run.
+HARMLESS = {
+    "num_workers", "logging_steps", "disable_tqdm", "report_to", "benchmark", "skip_memory_metrics", "dry_run",
+    "use_flash_attention", "compile", "recompute", "save_total_limit", "accept_changed_data", "overwrite_output_dir",
+    "resume_from_checkpoint", "output_dir", "tensor_parallel_degree", "pipeline_parallel_degree", "pipeline_schedule",
+    "sharding", "sharding_parallel_degree",
+}  # fmt: skip
+# With these changed, a command is still a restart of the one before.
+RESTARTED_WITH = HARMLESS | {"per_device_train_batch_size", "gradient_accumulation_steps", "save_steps", "max_steps"}
+RESTARTED_WITH |= {"per_device_eval_batch_size", "eval_accumulation_steps", "num_train_epochs"}
+PUBLISHED = ("*model*.safetensors*", "adapter_config.json", "loss.png")
 
-def prepare_output_dir(cfg: Config, world: parallel.World) -> Path | None:
-    """The checkpoint to continue from, or None. Refuses to touch a directory that is no run of ours.
 
-    A run that torchrun started again, since a rank had died, always goes on from its own last checkpoint.
-    """
-    out = Path(cfg.output_dir)
-    restarted = parallel.restart_count() > 0
-    overwrite = cfg.overwrite_output_dir and not restarted
-    is_run = (out / "train_config.json").exists()
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"output_dir={out} is a file; choose a directory")
-    if out.is_dir() and any(out.iterdir()) and not is_run:
-        raise ValueError(
-            f"output_dir={out} is not empty and holds no earlier run (no train_config.json); choose another directory"
-        )
-    resume = checkpoint.last_checkpoint(out) if restarted else None
-    if resume is None and isinstance(cfg.resume_from_checkpoint, str):
-        resume = Path(cfg.resume_from_checkpoint)
-        if not (resume / "trainer_state.json").exists():
-            raise ValueError(f"resume_from_checkpoint={resume} is no complete checkpoint (no trainer_state.json)")
-    elif not overwrite and resume is None:
-        resume = checkpoint.last_checkpoint(out)
-        if resume is None and cfg.resume_from_checkpoint and not restarted:
-            raise ValueError(f"resume_from_checkpoint=true, but {out} has no complete checkpoint")
-    parallel.barrier(world)
-    if world.main:
+# ---- signals
+
+
+class Stopped(BaseException):
+    """A signal broke off what went on."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+class Signals:
+    """The first SIGINT, SIGTERM or SIGHUP is noted; where work can be broken off, it raises Stopped. A second one ends
+    the process."""
+
+    def __init__(self):
+        self.number, self.time, self.breaking, self.before = 0, 0.0, False, {}
+
+    def __enter__(self):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                self.before[number] = signal.signal(number, self.handle)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, number: int, _frame) -> None:
+        if not self.number:
+            self.number, self.time = number, time.monotonic()
+            if self.breaking:
+                raise Stopped(number)
+        elif time.monotonic() - self.time > 0.3:  # torchrun passes on at once what its ranks had from the terminal
+            os.write(2, b"error: ended at once by a second signal; the last checkpoint stands\n")
+            os._exit(128 + number)
+
+    @contextlib.contextmanager
+    def breakable(self, here: bool = True):
+        """Within it a signal raises Stopped at once. Not where other ranks would wait for this one."""
+        if here and self.number:
+            raise Stopped(self.number)
+        self.breaking = here
+        try:
+            yield
+        finally:
+            self.breaking = False
+
+
+# ---- the directory
+
+
+@dataclass
+class Start:
+    """What rank 0 found in the output directory, and decided; the other ranks are told."""
+
+    id: str  # of the run; its checkpoints have it
+    resume: str | None = None  # the checkpoint to continue from
+    anew: bool = True  # begins a run; else continues the one that is there
+    clears: bool = False  # removes what an earlier run left, when its own first checkpoint is saved
+    # runs whose checkpoints up to a step belong to this one too: (id; null for one of before ids, step)
+    lineage: list = field(default_factory=list)
+    finished: int | None = None  # the steps of the run, if it is finished
+    changed: dict = field(default_factory=dict)  # setting -> [that of the run there, the one asked for]
+
+
+class RunDir:
+    """Rank 0 writes; nothing of an earlier run is removed before this one's first checkpoint is there."""
+
+    def __init__(self, cfg: Config):
+        self.cfg, self.path, self.file = cfg, Path(cfg.output_dir), None
+        self.start: Start | None = None
+        self.waiting = False  # for the first checkpoint
+
+    # -- lock
+
+    def lock(self) -> None:
+        """Freed by the process's death, whatever kills it. rank 0."""
+        out, own = self.path, (".lock", "run.json", "train_config.json", "index")
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"output_dir={out} is a file; choose a directory")
+        foreign = [p.name for p in out.iterdir()] if out.is_dir() else []
+        is_run = "train_config.json" in foreign or "run.json" in foreign
+        if not is_run and any(n not in own and not n.endswith(".tmp") and "log.jsonl" not in n for n in foreign):
+            raise ValueError(
+                f"output_dir={out} is not empty and holds no earlier run (no train_config.json); choose another "
+                "directory"
+            )
         out.mkdir(parents=True, exist_ok=True)
-        if is_run and overwrite:
-            for path in [
-                *out.glob("checkpoint-*"),
-                *(out / n for n in ("log.jsonl", "loss.png")),
-                *out.glob("*model*.safetensors*"),
-            ]:
-                if resume is None or path.resolve() != resume.resolve():
-                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        if is_run and resume is not None:
-            old = json.loads((out / "train_config.json").read_text(encoding="utf-8"))
-            changed = [
-                k
-                for k, v in asdict(cfg).items()
-                if old.get(k, v) != v and k not in ("overwrite_output_dir", "resume_from_checkpoint")
-            ]
-            if changed:
-                print(
-                    f"warning: continuing with other settings than the run began with: {', '.join(changed)}",
-                    file=sys.stderr,
-                )
-        checkpoint.write_json(out / "train_config.json", asdict(cfg))
-    parallel.barrier(world)
-    return resume
+        while self.file is None:
+            file = open(out / ".lock", "a+")
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise ValueError(
+                    f"output_dir={out} is in use by {holder}; wait for that run to end, or choose another directory"
+                ) from None
+            # the one before may have removed the file that was opened here
+            if (out / ".lock").exists() and os.path.samestat(os.stat(out / ".lock"), os.fstat(file.fileno())):
+                self.file = file
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        for path in [*out.glob("*.tmp"), *out.glob("index/*.tmp")]:  # what a killed process left
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+        for path in out.glob("checkpoint-*.old"):
+            if (final := path.with_suffix("")).exists():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.rename(final)
+
+    def unlock(self) -> None:
+        if self.file is not None:
+            with contextlib.suppress(OSError):
+                (self.path / ".lock").unlink(missing_ok=True)
+            self.file.close()
+            self.file = None
+
+    # -- the decision
+
+    def record(self) -> dict | None:
+        """run.json; of a run of before there was one, what its other files say; None without a run."""
+        if (self.path / "run.json").exists():
+            record = checkpoint.read_json(self.path / "run.json", "")
+            kinds = {"id": str | None, "settings": dict, "request": dict, "lineage": list, "finished": int | None}
+            for key, kind in kinds.items():
+                checkpoint.check(record.get(key), kind, f"{self.path / 'run.json'}: {key}")
+            if not all((self.path / name).exists() for name in record.get("published") or [""]):
+                record["finished"] = None  # what it published was removed
+            return record
+        if not (self.path / "train_config.json").exists():
+            return None
+        settings = checkpoint.read_json(self.path / "train_config.json", "")
+        last = checkpoint.last_checkpoint(self.path)
+        is_published = any(p for pattern in PUBLISHED[:2] for p in self.path.glob(pattern))
+        finished = int(last.name.split("-")[1]) if last and is_published else None
+        request = {key: settings.get(key) for key in ("overwrite_output_dir", "resume_from_checkpoint")}
+        return {"id": None, "settings": settings, "request": request, "lineage": [], "finished": finished}
+
+    def request(self) -> dict:
+        cfg = self.cfg
+        given = cfg.resume_from_checkpoint if isinstance(cfg.resume_from_checkpoint, str) else None
+        return {"overwrite_output_dir": bool(cfg.overwrite_output_dir), "resume_from_checkpoint": given}
+
+    def decide(self) -> Start:
+        """rank 0, which holds the lock."""
+        cfg, record, new = self.cfg, self.record(), uuid.uuid4().hex[:12]
+        given = self.request()["resume_from_checkpoint"]
+        if record is None:
+            start = Start(new, self.given_checkpoint(given))
+        else:
+            old = record["settings"]
+            changed = {k: [old.get(k), v] for k, v in json.loads(json.dumps(asdict(cfg))).items() if old.get(k, v) != v}
+            changed = {k: v for k, v in changed.items() if k not in ("overwrite_output_dir", "resume_from_checkpoint")}
+            request = {**record["request"], "overwrite_output_dir": bool(record["request"].get("overwrite_output_dir"))}
+            if not isinstance(request.get("resume_from_checkpoint"), str):
+                request["resume_from_checkpoint"] = None
+            restart = request == self.request() and not changed.keys() - RESTARTED_WITH
+            if given:
+                anew = not restart
+            else:  # torchrun starts ranks again: then it is never a new run
+                again = restart and (record["finished"] is None or parallel.restart_count() > 0)
+                anew = cfg.overwrite_output_dir and not again
+            if anew:
+                start = Start(new, self.given_checkpoint(given), lineage=self.ancestors(record, given))
+                start.clears = cfg.overwrite_output_dir and not given
+            else:
+                id = record["id"] or new
+                lineage = record["lineage"] if record["id"] else [[None, 1 << 60]]
+                start = Start(id, anew=False, lineage=lineage, finished=record["finished"], changed=changed)
+                start.clears = bool(record.get("clears"))
+                own = self.own(start)
+                start.resume = str(own[-1]) if own else record.get("from")
+        if cfg.resume_from_checkpoint is True and start.resume is None and not parallel.restart_count():
+            raise ValueError(f"resume_from_checkpoint=true, but {self.path} has no complete checkpoint")
+        return start
+
+    def given_checkpoint(self, given: str | None) -> str | None:
+        if given and not (Path(given) / "trainer_state.json").exists():
+            raise ValueError(f"resume_from_checkpoint={given} is no complete checkpoint (no trainer_state.json)")
+        return given
+
+    def ancestors(self, record: dict, given: str | None) -> list:
+        """Whose checkpoints in the directory belong to a run that begins from `given` too."""
+        none = [[None, -1]]  # checkpoints without an id are those of a run of before ids
+        if not given or Path(given).resolve().parent != self.path.resolve():
+            return none if record["id"] is None else []
+        state = read_state(given)
+        known = {i: step for i, step in record["lineage"]}
+        lineage = {**known, record["id"]: state["step"]} if state.get("run") == record["id"] else known
+        return [[i, min(step, state["step"])] for i, step in {None: -1, **lineage, state.get("run"): 1 << 60}.items()]
+
+    def belongs(self, path: Path, start: Start | None = None) -> bool:
+        """Whether a checkpoint is this run's. A damaged one is: it may not be passed over without a word."""
+        start = start or self.start
+        try:
+            state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            run, step = state.get("run"), state["step"]
+            lineage = {i: last for i, last in start.lineage}
+            return run == start.id or (run in lineage and step <= lineage[run]) or run is None and None not in lineage
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+            return True
+
+    def own(self, start: Start | None = None) -> list[Path]:
+        return [p for p in checkpoint.checkpoints(self.path) if self.belongs(p, start)]
+
+    # -- what is written
+
+    def begin(self) -> None:
+        """The run is built: from now on the directory is its own, or, if there is something of an earlier run to lose,
+        from its first checkpoint on. rank 0."""
+        left = checkpoint.checkpoints(self.path) or any(p for g in PUBLISHED for p in self.path.glob(g))
+        self.waiting = bool(self.start.anew and left)
+        if self.waiting and self.cfg.save_strategy == "no" and self.cfg.do_train:
+            raise ValueError(
+                f"output_dir={self.path} holds a trained model, and save_strategy=no would save none in its place; "
+                "choose another output_dir"
+            )
+        if not self.waiting and self.cfg.do_train:
+            self.write_record()
+            self.take_over()
+
+    def write_record(self, finished: int | None = None, published: list[str] = ()) -> None:
+        start, request, first = self.start, self.request(), start_of(self.start)
+        if not start.anew and (self.path / "run.json").exists():  # what its first start asked for stands
+            before = checkpoint.read_json(self.path / "run.json", "")
+            request, first = before["request"], before.get("from")
+            published = published or before.get("published", [])
+        settings = asdict(self.cfg)
+        record = {"id": start.id, "settings": settings, "request": request, "from": first, "lineage": start.lineage}
+        record |= {"clears": start.clears, "finished": finished, "published": list(published)}
+        if checkpoint_changed(self.path / "run.json", record):
+            checkpoint.write_json(self.path / "run.json", record)
+
+    def take_over(self) -> None:
+        """After the first checkpoint, or where nothing is to lose: settings and log of this run, and what an earlier
+        one left goes, if overwrite_output_dir says so."""
+        checkpoint.write_json(self.path / "train_config.json", asdict(self.cfg))
+        if self.log_path(True).exists():
+            os.replace(self.log_path(True), self.log_path(False))
+        for path in self.path.glob("log.jsonl.*.next"):
+            path.unlink()
+        if self.start.clears and self.start.anew:
+            for path in checkpoint.checkpoints(self.path):
+                if not self.belongs(path):
+                    checkpoint.remove_dir(path)
+            for path in [p for pattern in PUBLISHED for p in self.path.glob(pattern)]:
+                path.unlink()
+        self.waiting = False
+
+    def before_save(self) -> None:
+        if self.waiting or not (self.path / "run.json").exists():
+            self.write_record()
+
+    def after_save(self) -> None:
+        if self.waiting or not (self.path / "train_config.json").exists():
+            self.take_over()
+            self.start.anew = False
+
+    def log_path(self, waiting: bool | None = None) -> Path:
+        waiting = self.waiting if waiting is None else waiting
+        return self.path / (f"log.jsonl.{self.start.id}.next" if waiting else "log.jsonl")
+
+    def finish(self, source: Path, step: int) -> None:
+        """The final model's files stand in the output directory itself too, and the run is finished. rank 0."""
+        before = checkpoint.read_json(self.path / "run.json", "").get("published", [])
+        published = publish(source, self.path)
+        for name in {*before} - {*published}:
+            (self.path / os.path.basename(name)).unlink(missing_ok=True)
+        self.write_record(step, published)
 
 
-def publish(path: Path, out: Path) -> None:
-    """The final model's files stand in the output directory itself too: links where possible, else copies."""
-    for source in path.iterdir():
+def start_of(start: Start) -> str | None:
+    return os.path.abspath(start.resume) if start.anew and start.resume else None
+
+
+def checkpoint_changed(path: Path, record: dict) -> bool:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(record))
+    except (OSError, ValueError):
+        return True
+
+
+def read_state(directory) -> dict:
+    """trainer_state.json of a checkpoint, checked; its directory's name says the same step."""
+    path = Path(directory) / "trainer_state.json"
+    state = checkpoint.read_json(path, "expected a checkpoint-N directory of a training run")
+    number = float | int | None
+    kinds = {"step": int, "epoch": int | None, "units": int | None, "bad": int | None, "samples": int | None}
+    kinds |= {"best_step": int | None, "facts": dict | None, "scaler": dict | None, "run": str | None}
+    for key, kind in {**kinds, "best_metric": number, "evaluated": bool | None}.items():
+        checkpoint.check(state.get(key), kind, f"{path}: {key}")
+    state.pop("train_state", None)
+    name = Path(directory).resolve().name
+    if state["step"] < 0 or name.startswith("checkpoint-") and name != f"checkpoint-{state['step']}":
+        raise ValueError(f"{path}: step is {state['step']}, the directory is {name}; remove it to resume from another")
+    return state
+
+
+def shown(changed: dict) -> str:
+    """Settings with both values."""
+
+    def short(value) -> str:
+        text = json.dumps(value, ensure_ascii=False)
+        return text if len(text) <= 60 else text[:57] + "..."
+
+    return ", ".join(f"{key} {short(old)} -> {short(new)}" for key, (old, new) in changed.items())
+
+
+def publish(path: Path, out: Path) -> list[str]:
+    """Links where possible, else copies; returns their names."""
+    names = []
+    for source in sorted(path.iterdir()):
         if source.is_file() and source.name != "trainer_state.json":
             temporary = out / (source.name + ".tmp")
             temporary.unlink(missing_ok=True)
@@ -81,22 +365,27 @@ def publish(path: Path, out: Path) -> None:
             except OSError:
                 shutil.copyfile(source, temporary)
             os.replace(temporary, out / source.name)
+            names.append(source.name)
+    return names
 
 
 class Log:
     """log.jsonl (every step), console lines, progress bar, TensorBoard. Rank 0 only."""
 
-    def __init__(self, cfg: Config, start_step: int, total: int):
-        self.cfg, self.total, self.path = cfg, total, Path(cfg.output_dir) / "log.jsonl"
-        kept = []
-        if start_step and self.path.exists():  # steps after the checkpoint are taken again
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(json.JSONDecodeError):
-                    if json.loads(line)["step"] <= start_step:
+    def __init__(self, cfg: Config, run_dir: RunDir, start_step: int, total: int, evaluated: bool):
+        """`evaluated`: whether the evaluation due at start_step has counted already; else it comes again."""
+        self.cfg, self.total, self.path = cfg, total, run_dir.log_path()
+        kept, source = [], run_dir.path / "log.jsonl"
+        if start_step and source.exists():  # steps after the checkpoint are taken again
+            for line in source.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(json.JSONDecodeError, TypeError, KeyError):
+                    r = json.loads(line)
+                    again = r["step"] == start_step and "loss" not in r and not evaluated
+                    if r["step"] <= start_step and not again and not r.get("final"):
                         kept.append(line)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        if cfg.do_train:
+            with checkpoint.atomic_file(self.path, "w") as file:
+                file.write("".join(line + "\n" for line in kept))
         self.file = open(self.path, "a", encoding="utf-8")
         self.bar = sys.stderr.isatty() and not cfg.disable_tqdm
         self.board = None
@@ -144,8 +433,10 @@ class Log:
 def draw_loss(log_path: Path, out: Path) -> None:
     """The loss curve as a picture: training in blue, evaluation in red."""
     records = [json.loads(line) for line in log_path.read_text(encoding="utf-8").splitlines()]
-    train = [(r["step"], r["loss"]) for r in records if "loss" in r]
-    evals = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r]
+    train = [(r["step"], r["loss"]) for r in records if "loss" in r and math.isfinite(r["loss"])]
+    evals = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r and math.isfinite(r["eval_loss"])]
+    if not train and not evals:
+        return
     W, H, margin = 640, 400, 48
     top = max(v for _, v in train + evals) or 1.0
     last = max(s for s, _ in train + evals)
@@ -167,4 +458,5 @@ def draw_loss(log_path: Path, out: Path) -> None:
             x, y = place(*p)
             draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)
     draw.text((W // 2 - 40, 16), "loss over steps", fill="black")
-    image.save(out)
+    with checkpoint.atomic_file(out) as file:
+        image.save(file, "PNG")

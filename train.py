@@ -11,11 +11,13 @@ divided by their number over all micro-batches and ranks, so batch x accumulatio
 Killed at any point, the same command continues from the last checkpoint with the same losses.
 """
 
+import contextlib
 import copy
 import difflib
 import fnmatch
 import hashlib
 import importlib
+import io
 import json
 import math
 import os
@@ -29,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import checkpoint
@@ -41,7 +44,7 @@ import pipeline
 from config import Config, parse_config
 from kernels import dispatch
 from kernels.linear_cross_entropy import IGNORE_INDEX
-from run_dir import Log, draw_loss, prepare_output_dir, publish
+from run_dir import HARMLESS, Log, RunDir, Signals, Start, Stopped, draw_loss, read_state, shown
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
@@ -308,6 +311,12 @@ class LossScaler:
     def __init__(self, enabled: bool):
         self.scale, self.good, self.skipped, self.enabled = (2.0**16 if enabled else 1.0), 0, 0, enabled
 
+    def state(self) -> dict:
+        return {"scale": self.scale, "good": self.good, "skipped": self.skipped}
+
+    def load(self, state: dict) -> None:
+        self.scale, self.good, self.skipped = state["scale"], state["good"], state["skipped"]
+
     def update(self, finite: bool) -> None:
         self.good, self.skipped = (self.good + 1, 0) if finite else (0, self.skipped + 1)
         if not self.enabled:
@@ -388,6 +397,22 @@ def step_facts(
         sums = parallel.all_sum(torch.tensor(sums)).tolist()
         maxima = parallel.all_max(torch.tensor(maxima, dtype=torch.int64), world).tolist()
     return sums[:-2], sums[-2], sums[-1], maxima[0], [bool(x) for x in maxima[1:]]
+
+
+def name_bad(micro_batches: list[dict], named: dict, world: parallel.World) -> None:
+    """Says what could not be loaded, once for each record. One of the ranks that see the same data says it."""
+    for where, reason in [pair for batch in micro_batches for pair in batch["bad"]]:
+        if where not in named and world.tp_rank == world.pp_rank == 0:
+            print(f"warning: left out {where}: {reason}", file=sys.stderr, flush=True)
+        named[where] = reason
+
+
+def check_bad(bad: int, tried: int, cfg: Config, what: str) -> None:
+    if bad > cfg.max_bad_samples * tried:
+        raise ValueError(
+            f"{bad} of {tried} {what} could not be loaded (listed above), max_bad_samples={cfg.max_bad_samples:g} "
+            f"allows {int(cfg.max_bad_samples * tried)}"
+        )
 
 
 def forward_backward(
@@ -472,8 +497,12 @@ def clip_and_step(
 
 
 @torch.no_grad()
-def evaluate_loss(model, plan, processor, cfg: Config, world, stages=None) -> dict[str, float]:
-    """Mean loss over the supervised tokens of the eval set, and of each of its entries."""
+def evaluate_loss(
+    model, plan, processor, cfg: Config, world, stages=None, signals: Signals | None = None, bad: dict | None = None
+) -> dict[str, float]:  # all ranks
+    """Mean loss over the supervised tokens of the eval set, and of each of its entries. A signal breaks it off on all
+    ranks. `bad` {where: reason}: records that could not be loaded, named already; more are added."""
+    bad = {} if bad is None else bad
     model.eval()
     steps = plan.steps_per_epoch(cfg.per_device_eval_batch_size * world.dp_size)
     loader = data.TrainLoader(
@@ -482,8 +511,14 @@ def evaluate_loss(model, plan, processor, cfg: Config, world, stages=None) -> di
     )  # fmt: skip
     kept: list[Tensor] = []
     sums = torch.zeros(len(plan.index.entries), len(getattr(model, "LOSSES", ("loss",))), 2, dtype=torch.float64)
+    num_bad = 0
     for _, _, micro_batches in loader:
-        *_, has_images = step_facts(model, micro_batches, 0, world)
+        number = signals.number if signals else 0
+        _, _, count, stop, has_images = step_facts(model, micro_batches, number, world)
+        if stop:
+            raise Stopped(stop)
+        name_bad(micro_batches, bad, world)
+        num_bad += count
         batch = to_device(micro_batches[0], world.device, has_images[0], processor.image_size)
 
         def forward(_i: int, x: Tensor | None = None, blocks=None, last: bool = True, batch=batch) -> Tensor | None:
@@ -504,6 +539,7 @@ def evaluate_loss(model, plan, processor, cfg: Config, world, stages=None) -> di
     sums = parallel.all_sum(sums + sum(kept).cpu() if kept else sums)
     if stages is not None:
         stages.from_last(sums)
+    check_bad(num_bad, len(plan.index), cfg, "eval samples")
     if not sums[..., 1].sum():
         raise ValueError("the eval set has no supervised token")
     result = {"eval_loss": float(means(sums.sum(0)).sum())}
@@ -530,51 +566,108 @@ def generation_scores(model, index: data.Index, processor, cfg: Config) -> dict[
 
 
 class ImageFeatures:
-    """Features of a frozen vision tower, (Q, C) fp32 a picture, in one file beside the length index."""
+    """Features of a frozen vision tower, (Q, C) fp32 a picture, in one file beside the length index. The rows of
+    pictures that could not be read are NaN. The file ends in a checksum of what is before."""
 
     def __init__(self, paths: list[str], file: Path, shape: tuple[int, int], mode: str):
         self.rows = {path: i for i, path in enumerate(paths)}
         self.array = np.memmap(file, dtype=np.float32, mode=mode, shape=(len(paths), *shape))
 
     def get(self, path: str) -> Tensor | None:
-        return torch.from_numpy(np.array(self.array[self.rows[path]])) if path in self.rows else None
+        row = np.array(self.array[self.rows[path]]) if path in self.rows else None
+        return None if row is None or np.isnan(row).any() else torch.from_numpy(row)
+
+
+def refuse_feature_cache(model, module, cfg: Config) -> None:
+    """Where features would not be what the tower gives in training."""
+    towers = {n: p for n, p in model.named_parameters() if matches(n, module.IMAGE_PARAMETERS)}
+    if any(p.requires_grad for p in towers.values()):
+        raise ValueError(
+            "cache_image_features=true needs a frozen vision tower; add it to freeze_include or turn the cache off"
+        )
+    if cfg.image_jitter:
+        raise ValueError("image_jitter changes the images, cache_image_features keeps them; use one of the two")
+    for name, part in model.named_modules():
+        rate = next((r for k in ("p", "dropout") if isinstance(r := getattr(part, k, None), float)), 0.0)
+        if rate and matches(f"{name}.x", module.IMAGE_PARAMETERS):
+            raise ValueError(
+                f"cache_image_features=true would leave out the dropout of {name} ({rate:g}), which training has; turn "
+                "the cache off, or set that dropout to 0 in config.json"
+            )
+
+
+def features_key(model, module, processor, cfg: Config, paths: list[str]) -> str:  # all ranks
+    """Of all that features depend on: the tower's values, whatever they come from, pictures, precision."""
+    key = hashlib.sha256()
+    for name, p in sorted(model.named_parameters()):
+        if matches(name, module.IMAGE_PARAMETERS):
+            values = checkpoint.full_tensor(p).contiguous().flatten().view(torch.uint8).numpy()
+            key.update(name.encode() + values.tobytes())
+    for path in paths:
+        key.update((path if path.startswith("data:") else checkpoint.file_digest(path)).encode())
+    facts = [model.config.raw, cfg.bf16, cfg.fp16, cfg.fp16_opt_level, processor.fingerprint(), cfg.max_length]
+    key.update(json.dumps(facts, sort_keys=True, default=str).encode())
+    return key.hexdigest()[:24]
 
 
 @torch.no_grad()
-def cache_features(model, plan, processor, cfg: Config, weights_id: str, world) -> ImageFeatures:
-    """Encodes every readable picture of the training set once, ranks in turn; a later run with the same files reads
-    them.
+def cache_features(model, module, plan, processor, cfg: Config, world, signals: Signals) -> ImageFeatures:  # all ranks
+    """Encodes every readable picture of the training set once, ranks in turn; a later run with the same files, weights
+    and precision reads them.
     """
-    paths = sorted(
-        {path for e in plan.index.entries for i in range(len(e)) for c in e.conversations(i) for path in c.images}
-    )
-    stamp = [(p, os.path.getsize(p), os.path.getmtime(p)) for p in paths]
-    key = hashlib.sha256(json.dumps([weights_id, cfg.bf16, cfg.fp16, stamp]).encode()).hexdigest()[:16]
+    refuse_feature_cache(model, module, cfg)
+    paths = sorted({path for n in range(len(plan.index)) for path in plan.index.conversation(n).images})
+    key = features_key(model, module, processor, cfg, paths)
     file = Path(cfg.output_dir) / "index" / f"features-{key}.f32"
     shape = (processor.num_image_tokens, model.config.hidden_size)
-    if not file.exists():
-        temporary = file.with_suffix(".tmp")
-        if world.main:
-            ImageFeatures(paths, temporary, shape, "w+")
-        parallel.barrier(world)
-        features = ImageFeatures(paths, temporary, shape, "r+")
-        model.eval()
-        for first in range(0, len(paths), world.dp_size):  # all ranks: a sharded tower is entered together
-            path = paths[min(first + world.dp_rank, len(paths) - 1)]
-            try:
-                pixels = processor.load_image(path)
-            except data.BAD_SAMPLE:  # the loader reports it: its row stays zero and is never used
-                pixels = blank(processor.image_size)
-            with autocast(cfg, world):
-                encoded = model({"pixel_values": pixels[None].to(world.device)}, output="features")
-            features.array[features.rows[path]] = encoded[0].float().cpu()
-        parallel.reshard(model)
-        features.array.flush()
-        parallel.barrier(world)
-        if world.main:
-            os.replace(temporary, file)
-        parallel.barrier(world)
+    size = 4 * len(paths) * math.prod(shape)
+    good = torch.tensor([int(not world.main or (file.exists() and features_whole(file, size)))])
+    if int(-parallel.all_max(-good, world)):
+        return ImageFeatures(paths, file, shape, "r")
+    temporary = file.with_name(file.name + ".tmp")
+    if world.main:
+        ImageFeatures(paths, temporary, shape, "w+")
+    parallel.barrier(world)
+    features = ImageFeatures(paths, temporary, shape, "r+")
+    model.eval()
+    for first in range(0, len(paths), world.dp_size):  # all ranks: a sharded tower is entered together
+        if stop := int(parallel.all_max(torch.tensor([signals.number]), world)):
+            raise Stopped(stop)
+        path, readable = paths[min(first + world.dp_rank, len(paths) - 1)], True
+        try:
+            pixels = processor.load_image(path)
+        except data.BAD_SAMPLE:  # the loader reports it
+            pixels, readable = blank(processor.image_size), False
+        with autocast(cfg, world):
+            encoded = model({"pixel_values": pixels[None].to(world.device)}, output="features")
+        features.array[features.rows[path]] = encoded[0].float().cpu() if readable else math.nan
+    parallel.reshard(model)
+    features.array.flush()
+    parallel.barrier(world)
+    if world.main:
+        with open(temporary, "r+b") as f:
+            checksum = hashlib.file_digest(f, "sha256").digest()
+            f.seek(0, os.SEEK_END)
+            f.write(checksum)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, file)
+    parallel.barrier(world)
     return ImageFeatures(paths, file, shape, "r")
+
+
+def features_whole(file: Path, size: int) -> bool:
+    """Whether it has its length and its checksum."""
+    whole = hashlib.sha256()
+    with open(file, "rb") as f:
+        left = size
+        while left and (block := f.read(min(left, 1 << 24))):
+            whole.update(block)
+            left -= len(block)
+        good = not left and f.read() == whole.digest()
+    if not good:
+        print(f"warning: {file} is damaged and is made again", file=sys.stderr)
+    return good
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -604,13 +697,33 @@ def save_checkpoint(
             dtype = torch.float32
             if cfg.fp16_opt_level == "O2" and (cfg.bf16 or cfg.fp16):
                 dtype = torch.bfloat16 if cfg.bf16 else torch.float16
-            named = ((n, full_tensor(n).to(dtype)) for n in everything)
+            named = ((n, rounded(n, full_tensor(n), dtype)) for n in everything)
             checkpoint.save_weights(temporary, named, write=world.main)
             if world.main:
                 config = {**model.config.raw, "torch_dtype": str(dtype).removeprefix("torch.")}
                 checkpoint.write_json(temporary / "config.json", config)
                 checkpoint.copy_side_files(directory, temporary)
         checkpoint.save_train_state(temporary, trainable, optimizer, state)
+
+
+def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """ValueError for a value that `dtype` has not."""
+    tensor = tensor.to(dtype)
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{name} has a value that {dtype} can't hold; use bf16=true; the last checkpoint stands")
+    return tensor
+
+
+def check_finite(parameters: dict[str, nn.Parameter], step: int, world: parallel.World) -> None:  # all ranks
+    """Before a checkpoint is made of them."""
+    local = {n: p.to_local() if hasattr(p, "to_local") else p for n, p in parameters.items()}
+    wrong = [n for n, p in local.items() if not bool(torch.isfinite(p.detach()).all())]
+    if int(parallel.all_max(torch.tensor([len(wrong)]), world)):
+        where = f" (first of them: {wrong[0]})" if wrong else ""
+        raise ValueError(
+            f"parameters are not finite after step {step}{where}; nothing is saved of them, the last checkpoint "
+            "stands; lower learning_rate or set max_grad_norm"
+        )
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -690,11 +803,7 @@ def dry_run(cfg: Config, config: dict, module, plan, world_size: int) -> str:
 
 
 def total_steps(cfg: Config, plan: data.Plan, global_batch: int) -> int:
-    if cfg.max_steps is not None:
-        return cfg.max_steps
-    whole = plan.total_steps(int(cfg.num_train_epochs), global_batch)
-    part = cfg.num_train_epochs % 1
-    return whole + (math.ceil(part * plan.steps_per_epoch(global_batch, int(cfg.num_train_epochs))) if part else 0)
+    return cfg.max_steps if cfg.max_steps is not None else plan.total_steps(cfg.num_train_epochs, global_batch)
 
 
 def model_file(cfg: Config) -> tuple[dict, object, Path | None]:
@@ -743,251 +852,505 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(dry_run(cfg, config, module, plan, world_size))
         return 0
-    world = parallel.init_world(
-        cfg.tensor_parallel_degree, cfg.pipeline_parallel_degree, cfg.sharding, cfg.sharding_parallel_degree
-    )
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        return run(cfg, module, directory, world)
-    except RuntimeError as e:
-        if (reason := parallel.lost_rank(e)) is None:
-            raise
-        last = checkpoint.last_checkpoint(cfg.output_dir)
-        then = f"continues from {last}" if last else "begins anew, since there is no checkpoint yet"
-        raise ConnectionError(
-            f"another rank is gone ({reason}): it was killed, or stopped with an error that it printed; the same "
-            f"command {then}, and torchrun --max-restarts does so by itself"
-        ) from None
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        parallel.leave_world()
+    with Signals() as signals:
+        try:
+            return run(cfg, module, directory, parallel.Meeting(), signals)
+        except (RuntimeError, MemoryError) as e:
+            if (clear := explained(e, cfg)) is None:
+                raise
+            raise clear from None
+        finally:
+            parallel.leave_world()
 
 
-def run(cfg: Config, module, directory: Path, world: parallel.World) -> int:
-    say = print if world.main else (lambda *_a, **_k: None)
-    kernels = dispatch.use_flash_attention(cfg.use_flash_attention, world.device)
-    resume = prepare_output_dir(cfg, world)
-    out = Path(cfg.output_dir)
-    say(json.dumps(asdict(cfg), ensure_ascii=False))
-    dataset = cfg.dataset or data.DEFAULT_DATASET
-    check_stage(cfg, module)
-    processor = module.load_processor(directory, cfg.stage)
-
-    def plan_for(split: str, **options) -> data.Plan:
-        if not dataset.get(split):
-            raise ValueError(f"dataset has no {split!r} entry")
-        index_args = (
-            dataset[split],
-            processor,
-            cfg.max_length,
-            out / "index",
-            cfg.num_workers,
-            world.main and not cfg.disable_tqdm,
+def explained(error: BaseException, cfg: Config) -> Exception | None:
+    """What a dead rank, a dead data worker or a full memory means to the user; None for another error."""
+    last = checkpoint.last_checkpoint(cfg.output_dir)
+    then = f"the same command continues from {last}" if last else "the same command begins anew: no checkpoint yet"
+    if (reason := parallel.lost_rank(error)) is not None:
+        return ConnectionError(
+            f"another rank is gone ({reason}): it was killed, or stopped with an error that it printed; {then}, and "
+            "torchrun --max-restarts does so by itself"
         )
-        if world.main:  # the others read what rank 0 measured
-            index = data.build_index(*index_args, max_bad_samples=cfg.max_bad_samples)
-        parallel.barrier(world)
-        if not world.main:
-            index = data.build_index(*index_args, max_bad_samples=cfg.max_bad_samples)
+    if "DataLoader worker" in str(error):
+        return ValueError(f"a data worker died (out of memory?): {data.one_line(error)}; lower num_workers; {then}")
+    if isinstance(error, MemoryError) or "out of memory" in str(error):
+        return ValueError(
+            f"out of memory ({data.one_line(error)[:200]}); lower per_device_train_batch_size or max_length, or set "
+            f"recompute=true or sharding=stage3; {then}"
+        )
+    return None
+
+
+@dataclass
+class Prepared:
+    """What all ranks know before they are a process group."""
+
+    processor: object
+    plan: data.Plan
+    eval_plan: data.Plan | None
+    run_dir: RunDir
+    state: dict  # where the run stands: trainer_state.json
+    total: int  # steps of the run
+
+
+def read_plan(cfg: Config, split: str, processor, meeting: parallel.Meeting, **options) -> data.Plan:  # all ranks
+    dataset = cfg.dataset or data.DEFAULT_DATASET
+    if not dataset.get(split):
+        raise ValueError(f"dataset has no {split!r} entry")
+    progress = meeting.main and not cfg.disable_tqdm
+    folder = Path(cfg.output_dir) / "index"
+    args = dataset[split], processor, cfg.max_length, folder, cfg.num_workers, progress
+    if not meeting.main:  # the others read what rank 0 measured
+        meeting.share(f"{split} index")
+    index = data.build_index(*args, max_bad_samples=cfg.max_bad_samples)
+    if meeting.main:
+        meeting.share(f"{split} index", "made")
         for where, reason in index.problems[:10]:
-            say(f"warning: left out {where}: {reason}", file=sys.stderr)
+            print(f"warning: left out {where}: {reason}", file=sys.stderr)
         if cut := int(index.truncated.sum()):
-            say(
+            print(
                 f"warning: {cut:,} of {len(index):,} {split} samples exceed max_length={cfg.max_length} and are cut",
                 file=sys.stderr,
             )
-        return data.Plan(index, cfg.seed, cfg.max_length, cfg.mixtoken, cfg.max_images, **options)
+    return data.Plan(index, cfg.seed, cfg.max_length, cfg.mixtoken, cfg.max_images, **options)
 
-    plan = plan_for("train")
+
+def check_metric(cfg: Config, eval_plan: data.Plan) -> None:
+    kinds = {eval_plan.index.conversation(n).kind for n in np.unique(eval_plan.index.entry, return_index=True)[1]}
+    have = [f"eval_{name}" for name in metrics.scores_of_kinds(kinds)]
+    if cfg.metric_for_best_model not in ("eval_loss", *have):
+        raise ValueError(
+            f"metric_for_best_model={cfg.metric_for_best_model}: the eval entries give eval_loss, {', '.join(have)}"
+        )
+
+
+def run_facts(cfg: Config, module, directory: Path, plan, eval_plan, ranks: int, global_batch: int) -> dict:
+    """What a step and its sample are defined by; a checkpoint keeps it, and a resumed run is compared with it."""
+    base = [checkpoint.open_model(path, module).sample() for path in (directory, cfg.init_from) if path]
+    return {
+        "seed": cfg.seed, "mixtoken": cfg.mixtoken, "max_length": cfg.max_length, "max_images": cfg.max_images,
+        "data": data.content_key(plan.index.entries), "samples": len(plan.index), "global_batch": global_batch,
+        "ranks": ranks, "eval_data": data.content_key(eval_plan.index.entries) if eval_plan else None,
+        "base": hashlib.sha256(json.dumps(base).encode()).hexdigest()[:16], "lora_alpha": cfg.lora_alpha,
+        "lora_split": cfg.lora_split, "stage": cfg.stage,
+    }  # fmt: skip
+
+
+def check_facts(facts: dict, state: dict, cfg: Config, resume: str) -> None:
+    """Refuses to continue where the same step would mean another sample or another model."""
+    saved = state.get("facts")
+    if saved is None:
+        print(f"{resume} does not say what it was trained on: the data and batch of this command are assumed")
+        return
+    keys = ["seed", "mixtoken", "base", "lora_alpha", "lora_split", "stage"]
+    keys += ["max_length", "max_images"] if cfg.mixtoken else []
+    of_data = ["data", "samples"] + (["eval_data"] if saved.get("eval_data") and facts["eval_data"] else [])
+    changed = [k for k in keys + of_data if k in saved and saved[k] != facts[k]]
+    words = {"data": "the training data's key", "eval_data": "the eval data's key", "base": "the base weights' key"}
+    words["samples"] = "the number of usable samples"
+    listed = "; ".join(f"{words.get(k, k)} is {facts[k]}, it was {saved[k]}" for k in changed)
+    if changed and cfg.accept_changed_data and not set(changed) - set(of_data):
+        print(f"accept_changed_data=true: {listed}")
+        if "eval_data" in changed:
+            state |= {"best_metric": None, "best_step": None}
+    elif changed:
+        only_data = not set(changed) - set(of_data)
+        way = "accept_changed_data=true goes on with the new data" if only_data else "give the values it began with"
+        raise ValueError(
+            f"can't continue from {resume}: {listed}; {way}, or begin a run in another output_dir "
+            "(here with overwrite_output_dir=true)"
+        )
+
+
+def place_plan(plan: data.Plan, state: dict, facts: dict, resume: str) -> None:
+    """Sets the plan to where the checkpoint stands, whatever batch and ranks it was trained with."""
+    if state.get("units") is None or state.get("epoch") is None:  # of before these were saved
+        return
+    global_batch, was = facts["global_batch"], (state.get("facts") or {}).get("global_batch")
+    place = state["epoch"], min(state["units"], plan.count(state["epoch"]))
+    found = plan.locate(state["step"], global_batch)
+    if found != (place if place[1] < plan.count(place[0]) else (place[0] + 1, 0)):
+        plan.origin = state["step"], *place
+        unit = "packs" if plan.mixtoken else "samples"
+        print(
+            f"{resume} stands behind {place[1]:,} {unit} of epoch {place[0] + 1}, trained {was} a step; from here "
+            f"{global_batch} a step, the learning rate by the share of the data seen"
+        )
+
+
+def prepare(cfg: Config, module, directory: Path, meeting: parallel.Meeting, run_dir: RunDir) -> Prepared:  # all ranks
+    """Decides how the output directory is continued, reads the data and finds the place in it."""
+    decided = None
+    if meeting.main:
+        run_dir.lock()
+        decided = json.dumps(asdict(run_dir.decide()))
+        print(json.dumps(asdict(cfg), ensure_ascii=False))
+    start = run_dir.start = Start(**json.loads(meeting.share("start", decided)))
+    check_stage(cfg, module)
+    processor = module.load_processor(directory, cfg.stage)
+    plan = read_plan(cfg, "train", processor, meeting)
     evaluating = cfg.do_eval or cfg.evaluation_strategy != "no"
-    eval_plan = plan_for("eval", shuffle=False) if evaluating else None
-    if evaluating and cfg.metric_for_best_model != "eval_loss":
-        kinds = {eval_plan.index.conversation(n).kind for n in np.unique(eval_plan.index.entry, return_index=True)[1]}
-        have = [f"eval_{name}" for name in metrics.scores_of_kinds(kinds)]
-        if cfg.metric_for_best_model not in have:
-            raise ValueError(
-                f"metric_for_best_model={cfg.metric_for_best_model}: the eval entries give eval_loss, {', '.join(have)}"
-            )
-    global_batch = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps * world.dp_size
-    total = total_steps(cfg, plan, global_batch)
-
-    model, whole, module, lora_modules, stages = build(cfg, directory, world, stream_sizes(plan, cfg))
-    say(parameter_table(whole, module.PARTS))
-    if stages is not None:
-        say(f"pipeline stages, {cfg.pipeline_schedule}: {stages.describe()}")
-    say(f"device {world.device.type} x {world.size}, kernels: {kernels}, {torch.get_num_threads()} threads")
-    optimizer = make_optimizer(model, cfg)
-    pictures_only = all(matches(n, module.IMAGE_PARAMETERS) for n, p in model.named_parameters() if p.requires_grad)
-    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    state = {"step": 0, "best_metric": None, "best_step": None, "bad": 0, "samples": 0, "scale": None}
-    if resume:
-        state |= checkpoint.load_train_state(resume, trainable, optimizer)
-        say(f"continuing from {resume} at step {state['step']}")
-    scaler = LossScaler(cfg.fp16)
-    scaler.scale = state["scale"] or scaler.scale
-    features = None
-    if cfg.cache_image_features:
-        if any(
-            p.requires_grad
-            for n, p in model.named_parameters()
-            if matches(n, module.IMAGE_PARAMETERS)
-        ):
-            raise ValueError(
-                "cache_image_features=true needs a frozen vision tower; add it to freeze_include or turn the cache off"
-            )
-        features = cache_features(model, plan, processor, cfg, str(directory), world)
-
-    entries = plan.index.entries
-    start, signalled = state["step"], 0
-    if start >= total and cfg.do_train:
-        say(f"{out} holds a finished run of {start} steps; set overwrite_output_dir to train anew")
-    log = Log(cfg, start, total) if world.main else None
-
-    def evaluate() -> dict[str, float]:
-        result = evaluate_loss(model, eval_plan, processor, cfg, world, stages)
-        if cfg.eval_with_do_generation:
-            result |= generation_scores(model, eval_plan.index, processor, cfg)
-        say("evaluation | " + " | ".join(f"{k} {v:.4f}" for k, v in result.items()), flush=True)
-        if log:
-            log.write({"step": state["step"], **result})
-        parallel.reshard(model)
-        model.train()
-        return result
-
-    def save() -> None:
-        state["scale"] = scaler.scale if cfg.fp16 else None
-        path = out / f"checkpoint-{state['step']}"
-        save_checkpoint(path, model, whole, module, optimizer, cfg, directory, lora_modules, state, world, stages)
-        if world.main:
-            best = out / f"checkpoint-{state['best_step']}" if state["best_step"] else None
-            checkpoint.rotate(out, cfg.save_total_limit, keep={best, path})
-        say(f"saved {path}", flush=True)
-
-    def on_signal(number, _frame):
-        nonlocal signalled
-        signalled = number
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
-    loader = data.TrainLoader(
-        plan, processor, start_step=start, total_steps=total, dp_rank=world.dp_rank, dp_size=world.dp_size,
-        per_device_batch=cfg.per_device_train_batch_size, grad_accum=cfg.gradient_accumulation_steps,
-        num_workers=cfg.num_workers, image_jitter=cfg.image_jitter, features=features,
+    eval_plan = read_plan(cfg, "eval", processor, meeting, shuffle=False) if evaluating else None
+    if evaluating:
+        check_metric(cfg, eval_plan)
+    pp, replicas, shards, _ = parallel.layout(
+        meeting.size, cfg.tensor_parallel_degree, cfg.pipeline_parallel_degree, cfg.sharding,
+        cfg.sharding_parallel_degree,
     )  # fmt: skip
-    model.train()
-    saved_at = start
-    measured = {"samples": 0, "tokens": 0, "supervised": 0, "seconds": 0.0}
-    clock = time.perf_counter()
-    for step, epoch, micro_batches in loader if cfg.do_train else ():
-        waited = time.perf_counter() - clock
-        counts, supervised, bad, stop, has_images = step_facts(model, micro_batches, signalled, world)
-        for batch in micro_batches if world.tp_rank == world.pp_rank == 0 else ():
-            for where, reason in batch["bad"]:
-                print(f"warning: left out {where}: {reason}", file=sys.stderr, flush=True)
-        state["bad"] += bad
-        tried = max(len(plan.index), state["samples"])  # a bad one comes back in every epoch
-        if state["bad"] > cfg.max_bad_samples * tried:
+    global_batch = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps * replicas * shards
+    facts = run_facts(cfg, module, directory, plan, eval_plan, meeting.size, global_batch)
+    state = {"step": 0, "best_metric": None, "best_step": None, "bad": 0, "samples": 0, "evaluated": True}
+    if start.resume:
+        state |= read_state(start.resume)
+        with contextlib.redirect_stdout(sys.stdout if meeting.main else io.StringIO()):
+            check_facts(facts, state, cfg, start.resume)
+            place_plan(plan, state, facts, start.resume)
+    state |= {"facts": facts, "run": start.id}
+    total = total_steps(cfg, plan, global_batch)
+    if cfg.do_train and start.resume and total < state["step"]:
+        key = "max_steps" if cfg.max_steps is not None else "num_train_epochs"
+        if start.finished is None or not start.changed.keys() - HARMLESS:
             raise ValueError(
-                f"{state['bad']} of {tried} samples could not be loaded (listed above), "
-                f"max_bad_samples={cfg.max_bad_samples:g} allows {int(cfg.max_bad_samples * tried)}"
+                f"{start.resume} is at step {state['step']}, and {key}={getattr(cfg, key):g} ends at step {total}; "
+                f"raise {key}, or give an earlier checkpoint as resume_from_checkpoint"
             )
+    meeting.wait_for_all("prepared")
+    return Prepared(processor, plan, eval_plan, run_dir, state, total)
+
+
+def is_finished(ready: Prepared, cfg: Config) -> bool:
+    """Whether the run is finished. With other settings than it was trained with that is an error."""
+    start, out = ready.run_dir.start, cfg.output_dir
+    if not cfg.do_train or start.finished is None or ready.total > start.finished:
+        return False
+    if changed := {k: v for k, v in start.changed.items() if k not in HARMLESS}:
+        raise ValueError(
+            f"{out} holds a finished run of {start.finished} steps that was trained with other settings: "
+            f"{shown(changed)}; choose another output_dir, or set overwrite_output_dir=true to train anew"
+        )
+    return True
+
+
+def run(cfg: Config, module, directory: Path, meeting: parallel.Meeting, signals: Signals | None = None) -> int:
+    kernels = dispatch.use_flash_attention(cfg.use_flash_attention, meeting.device)
+    signals, run_dir, doing = signals or Signals(), RunDir(cfg), "records were read"
+    try:
+        with signals.breakable():
+            ready = prepare(cfg, module, directory, meeting, run_dir)
+            if is_finished(ready, cfg):
+                if meeting.main:
+                    print(
+                        f"{cfg.output_dir} holds a finished run of {run_dir.start.finished} steps; set "
+                        "overwrite_output_dir to train anew"
+                    )
+                return 0
+        doing = "the model was built"
+        with signals.breakable(meeting.size == 1):
+            world = parallel.init_world(
+                cfg.tensor_parallel_degree, cfg.pipeline_parallel_degree, cfg.sharding, cfg.sharding_parallel_degree,
+                meeting,
+            )  # fmt: skip
+            facts = {**ready.state["facts"], "checkpoint": run_dir.start.resume, "total steps": ready.total}
+            rows = hashlib.sha256(ready.plan.index.rows.tobytes()).hexdigest()[:16]
+            parallel.compare({**facts, "length index": rows, "settings": json.dumps(asdict(cfg), sort_keys=True)})
+            training = Run(cfg, ready, module, directory, world, signals, kernels)
+        return training.train()
+    except Stopped as e:
+        if meeting.main:
+            name = signal.Signals(e.number).name
+            print(f"stopped by {name} while {doing}; nothing of this start is saved", flush=True)
+        return 128 + e.number
+    except (ValueError, OSError) as e:
+        if not dist.is_initialized():
+            meeting.fail(data.one_line(e))
+        raise
+    finally:
+        run_dir.unlock()
+
+
+class Run:
+    """The model, its optimiser and where they stand, and the loop over steps."""
+
+    def __init__(self, cfg: Config, ready: Prepared, module, directory: Path, world, signals: Signals, kernels: str):
+        self.cfg, self.world, self.signals, self.directory = cfg, world, signals, directory
+        self.plan, self.eval_plan, self.processor = ready.plan, ready.eval_plan, ready.processor
+        self.run_dir, self.state, self.total = ready.run_dir, ready.state, ready.total
+        self.say = print if world.main else (lambda *_a, **_k: None)
+        self.out, self.entries = Path(cfg.output_dir), self.plan.index.entries
+        self.global_batch = self.state["facts"]["global_batch"]
+        built = build(cfg, directory, world, stream_sizes(self.plan, cfg))
+        self.model, self.whole, self.module, self.lora_modules, self.stages = built
+        self.say(parameter_table(self.whole, self.module.PARTS))
+        if self.stages is not None:
+            self.say(f"pipeline stages, {cfg.pipeline_schedule}: {self.stages.describe()}")
+        threads = torch.get_num_threads()
+        self.say(f"device {world.device.type} x {world.size}, kernels: {kernels}, {threads} threads", flush=True)
+        self.optimizer, self.scaler = make_optimizer(self.model, cfg), LossScaler(cfg.fp16)
+        self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.pictures_only = all(matches(n, self.module.IMAGE_PARAMETERS) for n in self.trainable)
+        self.restore()
+        self.features = None
+        if cfg.cache_image_features:
+            self.features = cache_features(self.model, self.module, self.plan, self.processor, cfg, world, signals)
+        self.log = None
+        if world.main:
+            self.run_dir.begin()
+            self.log = Log(cfg, self.run_dir, self.start_step, self.total, self.state["evaluated"])
+        self.named_bad, self.named_eval_bad = {}, {}
+        self.measured = {"samples": 0, "tokens": 0, "supervised": 0, "seconds": 0.0}
+
+    def restore(self) -> None:
+        """Continues from the checkpoint that was chosen."""
+        start, state = self.run_dir.start, self.state
+        self.start_step = self.saved_at = state["step"]
+        if start.resume is None:
+            return
+        checkpoint.load_train_state(start.resume, self.trainable, self.optimizer)
+        if state.get("scaler"):
+            self.scaler.load(state["scaler"])
+        elif state.get("scale"):  # of before the counters were saved
+            self.scaler.scale = state["scale"]
+        self.say(f"continuing from {start.resume} at step {state['step']}", flush=True)
+        if changed := {k: v for k, v in start.changed.items() if k not in HARMLESS}:
+            self.say(
+                f"warning: continuing with other settings than the run began with: {shown(changed)}", file=sys.stderr
+            )
+        if state["best_step"] and not (self.out / f"checkpoint-{state['best_step']}").is_dir():
+            self.say(f"the best checkpoint so far, of step {state['best_step']}, is not in {self.out}: not counted")
+            state |= {"best_metric": None, "best_step": None}
+
+    # -- one step
+
+    def learning_rate(self, step: int, epoch: int) -> float:
+        """Of the update that follows `step` finished ones; after a change of batch by the share of the data seen."""
+        cfg, plan = self.cfg, self.plan
+        if plan.origin == (0, 0, 0) or cfg.max_steps is not None:
+            return learning_rate_at(step, self.total, cfg, epoch)
+        fresh = copy.copy(plan)
+        fresh.origin = 0, 0, 0
+        steps = fresh.total_steps(cfg.num_train_epochs, self.global_batch)
+        ends = plan.ends(cfg.num_train_epochs, self.global_batch)
+        at, first = plan.locate(step, self.global_batch)
+        seen = sum(end for e, end in ends if e < at) + first
+        return learning_rate_at(steps * seen / sum(end for _, end in ends), steps, cfg, epoch)
+
+    def train_step(self, step: int, epoch: int, micro_batches: list[dict], waited: float, clock: float) -> int:
+        """One update; returns the number of the signal that some rank got."""
+        cfg, world, state = self.cfg, self.world, self.state
+        facts = step_facts(self.model, micro_batches, self.signals.number, world)
+        counts, supervised, bad, stop, has_images = facts
+        name_bad(micro_batches, self.named_bad, world)
+        state["bad"] += bad
+        check_bad(state["bad"], max(len(self.plan.index), state["samples"]), cfg, "samples")  # it comes back each epoch
         ids = [i for batch in micro_batches for i in batch["sample_ids"]]
         if supervised == 0:
             raise ValueError(f"step {step + 1} has no supervised token; its samples: {', '.join(ids)}")
-        lr = learning_rate_at(step, total, cfg, epoch)
-        for group in optimizer.param_groups:
+        lr = self.learning_rate(step, epoch)
+        for group in self.optimizer.param_groups:
             group["lr"] = lr
         sums = forward_backward(
-            model, micro_batches, has_images, counts, cfg, world, scaler, len(entries), processor.image_size,
-            pictures_only, stages,
+            self.model, micro_batches, has_images, counts, cfg, world, self.scaler, len(self.entries),
+            self.processor.image_size, self.pictures_only, self.stages,
         )  # fmt: skip
         tokens = torch.tensor([sum(len(b["input_ids"]) for b in micro_batches), len(ids)], dtype=torch.float64)
-        facts = parallel.all_sum(torch.cat((sums.cpu().flatten(), tokens)))
-        if stages is not None:
-            stages.from_last(facts)
-        sums, (num_tokens, num_samples) = facts[:-2].view(len(entries), -1, 2), facts[-2:].tolist()
+        totals = parallel.all_sum(torch.cat((sums.cpu().flatten(), tokens)))
+        if self.stages is not None:
+            self.stages.from_last(totals)
+        sums, (num_tokens, num_samples) = totals[:-2].view(len(self.entries), -1, 2), totals[-2:].tolist()
         loss = float(means(sums.sum(0)).sum())
+        where = f"its samples: {', '.join(ids)}; the last checkpoint stands"
         if not math.isfinite(loss):
-            raise ValueError(
-                f"the loss of step {step + 1} is {loss}; its samples: {', '.join(ids)}; the last checkpoint stands"
-            )
-        norm = clip_and_step(trainable, optimizer, cfg.max_grad_norm, scaler, world, stages)
+            raise ValueError(f"the loss of step {step + 1} is {loss}; {where}")
+        norm = clip_and_step(self.trainable, self.optimizer, cfg.max_grad_norm, self.scaler, world, self.stages)
         if not math.isfinite(norm) and not cfg.fp16:
-            raise ValueError(
-                f"the gradient of step {step + 1} is {norm}; its samples: {', '.join(ids)}; the last checkpoint stands"
-            )
-        state["step"] = step + 1
-        state["samples"] += int(num_samples)
-        now = time.perf_counter()
-        seconds, clock = now - clock, now
-        if log:
+            raise ValueError(f"the gradient of step {step + 1} is {norm}; {where}")
+        at, first = self.plan.locate(step, self.global_batch)
+        first += min(self.global_batch, self.plan.count(at) - first)
+        state |= {"step": step + 1, "epoch": at, "units": first, "samples": state["samples"] + int(num_samples)}
+        state |= {"total_steps": self.total, "learning_rate": lr}
+        self.note(step, epoch, loss, lr, norm, sums, (num_samples, num_tokens, supervised), waited, clock)
+        return stop
+
+    def note(self, step, epoch, loss, lr, norm, sums, sizes, waited: float, clock: float) -> None:
+        """A step's line in the log, and its share of what `benchmark` prints."""
+        num_samples, num_tokens, supervised = sizes
+        seconds = time.perf_counter() - clock
+        if self.log:
             record = {
                 "step": step + 1, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm, "ms": 1000 * seconds,
-                "tokens": int(num_tokens), "tokens_per_s": num_tokens / seconds / world.size,
+                "tokens": int(num_tokens), "tokens_per_s": num_tokens / seconds / self.world.size,
                 "supervised": supervised / num_tokens,
-                "data": waited / seconds, "mem_gib": peak_memory_gib(world.device),
+                "data": waited / seconds, "mem_gib": peak_memory_gib(self.world.device),
             }  # fmt: skip
-            if len(entries) > 1:
-                record["loss_by_dataset"] = {
-                    e.label: float(means(x).sum()) for e, x in zip(entries, sums, strict=True) if x[:, 1].any()
-                }
-            record |= {f"loss_{k}": v for k, v in named_losses(model, sums.sum(0)).items()}
-            log.step(record)
-        if step >= start + 2:  # the first two warm up
-            for key, value in zip(measured, (num_samples, num_tokens, supervised, seconds), strict=True):
-                measured[key] += value
+            if len(self.entries) > 1:
+                pairs = zip(self.entries, sums, strict=True)
+                record["loss_by_dataset"] = {e.label: float(means(x).sum()) for e, x in pairs if x[:, 1].any()}
+            record |= {f"loss_{k}": v for k, v in named_losses(self.model, sums.sum(0)).items()}
+            self.log.step(record)
+        if step >= self.start_step + 2:  # the first two warm up
+            for key, value in zip(self.measured, (num_samples, num_tokens, supervised, seconds), strict=True):
+                self.measured[key] += value
 
-        last_of_epoch = step + 1 == total or plan.locate(step + 1, global_batch)[0] != epoch
-        due = {"no": False, "epoch": last_of_epoch}
-        if {**due, "steps": (step + 1) % (cfg.eval_steps or cfg.save_steps) == 0}[cfg.evaluation_strategy]:
-            value = evaluate()[cfg.metric_for_best_model]
-            better = state["best_metric"] is None or (value < state["best_metric"]) == (
-                cfg.metric_for_best_model == "eval_loss"
-            )
-            if better and value != state["best_metric"]:
-                state |= {"best_metric": value, "best_step": step + 1}
-        if {**due, "steps": (step + 1) % cfg.save_steps == 0}[cfg.save_strategy] or (
-            stop and cfg.save_strategy != "no"
-        ):
-            save()
-            saved_at = step + 1
+    # -- between steps
+
+    def due(self, strategy: str, every: int) -> bool:
+        """Whether to save or evaluate behind the step that the run stands at."""
+        step = self.state["step"]
+        if strategy == "epoch":
+            ended = self.state["units"] == self.plan.count(self.state["epoch"])
+            return step == self.total or ended
+        return strategy == "steps" and step % every == 0
+
+    def save(self) -> None:  # all ranks
+        state, cfg = self.state, self.cfg
+        check_finite(self.trainable, state["step"], self.world)
+        if cfg.fp16:
+            state["scaler"] = self.scaler.state()
+        path = self.out / f"checkpoint-{state['step']}"
+        if self.world.main:
+            self.run_dir.before_save()
+        save_checkpoint(
+            path, self.model, self.whole, self.module, self.optimizer, cfg, self.directory, self.lora_modules, state,
+            self.world, self.stages,
+        )  # fmt: skip
+        if self.world.main:
+            self.run_dir.after_save()
+            self.log.path = self.run_dir.log_path()
+        self.rotate()
+        self.saved_at = state["step"]
+        self.say(f"saved {path}", flush=True)
+
+    def rotate(self) -> None:
+        if self.world.main:
+            steps = (self.state["best_step"], self.state["step"])
+            keep = {self.out / f"checkpoint-{step}" for step in steps if step}
+            checkpoint.rotate(self.out, self.cfg.save_total_limit, keep=keep, own=self.run_dir.belongs)
+
+    def evaluate(self, final: bool = False) -> dict[str, float]:  # all ranks
+        cfg, alone = self.cfg, self.world.size == 1
+        try:
+            with self.signals.breakable(alone):
+                result = evaluate_loss(
+                    self.model, self.eval_plan, self.processor, cfg, self.world, self.stages, signals=self.signals,
+                    bad=self.named_eval_bad,
+                )  # fmt: skip
+                if cfg.eval_with_do_generation:
+                    result |= generation_scores(self.model, self.eval_plan.index, self.processor, cfg)
+        finally:
+            parallel.reshard(self.model)
+            self.model.train()
+        self.say("evaluation | " + " | ".join(f"{k} {v:.4f}" for k, v in result.items()), flush=True)
+        if self.log:
+            self.log.write({"step": self.state["step"], **result, **({"final": True} if final else {})})
+        return result
+
+    def judge(self, value: float) -> None:
+        """Takes the step for the best one if its score is; its checkpoint learns of the evaluation."""
+        state, lower = self.state, self.cfg.metric_for_best_model == "eval_loss"
+        best = state["best_metric"]
+        if not math.isfinite(value):
+            self.say(f"warning: {self.cfg.metric_for_best_model} is {value}: never the best", file=sys.stderr)
+        elif best is None or (value < best if lower else value > best):
+            state |= {"best_metric": value, "best_step": state["step"]}
+        state["evaluated"] = True
+        if self.saved_at == state["step"] and self.world.main:
+            path = self.out / f"checkpoint-{state['step']}" / "trainer_state.json"
+            if path.exists():
+                files = checkpoint.read_json(path, "").get("train_state", {})
+                checkpoint.write_json(path, {**state, "train_state": files})
+        if state["best_step"] == state["step"] and self.saved_at == state["step"]:
+            self.rotate()
+
+    def after_step(self, stop: int) -> None:
+        """Saves, then evaluates. Raises Stopped behind a signal, once the step is saved."""
+        cfg, state = self.cfg, self.state
+        evaluates = self.due(cfg.evaluation_strategy, cfg.eval_steps or cfg.save_steps)
+        state["evaluated"] = not evaluates
+        if self.due(cfg.save_strategy, cfg.save_steps) or (stop and cfg.save_strategy != "no"):
+            self.save()
         if stop:
-            say(
-                f"stopped by {signal.Signals(stop).name} after step {step + 1}; the same command continues from there",
-                flush=True,
-            )
-            return 128 + stop
-        clock = time.perf_counter() if saved_at == step + 1 else clock
+            raise Stopped(stop)
+        if evaluates:
+            self.judge(self.evaluate()[cfg.metric_for_best_model])
 
-    if cfg.do_train and cfg.save_strategy != "no" and saved_at != state["step"]:
-        save()
-    if cfg.load_best_model_at_end and state["best_step"]:
-        best = out / f"checkpoint-{state['best_step']}"
-        checkpoint.load_train_state(best, trainable, optimizer)
-        say(f"best model: {best} with {cfg.metric_for_best_model} {state['best_metric']:.4f}")
-    if cfg.do_eval:
-        evaluate()
-    if cfg.do_train and cfg.save_strategy != "no" and world.main:
-        final = state["best_step"] if cfg.load_best_model_at_end and state["best_step"] else state["step"]
-        publish(out / f"checkpoint-{final}", out)
-        draw_loss(log.path, out / "loss.png")
-        log.file.close()
-    if cfg.benchmark and measured["seconds"]:
-        s = measured["seconds"]
-        say(
-            f"benchmark | {measured['samples'] / s:.2f} samples/s | {measured['tokens'] / s:,.0f} tokens/s | "
-            f"{measured['supervised'] / s:,.0f} supervised tokens/s | "
-            f"peak memory {peak_memory_gib(world.device):.2f} GiB"
-        )
-    elif not cfg.skip_memory_metrics:
-        say(f"peak memory {peak_memory_gib(world.device):.2f} GiB")
-    if cfg.do_train and cfg.save_strategy != "no":
-        if cfg.lora:
-            say(f"adapter: {out}\nnext: python merge.py --lora_path {out} --merge_model_path merged")
+    def train(self) -> int:
+        cfg, state = self.cfg, self.state
+        loader = data.TrainLoader(
+            self.plan, self.processor, start_step=self.start_step, total_steps=self.total, dp_rank=self.world.dp_rank,
+            dp_size=self.world.dp_size, per_device_batch=cfg.per_device_train_batch_size,
+            grad_accum=cfg.gradient_accumulation_steps, num_workers=cfg.num_workers, image_jitter=cfg.image_jitter,
+            features=self.features,
+        )  # fmt: skip
+        self.model.train()
+        try:
+            if not state["evaluated"] and cfg.do_train and self.eval_plan is not None:  # it was killed before
+                self.judge(self.evaluate()[cfg.metric_for_best_model])
+            clock = time.perf_counter()
+            for step, epoch, micro_batches in loader if cfg.do_train else ():
+                stop = self.train_step(step, epoch, micro_batches, time.perf_counter() - clock, clock)
+                clock = time.perf_counter()
+                self.after_step(stop)
+                clock = time.perf_counter() if self.saved_at == step + 1 else clock
+            self.finish()
+        except Stopped as e:
+            return self.stopped(e.number)
+        return 0
+
+    def stopped(self, number: int) -> int:  # all ranks
+        cfg, step = self.cfg, self.state["step"]
+        if cfg.save_strategy != "no" and cfg.do_train and self.saved_at != step:
+            self.save()
+        name = signal.Signals(number).name
+        if cfg.save_strategy == "no" or not cfg.do_train:
+            then = "nothing is saved (save_strategy=no)" if cfg.do_train else "nothing was trained"
+        elif step == 0:
+            then = "nothing is saved yet; the same command begins again"
         else:
-            say(f"model: {out}\nnext: python generate.py --model_name_or_path {out} --image PICTURE --prompt QUESTION")
-    return 0
+            then = f"{self.out / f'checkpoint-{step}'} is saved; the same command continues from there"
+        self.say(f"stopped by {name} after step {step}: {then}", flush=True)
+        return 128 + number
+
+    def finish(self) -> None:
+        """The final model is saved, chosen, evaluated and published."""
+        cfg, state, out = self.cfg, self.state, self.out
+        saving = cfg.do_train and cfg.save_strategy != "no"
+        if saving and (self.saved_at != state["step"] or not (out / f"checkpoint-{state['step']}").is_dir()):
+            self.save()
+        final = state["step"]
+        if cfg.load_best_model_at_end and state["best_step"]:
+            final = state["best_step"]
+            best = out / f"checkpoint-{final}"
+            checkpoint.load_train_state(best, self.trainable, self.optimizer)
+            self.say(f"best model: {best} with {cfg.metric_for_best_model} {state['best_metric']:.4f}")
+        elif cfg.load_best_model_at_end:
+            self.say("no evaluation gave a number: the last model stands for the best one", flush=True)
+        if cfg.do_eval:
+            self.evaluate(final=True)
+        if saving and self.world.main:
+            draw_loss(self.log.path, out / "loss.png")
+            self.run_dir.finish(out / f"checkpoint-{final}", state["step"])
+        if self.log:
+            self.log.file.close()
+        self.tell_end(saving)
+
+    def tell_end(self, saving: bool) -> None:
+        cfg, measured, out = self.cfg, self.measured, self.out
+        if cfg.benchmark and measured["seconds"]:
+            s = measured["seconds"]
+            self.say(
+                f"benchmark | {measured['samples'] / s:.2f} samples/s | {measured['tokens'] / s:,.0f} tokens/s | "
+                f"{measured['supervised'] / s:,.0f} supervised tokens/s | "
+                f"peak memory {peak_memory_gib(self.world.device):.2f} GiB"
+            )
+        elif not cfg.skip_memory_metrics:
+            self.say(f"peak memory {peak_memory_gib(self.world.device):.2f} GiB")
+        if saving and cfg.lora:
+            self.say(f"adapter: {out}\nnext: python merge.py --lora_path {out} --merge_model_path merged")
+        elif saving:
+            self.say(
+                f"model: {out}\nnext: python generate.py --model_name_or_path {out} --image PICTURE --prompt QUESTION"
+            )
 
 
 if __name__ == "__main__":
