@@ -550,7 +550,7 @@ def evaluate_loss(
     return result
 
 
-def generation_scores(model, index: data.Index, processor, cfg: Config) -> dict[str, float]:
+def generation_scores(model, index: data.Index, processor, cfg: Config, after_each=None) -> dict[str, float]:
     """The eval entries' own metrics (eval_cider, eval_vqa_accuracy, eval_accuracy, ...) of greedy answers. all ranks
     answer all questions: a sharded model is entered together. Questions whose image cannot be read are named and left
     out; ValueError for more than max_bad_samples."""
@@ -559,7 +559,11 @@ def generation_scores(model, index: data.Index, processor, cfg: Config) -> dict[
     questions = evaluate.merge_references([index.conversation(n) for n in range(len(index))], index.entry.tolist())
     how = evaluate.Decoding(max_new_tokens=32)
     bad: list[tuple[str, str]] = []
-    answers = list(evaluate.answer_all(model, processor, questions, cfg.per_device_eval_batch_size, how, bad))
+    answers = []
+    for text in evaluate.answer_all(model, processor, questions, cfg.per_device_eval_batch_size, how, bad):
+        answers.append(text)
+        if after_each:
+            after_each()
     evaluate.check_bad(bad, len(questions), cfg.max_bad_samples, "questions of the evaluation")
     questions, answers = evaluate.answered(questions, answers)
     return {f"eval_{name}": value for name, value in evaluate.score(questions, answers)[0].items()}
@@ -1236,7 +1240,9 @@ class Run:
                     bad=self.named_eval_bad,
                 )  # fmt: skip
                 if cfg.eval_with_do_generation:
-                    result |= generation_scores(self.model, self.eval_plan.index, self.processor, cfg)
+                    result |= generation_scores(
+                        self.model, self.eval_plan.index, self.processor, cfg, None if alone else self.break_off
+                    )
         finally:
             parallel.reshard(self.model)
             self.model.train()
@@ -1244,6 +1250,10 @@ class Run:
         if self.log:
             self.log.write({"step": self.state["step"], **result, **({"final": True} if final else {})})
         return result
+
+    def break_off(self) -> None:  # all ranks
+        if stop := int(parallel.all_max(torch.tensor([self.signals.number]), self.world)):
+            raise Stopped(stop)
 
     def judge(self, value: float) -> None:
         """Takes the step for the best one if its score is; its checkpoint learns of the evaluation."""
