@@ -64,7 +64,7 @@ class Decoding:
         limits = {
             "max_new_tokens": (1, 1 << 16), "temperature": (0, 1e4), "top_k": (0, math.inf), "top_p": (0, 1),
             "repetition_penalty": (1e-3, 1e3), "min_new_tokens": (0, self.max_new_tokens), "min_length": (0, math.inf),
-            "num_beams": (1, 1024), "length_penalty": (-100, 100),
+            "num_beams": (1, 1024), "length_penalty": (-50, 50),
         }  # fmt: skip
         for key, (least, most) in limits.items():
             value = getattr(self, key)
@@ -251,6 +251,7 @@ def generate(
     seen = seen if penalty_rule == "hf" else [[] for _ in seen]
     ends = [word[0] for word in stop_words if len(word) == 1]
     given = [given_tokens(model, p) for p in prompts]
+    check_minimum(given, max_new_tokens, min_length)
     while True:
         logits = next_logits(model, batch, cache)
         still = []
@@ -301,6 +302,7 @@ def beam_search(
         raise ValueError("beam search ends at single tokens; a stop word of several tokens needs num_beams=1")
     prompts, seen, cache, batch = prefill(model, requests, max_new_tokens)
     given = [1 if lavis else given_tokens(model, p) for p in prompts]
+    check_minimum(given, max_new_tokens, min_length)
     seen = [tokens[:1] for tokens in seen] if lavis else seen
     room = [room_for(model, p, max_new_tokens) for p in prompts]
     # requests that are still open; each has K sequences in the cache after the first pass
@@ -371,6 +373,14 @@ def random_stream(seed: int, id: str) -> torch.Generator:
 def given_tokens(model: nn.Module, prompt: list[int]) -> int:
     """Tokens before the answer that min_length counts: of an encoder-decoder, the one that its decoder begins with."""
     return 1 if getattr(getattr(model, "config", None), "is_t5", False) else len(prompt)
+
+
+def check_minimum(given: list[int], max_new_tokens: int, min_length: int) -> None:
+    if min(given) + max_new_tokens < min_length:
+        raise ValueError(
+            f"min_length={min_length} cannot be reached: {min(given)} tokens are given and max_new_tokens is "
+            f"{max_new_tokens}; lower one or raise the other"
+        )
 
 
 def room_for(model: nn.Module, prompt: list[int], max_new_tokens: int) -> int:

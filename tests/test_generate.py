@@ -291,6 +291,15 @@ def test_options_without_effect_are_said():
     assert g.Decoding(num_beams=2, length_penalty=2.0).without_effect() == []
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_minimum_that_cannot_be_reached_is_refused(model, requests, beams):
+    with pytest.raises(ValueError, match="min_length=999 cannot be reached"):
+        if beams == 1:
+            g.generate(model, requests, 3, [], min_length=999)
+        else:
+            g.beam_search(model, requests, 3, [], beams, min_length=999)
+
+
 def test_beams_beyond_the_vocabulary_are_refused(model, requests):
     with pytest.raises(ValueError, match="half of the vocabulary"):
         g.beam_search(model, requests[:1], 2, [], model.config.vocab_size)
