@@ -354,7 +354,8 @@ def open_base(directory, adapter, module) -> tuple[dict, checkpoint.Weights]:
         group = [PREFIX + n for n in (name, *(a for a, original in aliases.items() if original == name))]
         held = [n for n in group if n in own.names]
         apart |= 0 < len(held) < len(group) or not all(torch.equal(own.read(n), own.read(held[0])) for n in held)
-    if apart and (untied := module.untied(config)) is not None:
+    theirs = "auto_mapping" in read_adapter_config(adapter)  # PEFT's, which unties; else ours, incomplete
+    if apart and theirs and (untied := module.untied(config)) is not None:
         weights.untie(aliases)
         config = untied
     return config, weights

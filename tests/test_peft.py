@@ -288,10 +288,10 @@ def test_a_tied_weight_is_saved_under_all_its_names(tmp_path):
     assert torch.equal(state[head], ours.language_model.model.decoder.embed_tokens.weight)
     del state[head]
     save_file(state, tmp_path / "a/adapter_model.safetensors")
-    with pytest.raises(ValueError, match="lacks language_model.lm_head.weight, which its modules_to_save name"):
-        generate.load_model(directory, lora_path=tmp_path / "a")
-    with pytest.raises(ValueError, match="one tied tensor in this model"):  # where the model stays tied: in training
-        lora.load_adapter(generate.load_model(directory), tmp_path / "a")
+    for read in (lambda: generate.load_model(directory, lora_path=tmp_path / "a"),
+                 lambda: lora.load_adapter(generate.load_model(directory), tmp_path / "a")):  # fmt: skip
+        with pytest.raises(ValueError, match="one tied tensor in this model, but the adapter holds only"):
+            read()
 
 
 @pytest.mark.parametrize("tied", [True, False])
