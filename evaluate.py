@@ -13,7 +13,6 @@ chats by "exact_match"; --metric takes others. A stage-1 checkpoint of BLIP-2 is
 import argparse
 import dataclasses
 import json
-import os
 import signal
 import sys
 import time
@@ -28,7 +27,7 @@ import checkpoint
 import data
 import metrics
 from config import Config, parse_config
-from generate import DTYPES, Decoding, answer, base_of, check_bad, load_model
+from generate import DTYPES, Decoding, answer, base_of, check_bad, load_model, name_bad
 from kernels import dispatch
 
 
@@ -79,12 +78,6 @@ def answer_all(
                 print(f"\ranswering {bar}", end="", file=sys.stderr, flush=True)
     finally:
         print(clear, end="", file=sys.stderr, flush=True)
-
-
-def name_bad(bad: list[tuple[str, str]]) -> None:
-    """Says what is left out, on the first rank."""
-    for where, reason in bad if os.environ.get("RANK", "0") == "0" else ():
-        print(f"warning: left out {where}: {reason}", file=sys.stderr, flush=True)
 
 
 def answered(conversations: list[data.Conversation], answers: list[str | None]) -> tuple[list, list[str]]:

@@ -469,13 +469,14 @@ def load_model(
     return model.eval()
 
 
-def read_requests(args) -> list[data.Conversation]:
+def read_requests(args) -> tuple[list[data.Conversation], list[tuple[str, str]]]:
+    """What is to be answered, and (where, reason) of the records of --requests that cannot be."""
     if args.requests:
-        return data.read_requests(args.requests)
+        return data.read_requests(args.requests), []
     if args.prompt is None:
         raise ValueError("nothing to answer: give --prompt (and --image), --chat, or --requests FILE.jsonl")
     turns = [("user", args.prompt)] if not args.system else [("system", args.system), ("user", args.prompt)]
-    return [data.request(turns, args.image, where="--prompt")]
+    return [data.request(turns, args.image, where="--prompt")], []
 
 
 def cut_at_stop(processor, ids: list[int], stop_texts: list[str]) -> tuple[str, bool]:
@@ -548,6 +549,12 @@ def answer(
         )  # fmt: skip
     texts = dict(zip(requests, (cut_at_stop(processor, ids, stop_texts)[0] for ids in found), strict=True))
     return [texts.get(n) for n in range(len(conversations))]
+
+
+def name_bad(bad: list[tuple[str, str]]) -> None:
+    """Says what is left out, on the first rank."""
+    for where, reason in bad if os.environ.get("RANK", "0") == "0" else ():
+        print(f"warning: left out {where}: {reason}", file=sys.stderr, flush=True)
 
 
 def check_bad(bad: list[tuple[str, str]], total: int, share: float, what: str) -> None:
@@ -659,7 +666,8 @@ def run(args, how: Decoding, world: parallel.World | None = None) -> int:
     kernels = dispatch.use_flash_attention(args.use_flash_attention, args.device)
     directory = data.model_directory(args.model, base_of(args.model_name_or_path, args.lora_path))
     processor = data.load_processor(directory, args.stage)
-    conversations = [] if args.chat else read_requests(args)
+    conversations, bad = ([], []) if args.chat else read_requests(args)
+    total = len(conversations) + len(bad)
     # quantised on the CPU, so that the device never holds the whole weights
     model = load_model(directory, DTYPES[args.dtype], "cpu" if args.quantize else args.device, args.lora_path, world)
     if args.quantize:
@@ -673,13 +681,14 @@ def run(args, how: Decoding, world: parallel.World | None = None) -> int:
         chat(model, processor, args.stop, how, args.system, args.image)
         return 0
     printer = Printer(processor, args.stop) if len(conversations) == 1 and args.output is None else None
-    bad, drawn = ([] if args.requests else None), 0
+    name_bad(bad)
+    drawn = 0
     with answer_file(args.output) as sink:
         for first in range(0, len(conversations), args.batch_size):
-            some, named = conversations[first : first + args.batch_size], len(bad or ())
-            texts = answer(model, processor, some, processor.stop_words, how, printer, args.stop, bad)
-            for where, reason in (bad or ())[named:] if main_rank else ():
-                print(f"warning: left out {where}: {reason}", file=sys.stderr, flush=True)
+            some, named = conversations[first : first + args.batch_size], len(bad)
+            left_out = bad if args.requests else None  # a single prompt that fails is an error
+            texts = answer(model, processor, some, processor.stop_words, how, printer, args.stop, left_out)
+            name_bad(bad[named:])
             for conversation, text in zip(some, texts, strict=True):
                 if text is None:
                     continue
@@ -694,7 +703,7 @@ def run(args, how: Decoding, world: parallel.World | None = None) -> int:
                 if main_rank and conversation.images and (boxes := data.draw_boxes(conversation.images[-1], text, out)):
                     print(f"{boxes} boxes drawn: {out}", file=sys.stderr)
                     drawn += 1
-    check_bad(bad or [], len(conversations), args.max_bad_samples, "requests")
+    check_bad(bad, total, args.max_bad_samples, "requests")
     return 0
 
 

@@ -132,7 +132,7 @@ class RunDir:
             )
         out.mkdir(parents=True, exist_ok=True)
         while self.file is None:
-            file = open(out / ".lock", "a+")
+            file = open(out / ".lock", "a+", encoding="utf-8")
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
