@@ -192,12 +192,14 @@ REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
 # those that must have the value of a plain adapter, since they compute something else;
 PLAIN = {"bias": "none"} | dict.fromkeys(("fan_in_fan_out", "use_dora", "use_qalora", "lora_bias"), False)
 PLAIN |= dict.fromkeys(
-    ("megatron_config", "trainable_token_indices", "alora_invocation_tokens", "layer_replication", "target_parameters",
-     "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config")
-)  # fmt: skip
+    "megatron_config trainable_token_indices alora_invocation_tokens layer_replication target_parameters use_bdlora "
+    "arrow_config kasa_config velora_config monteclora_config".split()
+)
 # and those that say nothing about the result of a plain one. Any other key is refused.
-SAID = ("task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "runtime_config", "megatron_core",
-        "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size")  # fmt: skip
+SAID = (
+    "task_type auto_mapping peft_version revision inference_mode runtime_config megatron_core loftq_config eva_config "
+    "corda_config lora_ga_config qalora_group_size".split()
+)
 
 
 def aliases_of(model: nn.Module) -> dict[str, str]:
@@ -458,9 +460,8 @@ def is_target(config: dict, module: str) -> bool:
     targets, layers = config["target_modules"], _listed(config.get("layers_to_transform"))
     if not named(targets) or isinstance(targets, str) or module in targets or not layers:
         return named(targets)
-    patterns = _listed(config.get("layers_pattern"))
-    found = [re.match(rf"(?:^|.*?\.){pattern}\.(?P<i>\d+)\.", module) for pattern in patterns] if patterns else [
-        re.match(r".*?\.[^.]*\.(?P<i>\d+)\.", module)]  # fmt: skip
+    patterns = [rf"(?:^|.*?\.){p}" for p in _listed(config.get("layers_pattern"))] or [r".*?\.[^.]*"]
+    found = [re.match(rf"{pattern}\.(?P<i>\d+)\.", module) for pattern in patterns]
     first = next((match for match in found if match), None)
     return first is not None and int(first["i"]) in layers
 

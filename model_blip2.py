@@ -136,19 +136,12 @@ class Blip2Config:
         vision = checkpoint.from_json(VisionConfig, parts["vision"], "config.json: vision_config")
         qformer = checkpoint.from_json(QFormerConfig, parts["qformer"], "config.json: qformer_config")
         config = checkpoint.from_json(cls, raw, "config.json", vision=vision, qformer=qformer, text=text, raw=raw)
+        text_only = {"do_layer_norm_before": True, "activation_function": "relu", "enable_bias": True, "layerdrop": 0}
+        text_only |= {"layer_norm_elementwise_affine": True, "_remove_final_layer_norm": False, "attention_dropout": 0}
         only = {
             "vision": {"hidden_act": "gelu", "qkv_bias": True, "attention_dropout": 0},
             "qformer": {"hidden_act": "gelu", "position_embedding_type": "absolute"},
-            "text": {
-                "do_layer_norm_before": True,
-                "activation_function": "relu",
-                "enable_bias": True,
-                "layerdrop": 0,
-                "layer_norm_elementwise_affine": True,
-                "_remove_final_layer_norm": False,
-                "attention_dropout": 0,
-                "word_embed_proj_dim": config.hidden_size,
-            },
+            "text": {**text_only, "word_embed_proj_dim": config.hidden_size},
         }
         if config.is_t5:
             only["text"] = {"feed_forward_proj": "gated-gelu", "decoder_start_token_id": text.pad_token_id}
@@ -1301,8 +1294,9 @@ TP_PLAN = {
 PIPELINE = {
     "blocks": "language_model.model.decoder.layers",
     "first": ["vision_model.*", "q*", "language_projection.*", "language_model.model.decoder.embed_*"],
-    "last": ["language_model.model.decoder.final_layer_norm.*", "language_model.model.decoder.embed_tokens.*",
-             "language_model.lm_head.*"],  # fmt: skip
+    "last": [
+        f"language_model.{n}.*" for n in ("model.decoder.final_layer_norm", "model.decoder.embed_tokens", "lm_head")
+    ],
 }
 
 
