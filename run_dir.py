@@ -144,9 +144,10 @@ class RunDir:
             # the one before may have removed the file that was opened here
             if (out / ".lock").exists() and os.path.samestat(os.stat(out / ".lock"), os.fstat(file.fileno())):
                 self.file = file
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        file.flush()
+        with contextlib.suppress(OSError):  # on a full disk the lock holds, but can't say who has it
+            os.ftruncate(file.fileno(), 0)
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()} since {since}".encode())
         for path in [*out.glob("*.tmp"), *out.glob("index/*.tmp")]:  # what a killed process left
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
         for path in out.glob("checkpoint-*.old"):
@@ -158,6 +159,8 @@ class RunDir:
     def unlock(self) -> None:
         if self.file is not None:
             with contextlib.suppress(OSError):
+                if self.waiting:  # nothing of this run is to stay
+                    self.log_path().unlink(missing_ok=True)
                 (self.path / ".lock").unlink(missing_ok=True)
             self.file.close()
             self.file = None
@@ -399,8 +402,11 @@ class Log:
             self.board = SummaryWriter(cfg.output_dir)
 
     def write(self, record: dict) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        except OSError as e:
+            raise checkpoint.SaveError(self.path, e.strerror) from e
         if self.board:
             for key, value in record.items():
                 if isinstance(value, int | float):

@@ -656,6 +656,8 @@ def cache_features(model, module, plan, processor, cfg: Config, world, signals: 
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, file)
+        for other in set(file.parent.glob("features-*.f32")) - {file}:  # of another tower or other pictures
+            other.unlink()
     parallel.barrier(world)
     return ImageFeatures(paths, file, shape, "r")
 
@@ -859,7 +861,7 @@ def main(argv: list[str] | None = None) -> int:
     with Signals() as signals:
         try:
             return run(cfg, module, directory, parallel.Meeting(), signals)
-        except (RuntimeError, MemoryError) as e:
+        except (RuntimeError, MemoryError, ValueError, OSError) as e:
             if (clear := explained(e, cfg)) is None:
                 raise
             raise clear from None
@@ -869,18 +871,21 @@ def main(argv: list[str] | None = None) -> int:
 
 def explained(error: BaseException, cfg: Config) -> Exception | None:
     """What a dead rank, a dead data worker or a full memory means to the user; None for another error."""
+    text = data.one_line(error)
     last = checkpoint.last_checkpoint(cfg.output_dir)
     then = f"the same command continues from {last}" if last else "the same command begins anew: no checkpoint yet"
+    if worker := re.search(r"DataLoader worker [^;]*?(killed by signal: \w+|exited unexpectedly)", text):
+        return ValueError(f"a data worker died (out of memory?): {worker[0]}; lower num_workers; {then}")
+    if isinstance(error, ValueError | OSError):
+        return None
     if (reason := parallel.lost_rank(error)) is not None:
         return ConnectionError(
             f"another rank is gone ({reason}): it was killed, or stopped with an error that it printed; {then}, and "
             "torchrun --max-restarts does so by itself"
         )
-    if "DataLoader worker" in str(error):
-        return ValueError(f"a data worker died (out of memory?): {data.one_line(error)}; lower num_workers; {then}")
     if isinstance(error, MemoryError) or "out of memory" in str(error):
         return ValueError(
-            f"out of memory ({data.one_line(error)[:200]}); lower per_device_train_batch_size or max_length, or set "
+            f"out of memory ({text[:200]}); lower per_device_train_batch_size or max_length, or set "
             f"recompute=true or sharding=stage3; {then}"
         )
     return None
@@ -1019,6 +1024,14 @@ def prepare(cfg: Config, module, directory: Path, meeting: parallel.Meeting, run
                 f"{start.resume} is at step {state['step']}, and {key}={getattr(cfg, key):g} ends at step {total}; "
                 f"raise {key}, or give an earlier checkpoint as resume_from_checkpoint"
             )
+    if cfg.do_train and not start.anew and start.resume is None:
+        if start.finished is not None and total > start.finished:
+            raise ValueError(
+                f"{cfg.output_dir} holds a finished run of {start.finished} steps without its checkpoint: it can't "
+                f"go on to step {total}; choose another output_dir, or set overwrite_output_dir=true to train anew"
+            )
+        if start.finished is None and meeting.main:
+            print(f"{cfg.output_dir} has no complete checkpoint of its run: it begins at step 0")
     meeting.wait_for_all("prepared")
     return Prepared(processor, plan, eval_plan, run_dir, state, total)
 
