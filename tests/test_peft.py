@@ -311,3 +311,14 @@ def test_an_untied_opt_is_transformers(tmp_path, tied):
     assert hasattr(model.language_model, "lm_head") is not tied
     scale = expected.abs().max()
     torch.testing.assert_close(logits_of(model, batch) / scale, expected / scale, atol=1e-3, rtol=0)
+
+
+def test_a_base_with_nan_is_not_merged(qwen_adapter, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(ROOT / "samples/tiny_qwen_vl", base)
+    state = load_file(base / "model.safetensors")
+    state["transformer.wte.weight"][7, 3] = float("nan")  # a value that the adapter's record of its base does not hold
+    save_file(state, base / "model.safetensors")
+    with pytest.raises(ValueError, match="transformer.wte.weight holds NaN"):
+        merge.merge(base, qwen_adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
