@@ -63,12 +63,12 @@ class QwenVLConfig:
     num_attention_heads: Size
     intermediate_size: Size  # the MLP's inner width is HALF of it
     vocab_size: Size
+    seq_length: Size  # trained length: beyond it evaluation uses dynamic NTK and log-n scaling
     visual: VisualConfig
     kv_channels: Annotated[int, 4, 1 << 20] = 128
     layer_norm_epsilon: Epsilon = 1e-6
     rotary_emb_base: Annotated[float, 100, 1e10] = 10000
     rotary_pct: float = 1.0
-    seq_length: Size = 2048  # trained length: beyond it evaluation uses dynamic NTK and log-n scaling
     use_dynamic_ntk: bool = True
     use_logn_attn: bool = True
     no_bias: bool = True
