@@ -583,6 +583,19 @@ def load_into(params: dict, weights: Weights, dtype: torch.dtype | None = None, 
 # ---- weights out
 
 
+def save_tensors(tensors: dict, path, metadata: dict[str, str]) -> None:
+    """A .safetensors file that is the same for the same tensors: the library writes `metadata` in a random order."""
+    save_file(tensors, path, metadata=metadata)
+    with open(path, "r+b") as file:
+        size = struct.unpack("<Q", file.read(8))[0]
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        assert len(ordered) == size, "the header was not written as compactly as it can be"
+        file.seek(8)
+        file.write(ordered)
+
+
 def save_weights(directory, named_tensors, max_shard_bytes: int = 5 * 10**9, write: bool = True) -> None:
     """Write model.safetensors, or shards with an index, holding one shard in memory at most.
 

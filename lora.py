@@ -23,7 +23,6 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
 import checkpoint
@@ -265,7 +264,7 @@ def save_adapter(
         "alpha_pattern": alpha_pattern, "inference_mode": True,
     }  # fmt: skip
     metadata = {"format": "pt"} | ({"base": sample} if sample else {})
-    save_file(state, Path(directory) / "adapter_model.safetensors", metadata=metadata)
+    checkpoint.save_tensors(state, Path(directory) / "adapter_model.safetensors", metadata)
     checkpoint.write_json(Path(directory) / "adapter_config.json", config)
 
 

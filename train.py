@@ -721,13 +721,13 @@ def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def check_finite(parameters: dict[str, nn.Parameter], step: int, world: parallel.World) -> None:  # all ranks
-    """Before a checkpoint is made of them."""
+    """Before a checkpoint is made of them. What is so large that its square overflows is as bad as infinity."""
     local = {n: p.to_local() if hasattr(p, "to_local") else p for n, p in parameters.items()}
-    wrong = [n for n, p in local.items() if not bool(torch.isfinite(p.detach()).all())]
+    wrong = [n for n, p in local.items() if p.numel() and not float(p.detach().abs().amax()) < 1e18]
     if int(parallel.all_max(torch.tensor([len(wrong)]), world)):
         where = f" (first of them: {wrong[0]})" if wrong else ""
         raise ValueError(
-            f"parameters are not finite after step {step}{where}; nothing is saved of them, the last checkpoint "
+            f"parameters are NaN, infinite or beyond 1e18 after step {step}{where}; nothing is saved of them, the last checkpoint "
             "stands; lower learning_rate or set max_grad_norm"
         )
 
@@ -1017,6 +1017,8 @@ def prepare(cfg: Config, module, directory: Path, meeting: parallel.Meeting, run
             place_plan(plan, state, facts, start.resume)
     state |= {"facts": facts, "run": start.id}
     total = total_steps(cfg, plan, global_batch)
+    if cfg.do_train and total < 1:
+        raise ValueError(f"num_train_epochs={cfg.num_train_epochs:g} gives no step; raise it, or set do_train=false")
     if cfg.do_train and start.resume and total < state["step"]:
         key = "max_steps" if cfg.max_steps is not None else "num_train_epochs"
         if start.finished is None or not start.changed.keys() - HARMLESS:
