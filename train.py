@@ -727,8 +727,8 @@ def check_finite(parameters: dict[str, nn.Parameter], step: int, world: parallel
     if int(parallel.all_max(torch.tensor([len(wrong)]), world)):
         where = f" (first of them: {wrong[0]})" if wrong else ""
         raise ValueError(
-            f"parameters are NaN, infinite or beyond 1e18 after step {step}{where}; nothing is saved of them, the last checkpoint "
-            "stands; lower learning_rate or set max_grad_norm"
+            f"parameters are NaN, infinite or beyond 1e18 after step {step}{where}; nothing is saved of them, "
+            "the last checkpoint stands; lower learning_rate or set max_grad_norm"
         )
 
 
