@@ -12,10 +12,12 @@ its own part, as if the layer were that much narrower. What crosses ranks is her
 enters the cut part, the sum where it leaves. All else, gradients too, is equal on the ranks of a group, bit for bit.
 """
 
+import contextlib
 import functools
 import math
 import os
 import re
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -89,10 +91,35 @@ class Meeting:
             # ranks that torchrun started again find what the dead ones left in its store
             self.store = dist.PrefixStore(f"start-{restart_count()}", store)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.over, self.beats, self.looked = False, {}, 0.0
+        if self.size > 1:
+            threading.Thread(target=self.beat, daemon=True).start()
 
     @property
     def main(self) -> bool:
         return self.rank == 0
+
+    def beat(self) -> None:
+        """Tells the others that this rank lives, until the process group does."""
+        count = 0
+        with contextlib.suppress(RuntimeError):  # rank 0 has ended, and the store with it
+            while not self.over:
+                self.store.set(f"beat-{self.rank}", str(count := count + 1))
+                time.sleep(1)
+
+    def look(self) -> None:
+        """ValueError if a rank that is waited for is dead: rank 0 looks after all others, they after rank 0."""
+        now = time.monotonic()
+        if self.size == 1 or now - self.looked < 1:
+            return
+        self.looked = now
+        for rank in range(1, self.size) if self.main else [0]:
+            beat = self.store.get(f"beat-{rank}") if self.store.check([f"beat-{rank}"]) else b""
+            known, since = self.beats.get(rank, (None, now))
+            if beat != known:
+                self.beats[rank] = beat, now
+            elif now - since > 60:
+                raise ValueError(f"rank {rank} is gone: it has not been heard of for a minute; start all ranks again")
 
     def share(self, key: str, value: str | None = None) -> str:  # all ranks
         """What rank 0 gives."""
@@ -109,12 +136,14 @@ class Meeting:
         while not self.store.check(keys):
             if self.store.check(["failed"]):
                 raise ValueError(f"stopped, since another rank did: {self.store.get('failed').decode()}")
+            self.look()
             time.sleep(0.05)
 
     def fail(self, reason: str) -> None:
         """The others need not wait for this rank."""
-        if self.size > 1 and not self.store.check(["failed"]):
-            self.store.set("failed", f"rank {self.rank}: {reason}")
+        with contextlib.suppress(RuntimeError):  # rank 0 has ended, and the store with it
+            if self.size > 1 and not self.store.check(["failed"]):
+                self.store.set("failed", f"rank {self.rank}: {reason}")
 
 
 def init_world(
@@ -132,6 +161,7 @@ def init_world(
     dist.init_process_group(
         backend, store=meeting.store, rank=meeting.rank, world_size=meeting.size, timeout=TIMEOUT
     )
+    meeting.over = True
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
     axes = {**{axis: mesh[axis] for axis in AXES}, "dp": mesh["dp_replicate", "dp_shard"]._flatten("dp")}
     groups.clear()

@@ -1076,8 +1076,9 @@ def run(cfg: Config, module, directory: Path, meeting: parallel.Meeting, signals
             training = Run(cfg, ready, module, directory, world, signals, kernels)
         return training.train()
     except Stopped as e:
+        name = signal.Signals(e.number).name
+        meeting.fail(f"stopped by {name}")
         if meeting.main:
-            name = signal.Signals(e.number).name
             print(f"stopped by {name} while {doing}; nothing of this start is saved", flush=True)
         return 128 + e.number
     except (ValueError, OSError) as e:
