@@ -368,6 +368,7 @@ def publish(path: Path, out: Path) -> list[str]:
             except OSError:
                 shutil.copyfile(source, temporary)
             os.replace(temporary, out / source.name)
+            temporary.unlink(missing_ok=True)  # a rename of one link to a file onto another leaves both
             names.append(source.name)
     return names
 

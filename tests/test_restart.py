@@ -194,6 +194,10 @@ def test_a_restart_of_the_same_command_goes_on(base, dataset, tmp_path, how):
         run(arguments(base, dataset, tmp_path / "third", **{**options, **more}, **given))
         whole = tmp_path / "third"
     assert losses(out)[-10 + begin :] == losses(whole) and same_model(out, whole)
+    record = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({**record, "finished": None}))  # killed before it says that it is finished
+    run(argv)
+    assert not list(out.glob("*.tmp")) and not list(out.glob("*.next")) and same_model(out, whole)
     id = json.loads((out / "run.json").read_text())["id"]
     run(argv)  # finished: with overwrite a new run, else no run
     assert (json.loads((out / "run.json").read_text())["id"] != id) == (how == "overwrite")
