@@ -1068,7 +1068,8 @@ def draw_boxes(picture: str, text: str, out: str | Path) -> int:
             draw.rectangle((min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)), outline="red", width=2)
             draw.text((x1 + 3, y1 + 2), label.encode("ascii", "replace").decode(), fill="red")  # PIL's font is ASCII
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        image.save(out)
+        with checkpoint.atomic_file(out) as file:
+            image.save(file, Image.registered_extensions().get(Path(out).suffix.lower(), "PNG"))
     return len(boxes)
 
 

@@ -1895,7 +1895,8 @@ def main() -> int:
         if args.trained_only:
             state = {n: t for n, t in state.items() if not n.startswith((*(p[:-1] for p in _TOWER), "language_model."))}
         positions = Blip2Config.from_dict(checkpoint.read_config(args.directory)).qformer.max_position_embeddings
-        torch.save({"model": to_lavis(state, positions)}, args.out)
+        with checkpoint.atomic_file(args.out) as file:
+            torch.save({"model": to_lavis(state, positions)}, file)
     else:
         config = checkpoint.read_config(args.directory)
         Blip2Config.from_dict(config)
