@@ -1,15 +1,14 @@
 """Data: records -> conversations -> samples -> token streams, in an order fixed by (files, seed, epoch).
 
     python data.py check                  # open every record, decode every image; also: check CONFIG.json --key value
-    python data.py preview --packs 1      # the first stream as the model sees it, boxes drawn onto their pictures
+    python data.py preview --packs 1      # the first stream as the model sees it, boxes drawn onto their images
 
-Top to bottom: files (JSON, JSONL) -> readers (one per dataset name) -> entries -> length index (measured once, cached)
--> plan (shuffle, mixture, packs, deal to ranks) -> samples and batches -> loader -> the two commands.
-A large set belongs in JSONL: its lines stay on disk, while a JSON document is held in memory by every worker.
+Top to bottom: entries (files of records, which records.py reads) -> length index (measured once, cached) -> plan
+(shuffle, mixture, packs, deal to ranks) -> samples and batches -> loader -> the two commands. A large set belongs in
+JSONL: its lines stay on disk, while a JSON document is held in memory by every worker.
 """
 
 import bisect
-import difflib
 import hashlib
 import importlib
 import json
@@ -20,7 +19,6 @@ import signal
 import sys
 import threading
 import time
-from array import array
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
@@ -34,281 +32,35 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 import checkpoint
+from images import is_constant, open_image
+from records import (
+    READERS,
+    BadRecord,
+    Content,
+    Conversation,
+    ImageRef,
+    conversations_of,
+    cut,
+    nearest,
+    one_line,
+    one_record,
+    open_files,
+    parts_of_text,
+    read_document,
+    resolve_image,
+    text_of,
+)
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_DATASET = {
     split: [{"name": "coco_vqa", "data_files": f"{ROOT}/samples/flags_zh/{file}", "image_root": f"{ROOT}/samples"}]
     for split, file in (("train", "train.jsonl"), ("eval", "val.jsonl"))
 }
-ENTRY_KEYS = ("name", "data_files", "image_root", "weight", "max_samples", "chat_template", "splits")
+ENTRY_KEYS = (
+    "name", "data_files", "image_root", "weight", "max_samples", "chat_template", "splits", "eval_split", "eval_part",
+)  # fmt: skip
 IGNORE = -100
 HOST_TENSORS = ("cu_seqlens", "prefix_lens", "rope_lengths")  # of a batch: they stay on the CPU
-IMAGE_TAG = re.compile(r"<img>(.*?)</img>", re.S)
-# What a bad record or picture may raise; PIL has SyntaxError for some broken PNGs and an error of its own for bombs.
-BAD_SAMPLE = (ValueError, OSError, SyntaxError, Image.DecompressionBombError)
-
-
-def nearest(word: str, known) -> str:
-    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.3)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-# ---------------------------------------------------------------------------------------------------------------- files
-
-
-class JsonLines:
-    """A JSONL file as a sequence of records. Only 24 bytes a line are in memory; blank lines are skipped."""
-
-    def __init__(self, path: str):
-        self.path, spans, position = path, array("q"), 0
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                skip = 3 if number == 1 and line.startswith(b"\xef\xbb\xbf") else 0  # UTF-8 byte order mark
-                if line[skip:].strip():
-                    spans.extend((position + skip, len(line) - skip, number))
-                position += len(line)
-        self.spans = np.frombuffer(spans, np.int64).reshape(-1, 3)  # (N, 3): offset, size, line number
-
-    def __len__(self):
-        return len(self.spans)
-
-    def __getitem__(self, i: int):
-        start, size, _ = map(int, self.spans[i])
-        with open(self.path, "rb") as file:  # opened anew each time, so that forked workers share no file position
-            file.seek(start)
-            line = file.read(size)
-        try:
-            return json.loads(line)
-        except ValueError as e:
-            raise ValueError(f"{self.where(i)}: not valid JSON: {e}") from None
-
-    def where(self, i: int) -> str:
-        return f"{self.path}:{self.spans[i, 2]}"
-
-
-class JsonRecords:
-    """Records of a parsed JSON document."""
-
-    def __init__(self, path: str, records: list):
-        self.path, self.records = path, records
-
-    def __len__(self):
-        return len(self.records)
-
-    def __getitem__(self, i: int):
-        return self.records[i]
-
-    def where(self, i: int) -> str:
-        return f"{self.path} record {i}"
-
-
-def is_jsonl(path: str) -> bool:
-    """By name; otherwise it is JSONL if the first line is a whole object and another line follows."""
-    if path.endswith(".jsonl"):
-        return True
-    with open(path, "rb") as file:
-        lines = (line for line in file if line.strip())
-        first, second = next(lines, b""), next(lines, None)
-    if second is None:
-        return False
-    try:
-        return isinstance(json.loads(first.decode("utf-8-sig")), dict)
-    except ValueError:
-        return False
-
-
-def read_document(path: str):
-    try:
-        return json.loads(Path(path).read_bytes().decode("utf-8-sig"))
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path}:{e.lineno}: not valid JSON: {e.msg} (column {e.colno})") from None
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path}: not UTF-8 text: {e}") from None
-
-
-def open_files(paths: list[str]) -> list:
-    """Data files -> record sequences. COCO's and VQAv2's own documents become one record per image or question."""
-    sources, questions, annotations = [], [], {}
-    for path in paths:
-        if is_jsonl(path):
-            sources.append(JsonLines(path))
-            continue
-        document = read_document(path)
-        keys = document.keys() if isinstance(document, dict) else ()
-        if "questions" in keys:
-            questions.append((path, document))
-        elif "annotations" in keys and "images" not in keys:
-            annotations.update({a["question_id"]: a for a in document["annotations"]})
-        elif "annotations" in keys:
-            sources.append(JsonRecords(path, coco_captions(document)))
-        else:
-            sources.append(JsonRecords(path, document if isinstance(document, list) else [document]))
-    if bool(questions) != bool(annotations):
-        have, lack = ("questions", "annotations") if questions else ("annotations", "questions")
-        raise ValueError(f"{', '.join(paths)}: VQAv2 {have} without their {lack}; list both files in data_files")
-    return sources + [JsonRecords(path, vqa_v2(document, annotations)) for path, document in questions]
-
-
-def coco_captions(document: dict) -> list[dict]:
-    records = {i["id"]: {"image": i["file_name"], "image_id": i["id"], "caption": []} for i in document["images"]}
-    for annotation in document["annotations"]:
-        records[annotation["image_id"]]["caption"].append(annotation["caption"])
-    return [record for record in records.values() if record["caption"]]
-
-
-def vqa_v2(document: dict, annotations: dict) -> list[dict]:
-    """Questions with their annotations. The published files name no picture: COCO's own file names are meant."""
-    files = {i["id"]: i["file_name"] for i in document.get("images", [])}
-    subset, records = document.get("data_subtype", ""), []
-    for question in document["questions"]:
-        image = question["image_id"]
-        image = files.get(image) if files else f"{subset}/COCO_{subset}_{int(image):012d}.jpg"
-        records.append({**annotations.get(question["question_id"], {}), **question, "image": image})
-    return records
-
-
-# -------------------------------------------------------------------------------------------------------------- readers
-
-
-@dataclass
-class Conversation:
-    id: str
-    turns: list[tuple[str, str]]  # (role, text), role system, user or assistant; an image is <img>PATH</img>
-    images: list[str]  # resolved file paths, one per <img> tag, in order
-    kind: str  # "chat": text used as it is; "caption", "vqa": the model's processor adds its own wording
-    where: str  # "train.jsonl:17", or "train.json record 17" (counted from 0) for a one-document file
-    answers: list[str]  # all reference answers; of a chat, the last assistant turn
-    source: str  # the record's own "source", else the entry's name
-
-
-def field(record: dict, key: str, kind=str):
-    if not isinstance(record.get(key), kind) or not record[key]:
-        raise ValueError(f"{key!r} must be a non-empty {kind.__name__}, got {str(record.get(key))[:60]!r}")
-    return record[key]
-
-
-# A reader turns one record into [(kind, turns, answers)]; most give one conversation, a caption list gives several.
-
-
-def read_caption(record: dict):
-    captions = record.get("caption")
-    captions = [captions] if isinstance(captions, str) else captions
-    if not isinstance(captions, list) or not captions or not all(isinstance(c, str) and c.strip() for c in captions):
-        raise ValueError(f"'caption' must be a text or a list of texts, got {str(captions)[:60]!r}")
-    user = ("user", f"<img>{field(record, 'image')}</img>")
-    return [("caption", [user, ("assistant", caption)], captions) for caption in captions]
-
-
-def read_vqa(record: dict):
-    """The answer learned is "answer", VQAv2's "multiple_choice_answer", or else the most frequent of "answers"."""
-    answer, answers = record.get("answer", record.get("multiple_choice_answer")), record.get("answers")
-    if isinstance(answer, list):
-        answer, answers = None, answer
-    if answers is None:
-        answers = [] if answer is None else [answer]
-    if not isinstance(answers, list):
-        raise ValueError(f"'answers' must be a list, got {str(answers)[:60]!r}")
-    answers = [str(a.get("answer", "") if isinstance(a, dict) else a) for a in answers]
-    answer = str(answer) if answer is not None else Counter(answers).most_common(1)[0][0] if answers else ""
-    if not answer.strip():
-        raise ValueError("no answer: expected 'answer' or a non-empty list 'answers'")
-    question = f"<img>{field(record, 'image')}</img>{field(record, 'question')}"
-    return [("vqa", [("user", question), ("assistant", answer)], answers or [answer])]
-
-
-def read_visualglm(record: dict):
-    image, question, answer = (field(record, key) for key in ("img", "prompt", "label"))
-    return read_vqa({"image": image, "question": question, "answer": answer})
-
-
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-
-
-def chat_turns(record: dict) -> list[tuple[str, str]]:
-    """[(role, text), ...] of a chat record in any of its shapes; users and assistants alternate."""
-    if "messages" in record:
-        raw = [(m.get("role"), m.get("content")) if isinstance(m, dict) else m for m in field(record, "messages", list)]
-    elif "conversations" in record:
-        raw = []
-        for n, turn in enumerate(field(record, "conversations", list)):
-            if isinstance(turn, dict):
-                raw.append((turn.get("from"), turn.get("value")))
-            elif isinstance(turn, list) and len(turn) == 2:
-                raw += [("user", turn[0]), ("assistant", turn[1])]
-            else:
-                raise ValueError(f"conversations[{n}] is neither a [user, assistant] pair nor a from/value object")
-    else:
-        raise ValueError(f"neither 'conversations' nor 'messages' among the record's keys {sorted(record)[:8]}")
-    turns, num_images = [], 0
-    for n, message in enumerate(raw):
-        if not isinstance(message, tuple) or message[0] not in ROLES:
-            raise ValueError(f"turn {n}: expected a role among {', '.join(ROLES)}, got {str(message)[:60]}")
-        text = message[1]
-        if isinstance(text, list):  # OpenAI's content parts
-            text, num_images = join_parts(text, num_images)
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"turn {n} ({message[0]}) has no text")
-        if not text.count("<img>") == text.count("</img>") == len(IMAGE_TAG.findall(text)):
-            raise ValueError(f"turn {n}: <img> and </img> don't match")
-        turns.append((ROLES[message[0]], text))
-    first = 1 if turns[0][0] == "system" else 0
-    roles = [role for role, _ in turns[first:]]
-    if not roles or roles != [("user", "assistant")[i % 2] for i in range(len(roles))]:
-        raise ValueError(f"turns must alternate user, assistant and begin with user, got {', '.join(roles)[:80]}")
-    images = record.get("image") or []
-    images = [images] if isinstance(images, str) else images
-    if images and not any(IMAGE_TAG.search(text) for _, text in turns):
-        turns[first] = ("user", join_parts([{"image": image} for image in images], 0)[0] + turns[first][1])
-    return turns
-
-
-def read_chatml(record: dict):
-    turns = chat_turns(record)
-    if turns[-1][0] != "assistant":
-        raise ValueError(f"the last turn must be the assistant's, got {turns[-1][0]}")
-    return [("chat", turns, [turns[-1][1]])]
-
-
-def join_parts(parts: list, num_images: int) -> tuple[str, int]:
-    """Content parts -> text; pictures are numbered on through the conversation, in Qwen's wording."""
-    text = ""
-    for part in parts:
-        part = part if isinstance(part, dict) else {"text": part}
-        image = part.get("image", part.get("image_url"))
-        image = image.get("url") if isinstance(image, dict) else image
-        if isinstance(image, str):
-            num_images += 1
-            text += f"Picture {num_images}: <img>{image}</img>\n"
-        elif isinstance(part.get("text"), str):
-            text += part["text"]
-        else:
-            raise ValueError(f"content part is neither text nor image: {str(part)[:60]}")
-    return text, num_images
-
-
-READERS = {
-    "chatml_dataset": read_chatml,
-    "coco_caption": read_caption,
-    "vg_caption": read_caption,
-    "coco_vqa": read_vqa,
-    "visualglm_dataset": read_visualglm,
-}
-
-
-def resolve_image(path: str, image_root: str | None, folder: str) -> str:
-    """The file that a record's image path means: under image_root, else beside the data file, else as it is."""
-    if re.match(r"https?://", path):
-        raise ValueError(f"image {path} is a URL; download it first and give the file's path")
-    if os.path.isabs(path):
-        tried = [path]
-    else:
-        if image_root and os.path.normpath(path).split(os.sep)[0] == os.pardir:
-            raise ValueError(f"image {path} leaves image_root {image_root}; give a path inside it")
-        tried = [os.path.join(root, path) for root in (image_root, folder) if root] + [path]
-    for place in dict.fromkeys(tried):
-        if os.path.isfile(place):
-            return place
-    raise ValueError(f"image {path} not found; tried {', '.join(dict.fromkeys(tried))}")
 
 
 # -------------------------------------------------------------------------------------------------------------- entries
@@ -319,31 +71,51 @@ class Entry:
 
     def __init__(self, settings: dict):
         if not isinstance(settings, dict):
-            raise ValueError(f"a dataset entry must be an object with name and data_files, got {str(settings)[:60]!r}")
+            raise ValueError(f"a dataset entry must be an object with data_files, got {cut(settings)}")
         for key in settings:
             if key not in ENTRY_KEYS:
-                raise ValueError(f"unknown key {key!r} in a dataset entry{nearest(key, ENTRY_KEYS)}")
+                raise ValueError(f"unknown key {cut(key)} in a dataset entry{nearest(key, ENTRY_KEYS)}")
         self.name = settings.get("name")
-        if self.name not in READERS:
+        if self.name is not None and (not isinstance(self.name, str) or self.name not in READERS):
             known = ", ".join(READERS)
-            raise ValueError(f"unknown dataset name {self.name!r}; known: {known}{nearest(self.name, READERS)}")
+            raise ValueError(
+                f"unknown dataset name {cut(self.name)}; known: {known}{nearest(self.name, READERS)}; without a name "
+                "records are recognised by their keys"
+            )
         files = settings.get("data_files")
         self.paths = [files] if isinstance(files, str) else files
-        if not isinstance(self.paths, list) or not self.paths or not all(isinstance(p, str) for p in self.paths):
-            raise ValueError(f"data_files of {self.name} must be a path or a list of paths, got {files!r}")
+        if (
+            not isinstance(self.paths, list)
+            or not self.paths
+            or not all(isinstance(p, str) for p in self.paths)
+        ):
+            raise ValueError(f"data_files must be a path or a list of paths, got {cut(files)}")
         for path in self.paths:
-            if not os.path.isfile(path):
-                raise ValueError(f"data_files: no file {path} (working directory {os.getcwd()})")
+            if "\0" in path or not os.path.isfile(path) and not os.path.isdir(path):
+                raise ValueError(f"data_files: no file {cut(path, 300)} (working directory {os.getcwd()})")
+        what = self.name or self.paths[0]
         self.settings, self.image_root = settings, settings.get("image_root")
         self.weight, self.max_samples = settings.get("weight"), settings.get("max_samples")
-        if self.image_root is not None and not os.path.isdir(self.image_root):
-            raise ValueError(f"image_root {self.image_root!r} of {self.name} is no directory")
-        if self.weight is not None and (not isinstance(self.weight, int | float) or not 0 <= self.weight < np.inf):
-            raise ValueError(f"weight={self.weight!r} of {self.name} must be a number >= 0")
-        if self.max_samples is not None and (not isinstance(self.max_samples, int) or self.max_samples < 1):
-            raise ValueError(f"max_samples={self.max_samples!r} of {self.name} must be an integer >= 1")
+        if self.image_root is not None and not (
+            isinstance(self.image_root, str) and os.path.isdir(self.image_root)
+        ):
+            raise ValueError(f"image_root {cut(self.image_root)} of {what} is no directory")
+        if self.weight is not None and not is_number(self.weight, 0):
+            raise ValueError(f"weight={cut(self.weight)} of {what} must be a number >= 0")
+        whole = isinstance(self.max_samples, int) and is_number(self.max_samples, 1)
+        if self.max_samples is not None and not whole:
+            raise ValueError(f"max_samples={cut(self.max_samples)} of {what} must be an integer >= 1")
         splits = settings.get("splits")
         self.splits = [splits] if isinstance(splits, str) else splits
+        if self.splits is not None and not (
+            isinstance(self.splits, list) and self.splits and all(isinstance(s, str) for s in self.splits)
+        ):
+            raise ValueError(f"splits={cut(splits)} of {what} must be a name or a list of names")
+        self.eval_split, self.eval_part = settings.get("eval_split") or 0.0, bool(settings.get("eval_part"))
+        if not is_number(self.eval_split, 0) or self.eval_split >= 1:
+            raise ValueError(
+                f"eval_split={cut(self.eval_split)} of {what} must be a share from 0 up to, not including, 1"
+            )
         self.system = read_system(settings.get("chat_template"))
         try:
             self.sources = open_files(self.paths)
@@ -351,54 +123,69 @@ class Entry:
             problem = f"missing {e}" if isinstance(e, KeyError) else str(e)
             raise ValueError(f"{', '.join(self.paths)}: not a COCO or VQAv2 document: {problem}") from None
         self.ends = np.cumsum([len(source) for source in self.sources]).tolist()
-
-    @property
-    def label(self) -> str:
-        """Name for logs; the file tells two entries of one format apart."""
-        return f"{self.name}:{Path(self.paths[0]).stem}"
+        self.label = (
+            f"{self.name or 'data'}:{Path(self.paths[0]).stem}"  # for logs; open_entries makes it unique
+        )
 
     def __len__(self):
         return self.ends[-1]
 
+    @property
+    def selects(self) -> bool:
+        """Whether some of its records are another set's."""
+        return bool(self.splits or self.eval_split)
+
     def locate(self, i: int):
         n = bisect.bisect_right(self.ends, i)
         return self.sources[n], i - (self.ends[n - 1] if n else 0)
-
-    def __getitem__(self, i: int):
-        source, i = self.locate(i)
-        return source[i]
 
     def where(self, i: int) -> str:
         source, i = self.locate(i)
         return source.where(i)
 
     def conversations(self, i: int) -> list[Conversation]:
-        """Record i as conversations; none if "splits" leaves it out. ValueError "where: reason" if it is unusable."""
+        """Record i as conversations; none if "splits" or "eval_split" leave it out. BadRecord if it is unusable."""
         (source, n), where = self.locate(i), self.where(i)
-        record, folder = source[n], os.path.dirname(source.path)
-        try:
-            if not isinstance(record, dict):
-                raise ValueError(f"expected an object, got {str(record)[:60]!r}")
-            if self.splits and "split" in record and record["split"] not in self.splits:
+        with one_record(where):
+            try:
+                record = source[n]
+            except ValueError:
+                if self.eval_part:  # the training part names it
+                    return []
+                raise
+            if self.splits and isinstance(record, dict) and "split" in record:
+                if not isinstance(record["split"], str):
+                    raise ValueError(f"'split' must be a name, got {cut(record['split'])}")
+                if record["split"] not in self.splits:
+                    return []
+            if self.eval_split and (share_of(record) < self.eval_split) != self.eval_part:
                 return []
-            id = next((str(record[key]) for key in ("id", "question_id", "image_id") if key in record), str(i))
-            found = []
-            for kind, turns, answers in READERS[self.name](record):
-                tags = [tag for _, text in turns for tag in IMAGE_TAG.findall(text)]
-                images = [resolve_image(tag, self.image_root, folder) for tag in tags]
-                if self.system and kind == "chat" and turns[0][0] != "system":
-                    turns = [("system", self.system), *turns]
-                source_name = str(record.get("source") or self.name)
-                found.append(Conversation(id, turns, images, kind, where, answers, source_name))
-            return found
-        except ValueError as e:
-            raise ValueError(f"{where}: {e}") from None
+            return conversations_of(
+                record, where, os.path.dirname(source.path), i, self.name, self.image_root, self.system
+            )
+
+
+def is_number(value, least: float) -> bool:
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and value >= least
+    )
+
+
+def share_of(record) -> float:
+    """A number in [0, 1) that depends on the record's content alone: eval_split compares it."""
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def read_system(path: str | None) -> str | None:
     """System text of a PaddleNLP chat template, {"system": "<|im_start|>system\\n...<|im_end|>"} or plain text."""
     if path is None:
         return None
+    if not isinstance(path, str):
+        raise ValueError(f"chat_template must be the path of a file, got {cut(path)}")
     if not os.path.isfile(path):
         print(f"warning: no chat_template file {path}; the model's own template is used", file=sys.stderr)
         return None
@@ -406,14 +193,47 @@ def read_system(path: str | None) -> str | None:
     system = document.get("system") if isinstance(document, dict) else None
     if system is None:
         return None
+    if not isinstance(system, str):
+        raise ValueError(f"{path}: 'system' must be a text, got {cut(system)}")
     match = re.fullmatch(r"\s*<\|im_start\|>system\n(.*?)<\|im_end\|>\s*", system, re.S)
     return match.group(1) if match else system
 
 
 def open_entries(entries: list[dict]) -> list[Entry]:
     if not isinstance(entries, list) or not entries:
-        raise ValueError("the dataset has no entry; expected a list of objects with name and data_files")
-    return [entry if isinstance(entry, Entry) else Entry(entry) for entry in entries]
+        raise ValueError("the dataset has no entry; expected a list of objects with data_files")
+    entries = [entry if isinstance(entry, Entry) else Entry(entry) for entry in entries]
+    seen: Counter = Counter()
+    for entry in entries:  # losses and scores are logged by label: each its own
+        seen[entry.base_label] += 1
+        if (n := seen[entry.base_label]) > 1:
+            entry.label = f"{entry.base_label}#{n}"
+    return entries
+
+
+def dataset_of(value: str | dict) -> dict:
+    """What the key `dataset` means: itself, or for "FILE[,EVAL_FILE]" (files or folders) entries of these."""
+    if not isinstance(value, str):
+        return value
+    paths = [value] if os.path.exists(value) else [path.strip() for path in value.split(",")]
+    if len(paths) > 2 or not all(paths):
+        raise ValueError(
+            f"dataset={cut(value)}; expected FILE or FILE,EVAL_FILE, or an object with train and eval"
+        )
+    return {split: [{"data_files": path}] for split, path in zip(("train", "eval"), paths, strict=False)}
+
+
+def hold_out(dataset: dict, share: float) -> dict:
+    """The dataset with `share` of its training records as the evaluation set."""
+    if not share:
+        return dataset
+    if dataset.get("eval"):
+        raise ValueError(f"eval_split={share:g} and evaluation entries are both given; use one")
+    entries = [entry for entry in dataset.get("train") or [] if isinstance(entry, dict)]
+    return {
+        split: [{**entry, "eval_split": share, "eval_part": split == "eval"} for entry in entries]
+        for split in ("train", "eval")
+    }
 
 
 # --------------------------------------------------------------------------------------------------------- length index
@@ -445,45 +265,48 @@ class Index:
 
 
 class Measurer:
-    """Encodes records and keeps their numbers. decode=True opens the pictures too (`data.py check`)."""
+    """Encodes records and keeps their numbers. decode=True opens the images too (`data.py check`)."""
 
     def __init__(self, entries, processor, max_length, decode=False):
         self.entries, self.processor, self.max_length = entries, processor, max_length
-        self.decode, self.decoded = decode, {}  # path -> what is wrong with it, or None
+        self.decode, self.decoded = decode, {}  # source -> what is wrong with it, or None
 
-    def decode_image(self, path: str) -> None:
-        if path not in self.decoded:
+    def decode_image(self, source: str) -> None:
+        if source not in self.decoded:
+            self.decoded[source] = None
             try:
-                self.processor.load_image(path)
-                self.decoded[path] = None
-            except BAD_SAMPLE as e:
-                self.decoded[path] = one_line(e)
-        if self.decoded[path]:
-            raise ValueError(self.decoded[path])
+                self.processor.load_image(source)
+            except ValueError as e:
+                self.decoded[source] = e
+        if self.decoded[source]:
+            raise self.decoded[source]
 
     def __call__(self, task: tuple[int, int, int]):
         """(entry, first, end) -> rows (n, 7), problems [(entry, record, where, reason)]"""
         number, first, end = task
         entry, rows, problems = self.entries[number], [], []
         for record in range(first, end):
-            part_rows = []
             try:
-                for part, conversation in enumerate(entry.conversations(record)):
-                    sample = self.processor.encode(conversation, self.max_length)
-                    for path in sample["images"] if self.decode else ():
-                        self.decode_image(path)
-                    length = len(sample["input_ids"])
-                    assert length <= self.max_length, f"encode() gave {length} tokens, max_length is {self.max_length}"
-                    supervised = int((sample["labels"][1:] != IGNORE).sum())  # the first token is never a target
-                    if not supervised:
-                        raise ValueError(f"no supervised token within max_length={self.max_length}")
-                    sizes = length, len(sample["images"]), supervised, bool(sample["truncated"])
-                    part_rows.append((number, record, part, *sizes))
-                rows += part_rows
-            except BAD_SAMPLE as e:  # a record is used whole or not at all
-                where = entry.where(record)
-                problems.append((number, record, where, one_line(e).removeprefix(f"{where}: ")))
+                with one_record(entry.where(record)):
+                    rows += [(number, record, part, *sizes) for part, sizes in enumerate(self.sizes(entry, record))]
+            except BadRecord as e:  # a record is used whole or not at all
+                problems.append((number, record, e.where, e.reason))
         return np.array(rows, dtype=np.int64).reshape(-1, 7), problems
+
+    def sizes(self, entry: Entry, record: int) -> list[tuple[int, ...]]:
+        """(length, num_images, num_supervised, truncated) of each of a record's samples."""
+        found = []
+        for conversation in entry.conversations(record):
+            sample = self.processor.encode(conversation, self.max_length)
+            for source in sample["images"] if self.decode else ():
+                self.decode_image(source)
+            length = len(sample["input_ids"])
+            assert length <= self.max_length, f"encode() gave {length} tokens, max_length is {self.max_length}"
+            supervised = int((sample["labels"][1:] != IGNORE).sum())  # the first token is never a target
+            if not supervised:
+                raise ValueError(f"no supervised token within max_length={self.max_length}")
+            found.append((length, len(sample["images"]), supervised, bool(sample["truncated"])))
+        return found
 
 
 def ends_with_parent() -> None:
@@ -514,10 +337,6 @@ def _measure_in_worker(task):
     return _measurer(task)
 
 
-def one_line(error) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def show_progress(done: int, total: int, bad: int) -> None:
     if sys.stderr.isatty():
         bar = "#" * (30 * done // total)
@@ -529,7 +348,7 @@ def measure_all(measurer: Measurer, num_workers: int, progress: bool):
     tasks, total = [], 0
     for number, entry in enumerate(measurer.entries):
         count = len(entry)
-        if entry.max_samples and not entry.splits:
+        if entry.max_samples and not entry.selects:
             count = min(count, entry.max_samples)
         total += count
         tasks += [(number, first, min(first + 250, count)) for first in range(0, count, 250)]
@@ -820,10 +639,11 @@ def attach_images(sample: dict, processor, features=None, image_jitter: float = 
 def load_sample(
     index: Index, number: int, epoch: int, processor, max_length: int, seed: int, image_jitter=0.0, features=None
 ) -> dict:
-    """Sample `number`, ready for collate. Raises one of BAD_SAMPLE if a picture can't be decoded."""
+    """Sample `number`, ready for collate. Raises BadRecord if it can't be read or an image can't be decoded."""
     entry, conversation = int(index.entry[number]), index.conversation(number)
-    sample = processor.encode(conversation, max_length)
-    attach_images(sample, processor, features, image_jitter, seed=(seed, epoch, int(number)))
+    with one_record(conversation.where):
+        sample = processor.encode(conversation, max_length)
+        attach_images(sample, processor, features, image_jitter, seed=(seed, epoch, int(number)))
     sample.update(sample_id=f"{conversation.where}#{conversation.id}", dataset_id=entry, key=(seed, epoch, int(number)))
     return sample
 
@@ -919,12 +739,11 @@ class TrainLoader:
     def load(self, epoch: int, units: list[np.ndarray]) -> dict:
         samples, bad, plan = [], [], self.plan
         for number in (int(number) for unit in units for number in unit):
+            options = self.processor, plan.max_length, plan.seed, self.image_jitter, self.features
             try:
-                options = self.processor, plan.max_length, plan.seed, self.image_jitter, self.features
                 samples.append(load_sample(plan.index, number, epoch, *options))
-            except BAD_SAMPLE as e:
-                where = plan.index.where(number)
-                bad.append((where, one_line(e).removeprefix(f"{where}: ")))
+            except BadRecord as e:
+                bad.append((e.where, e.reason))
         return collate(samples, bad, self.processor.num_image_tokens)
 
     def __iter__(self):
@@ -975,36 +794,40 @@ def load_processor(directory: str, stage: str = "sft"):
     return importlib.import_module("model_" + kind).load_processor(directory, stage)
 
 
-def request(turns: list[tuple], images: list[str], where: str, folder: str = "", id: str = "0") -> Conversation:
-    """A chat to be answered. Pictures of `images` stand in front of its last user turn, in Qwen's wording."""
-    pictures, _ = join_parts([{"image": image} for image in images], 0)
-    turns = [*turns[:-1], (turns[-1][0], pictures + turns[-1][1])]
-    tags = [tag for _, text in turns for tag in IMAGE_TAG.findall(text)]
-    return Conversation(id, turns, [resolve_image(tag, None, folder) for tag in tags], "chat", where, [], "request")
+def request(
+    turns: list[tuple[str, str | Content]], images: list[str], where: str, folder: str = "", id: str = "0"
+) -> Conversation:
+    """A chat to be answered. A turn may be a text with <img>PATH</img> tags; `images` stand before the last one's."""
+
+    def found(part):
+        return ImageRef(resolve_image(part.source, None, folder), part.wording) if isinstance(part, ImageRef) else part
+
+    parts = [(role, parts_of_text(content) if isinstance(content, str) else content) for role, content in turns]
+    parts[-1] = (parts[-1][0], [*map(ImageRef, images), *parts[-1][1]])
+    return Conversation(id, [(role, list(map(found, c))) for role, c in parts], "chat", where, [], "request")
 
 
-def read_requests(path: str) -> list[Conversation]:
-    """Chats to be answered: {"prompt": ..., "image": path or list of paths} or a chat record, whose last answer is
-    dropped.
+def read_requests(path: str, elsewhere=()) -> tuple[list[Conversation], list[BadRecord]]:
+    """What is to be answered, and the records that cannot be: {"prompt": ..., "image": path or list of paths} or any
+    record of records.py, whose last answer is dropped.
+
+    elsewhere: keys that a record must not have, since they are options of the whole command.
     """
-    requests = []
+    requests, problems = [], []
     for source in open_files([path]):
         for i in range(len(source)):
-            record, where = source[i], source.where(i)
+            where = source.where(i)
             try:
-                images, turns = [], None
-                if isinstance(record, dict) and "prompt" in record:
-                    images = record.get("image") or []
-                    images = [images] if isinstance(images, str) else images
-                    turns = [("user", field(record, "prompt"))]
-                turns = turns or chat_turns(record)
-                id = str(record.get("id", i))
-                requests.append(request(turns, images, where, os.path.dirname(path), id))
-            except (ValueError, AttributeError, TypeError) as e:
-                raise ValueError(f"{where}: {e}") from None
-    if not requests:
+                with one_record(where):
+                    record = source[i]
+                    if wrong := set(elsewhere) & set(record if isinstance(record, dict) else ()):
+                        raise ValueError(f"{wrong.pop()!r} is an option of the command, for all requests alike")
+                    requests.append(conversations_of(record, where, os.path.dirname(source.path), i, answered=False)[0])
+            except BadRecord as e:
+                problems.append(e)
+    if not requests and not problems:
         raise ValueError(f"{path} holds no request")
-    return requests
+    return requests, problems
 
 
 def check(dataset: dict, processor, settings: dict) -> int:
