@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 import checkpoint
-from images import is_constant, open_image
+from images import is_constant, open_image, short
 from records import (
     READERS,
     BadRecord,
@@ -46,6 +46,7 @@ from records import (
     one_record,
     open_files,
     parts_of_text,
+    place_images,
     read_document,
     resolve_image,
     text_of,
@@ -123,9 +124,7 @@ class Entry:
             problem = f"missing {e}" if isinstance(e, KeyError) else str(e)
             raise ValueError(f"{', '.join(self.paths)}: not a COCO or VQAv2 document: {problem}") from None
         self.ends = np.cumsum([len(source) for source in self.sources]).tolist()
-        self.label = (
-            f"{self.name or 'data'}:{Path(self.paths[0]).stem}"  # for logs; open_entries makes it unique
-        )
+        self.base_label = self.label = f"{self.name or 'data'}:{Path(self.paths[0]).stem}"
 
     def __len__(self):
         return self.ends[-1]
@@ -626,7 +625,7 @@ def attach_images(sample: dict, processor, features=None, image_jitter: float = 
         for path, feature in zip(sample["images"], found, strict=True):
             if feature is None:
                 processor.load_image(path)  # says what is wrong with it
-                raise ValueError(f"no cached features of image {path}")
+                raise ValueError(f"no cached features of image {short(path)}")
         sample["image_features"] = [torch.as_tensor(feature) for feature in found]
         return sample
     sample["pixel_values"] = [processor.load_image(path) for path in sample["images"]]
@@ -803,7 +802,7 @@ def request(
         return ImageRef(resolve_image(part.source, None, folder), part.wording) if isinstance(part, ImageRef) else part
 
     parts = [(role, parts_of_text(content) if isinstance(content, str) else content) for role, content in turns]
-    parts[-1] = (parts[-1][0], [*map(ImageRef, images), *parts[-1][1]])
+    place_images([("user", parts[-1][1])], images)
     return Conversation(id, [(role, list(map(found, c))) for role, c in parts], "chat", where, [], "request")
 
 
@@ -831,6 +830,7 @@ def read_requests(path: str, elsewhere=()) -> tuple[list[Conversation], list[Bad
 
 
 def check(dataset: dict, processor, settings: dict) -> int:
+    """Opens every record and image; prints what is or looks wrong, and sums. Returns 1 if a record is unusable."""
     found = 0
     for split, entries in dataset.items():
         max_length = settings["max_length"]
@@ -844,6 +844,10 @@ def check(dataset: dict, processor, settings: dict) -> int:
             print(f"{split}: no usable sample")
             found += 1
             continue
+        doubts = 0
+        for where, doubt in odd_samples(index):
+            print(f"{where}: note: {doubt}")
+            doubts += 1
         tokens = index.length.sum()
         packs = len(Plan(index, settings["seed"], max_length, True, settings["max_images"]).units(0))
         print(
@@ -851,9 +855,38 @@ def check(dataset: dict, processor, settings: dict) -> int:
             f"tokens mean {index.length.mean():.1f} max {index.length.max():,}, "
             f"{index.num_supervised.sum() / tokens:.1%} supervised | {index.truncated.sum():,} truncated | "
             f"{packs:,} packs at max_length={max_length:,}, {tokens / packs / max_length:.1%} full | "
-            f"{len(index.problems):,} problems"
+            f"{len(index.problems):,} problems, {doubts:,} notes"
         )
     return 1 if found else 0
+
+
+def odd_samples(index: Index) -> Iterator[tuple[str, str]]:
+    """(where, what) of samples that can be trained on and are probably not what was meant."""
+    seen: dict[str, bool] = {}
+    for number in np.flatnonzero(index.part == 0):
+        conversation = index.conversation(number)
+        for source in conversation.images:
+            if source not in seen:
+                seen[source] = is_constant(open_image(source))
+            if seen[source]:
+                yield conversation.where, f"image {short(source)} has one colour throughout"
+        for _, content in conversation.turns:
+            if problem := box_problems(text_of(content)):
+                yield conversation.where, problem
+
+
+def box_problems(text: str) -> str | None:
+    """What is wrong with the boxes of a text, whose corners are thousandths of the image's sides: 0 to 999."""
+    for box in re.findall(r"<box>(.*?)</box>", text, re.S):
+        numbers = re.fullmatch(r"\s*\((\d+),(\d+)\),\((\d+),(\d+)\)\s*", box)
+        if not numbers:
+            return f"box {cut(box)} is not of the form (x1,y1),(x2,y2) with whole numbers"
+        if any(len(n) > 3 for n in numbers.groups()):
+            return f"box {cut(box)} goes beyond 999; corners are thousandths of the image's sides, not pixels"
+        x1, y1, x2, y2 = map(int, numbers.groups())
+        if x1 > x2 or y1 > y2:
+            return f"box {cut(box)} has its corners swapped; the upper left one comes first"
+    return None
 
 
 def coloured(sample: dict, processor) -> str:
@@ -864,7 +897,8 @@ def coloured(sample: dict, processor) -> str:
     spans = dict(zip(sample["image_starts"], enumerate(sample["images"], 1), strict=True))
     while t < len(ids):
         if t in spans:
-            pieces.append("\033[36m[image {}: {}, {} tokens]\033[0m".format(*spans[t], Q))
+            n, source = spans[t]
+            pieces.append(f"\033[36m[image {n}: {short(source)}, {Q} tokens]\033[0m")
             t += Q
             continue
         end = t + 1
@@ -883,8 +917,7 @@ def draw_boxes(picture: str, text: str, out: str | Path) -> int:
     """Draws the boxes in the text (0..999 of each side) onto a copy of the picture; returns how many there were."""
     boxes = BOX.findall(text)
     if boxes:
-        with Image.open(picture) as image:
-            image = image.convert("RGB")
+        image = open_image(picture)
         draw = ImageDraw.Draw(image)
         for label, *corners in boxes:
             x1, y1, x2, y2 = (int(v) * side // 1000 for v, side in zip(corners, image.size * 2, strict=True))
@@ -899,6 +932,8 @@ def draw_boxes(picture: str, text: str, out: str | Path) -> int:
 def preview(dataset: dict, processor, settings: dict) -> int:
     max_length = settings["max_length"]
     index = build_index(dataset["train"], processor, max_length, None, settings["num_workers"], max_bad_samples=1.0)
+    for where, reason in index.problems:
+        print(f"left out {where}: {reason}")
     plan = Plan(index, settings["seed"], max_length, settings["mixtoken"], settings["max_images"])
     for n, unit in enumerate(plan.units(0)[: settings["packs"]]):
         print(f"=== stream {n}: {len(unit)} samples, {index.length[unit].sum():,} of {max_length:,} tokens")
@@ -909,7 +944,7 @@ def preview(dataset: dict, processor, settings: dict) -> int:
             print(f"--- {conversation.where} | {len(sample['input_ids']):,} tokens, {supervised:,} supervised")
             print(coloured(sample, processor))
             drawing = os.path.join(settings["out"], f"sample_{number}.png")
-            if sample["images"] and draw_boxes(sample["images"][-1], conversation.turns[-1][1], drawing):
+            if sample["images"] and draw_boxes(sample["images"][-1], text_of(conversation.turns[-1][1]), drawing):
                 print(f"boxes: {drawing}")
     return 0
 
@@ -921,7 +956,8 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"{usage}; got {' '.join(argv) or 'nothing'}")
     settings = {
         "dataset": DEFAULT_DATASET, "model": None, "model_name_or_path": "tiny", "stage": "sft", "max_length": 2048,
-        "max_images": None, "mixtoken": False, "seed": 42, "num_workers": 2, "packs": 2, "out": "preview",
+        "max_images": None, "mixtoken": False, "seed": 42, "num_workers": 2, "packs": 2,
+        "eval_split": 0.0, "out": "preview",
     }  # fmt: skip
     own, given, rest = set(settings), {}, argv[1:]
     if rest and not rest[0].startswith("--"):
@@ -936,7 +972,8 @@ def main(argv: list[str] | None = None) -> int:
         except ValueError:
             given[key] = value
     settings.update({key: value for key, value in given.items() if key in own})  # train.py checks the others
-    dataset = {split: settings["dataset"][split] for split in ("train", "eval") if settings["dataset"].get(split)}
+    dataset = hold_out(dataset_of(settings["dataset"]), settings["eval_split"])
+    dataset = {split: dataset[split] for split in ("train", "eval") if dataset.get(split)}
     if "train" not in dataset:
         raise ValueError('dataset has no "train" entries')
     directory = model_directory(settings["model"], settings["model_name_or_path"])

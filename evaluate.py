@@ -29,9 +29,10 @@ import metrics
 from config import Config, parse_config
 from generate import DTYPES, Decoding, answer, base_of, check_bad, load_model, name_bad
 from kernels import dispatch
+from records import READERS, Conversation, one_line, text_of
 
 
-def merge_references(conversations: list[data.Conversation], entries: list[int]) -> list[data.Conversation]:
+def merge_references(conversations: list[Conversation], entries: list[int]) -> list[Conversation]:
     """One caption is asked for an image of an entry: its records become one with all their references, equal ones
     too. Each conversation of a record carries all captions of the record, which count once.
 
@@ -48,14 +49,13 @@ def merge_references(conversations: list[data.Conversation], entries: list[int])
     return list(merged.values())
 
 
-def question(conversation: data.Conversation) -> str:
+def question(conversation: Conversation) -> str:
     """The last thing that the user said, without the picture."""
-    text = next((text for role, text in reversed(conversation.turns) if role == "user"), "")
-    return data.IMAGE_TAG.sub("", text).strip()
+    return next((text_of(content) for role, content in reversed(conversation.turns) if role == "user"), "").strip()
 
 
 def answer_all(
-    model: nn.Module, processor, conversations: list[data.Conversation], batch_size: int, how: Decoding,
+    model: nn.Module, processor, conversations: list[Conversation], batch_size: int, how: Decoding,
     bad: list[tuple[str, str]], progress: bool = False,
 ) -> Iterator[str | None]:  # fmt: skip
     """The answers in order. all ranks of a sharded model.
@@ -80,7 +80,7 @@ def answer_all(
         print(clear, end="", file=sys.stderr, flush=True)
 
 
-def answered(conversations: list[data.Conversation], answers: list[str | None]) -> tuple[list, list[str]]:
+def answered(conversations: list[Conversation], answers: list[str | None]) -> tuple[list, list[str]]:
     """Both without those that could not be answered. ValueError if none is left."""
     pairs = [(c, a) for c, a in zip(conversations, answers, strict=True) if a is not None]
     if not pairs:
@@ -89,7 +89,7 @@ def answered(conversations: list[data.Conversation], answers: list[str | None]) 
 
 
 def score(
-    conversations: list[data.Conversation], answers: list[str], names: list[str] | None = None
+    conversations: list[Conversation], answers: list[str], names: list[str] | None = None
 ) -> tuple[dict[str, float], list[dict[str, float]]]:
     """-> (whole set's scores, each answer's). Exact match also by the records' "source" where there are several."""
     whole: dict[str, float] = {}
@@ -111,7 +111,7 @@ def score(
 
 @torch.no_grad()
 def retrieval(
-    model: nn.Module, processor, conversations: list[data.Conversation], batch_size: int, rerank: int,
+    model: nn.Module, processor, conversations: list[Conversation], batch_size: int, rerank: int,
     bad: list[tuple[str, str]] | None = None,
 ) -> tuple[dict[str, float], Tensor, Tensor]:
     """Recall of texts for images and of images for texts, by BLIP-2's contrastive similarity ("itc") and by matching
@@ -130,10 +130,10 @@ def retrieval(
         for path in paths[first : first + batch_size]:
             try:
                 pixels.append(processor.load_image(path))
-            except data.BAD_SAMPLE as e:
+            except ValueError as e:
                 if bad is None:
                     raise
-                reasons[path] = data.one_line(e)
+                reasons[path] = one_line(e)
         if pixels:
             features = model.encode_pictures(torch.stack(pixels).to(device, dtype))
             pictures.append(features[0].cpu())
@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--model_name_or_path", default=None, help=base)
     add("--lora_path", default=None, help="adapter directory, applied without merging; default: the configuration's")
     add("--data_files", action="append", default=None, help="may be repeated; instead of the configuration's entries")
-    add("--name", default="coco_vqa", choices=data.READERS, help="format of --data_files")
+    add("--name", default=None, choices=READERS, help="format of --data_files; default: each record's own keys tell")
     add("--image_root", default=None, help="directory of the images of --data_files")
     names = [*metrics.METRICS, "retrieval"]
     add("--metric", action="append", default=None, choices=names, help="instead of the format's own; may be repeated")

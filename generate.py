@@ -32,6 +32,7 @@ import parallel
 from kernels import dispatch
 from kernels.attention import attention
 from quantize import BITS, quantize
+from records import BadRecord, Conversation, one_record
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -469,10 +470,11 @@ def load_model(
     return model.eval()
 
 
-def read_requests(args) -> tuple[list[data.Conversation], list[tuple[str, str]]]:
+def read_requests(args) -> tuple[list[Conversation], list[tuple[str, str]]]:
     """What is to be answered, and (where, reason) of the records of --requests that cannot be."""
     if args.requests:
-        return data.read_requests(args.requests), []
+        conversations, problems = data.read_requests(args.requests, [f.name for f in fields(Decoding)])
+        return conversations, [(problem.where, problem.reason) for problem in problems]
     if args.prompt is None:
         raise ValueError("nothing to answer: give --prompt (and --image), --chat, or --requests FILE.jsonl")
     turns = [("user", args.prompt)] if not args.system else [("system", args.system), ("user", args.prompt)]
@@ -512,7 +514,7 @@ class Printer:
 
 
 def answer(
-    model: nn.Module, processor, conversations: list[data.Conversation], stop_words: list[list[int]], how: Decoding,
+    model: nn.Module, processor, conversations: list[Conversation], stop_words: list[list[int]], how: Decoding,
     on_token: Callable[[int, int], None] | None = None, stop_texts: list[str] = (),
     bad: list[tuple[str, str]] | None = None,
 ) -> list[str | None]:  # fmt: skip
@@ -525,14 +527,15 @@ def answer(
     requests = {}
     for n, c in enumerate(conversations):
         try:
-            request = {**processor.prompt(c), "id": c.id}
-            room_for(model, request["input_ids"], d.max_new_tokens)
-            request["pixel_values"] = [processor.load_image(image).to(dtype) for image in request["images"]]
-            requests[n] = request
-        except data.BAD_SAMPLE as e:
+            with one_record(c.where):
+                request = {**processor.prompt(c), "id": c.id}
+                room_for(model, request["input_ids"], d.max_new_tokens)
+                request["pixel_values"] = [processor.load_image(image).to(dtype) for image in request["images"]]
+                requests[n] = request
+        except BadRecord as e:
             if bad is None:
                 raise
-            bad.append((c.where, data.one_line(e).removeprefix(f"{c.where}: ")))
+            bad.append((e.where, e.reason))
     stopped = (lambda ids: cut_at_stop(processor, ids, stop_texts)[1]) if stop_texts else None
     if not requests:
         found = []
@@ -582,7 +585,7 @@ def chat(
         printer = Printer(processor, stop_texts)
         (text,) = answer(model, processor, [conversation], processor.stop_words, how, printer, stop_texts)
         printer.end(text)
-        turns, images = [*conversation.turns, ("assistant", text)], []
+        turns, images = [*conversation.turns, ("assistant", [text])], []
 
 
 def main(argv: list[str] | None = None) -> int:

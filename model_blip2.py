@@ -38,9 +38,11 @@ import checkpoint
 import lora
 import parallel
 from checkpoint import Depth, Epsilon, Pixels, Scale, Share, Size, TokenId
+from images import open_image
 from kernels.attention import attention
 from kernels.linear_cross_entropy import IGNORE_INDEX
 from kernels.norm import rms_norm
+from records import front_image, text_of
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: the fields of the published config.json that change what is computed, with that file's defaults
@@ -1575,7 +1577,6 @@ class Blip2Tokenizer:
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
-MAX_PIXELS = 89_478_485  # PIL's own warning threshold; a larger picture is refused before it is decoded
 
 
 def preprocess_image(image: Image.Image, size: int) -> Tensor:
@@ -1601,9 +1602,6 @@ def caption_text(caption: str, max_words: int = 50) -> str:
 def question_text(question: str, max_words: int = 50) -> str:
     """LAVIS's blip_question: lower case, the same punctuation deleted."""
     return _words(re.sub(r"([.!\"()*#:;~])", "", question.lower()).rstrip(" "), max_words)
-
-
-IMAGE_TAG = re.compile(r"(?:Picture \d+: )?<img>.*?</img>\n?", re.DOTALL)
 
 
 class Blip2Processor:
@@ -1652,20 +1650,12 @@ class Blip2Processor:
     def fingerprint(self) -> str:
         """Changes whenever the same conversation could get other ids."""
         vocabulary = hashlib.sha256(self.tokenizer.model.to_str().encode()).hexdigest()
-        return f"blip2-3-{self.stage}-{self.num_image_tokens}-{self.config.max_positions}-{vocabulary}"
+        return f"blip2-4-{self.stage}-{self.num_image_tokens}-{self.config.max_positions}-{vocabulary}"
 
     # same as model_qwen_vl.QwenVLProcessor.load_image
-    def load_image(self, path: str | Path) -> Tensor:
-        """(3, H, W) fp32. ValueError naming the file for anything that is not a whole picture of sane size."""
-        try:
-            with Image.open(path) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(f"{path}: {image.width}x{image.height} pixels, at most {MAX_PIXELS:,} are opened")
-                return preprocess_image(image, self.image_size)
-        except (OSError, SyntaxError, Image.DecompressionBombError) as e:
-            if isinstance(e, FileNotFoundError):
-                raise ValueError(f"{path}: no such picture") from None
-            raise ValueError(f"{path}: not a readable picture ({e}); replace the file or remove its records") from None
+    def load_image(self, source: str | Path) -> Tensor:
+        """(3, H, W) fp32 of a file or data URL. ValueError naming it for anything that is no whole image."""
+        return preprocess_image(open_image(source), self.image_size)
 
     def check_length(self, length: int) -> None:
         if (limit := self.config.max_positions) is not None and length > limit:
@@ -1676,12 +1666,17 @@ class Blip2Processor:
 
     def texts(self, conversation) -> tuple[str, str]:
         """(prompt, answer). Earlier turns of a chat are joined by blanks and belong to the prompt."""
-        turns = [(role, IMAGE_TAG.sub("", text)) for role, text in conversation.turns]
-        images = [len(IMAGE_TAG.findall(text)) for role, text in conversation.turns if role == "user"]
-        if images[:1] != [1] or len(conversation.images) != 1:
-            raise ValueError(
-                f"BLIP-2 takes one picture, in the first question; this record has {len(conversation.images)}"
-            )
+        first = next((n for n, (role, _) in enumerate(conversation.turns) if role == "user"), None)
+        if first is None:
+            raise ValueError("no turn to answer")
+        turns = [(role, text_of(content)) for role, content in conversation.turns]
+        try:
+            image, question = front_image(conversation.turns[first][1])
+            turns[first] = ("user", question)
+            if image is None or len(conversation.images) > 1:
+                raise ValueError(f"got {len(conversation.images)}")
+        except ValueError as e:
+            raise ValueError(f"BLIP-2 takes one image, at the front of the first question; {e}") from None
         answer = turns[-1][1] if turns[-1][0] == "assistant" else ""
         questions = turns[:-1] if turns[-1][0] == "assistant" else turns
         prompt = " ".join(text for _, text in questions)

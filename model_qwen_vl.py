@@ -29,11 +29,13 @@ from torch import Tensor, nn
 import checkpoint
 import parallel
 from checkpoint import Depth, Epsilon, Pixels, Scale, Size, TokenId
+from images import open_image
 from kernels.attention import attention
 from kernels.linear_cross_entropy import IGNORE_INDEX
 from kernels.norm import rms_norm
 from kernels.rotary import rotary
 from kernels.swiglu import swiglu
+from records import text_of
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -742,7 +744,6 @@ def to_list_format(text: str) -> list[dict]:
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
-MAX_PIXELS = 89_478_485  # PIL's own warning threshold; a larger picture is refused before it is decoded
 SYSTEM = "You are a helpful assistant."
 
 
@@ -781,7 +782,7 @@ def chat_ids(
 def chat_prompt(
     tokenizer: QwenTokenizer,
     query: str,
-    history: list[tuple[str, str]] = (),
+    history: list[tuple[str, str | None]] = (),
     system: str = SYSTEM,
     max_window_size: int = 6144,
     strict_paths: bool = True,
@@ -789,7 +790,7 @@ def chat_prompt(
     """Ids of a chat up to the assistant's header. In user and assistant text only the vision tags are special, so a
     typed
     `<|im_end|>` is plain text. Past (question, answer) pairs are kept newest first while they fit in max_window_size
-    tokens."""
+    tokens; an answer may be None."""
     tk = tokenizer
 
     def block(role: str, text: str) -> list[int]:
@@ -798,7 +799,8 @@ def chat_prompt(
 
     head, kept = block("system", system), []
     for question, answer in reversed(history):
-        turn = tk.newline + block("user", question) + tk.newline + block("assistant", answer)
+        turn = tk.newline + block("user", question)
+        turn += tk.newline + block("assistant", answer) if answer is not None else []
         if len(head) + len(turn) + len(kept) >= max_window_size:
             break
         kept = turn + kept
@@ -839,32 +841,40 @@ class QwenVLProcessor:
     def fingerprint(self) -> str:
         """Changes whenever the same conversation could get other ids."""
         vocabulary = hashlib.sha256(self.tokenizer.bpe.to_str().encode()).hexdigest()
-        return f"qwen_vl-1-{self.stage}-{self.num_image_tokens}-{vocabulary}"
+        return f"qwen_vl-2-{self.stage}-{self.num_image_tokens}-{vocabulary}"
 
-    def load_image(self, path: str | Path) -> Tensor:
-        """(3, H, W) fp32. ValueError naming the file for anything that is not a whole picture of sane size."""
-        try:
-            with Image.open(path) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(f"{path}: {image.width}x{image.height} pixels, at most {MAX_PIXELS:,} are opened")
-                return preprocess_image(image, self.image_size)
-        except (OSError, SyntaxError, Image.DecompressionBombError) as e:
-            if isinstance(e, FileNotFoundError):
-                raise ValueError(f"{path}: no such picture") from None
-            raise ValueError(f"{path}: not a readable picture ({e}); replace the file or remove its records") from None
+    def load_image(self, source: str | Path) -> Tensor:
+        """(3, H, W) fp32 of a file or data URL. ValueError naming it for anything that is no whole image."""
+        return preprocess_image(open_image(source), self.image_size)
 
-    def user_text(self, conversation) -> list[tuple[str, str]]:
-        """The turns with this model's wording around captions and questions."""
+    def texts(self, conversation) -> list[tuple[str, str]]:
+        """The turns as text with an `<img>` tag where an image's slots go, and this model's wording around images,
+        captions and questions. What the author of a file in Qwen-VL's own format wrote around a tag stays."""
+        turns, count = [], 0
+        for role, content in conversation.turns:
+            text, in_front = "", False  # in_front: an image's own line ended just now
+            for part in content:
+                if isinstance(part, str):
+                    text += part.removeprefix("\n") if in_front else part
+                    in_front = False
+                    continue
+                count += 1
+                worded = part.wording is not None or re.search(r"Picture \d+: ?$", text)
+                before, after = part.wording or ("", "")
+                if not worded and self.stage != "pretrain":
+                    before, after = f"Picture {count}: ", "\n"
+                text += f"{before}<img></img>{after}"
+                in_front = not worded
+            turns.append((role, text))
         if conversation.kind == "chat":
-            return conversation.turns
-        (_, text), (_, answer) = conversation.turns[:2]
-        tag, question = re.match(r"(<img>.*?</img>)?(.*)", text, re.DOTALL).groups(default="")
+            return turns
+        question = text_of(conversation.turns[0][1])
         if conversation.kind == "caption" and not question:
-            question = "用中文描述这张图片：" if is_chinese(answer) else "Describe the image in English:"
+            chinese = is_chinese(text_of(conversation.turns[1][1]))
+            turns[0] = ("user", turns[0][1] + ("用中文描述这张图片：" if chinese else "Describe the image in English:"))
         elif conversation.kind == "vqa" and self.stage == "pretrain":
-            question += " Answer:"
-        picture = tag if self.stage == "pretrain" or not tag else f"Picture 1: {tag}\n"
-        return [("user", picture + question), ("assistant", answer)]
+            turns[0] = ("user", turns[0][1] + " Answer:")
+        return turns
 
     def encode(self, conversation, max_length: int) -> dict:
         """One training sample: ids, unshifted labels, slots. A picture's span is never cut; text is cut from the end.
@@ -873,22 +883,21 @@ class QwenVLProcessor:
         `<|endoftext|>` in the data is attended to.
         """
         tk = self.tokenizer
-        turns = self.user_text(conversation)
+        turns = self.texts(conversation)
         if self.stage == "pretrain":
             ids, labels = [], []
             for role, text in turns:
-                if role != "system":
-                    piece = tk.encode(text, strict_paths=False) + ([tk.eos] if role == "assistant" else [])
-                    ids += piece
-                    labels += piece if role == "assistant" else [IGNORE_INDEX] * len(piece)
+                piece = tk.encode(text + "\n" if role == "system" else text) + [tk.eos] * (role == "assistant")
+                ids += piece
+                labels += piece if role == "assistant" else [IGNORE_INDEX] * len(piece)
         else:
             system = [text for role, text in turns if role == "system"]
             turns = [turn for turn in turns if turn[0] != "system"]
-            ids, labels = chat_ids(tk, turns, system[0] if system else SYSTEM, strict_paths=False)
+            ids, labels = chat_ids(tk, turns, system[0] if system else SYSTEM)
         ids, labels = np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int32)
         starts = np.flatnonzero(ids == tk.img_start) + 1
         if len(starts) != len(conversation.images):
-            raise ValueError(f"{len(conversation.images)} pictures but {len(starts)} <img> spans")
+            raise ValueError(f"{len(conversation.images)} images, but the text has {len(starts)} tags <img>")
         length = min(len(ids), max_length)
         for start in starts:
             if start - 1 < length < start + self.num_image_tokens + 1:
@@ -905,18 +914,18 @@ class QwenVLProcessor:
 
     def prompt(self, conversation) -> dict:
         """The ids that generation starts from; a trailing answer is left out."""
-        tk, turns = self.tokenizer, self.user_text(conversation)
-        system = next((text for role, text in turns if role == "system"), SYSTEM)
-        turns = [turn for turn in turns if turn[0] != "system"]
+        tk, turns = self.tokenizer, self.texts(conversation)
         while turns and turns[-1][0] == "assistant":
             turns = turns[:-1]
+        system = next((text for role, text in turns if role == "system"), None)
+        turns = [turn for turn in turns if turn[0] != "system"]
         if not turns:
             raise ValueError(f"{conversation.where}: no user turn to answer")
         if self.stage == "pretrain":
-            ids = tk.encode("".join(text for _, text in turns), strict_paths=False)
+            ids = tk.encode((f"{system}\n" if system else "") + "".join(text for _, text in turns))
         else:
             history = [(q[1], a[1]) for q, a in zip(turns[:-1:2], turns[1:-1:2], strict=True)]
-            ids = chat_prompt(tk, turns[-1][1], history, system, strict_paths=False)
+            ids = chat_prompt(tk, turns[-1][1], history, SYSTEM if system is None else system)
         starts = [i + 1 for i, token in enumerate(ids) if token == tk.img_start]
         images = conversation.images[len(conversation.images) - len(starts) :]  # the window may have dropped old turns
         return {

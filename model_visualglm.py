@@ -30,9 +30,11 @@ from torch import Tensor, nn
 import checkpoint
 import parallel
 from checkpoint import Depth, Epsilon, Pixels, Scale, Size, TokenId
+from images import open_image
 from kernels.attention import attention
 from kernels.linear_cross_entropy import IGNORE_INDEX
 from kernels.rotary import rotary
+from records import front_image, text_of
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -937,9 +939,7 @@ class GLMTokenizer:
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
-MAX_PIXELS = 89_478_485  # PIL's own warning threshold; a larger picture is refused before it is decoded
 TEMPLATES = {"zh": "问：{}\n答：", "en": "Q:{}\nA:"}
-FRONT_IMAGE = re.compile(r"\s*(?:Picture 1:\s*)?<img>.*?</img>\n?", re.DOTALL)
 
 
 def resize_image(image: Image.Image, size: int | tuple[int, int]) -> np.ndarray:
@@ -1060,37 +1060,27 @@ class VisualGLMProcessor:
     def fingerprint(self) -> str:
         """Changes whenever the same conversation could get other ids."""
         language, slots = self.config.prompt_language, self.num_image_tokens
-        return f"visualglm-1-{self.stage}-{language}-{slots}-{self.tokenizer.fingerprint}"
+        return f"visualglm-2-{self.stage}-{language}-{slots}-{self.tokenizer.fingerprint}"
 
     # same as model_qwen_vl.QwenVLProcessor.load_image
-    def load_image(self, path: str | Path) -> Tensor:
-        """(3, H, W) fp32. ValueError naming the file for anything that is not a whole picture of sane size."""
-        try:
-            with Image.open(path) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(f"{path}: {image.width}x{image.height} pixels, at most {MAX_PIXELS:,} are opened")
-                return preprocess_image(image, self.image_size)
-        except (OSError, SyntaxError, Image.DecompressionBombError) as e:
-            if isinstance(e, FileNotFoundError):
-                raise ValueError(f"{path}: no such picture") from None
-            raise ValueError(f"{path}: not a readable picture ({e}); replace the file or remove its records") from None
+    def load_image(self, source: str | Path) -> Tensor:
+        """(3, H, W) fp32 of a file or data URL. ValueError naming it for anything that is no whole image."""
+        return preprocess_image(open_image(source), self.image_size)
 
     def rounds(self, conversation) -> list[tuple[str, str | None]]:
-        """(question, answer) pairs without the picture's tag; the last answer may be missing. A system text is left
-        out: the format has no place for one. ValueError for more than one picture or one that is not at the front."""
-        turns = [turn for turn in conversation.turns if turn[0] != "system"]
-        texts = [text for _, text in turns]
-        if not texts:
+        """(question, answer) pairs without the image; the last answer may be missing. A system text, which the format
+        has no place for, begins the first question. ValueError for more than one image or one inside the text."""
+        system = "".join(f"{text_of(content)}\n" for role, content in conversation.turns if role == "system")
+        turns = [content for role, content in conversation.turns if role != "system"]
+        if not turns:
             raise ValueError("no turn to answer")
-        if conversation.images:
-            texts[0], at_front = (
-                FRONT_IMAGE.subn("", texts[0], count=1) if FRONT_IMAGE.match(texts[0]) else (texts[0], 0)
-            )
-            if len(conversation.images) > 1 or not at_front:
-                raise ValueError(
-                    f"VisualGLM takes one image, at the front of the first question; got {len(conversation.images)}"
-                    f"{'' if at_front else ', not at the front'}"
-                )
+        try:
+            image, first = front_image(turns[0])
+            if len(conversation.images) > (image is not None):
+                raise ValueError(f"got {len(conversation.images)}")
+        except ValueError as e:
+            raise ValueError(f"VisualGLM takes one image, at the front of the first question; {e}") from None
+        texts = [system + first, *map(text_of, turns[1:])]
         return list(zip(texts[::2], [*texts[1::2], None] if len(texts) % 2 else texts[1::2], strict=True))
 
     def context(self, conversation, rounds, slot: int) -> tuple[list[int], list[int]]:

@@ -13,7 +13,6 @@ what a record means is understood or the record is refused; nothing is dropped.
 import contextlib
 import csv
 import difflib
-import hashlib
 import json
 import math
 import os
@@ -26,9 +25,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import numpy as np
-from PIL import Image
 
 import images
+
 
 def nearest(word: str, known) -> str:
     close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.6)

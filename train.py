@@ -44,6 +44,7 @@ import pipeline
 from config import Config, parse_config
 from kernels import dispatch
 from kernels.linear_cross_entropy import IGNORE_INDEX
+from records import one_line
 from run_dir import HARMLESS, Log, RunDir, Signals, Start, Stopped, draw_loss, read_state, shown
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -640,7 +641,7 @@ def cache_features(model, module, plan, processor, cfg: Config, world, signals: 
         path, readable = paths[min(first + world.dp_rank, len(paths) - 1)], True
         try:
             pixels = processor.load_image(path)
-        except data.BAD_SAMPLE:  # the loader reports it
+        except ValueError:  # the loader reports it
             pixels, readable = blank(processor.image_size), False
         with autocast(cfg, world):
             encoded = model({"pixel_values": pixels[None].to(world.device)}, output="features")
@@ -871,7 +872,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def explained(error: BaseException, cfg: Config) -> Exception | None:
     """What a dead rank, a dead data worker or a full memory means to the user; None for another error."""
-    text = data.one_line(error)
+    text = one_line(error)
     last = checkpoint.last_checkpoint(cfg.output_dir)
     then = f"the same command continues from {last}" if last else "the same command begins anew: no checkpoint yet"
     if worker := re.search(r"DataLoader worker [^;]*?(killed by signal: \w+|exited unexpectedly)", text):
@@ -1083,7 +1084,7 @@ def run(cfg: Config, module, directory: Path, meeting: parallel.Meeting, signals
         return 128 + e.number
     except (ValueError, OSError) as e:
         if not dist.is_initialized():
-            meeting.fail(data.one_line(e))
+            meeting.fail(one_line(e))
         raise
     finally:
         run_dir.unlock()

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import data
+from records import ImageRef, text_of
 
 Q, SIZE = 4, 8
 
@@ -36,11 +37,11 @@ class Processor:
 
     def encode(self, conversation, max_length):
         ids, labels, starts, images, files = [], [], [], [], iter(conversation.images)
-        for role, text in conversation.turns:
-            if "REFUSE" in text:
+        for role, content in conversation.turns:
+            if "REFUSE" in text_of(content):
                 raise ValueError("the model can't take this")
-            for n, piece in enumerate(data.IMAGE_TAG.split(text)):
-                if n % 2:
+            for piece in content:
+                if isinstance(piece, ImageRef):
                     file = next(files)
                     if len(ids) + Q <= max_length:
                         starts.append(len(ids))
@@ -113,7 +114,10 @@ def test_chatml_three_shapes_read_alike(tmp_path):
     ]
     for n, record in enumerate(shapes):
         (found,) = read_all("chatml_dataset", write(tmp_path / f"{n}.json", [{"id": "x", "source": "s", **record}]))
-        assert found.turns == [("user", user), ("assistant", answer), ("user", "And?"), ("assistant", "No.")], record
+        assert [(role, text_of(content)) for role, content in found.turns] == [
+            ("user", "What is this?"), *rest
+        ], record  # fmt: skip
+        assert isinstance(found.turns[0][1][0], ImageRef)
         assert found.images == [str(tmp_path / "a.png")]
         assert (found.id, found.kind, found.answers, found.source) == ("x", "chat", ["No."], "s")
         assert found.where == f"{tmp_path}/{n}.json record 0"
@@ -122,10 +126,10 @@ def test_chatml_three_shapes_read_alike(tmp_path):
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        ({"text": "a"}, "neither 'conversations' nor 'messages'"),
-        ({"conversations": []}, "'conversations' must be a non-empty list"),
+        ({"text": "a"}, "a chat needs one of 'messages', 'conversations'"),
+        ({"conversations": []}, "a chat needs one of 'messages', 'conversations'"),
         ({"conversations": [["only one"]]}, "neither a .user, assistant. pair"),
-        ({"conversations": [["q", 3]]}, "turn 1 .assistant. has no text"),
+        ({"conversations": [["q", 3]]}, "turn 1 .assistant.: expected a text or a list of content parts, got 3"),
         ({"conversations": [["<img>a.png", "x"]]}, "don't match"),
         ({"conversations": [{"from": "tool", "value": "x"}]}, "expected a role among"),
         ({"messages": [{"role": "user", "content": "x"}]}, "last turn must be the assistant's"),
@@ -143,16 +147,16 @@ def test_malformed_chat_is_named(tmp_path, record, reason):
 def test_captions(tmp_path, name):
     picture(tmp_path / "pics/a.png")
     picture(tmp_path / "pics/b.png")
-    records = [{"image": "a.png", "caption": "one"}, {"image": "b.png", "caption": ["two", "three"], "image_id": "7"}]
+    lines = [{"image": "a.png", "caption": "one"}, {"image": "b.png", "caption": ["two", "three"], "image_id": "7"}]
     coco = {
         "images": [{"id": i, "file_name": f"{name}.png"} for i, name in ((1, "a"), (7, "b"), (9, "unused"))],
         "annotations": [{"image_id": i, "caption": c} for i, c in ((1, "one"), (7, "two"), (7, "three"))],
     }
-    for path in (write(tmp_path / "c.json", records), write(tmp_path / "coco.json", coco)):
+    for path in (write(tmp_path / "c.json", lines), write(tmp_path / "coco.json", coco)):
         found = read_all(name, path, image_root=str(tmp_path / "pics"))
-        assert [c.turns[1][1] for c in found] == ["one", "two", "three"]
+        assert [c.turns[1][1] for c in found] == [["one"], ["two"], ["three"]]
         assert [c.answers for c in found] == [["one"], ["two", "three"], ["two", "three"]]
-        assert found[2].turns[0] == ("user", "<img>b.png</img>") and found[2].images == [str(tmp_path / "pics/b.png")]
+        assert found[2].turns[0] == ("user", [ImageRef(str(tmp_path / "pics/b.png"))])
         assert found[2].id == "7" and found[2].kind == "caption" and found[2].source == name
     del coco["images"][0]["file_name"]
     with pytest.raises(ValueError, match="coco.json: not a COCO or VQAv2 document: missing 'file_name'"):
@@ -170,7 +174,8 @@ def test_vqa_records_and_vqa_v2_pair(tmp_path):
         {"image": "a.png", "question": "What?", "answers": ["car", "bus", "bus"]},
     ]
     found = read_all("coco_vqa", write(tmp_path / "v.jsonl", records, lines=True))
-    assert [c.turns for c in found] == [[("user", "<img>a.png</img>What?"), ("assistant", "bus")]] * 2
+    question = [ImageRef(str(tmp_path / "a.png")), "What?"]
+    assert [c.turns for c in found] == [[("user", question), ("assistant", ["bus"])]] * 2
     assert found[0].answers == ["bus", "car"] and found[0].id == "3" and found[0].kind == "vqa"
 
     ask = [{"question_id": 11, "image_id": 5, "question": "What?"}]
@@ -181,7 +186,7 @@ def test_vqa_records_and_vqa_v2_pair(tmp_path):
     named = write(tmp_path / "q2.json", {"questions": ask, "images": [{"id": 5, "file_name": "a.png"}]})
     for questions, image in ((official, "val2014/COCO_val2014_000000000005.jpg"), (named, "a.png")):
         (one,) = read_all("coco_vqa", [annotations, questions])
-        assert one.images == [str(tmp_path / image)] and one.answers == ["bus", "van"] and one.turns[1][1] == "bus"
+        assert one.images == [str(tmp_path / image)] and one.answers == ["bus", "van"] and one.turns[1][1] == ["bus"]
     with pytest.raises(ValueError, match="questions without their annotations"):
         read_all("coco_vqa", official)
 
@@ -190,7 +195,8 @@ def test_visualglm(tmp_path):
     picture(tmp_path / "a.png")
     path = write(tmp_path / "g.json", [{"img": "a.png", "prompt": "What?", "label": "bus"}])
     (one,) = read_all("visualglm_dataset", path)
-    assert one.turns == [("user", "<img>a.png</img>What?"), ("assistant", "bus")] and one.kind == "vqa"
+    question = [ImageRef(str(tmp_path / "a.png")), "What?"]
+    assert one.turns == [("user", question), ("assistant", ["bus"])] and one.kind == "vqa"
     with pytest.raises(ValueError, match="record 0: 'prompt' must be"):
         read_all("visualglm_dataset", write(tmp_path / "h.json", [{"img": "a.png", "label": "x"}]))
 
@@ -199,10 +205,10 @@ def test_jsonl_lines_bom_blank_and_malformed(tmp_path):
     path = tmp_path / "a.jsonl"
     good = json.dumps({"conversations": [["你好", "嗨"]]}, ensure_ascii=False)
     path.write_bytes(("\ufeff" + good + "\n\n" + good + "\r\n{oops\n" + good).encode())
-    opened = data.Entry(entry("chatml_dataset", str(path)))
+    opened = data.Entry(entry("chatml_dataset", str(path))).sources[0]
     assert len(opened) == 4 and opened[0] == opened[1] == opened[3] == json.loads(good)
     assert [opened.where(i) for i in range(4)] == [f"{path}:{n}" for n in (1, 3, 4, 5)]
-    with pytest.raises(ValueError, match=f"{path}:4: not valid JSON"):
+    with pytest.raises(ValueError, match="not valid JSON"):
         opened[2]
     renamed = tmp_path / "a.json"  # JSONL under another name
     renamed.write_text(good + "\n" + good + "\n")
@@ -234,7 +240,7 @@ def test_chat_template_splits_max_samples(tmp_path, capsys):
     template.write_text(json.dumps({"system": "<|im_start|>system\nBe brief.<|im_end|>"}))
     found = read_all("chatml_dataset", path, chat_template=str(template), splits=["train"])
     assert [c.answers[0] for c in found] == ["0", "2", "4"]
-    assert found[0].turns[0] == ("system", "Be brief.")
+    assert found[0].turns[0] == ("system", ["Be brief."])
     assert read_all("chatml_dataset", path, chat_template="no/such.json")[0].turns[0][0] == "user"
     assert "no/such.json; the model's own template" in capsys.readouterr().err
     index = index_of({**entry("chatml_dataset", path), "max_samples": 2, "splits": ["val"]}, max_bad_samples=0)
@@ -638,7 +644,7 @@ def test_check_and_preview(tmp_path, monkeypatch, capsys):
     dataset = json.dumps({"train": [entry("chatml_dataset", path)]})
     assert run("check", "--dataset", dataset) == 1
     out = capsys.readouterr().out
-    assert f"{path}:4: " in out and f"{path}:5: neither" in out and "3 samples, 3 images" in out and "2 problems" in out
+    assert f"{path}:4: " in out and f"{path}:5: a chat needs one of" in out and "3 samples, 3 images" in out and "2 problems" in out
 
     out_folder = tmp_path / "drawn"
     good_path = write(tmp_path / "good.jsonl", good, lines=True)
@@ -669,8 +675,8 @@ def test_model_directory_and_processor(tmp_path, monkeypatch):
 def test_requests(tmp_path):
     picture(tmp_path / "a.png")
     records = [{"prompt": "What?", "image": "a.png", "id": "x"}, {"conversations": [["<img>a.png</img> q", "a"]]}]
-    found = data.read_requests(write(tmp_path / "r.jsonl", records, lines=True))
-    assert found[0].id == "x" and found[0].turns[0][1].endswith("</img>\nWhat?")
+    found, problems = data.read_requests(write(tmp_path / "r.jsonl", records, lines=True))
+    assert found[0].id == "x" and found[0].turns[0][1][1] == "What?" and not problems
     assert [c.images for c in found] == [[str(tmp_path / "a.png")]] * 2
     assert found[1].where == f"{tmp_path}/r.jsonl:2"
 
