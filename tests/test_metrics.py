@@ -9,7 +9,7 @@ from test_train import run
 
 import evaluate
 import metrics
-import records
+from records import Conversation, ImageRef, read_vqa
 
 
 def one_file(goldens, name):
@@ -109,8 +109,8 @@ def test_fewer_than_ten_answers_count_as_ten():
 def test_each_of_ten_people_counts(prediction, answers, expected):
     """Through the reader, as training and evaluation take the references."""
     record = {"image": "a.png", "question": "q", "answers": [{"answer": a} for a in answers]}
-    ((kind, turns, references),) = records.read_vqa(record)
-    c = data.Conversation("0", turns, ["a.png"], kind, "f:1", references, "s")
+    ((kind, turns, references),) = read_vqa(record)
+    c = Conversation("0", turns, kind, "f:1", references, "s")
     (merged,) = evaluate.merge_references([c], [0])
     assert evaluate.score([merged], [prediction])[0]["vqa_accuracy"] == pytest.approx(expected, abs=1e-12)
 
@@ -119,7 +119,7 @@ def test_equal_captions_count_each_but_once_per_record():
     """A record of two captions gives two conversations that both carry them."""
     records = [["a dog", "a dog"], ["a dog", "one cat"]]
     conversations = [
-        data.Conversation("0", [], ["a.png"], "caption", f"f:{n}", captions, "s")
+        Conversation("0", [("user", [ImageRef("a.png")])], "caption", f"f:{n}", captions, "s")
         for n, captions in enumerate(records)
         for _ in captions
     ]
