@@ -1,0 +1,385 @@
+"""Records of other people's files: each shape means the same conversation; what can't be understood is named."""
+
+import base64
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+from images import open_image
+from records import BadRecord, ImageRef, conversations_of, front_image, text_of
+
+
+@pytest.fixture()
+def folder(tmp_path):
+    for name, colour in (("a.png", "red"), ("b.png", "blue")):
+        Image.new("RGB", (100, 50), colour).save(tmp_path / name)
+    return tmp_path
+
+
+def read(folder, record, **options):
+    """The one conversation of a record, through a file."""
+    path = folder / "records.jsonl"
+    path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    entry = data.Entry({"data_files": str(path), **options})
+    (conversation,) = entry.conversations(0)
+    return conversation
+
+
+def shape(conversation, folder):
+    """[(role, [text or image name])]"""
+    return [
+        (role, [p.source.removeprefix(f"{folder}/") if isinstance(p, ImageRef) else p for p in content])
+        for role, content in conversation.turns
+    ]
+
+
+def messages(*texts, **more):
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)], **more}
+
+
+def llava(*texts, **more):
+    roles = ("human", "gpt")
+    return {"conversations": [{"from": roles[n % 2], "value": text} for n, text in enumerate(texts)], **more}
+
+
+def data_url(path):
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+ONE = [("user", ["a.png", "What?"]), ("assistant", ["Red."])]
+TWO_TURNS = [
+    ("user", ["a.png", "What?"]), ("assistant", ["Red."]), ("user", ["And ", "b.png", " this?"]), ("assistant", ["Blue."]),
+]  # fmt: skip
+SAME = {  # shape of a record -> (record, what it means)
+    "llava": (llava("<image>What?", "Red.", image="a.png"), ONE),
+    "llava, later turn": (llava("<image>What?", "Red.", "And <image> this?", "Blue.", image=["a.png", "b.png"]), TWO_TURNS),
+    "ms-swift": (messages("<image>What?", "Red.", images=["a.png"]), ONE),
+    "ms-swift, objects as paths": (messages("<image>What?", "Red.", images=[{"path": "a.png"}]), ONE),
+    "no placeholder": (messages("What?", "Red.", images=["a.png"]), ONE),
+    "query": ({"query": "<image>What?", "response": "Red.", "images": ["a.png"]}, ONE),
+    "history": (
+        {"query": "And <image> this?", "response": "Blue.", "history": [["<image>What?", "Red."]], "images": ["a.png", "b.png"]},
+        TWO_TURNS,
+    ),
+    "trl": (
+        {
+            "images": ["a.png"],
+            "messages": [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": "Red."}]},
+            ],
+        },
+        ONE,
+    ),
+    "openai": (messages([{"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", "text": "What?"}], "Red."), ONE),
+    "openai, text url": (messages([{"type": "image_url", "image_url": "a.png"}, {"type": "text", "text": "What?"}], "Red."), ONE),
+    "images of a turn": (
+        {
+            "messages": [
+                {"role": "user", "content": "What?", "images": ["a.png"]}, {"role": "assistant", "content": "Red."},
+                {"role": "user", "content": "And <image> this?", "image": "b.png"}, {"role": "assistant", "content": "Blue."},
+            ]
+        },
+        TWO_TURNS,
+    ),
+    "prompt": ({"prompt": "What?", "completion": "Red.", "image": "a.png"}, ONE),
+    "alpaca": (
+        {"instruction": "What", "input": "is it?", "output": "Red.", "image": "a.png"},
+        [("user", ["a.png", "What\nis it?"]), ("assistant", ["Red."])],
+    ),
+    "system key": (messages("<image>What?", "Red.", images=["a.png"], system="Be brief."), [("system", ["Be brief."]), *ONE]),
+    "system turn": (
+        {"messages": [{"role": "system", "content": "Be brief."}, *messages("<image>What?", "Red.")["messages"]], "image": "a.png"},
+        [("system", ["Be brief."]), *ONE],
+    ),
+    "empty system": ({"conversations": [{"from": "system", "value": ""}, *llava("<image>What?", "Red.")["conversations"]], "image": "a.png"}, ONE),
+    "vqa": ({"image": "a.png", "question": "What?", "answer": "Red."}, ONE),
+    "caption": ({"image": "a.png", "caption": "Red."}, [("user", ["a.png"]), ("assistant", ["Red."])]),
+    "huggingface folder": ({"file_name": "a.png", "text": "Red."}, [("user", ["a.png"]), ("assistant", ["Red."])]),
+    "visualglm": ({"img": "a.png", "prompt": "What?", "label": "Red."}, ONE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_a_record_means_what_its_author_meant(folder, name):
+    record, expected = SAME[name]
+    assert shape(read(folder, record), folder) == expected
+
+
+def test_data_urls_and_file_urls_are_images(folder):
+    url = data_url(folder / "a.png")
+    conversation = read(
+        folder, messages([{"type": "image_url", "image_url": {"url": url}}, {"text": "What?"}], "Red.")
+    )
+    assert conversation.images == [url] and open_image(url).getpixel((0, 0)) == (255, 0, 0)
+    conversation = read(folder, {"image": (folder / "a.png").as_uri(), "caption": "x"})
+    assert conversation.images == [str(folder / "a.png")]
+
+
+def test_objects_stand_in_their_places(folder):
+    record = messages(
+        "<image>Where is <ref-object>?",
+        "Here: <bbox>",
+        images=["a.png"],
+        objects={"ref": ["it"], "bbox": [[10, 5, 100, 50]]},
+    )
+    found = read(folder, record)
+    assert text_of(found.turns[0][1]) == "Where is <ref>it</ref>?"
+    assert found.answers == ["Here: <box>(100,100),(999,999)</box>"]
+    shares = {"bbox": [[0.1, 0.1, 1, 1]], "bbox_type": "norm1"}
+    assert read(folder, messages("<image>Where?", "<bbox>", images=["a.png"], objects=shares)).answers == [
+        "<box>(100,100),(999,999)</box>"
+    ]
+
+
+BAD = {  # what is wrong -> (record, part of the reason)
+    "fewer places": (llava("<image>What?", "x", image=["a.png", "b.png"]), "2 images, but the text has 1 places"),
+    "fewer images": (llava("<image><image>What?", "x", image="a.png"), "1 images, but the text has 2 places"),
+    "a place without an image": (llava("<image>What?", "x"), "0 images, but the text has 1 places"),
+    "tags and a list": ({"conversations": [["<img>a.png</img>What?", "x"]], "image": ["a.png", "b.png"]}, "the text names other images"),
+    "videos": (messages("What?", "x", videos=["a.mp4"]), "'videos' looks like media"),
+    "audio": (messages("What?", "x", audios=["a.wav"]), "'audios' looks like media"),
+    "unknown image key": (messages("What?", "x", pictures=["a.png"]), "'pictures' looks like media"),
+    "unknown key with a file": (messages("What?", "x", file="a.png"), "'file' looks like media"),
+    "two image keys": (messages("What?", "x", image="a.png", images=["b.png"]), "both name images"),
+    "tools": (messages("What?", "x", tools="[...]"), "'tools' is not supported"),
+    "preferences": (messages("What?", "x", rejected="y"), "'rejected' is not supported"),
+    "excluded turn": ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x", "loss": False}]}, "excluded"),
+    "unknown role": ({"messages": [{"role": "tool", "content": "q"}]}, "expected a role"),
+    "role that is a list": ({"messages": [{"role": ["user"], "content": "q"}]}, "expected a role"),
+    "two shapes": ({**messages("q", "x"), "conversations": [["q", "x"]]}, "both 'messages' and 'conversations'"),
+    "two systems": ({"conversations": [{"from": "system", "value": "a"}, *llava("q", "x")["conversations"]], "system": "b"}, "two different system texts"),
+    "lone surrogate": (messages("q \ud83d", "x"), "lone surrogate"),
+    "video part": (messages([{"type": "video", "video": "a.mp4"}], "x"), "neither text nor an image"),
+    "url": ({"image": "https://example.org/a.png", "caption": "x"}, "is a URL"),
+    "nul": ({"image": "a.png\0", "caption": "x"}, "NUL"),
+    "number as image": ({"image": 5, "caption": "x"}, "must be a path"),
+    "id": ({"id": {"a": 1}, "image": "a.png", "caption": "x"}, "'id' must be"),
+    "nothing known": ({"text": "a"}, "no known kind of record"),
+    "box outside": (messages("<image>q", "<bbox>", images=["a.png"], objects={"bbox": [[0, 0, 101, 50]]}), "does not lie in its image"),
+    "box without a place": (messages("<image>q", "x", images=["a.png"], objects={"bbox": [[0, 0, 1, 1]]}), "the text has 0"),
+}  # fmt: skip
+for _value in (True, None, {}, [], "", float("nan")):
+    BAD[f"vqa answer {_value!r}"] = ({"image": "a.png", "question": "q", "answer": _value}, "answer")
+    BAD[f"vqa answers [{_value!r}]"] = ({"image": "a.png", "question": "q", "answers": [_value]}, "answer")
+for _value in (True, None, 5, {}, float("nan"), " "):
+    BAD[f"label {_value!r}"] = ({"img": "a.png", "prompt": "q", "label": _value}, "")
+    BAD[f"chat answer {_value!r}"] = (messages("q", _value), "turn 1")
+    BAD[f"response {_value!r}"] = ({"query": "q", "response": _value}, "")
+    BAD[f"caption {_value!r}"] = ({"image": "a.png", "caption": _value}, "")
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_record_that_says_something_else_is_named(folder, name):
+    record, reason = BAD[name]
+    with pytest.raises(BadRecord) as e:
+        read(folder, record)
+    assert e.value.where == f"{folder}/records.jsonl:1" and reason in e.value.reason
+    assert len(e.value.reason) <= 300 and "\n" not in e.value.reason
+
+
+def test_numbers_of_a_vqa_file_are_text(folder):
+    record = {
+        "image": "a.png",
+        "question": "How many?",
+        "answer": 2,
+        "answers": [{"answer": 2}, {"answer": "3"}],
+    }
+    assert read(folder, record).answers == ["2", "3"]
+
+
+def test_no_message_repeats_a_data_url(folder):
+    url = "data:image/png;base64," + "A" * 100_000
+    with pytest.raises(ValueError) as e:
+        open_image(url)
+    assert len(str(e.value)) < 400
+    with pytest.raises(BadRecord) as e:
+        read(folder, messages([{"type": "image_url", "image_url": {"url": url, "more": url}}], "x"))
+    assert len(str(e.value)) < 400 + len(str(folder))
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def entry_of(path, **settings):
+    entry = data.Entry({"data_files": str(path), **settings})
+    found, bad = [], []
+    for i in range(len(entry)):
+        try:
+            found += entry.conversations(i)
+        except BadRecord as e:
+            bad.append((e.where, e.reason))
+    return found, bad
+
+
+@pytest.mark.parametrize("suffix, delimiter", [(".csv", ","), (".tsv", "\t")])
+def test_tables(folder, suffix, delimiter):
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter=delimiter)
+    writer.writerows([
+        ["image", "question", "answer", "answers"], ["a.png", 'a "quoted",\nlong one?', "2", ""],
+        ["b.png", "q", "", '["x", "y", "y"]'], ["a.png", "q"], ["a.png", "q", "", ""], ["gone.png", "q", "x", ""],
+    ])  # fmt: skip
+    path = folder / f"t{suffix}"
+    path.write_text("\ufeff" + text.getvalue(), encoding="utf-8")
+    found, bad = entry_of(path)
+    assert [text_of(c.turns[0][1]) for c in found] == ['a "quoted",\nlong one?', "q"]
+    assert [c.turns[1][1] for c in found] == [["2"], ["y"]] and found[1].answers == ["x", "y", "y"]
+    assert [where for where, _ in bad] == [f"{path}:{n}" for n in (5, 6, 7)] and "2 cells" in bad[0][1]
+    path.write_text(f"foo{delimiter}bar\n1{delimiter}2\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=f"{path}:1: the header .* names no known column"):
+        data.Entry({"data_files": str(path)})
+
+
+def test_a_folder_of_captioned_images(folder):
+    (folder / "a.txt").write_text("one\n\ntwo\n", encoding="utf-8")
+    (folder / "lost.txt").write_text("x", encoding="utf-8")
+    found, bad = entry_of(folder)
+    assert [(c.images, c.turns[1][1]) for c in found] == [
+        ([str(folder / "a.png")], [t]) for t in ("one", "two")
+    ]
+    assert found[0].answers == ["one", "two"]
+    assert sorted(where for where, _ in bad) == [f"{folder}/b.png", f"{folder}/lost.txt"]
+    (folder / "empty").mkdir()
+    with pytest.raises(ValueError, match="folder without images"):
+        data.Entry({"data_files": str(folder / "empty")})
+
+
+def test_dataset_of_text(folder):
+    assert data.dataset_of("a.jsonl,b.jsonl") == {
+        "train": [{"data_files": "a.jsonl"}],
+        "eval": [{"data_files": "b.jsonl"}],
+    }
+    (folder / "x,y.jsonl").write_text("{}")
+    assert data.dataset_of(str(folder / "x,y.jsonl")) == {
+        "train": [{"data_files": str(folder / "x,y.jsonl")}]
+    }
+    with pytest.raises(ValueError, match="expected FILE or FILE,EVAL_FILE"):
+        data.dataset_of("a,b,c")
+
+
+def test_eval_split_parts_the_records_by_their_content(folder):
+    lines = [json.dumps(messages(f"q{n}", "x")) for n in range(400)]
+
+    def parts(lines):
+        path = folder / "all.jsonl"
+        path.write_text("\n".join([*lines, "{broken"]), encoding="utf-8")
+        dataset = data.hold_out({"train": [{"data_files": str(path)}]}, 0.1)
+        out = {
+            split: entry_of(path, **{k: v for k, v in dataset[split][0].items() if k != "data_files"})
+            for split in dataset
+        }
+        return {split: {text_of(c.turns[0][1]) for c in found} for split, (found, _) in out.items()}, out
+
+    found, whole = parts(lines)
+    assert (
+        found["train"] | found["eval"] == {f"q{n}" for n in range(400)} and not found["train"] & found["eval"]
+    )
+    assert 20 <= len(found["eval"]) <= 60
+    assert parts(lines[::-1])[0] == found  # whatever their order
+    fewer = parts(lines[:200])[0]  # and whatever else the file holds
+    assert fewer["eval"] == found["eval"] & {f"q{n}" for n in range(200)}
+    assert len(whole["train"][1]) == 1 and not whole["eval"][1]  # a broken line is named once
+    with pytest.raises(ValueError, match="both given"):
+        data.hold_out({"train": [{}], "eval": [{}]}, 0.1)
+
+
+def test_files_that_do_not_belong_together_are_refused(folder):
+    ask = [{"question_id": 1, "image_id": 5, "question": "q"}]
+    pairs = {
+        "have no question": [{"question_id": q, "image_id": 5, "answers": [{"answer": "x"}]} for q in (1, 2)],
+        "is about image 5": [{"question_id": 1, "image_id": 6, "answers": [{"answer": "x"}]}],
+        "two annotations": [{"question_id": 1, "image_id": 5, "answers": []}] * 2,
+    }
+    (folder / "q.json").write_text(json.dumps({"questions": ask}))
+    for message, annotations in pairs.items():
+        (folder / "n.json").write_text(json.dumps({"annotations": annotations}))
+        with pytest.raises(ValueError, match=message):
+            data.Entry({"data_files": [str(folder / "q.json"), str(folder / "n.json")]})
+
+
+@pytest.mark.parametrize(
+    "line", [b"\xff\xfe", b'{"a": 1, "a": 2}', b"[" * 100_000 + b"]" * 100_000, b'{"a": ', b"5", b"null"]
+)
+def test_a_bad_line_costs_itself_only(folder, line):
+    good = json.dumps(messages("q", "x")).encode()
+    (folder / "l.jsonl").write_bytes(b"\n".join([good, line, good]))
+    found, bad = entry_of(folder / "l.jsonl")
+    assert len(found) == 2 and [where for where, _ in bad] == [f"{folder}/l.jsonl:2"]
+
+
+# -------------------------------------------------------------------------------------------------------------- images
+
+
+def saved(folder, name, image, **options):
+    image.save(folder / name, **options)
+    return np.asarray(open_image(folder / name), np.int64)
+
+
+def test_more_than_eight_bits_are_scaled_by_their_range(folder):
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    expected = saved(folder, "i8.png", Image.fromarray((ramp >> 8).astype(np.uint8)))
+    for name, array in (
+        ("i16.png", ramp), ("i32.tiff", ramp.astype(np.int32)), ("unit.tiff", (ramp / 65535).astype(np.float32)),
+        ("f255.tiff", (ramp / 257).astype(np.float32)), ("wide.tiff", (ramp / 100 - 300).astype(np.float32)),
+    ):  # fmt: skip
+        assert np.abs(saved(folder, name, Image.fromarray(array)) - expected).max() <= 1, name
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        saved(folder, "nan.tiff", Image.fromarray(np.full((4, 4), np.nan, np.float32)))
+
+
+def test_images_are_upright_and_on_white(folder):
+    image = Image.new("RGB", (64, 32), "red")
+    image.paste("blue", (0, 0, 32, 32))
+    exif = image.getexif()
+    exif[274] = 6  # turned by a quarter
+    turned = saved(folder, "turned.png", image, exif=exif)
+    assert (
+        turned.shape == (64, 32, 3)
+        and turned[0, 0].tolist() == [0, 0, 255]
+        and turned[-1, 0].tolist() == [255, 0, 0]
+    )
+    clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    palette = Image.new("P", (8, 8), 0)
+    for name, image, options in (
+        ("rgba.png", clear, {}), ("la.png", clear.convert("LA"), {}), ("p.png", palette, {"transparency": 0}),
+        ("rgb.png", Image.new("RGB", (8, 8)), {"transparency": (0, 0, 0)}),
+    ):  # fmt: skip
+        assert (saved(folder, name, image, **options) == 255).all(), name
+
+
+def test_eight_bit_rgb_is_untouched(folder):
+    array = np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+    assert (saved(folder, "rgb.png", Image.fromarray(array)) == array).all()
+
+
+def test_front_image():
+    a, worded = ImageRef("a"), ImageRef("a", ("Picture 1: ", "\n"))
+    assert front_image([a, "\nWhat?"]) == front_image(["What?\n", a]) == (a, "What?")
+    assert front_image([worded, "\nWhat?"]) == (worded, "\nWhat?")
+    assert front_image(["What?"]) == (None, "What?")
+    for content in ([a, a], ["Look at ", a, " now"]):
+        with pytest.raises(ValueError):
+            front_image(content)
+
+
+def test_requests_take_any_record_and_no_option(folder):
+    lines = [{"prompt": "q", "image": "a.png"}, {"question": "q", "image": "a.png"}, {**messages("q", "x", "r"), "id": 7},
+             {"prompt": "q", "temperature": 1}, {"prompt": "q", "image": "gone.png"}]  # fmt: skip
+    path = folder / "r.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    found, problems = data.read_requests(str(path), ["temperature"])
+    assert [c.kind for c in found] == ["chat", "vqa", "chat"]
+    assert found[2].turns[-1] == ("user", ["r"]) and found[2].id == "7"
+    assert [p.where for p in problems] == [f"{path}:4", f"{path}:5"]
+
+
+def test_conversations_of_names_no_place_itself():
+    with pytest.raises(ValueError, match="^expected an object"):
+        conversations_of(5, "f:1", "", 0)
