@@ -54,17 +54,28 @@ def data_url(path):
 
 ONE = [("user", ["a.png", "What?"]), ("assistant", ["Red."])]
 TWO_TURNS = [
-    ("user", ["a.png", "What?"]), ("assistant", ["Red."]), ("user", ["And ", "b.png", " this?"]), ("assistant", ["Blue."]),
-]  # fmt: skip
+    ("user", ["a.png", "What?"]),
+    ("assistant", ["Red."]),
+    ("user", ["And ", "b.png", " this?"]),
+    ("assistant", ["Blue."]),
+]
 SAME = {  # shape of a record -> (record, what it means)
     "llava": (llava("<image>What?", "Red.", image="a.png"), ONE),
-    "llava, later turn": (llava("<image>What?", "Red.", "And <image> this?", "Blue.", image=["a.png", "b.png"]), TWO_TURNS),
+    "llava, later turn": (
+        llava("<image>What?", "Red.", "And <image> this?", "Blue.", image=["a.png", "b.png"]),
+        TWO_TURNS,
+    ),
     "ms-swift": (messages("<image>What?", "Red.", images=["a.png"]), ONE),
     "ms-swift, objects as paths": (messages("<image>What?", "Red.", images=[{"path": "a.png"}]), ONE),
     "no placeholder": (messages("What?", "Red.", images=["a.png"]), ONE),
     "query": ({"query": "<image>What?", "response": "Red.", "images": ["a.png"]}, ONE),
     "history": (
-        {"query": "And <image> this?", "response": "Blue.", "history": [["<image>What?", "Red."]], "images": ["a.png", "b.png"]},
+        {
+            "query": "And <image> this?",
+            "response": "Blue.",
+            "history": [["<image>What?", "Red."]],
+            "images": ["a.png", "b.png"],
+        },
         TWO_TURNS,
     ),
     "trl": (
@@ -77,13 +88,23 @@ SAME = {  # shape of a record -> (record, what it means)
         },
         ONE,
     ),
-    "openai": (messages([{"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", "text": "What?"}], "Red."), ONE),
-    "openai, text url": (messages([{"type": "image_url", "image_url": "a.png"}, {"type": "text", "text": "What?"}], "Red."), ONE),
+    "openai": (
+        messages(
+            [{"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", "text": "What?"}], "Red."
+        ),
+        ONE,
+    ),
+    "openai, text url": (
+        messages([{"type": "image_url", "image_url": "a.png"}, {"type": "text", "text": "What?"}], "Red."),
+        ONE,
+    ),
     "images of a turn": (
         {
             "messages": [
-                {"role": "user", "content": "What?", "images": ["a.png"]}, {"role": "assistant", "content": "Red."},
-                {"role": "user", "content": "And <image> this?", "image": "b.png"}, {"role": "assistant", "content": "Blue."},
+                {"role": "user", "content": "What?", "images": ["a.png"]},
+                {"role": "assistant", "content": "Red."},
+                {"role": "user", "content": "And <image> this?", "image": "b.png"},
+                {"role": "assistant", "content": "Blue."},
             ]
         },
         TWO_TURNS,
@@ -93,17 +114,38 @@ SAME = {  # shape of a record -> (record, what it means)
         {"instruction": "What", "input": "is it?", "output": "Red.", "image": "a.png"},
         [("user", ["a.png", "What\nis it?"]), ("assistant", ["Red."])],
     ),
-    "system key": (messages("<image>What?", "Red.", images=["a.png"], system="Be brief."), [("system", ["Be brief."]), *ONE]),
-    "system turn": (
-        {"messages": [{"role": "system", "content": "Be brief."}, *messages("<image>What?", "Red.")["messages"]], "image": "a.png"},
+    "system key": (
+        messages("<image>What?", "Red.", images=["a.png"], system="Be brief."),
         [("system", ["Be brief."]), *ONE],
     ),
-    "empty system": ({"conversations": [{"from": "system", "value": ""}, *llava("<image>What?", "Red.")["conversations"]], "image": "a.png"}, ONE),
+    "system turn": (
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                *messages("<image>What?", "Red.")["messages"],
+            ],
+            "image": "a.png",
+        },
+        [("system", ["Be brief."]), *ONE],
+    ),
+    "empty system": (
+        {
+            "conversations": [
+                {"from": "system", "value": ""},
+                *llava("<image>What?", "Red.")["conversations"],
+            ],
+            "image": "a.png",
+        },
+        ONE,
+    ),
     "vqa": ({"image": "a.png", "question": "What?", "answer": "Red."}, ONE),
     "caption": ({"image": "a.png", "caption": "Red."}, [("user", ["a.png"]), ("assistant", ["Red."])]),
-    "huggingface folder": ({"file_name": "a.png", "text": "Red."}, [("user", ["a.png"]), ("assistant", ["Red."])]),
+    "huggingface folder": (
+        {"file_name": "a.png", "text": "Red."},
+        [("user", ["a.png"]), ("assistant", ["Red."])],
+    ),
     "visualglm": ({"img": "a.png", "prompt": "What?", "label": "Red."}, ONE),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -139,10 +181,16 @@ def test_objects_stand_in_their_places(folder):
 
 
 BAD = {  # what is wrong -> (record, part of the reason)
-    "fewer places": (llava("<image>What?", "x", image=["a.png", "b.png"]), "2 images, but the text has 1 places"),
+    "fewer places": (
+        llava("<image>What?", "x", image=["a.png", "b.png"]),
+        "2 images, but the text has 1 places",
+    ),
     "fewer images": (llava("<image><image>What?", "x", image="a.png"), "1 images, but the text has 2 places"),
     "a place without an image": (llava("<image>What?", "x"), "0 images, but the text has 1 places"),
-    "tags and a list": ({"conversations": [["<img>a.png</img>What?", "x"]], "image": ["a.png", "b.png"]}, "the text names other images"),
+    "tags and a list": (
+        {"conversations": [["<img>a.png</img>What?", "x"]], "image": ["a.png", "b.png"]},
+        "the text names other images",
+    ),
     "videos": (messages("What?", "x", videos=["a.mp4"]), "'videos' looks like media"),
     "audio": (messages("What?", "x", audios=["a.wav"]), "'audios' looks like media"),
     "unknown image key": (messages("What?", "x", pictures=["a.png"]), "'pictures' looks like media"),
@@ -150,11 +198,28 @@ BAD = {  # what is wrong -> (record, part of the reason)
     "two image keys": (messages("What?", "x", image="a.png", images=["b.png"]), "both name images"),
     "tools": (messages("What?", "x", tools="[...]"), "'tools' is not supported"),
     "preferences": (messages("What?", "x", rejected="y"), "'rejected' is not supported"),
-    "excluded turn": ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x", "loss": False}]}, "excluded"),
+    "excluded turn": (
+        {
+            "messages": [
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "content": "x", "loss": False},
+            ]
+        },
+        "excluded",
+    ),
     "unknown role": ({"messages": [{"role": "tool", "content": "q"}]}, "expected a role"),
     "role that is a list": ({"messages": [{"role": ["user"], "content": "q"}]}, "expected a role"),
-    "two shapes": ({**messages("q", "x"), "conversations": [["q", "x"]]}, "both 'messages' and 'conversations'"),
-    "two systems": ({"conversations": [{"from": "system", "value": "a"}, *llava("q", "x")["conversations"]], "system": "b"}, "two different system texts"),
+    "two shapes": (
+        {**messages("q", "x"), "conversations": [["q", "x"]]},
+        "both 'messages' and 'conversations'",
+    ),
+    "two systems": (
+        {
+            "conversations": [{"from": "system", "value": "a"}, *llava("q", "x")["conversations"]],
+            "system": "b",
+        },
+        "two different system texts",
+    ),
     "lone surrogate": (messages("q \ud83d", "x"), "lone surrogate"),
     "video part": (messages([{"type": "video", "video": "a.mp4"}], "x"), "neither text nor an image"),
     "url": ({"image": "https://example.org/a.png", "caption": "x"}, "is a URL"),
@@ -162,9 +227,15 @@ BAD = {  # what is wrong -> (record, part of the reason)
     "number as image": ({"image": 5, "caption": "x"}, "must be a path"),
     "id": ({"id": {"a": 1}, "image": "a.png", "caption": "x"}, "'id' must be"),
     "nothing known": ({"text": "a"}, "no known kind of record"),
-    "box outside": (messages("<image>q", "<bbox>", images=["a.png"], objects={"bbox": [[0, 0, 101, 50]]}), "does not lie in its image"),
-    "box without a place": (messages("<image>q", "x", images=["a.png"], objects={"bbox": [[0, 0, 1, 1]]}), "the text has 0"),
-}  # fmt: skip
+    "box outside": (
+        messages("<image>q", "<bbox>", images=["a.png"], objects={"bbox": [[0, 0, 101, 50]]}),
+        "does not lie in its image",
+    ),
+    "box without a place": (
+        messages("<image>q", "x", images=["a.png"], objects={"bbox": [[0, 0, 1, 1]]}),
+        "the text has 0",
+    ),
+}
 for _value in (True, None, {}, [], "", float("nan")):
     BAD[f"vqa answer {_value!r}"] = ({"image": "a.png", "question": "q", "answer": _value}, "answer")
     BAD[f"vqa answers [{_value!r}]"] = ({"image": "a.png", "question": "q", "answers": [_value]}, "answer")
@@ -222,10 +293,16 @@ def entry_of(path, **settings):
 def test_tables(folder, suffix, delimiter):
     text = io.StringIO()
     writer = csv.writer(text, delimiter=delimiter)
-    writer.writerows([
-        ["image", "question", "answer", "answers"], ["a.png", 'a "quoted",\nlong one?', "2", ""],
-        ["b.png", "q", "", '["x", "y", "y"]'], ["a.png", "q"], ["a.png", "q", "", ""], ["gone.png", "q", "x", ""],
-    ])  # fmt: skip
+    writer.writerows(
+        [
+            ["image", "question", "answer", "answers"],
+            ["a.png", 'a "quoted",\nlong one?', "2", ""],
+            ["b.png", "q", "", '["x", "y", "y"]'],
+            ["a.png", "q"],
+            ["a.png", "q", "", ""],
+            ["gone.png", "q", "x", ""],
+        ]
+    )
     path = folder / f"t{suffix}"
     path.write_text("\ufeff" + text.getvalue(), encoding="utf-8")
     found, bad = entry_of(path)
@@ -326,9 +403,12 @@ def test_more_than_eight_bits_are_scaled_by_their_range(folder):
     ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
     expected = saved(folder, "i8.png", Image.fromarray((ramp >> 8).astype(np.uint8)))
     for name, array in (
-        ("i16.png", ramp), ("i32.tiff", ramp.astype(np.int32)), ("unit.tiff", (ramp / 65535).astype(np.float32)),
-        ("f255.tiff", (ramp / 257).astype(np.float32)), ("wide.tiff", (ramp / 100 - 300).astype(np.float32)),
-    ):  # fmt: skip
+        ("i16.png", ramp),
+        ("i32.tiff", ramp.astype(np.int32)),
+        ("unit.tiff", (ramp / 65535).astype(np.float32)),
+        ("f255.tiff", (ramp / 257).astype(np.float32)),
+        ("wide.tiff", (ramp / 100 - 300).astype(np.float32)),
+    ):
         assert np.abs(saved(folder, name, Image.fromarray(array)) - expected).max() <= 1, name
     with pytest.raises(ValueError, match="NaN or infinity"):
         saved(folder, "nan.tiff", Image.fromarray(np.full((4, 4), np.nan, np.float32)))
@@ -348,9 +428,11 @@ def test_images_are_upright_and_on_white(folder):
     clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
     palette = Image.new("P", (8, 8), 0)
     for name, image, options in (
-        ("rgba.png", clear, {}), ("la.png", clear.convert("LA"), {}), ("p.png", palette, {"transparency": 0}),
+        ("rgba.png", clear, {}),
+        ("la.png", clear.convert("LA"), {}),
+        ("p.png", palette, {"transparency": 0}),
         ("rgb.png", Image.new("RGB", (8, 8)), {"transparency": (0, 0, 0)}),
-    ):  # fmt: skip
+    ):
         assert (saved(folder, name, image, **options) == 255).all(), name
 
 
@@ -370,8 +452,13 @@ def test_front_image():
 
 
 def test_requests_take_any_record_and_no_option(folder):
-    lines = [{"prompt": "q", "image": "a.png"}, {"question": "q", "image": "a.png"}, {**messages("q", "x", "r"), "id": 7},
-             {"prompt": "q", "temperature": 1}, {"prompt": "q", "image": "gone.png"}]  # fmt: skip
+    lines = [
+        {"prompt": "q", "image": "a.png"},
+        {"question": "q", "image": "a.png"},
+        {**messages("q", "x", "r"), "id": 7},
+        {"prompt": "q", "temperature": 1},
+        {"prompt": "q", "image": "gone.png"},
+    ]
     path = folder / "r.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     found, problems = data.read_requests(str(path), ["temperature"])
