@@ -4,6 +4,10 @@ import base64
 import csv
 import io
 import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +16,8 @@ from PIL import Image
 import data
 from images import open_image
 from records import BadRecord, ImageRef, conversations_of, front_image, text_of
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture()
@@ -470,3 +476,58 @@ def test_requests_take_any_record_and_no_option(folder):
 def test_conversations_of_names_no_place_itself():
     with pytest.raises(ValueError, match="^expected an object"):
         conversations_of(5, "f:1", "", 0)
+
+
+# ------------------------------------------------------------------------------------------------ a newcomer's commands
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "model, kind",
+    [
+        ("qwen_vl", "llava"),
+        ("visualglm", "ms-swift"),
+        ("blip2", "llama-factory"),
+        ("visualglm", "csv"),
+        ("blip2", "folder"),
+    ],
+)
+def test_own_data_from_preview_to_merge(tmp_path, model, kind):
+    """preview, train, evaluate by the adapter's own data, merge: no configuration file and no name of a format."""
+    lines = (ROOT / "samples/flags_zh/train.jsonl").read_text(encoding="utf-8").splitlines()[:6]
+    records = [json.loads(line) for line in lines]
+    (tmp_path / "folder").mkdir()
+    for n, r in enumerate(records):
+        for place in (tmp_path, tmp_path / "folder"):
+            shutil.copy(ROOT / "samples" / r["image"], place / f"{n}.png")
+        (tmp_path / f"folder/{n}.txt").write_text(r["answers"][0], encoding="utf-8")
+    chats = [("<image>\n" + r["question"], r["answers"][0]) for r in records]
+    files = {
+        "llava": [llava(*c, image=f"{n}.png") for n, c in enumerate(chats)],
+        "ms-swift": [messages(*c, images=[f"{n}.png"]) for n, c in enumerate(chats)],
+        "llama-factory": [messages(*c, images=[f"{n}.png"], system="Be brief.") for n, c in enumerate(chats)],
+    }
+    path = tmp_path / {"csv": "t.csv", "folder": "folder"}.get(kind, "records.json")
+    if kind in files:
+        path.write_text(json.dumps(files[kind]), encoding="utf-8")
+    elif kind == "csv":
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            rows = [(f"{n}.png", r["question"], r["answers"][0]) for n, r in enumerate(records)]
+            csv.writer(file).writerows([("image", "question", "answer"), *rows])
+
+    def run(script, *arguments):
+        command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    dataset = json.dumps({split: [{"data_files": str(path)}] for split in ("train", "eval")})
+    shown = run("data.py", "preview", "--model", model, "--dataset", path, "--packs", 6, "--num_workers", 0)
+    assert all(f"{n}.png, " in shown for n in range(6)) and "<image>" not in shown
+    assert all(
+        f"\033[32m{r['answers'][0][0]}" in shown.replace("[32m ", "[32m") for r in records
+    )  # supervised
+    options = ("--max_steps", 2, "--learning_rate", 1e-2, "--num_workers", 0, "--output_dir", "out")
+    run("train.py", "--model", model, "--lora", "--dataset", dataset, *options)
+    assert "scores of " in run("evaluate.py", "--lora_path", "out", "--max_new_tokens", 2)
+    run("merge.py", "--lora_path", "out", "--merge_model_path", "merged")
