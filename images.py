@@ -17,9 +17,26 @@ import re
 import stat
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 89_478_485  # PIL's own warning threshold; a larger image is refused before it is decoded
+# Raster formats alone: of the others PIL hands some (PostScript) to programs that interpret them
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "MPO",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "DIB",
+    "TIFF",
+    "PPM",
+    "JPEG2000",
+    "AVIF",
+    "ICO",
+    "TGA",
+    "QOI",
+)
 DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?((?:;[\w.+-]+=[^;,]*)*)(;base64)?,", re.I)
 
 
@@ -64,12 +81,18 @@ def open_image(source: str | os.PathLike) -> Image.Image:
     try:
         if not is_data_url(source) and os.path.exists(source) and not os.path.isfile(source):
             raise ValueError("not a regular file")  # a pipe would block for ever
-        with Image.open(io.BytesIO(read_bytes(source))) as image:
+        Image.init()
+        known = [name for name in FORMATS if name in Image.OPEN]
+        with Image.open(io.BytesIO(read_bytes(source)), formats=known) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels, at most {MAX_PIXELS:,} are opened")
             return rgb(upright(image))
     except FileNotFoundError:
         raise ValueError(f"{short(source)}: no such image") from None
+    except UnidentifiedImageError:
+        raise ValueError(
+            f"{short(source)}: not a readable image (of no known format); replace it or remove its records"
+        ) from None
     except Exception as e:  # decoders raise errors of every kind on damaged data
         reason = " ".join(str(e).split())[:200] or type(e).__name__
         raise ValueError(

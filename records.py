@@ -390,8 +390,9 @@ PICTURE = object()  # inside a turn: an image that the record's list will fill i
 
 def parts_of_text(text: str) -> list:
     """Text with <img>PATH</img> tags and <image> placeholders -> texts, ImageRefs and PICTUREs."""
-    if not text.count("<img>") == text.count("</img>") == len(IMAGE_TAG.findall(text)):
-        raise ValueError("<img> and </img> don't match")
+    small = text.lower()  # <IMG> was meant as a tag too, and is none
+    if not small.count("<img>") == small.count("</img>") == len(IMAGE_TAG.findall(text)):
+        raise ValueError("the tags <img> and </img> don't match")
     pieces, parts = IMAGE_TAG.split(text), []
     for n in range(0, len(pieces), 4):
         for k, plain in enumerate(pieces[n].split(PLACEHOLDER)):
