@@ -101,6 +101,8 @@ class JsonLines:
     def __init__(self, path: str):
         self.path, spans, position = path, array("q"), 0
         with open(path, "rb") as file:
+            self.utf16 = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
+            file.seek(0)
             for number, line in enumerate(file, 1):
                 skip = 3 if number == 1 and line.startswith(b"\xef\xbb\xbf") else 0  # UTF-8 byte order mark
                 if line[skip:].strip():
@@ -118,6 +120,8 @@ class JsonLines:
         ) as file:  # opened anew each time, so that forked workers share no file position
             file.seek(start)
             line = file.read(size)
+        if self.utf16:
+            raise ValueError("UTF-16 text; convert the file to UTF-8")
         try:
             return parse_json(line.decode("utf-8"))
         except UnicodeDecodeError as e:
@@ -150,18 +154,16 @@ class Records:
 
 
 def is_jsonl(path: str) -> bool:
-    """By name; otherwise it is JSONL if the first line is a whole object and another line follows."""
-    if path.endswith(".jsonl"):
-        return True
+    """Whether each line is a record: if the first line is a whole object and another line follows; of a file named so,
+    unless it begins an array that goes on in the next line."""
     with open(path, "rb") as file:
         lines = (line for line in file if line.strip())
         first, second = next(lines, b""), next(lines, None)
-    if second is None:
-        return False
     try:
-        return isinstance(parse_json(first.decode("utf-8-sig")), dict)
+        value = parse_json(first.decode("utf-8-sig"))
+        return path.endswith(".jsonl") or (isinstance(value, dict) and second is not None)
     except ValueError:
-        return False
+        return path.endswith(".jsonl") and not first.lstrip(b"\xef\xbb\xbf \t").startswith(b"[")
 
 
 def read_text(path: str) -> str:

@@ -397,6 +397,16 @@ def test_a_bad_line_costs_itself_only(folder, line):
     assert len(found) == 2 and [where for where, _ in bad] == [f"{folder}/l.jsonl:2"]
 
 
+def test_a_document_under_the_name_of_lines(folder):
+    records = [messages("q", str(n)) for n in range(3)]
+    (folder / "d.jsonl").write_text(json.dumps(records, indent=1))
+    found, bad = entry_of(folder / "d.jsonl")
+    assert [c.answers for c in found] == [["0"], ["1"], ["2"]] and not bad
+    (folder / "u.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-16")
+    found, bad = entry_of(folder / "u.jsonl")
+    assert not found and all("UTF-16" in reason for _, reason in bad)
+
+
 # -------------------------------------------------------------------------------------------------------------- images
 
 
