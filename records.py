@@ -430,8 +430,9 @@ def read_part(part) -> list:
     if not isinstance(part, dict):
         raise ValueError(f"a content part must be an object, got {cut(part)}")
     kind = part.get("type")
-    given = {key: value for key, value in part.items() if key != "type" and value is not None}
-    extra = set(given) - {"text", "image", "image_url", "url", "path", "base64", "detail", "cache_control"}
+    about = ("type", "detail", "cache_control")
+    given = {key: value for key, value in part.items() if key not in about and value is not None}
+    extra = set(given) - {"text", "image", "image_url", "url", "path", "base64"}
     if kind not in (None, "text", "input_text", "image", "image_url", "input_image") or extra:
         raise ValueError(f"content part {cut(kind or sorted(extra)[0])} is neither text nor an image")
     if kind in ("text", "input_text") or kind is None and "text" in given:
@@ -440,8 +441,8 @@ def read_part(part) -> list:
         return parts_of_text(given["text"])
     sources = [value for key, value in given.items() if key in ("image", "image_url", "url", "path")]
     if base64 := given.get("base64"):
-        sources.append(f"data:image/*;base64,{base64}".replace("image/*", "image/png"))
-    if len(sources) > 1 or "text" in given or (kind is None and not sources):
+        sources.append(f"data:image/png;base64,{base64}")  # decoders look at the content, not at this type
+    if len(sources) > 1 or given.get("text") or (kind is None and not sources):
         raise ValueError(f"an image part must hold one image, got {cut(part)}")
     return [ImageRef(image_source(sources[0]))] if sources else [PICTURE]
 
@@ -623,15 +624,21 @@ def read_vqa(record: dict, answered: bool = True):
     found = given_images(record)
     if not found:
         raise ValueError("a question needs an image, got none under 'image'")
-    question = ("user", [*map(ImageRef, found), text_value(record.get("question"), "'question'")])
-    return [("vqa", [question, ("assistant", [answer])], answers or [answer])]
+    turns = asked_and_answered(text_value(record.get("question"), "'question'"), answer, found)
+    return [("vqa", turns, answers or [answer])]
+
+
+def asked_and_answered(question: str, answer: str, sources: list[str]) -> list[tuple[str, list]]:
+    turns = [("user", parts_of_text(question)), ("assistant", [answer])]
+    place_images(turns, sources)
+    return turns
 
 
 def read_visualglm(record: dict, answered: bool = True):
     check_keys(record, {"img", "prompt", "label"})
     image, question = image_source(record.get("img")), text_value(record.get("prompt"), "'prompt'")
     answer = text_value(record.get("label"), "'label'") if answered else ""
-    return [("vqa", [("user", [ImageRef(image), question]), ("assistant", [answer])], [answer])]
+    return [("vqa", asked_and_answered(question, answer, [image]), [answer])]
 
 
 def single_exchange(record: dict) -> list[tuple[str, object]]:

@@ -145,6 +145,17 @@ SAME = {  # shape of a record -> (record, what it means)
         ONE,
     ),
     "vqa": ({"image": "a.png", "question": "What?", "answer": "Red."}, ONE),
+    "vqa with a place": ({"image": "a.png", "question": "<image>What?", "answer": "Red."}, ONE),
+    "parts of a table": (
+        messages(
+            [
+                {"type": "image", "text": None, "image": "a.png"},
+                {"type": "text", "text": "What?", "image": None},
+            ],
+            "Red.",
+        ),
+        ONE,
+    ),
     "caption": ({"image": "a.png", "caption": "Red."}, [("user", ["a.png"]), ("assistant", ["Red."])]),
     "huggingface folder": (
         {"file_name": "a.png", "text": "Red."},
