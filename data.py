@@ -647,6 +647,11 @@ def load_sample(
     return sample
 
 
+def blank(image_size: int | tuple[int, int]) -> torch.Tensor:
+    """A picture of zeros (3, height, width); one number stands for both."""
+    return torch.zeros(3, *((image_size, image_size) if isinstance(image_size, int) else image_size))
+
+
 def collate(samples: list[dict], bad=(), num_image_tokens: int = 0) -> dict:
     """Samples -> one stream of T tokens and S segments. No sample: a segment of one token that predicts nothing.
 

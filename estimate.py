@@ -3,7 +3,7 @@
     torchrun --nproc_per_node 8 train.py configs/qwen_vl/sft.json --sharding stage1 --dry_run
 
 Activations are what autograd would keep: one forward pass on the meta device counts it. The rest is arithmetic.
-tests/test_estimate.py holds it to a tenth of the measured peak for eight layouts; two tensor-parallel ranks took 10%
+tests/test_py holds it to a tenth of the measured peak for eight layouts; two tensor-parallel ranks took 10%
 more than it says.
 """
 
@@ -18,6 +18,18 @@ from torch.overrides import TorchFunctionMode
 import lora
 import parallel
 import pipeline
+from build import (
+    StreamSizes,
+    choose_trainable,
+    lora_parts,
+    lora_targets,
+    parameter_table,
+    pipeline_blocks,
+    stream_sizes,
+    total_steps,
+    with_prefix,
+)
+from config import Config
 from kernels.linear_cross_entropy import CHUNK_BYTES
 
 # H100 SXM (https://resources.nvidia.com/en-us-tensor-core, data sheet): dense bf16, NVLink in one direction
@@ -310,3 +322,69 @@ def communication(model: nn.Module, tokens: float, layout: Layout) -> dict[str, 
     if L.pp > 1:
         volumes["pipeline"] = 2 * n * hidden * (2 if L.schedule == "interleaved" else 1)
     return volumes
+
+
+def dry_run(cfg: Config, config: dict, module, plan, world_size: int) -> str:
+    """Memory per device, disk, steps and FLOPs, from shapes alone."""
+    with torch.device("meta"):
+        model = module.build_model(with_prefix(config, module, cfg))
+    if cfg.lora:
+        lora.inject(
+            model, lora_targets(cfg, module), cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout,
+            lora_parts(model, module, cfg), module.IMAGE_PARAMETERS,
+        )  # fmt: skip
+    choose_trainable(model, module, cfg)
+    pp, replicas, shard, tp = parallel.layout(
+        world_size, cfg.tensor_parallel_degree, cfg.pipeline_parallel_degree, cfg.sharding, cfg.sharding_parallel_degree
+    )
+    dp, micro_batches = replicas * shard, cfg.gradient_accumulation_steps
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    sixteen, o2 = cfg.bf16 or cfg.fp16, (cfg.bf16 or cfg.fp16) and cfg.fp16_opt_level == "O2"
+    if plan is not None:
+        sizes, heaviest = stream_sizes(plan, cfg), heaviest_stream(plan, cfg.per_device_train_batch_size)
+    else:  # no tokenizer, so no data: full streams with one picture each
+        tokens = cfg.max_length * cfg.per_device_train_batch_size
+        sizes = StreamSizes(tokens, 0.3 * tokens, 1.0, tokens)
+        heaviest = Stream(tokens, int(0.3 * tokens), 1, [tokens])
+    blocks = pipeline_blocks(model, module, cfg, sizes) if pp > 1 else [range(len(model.blocks))]
+    forward = module.forward_flops(model.config, sizes.tokens, sizes.supervised, sizes.images, sizes.segment)
+    layout = Layout(
+        pp, dp, shard, tp, cfg.sharding, cfg.pipeline_schedule, micro_batches, cfg.recompute, 2 if sixteen else 4, o2,
+        sixteen and not o2,
+    )  # fmt: skip
+    found = devices(model, module, blocks, heaviest, layout, torch.bfloat16 if o2 else torch.float32)
+    fullest = max(found, key=lambda device: device.total)
+    flops = 3 * sum(forward.values()) if not cfg.lora else 2 * sum(forward.values()) + forward["head"]
+    micro = micro_batches * dp
+    shares = ", ".join(f"{part} {value / sum(forward.values()):.0%}" for part, value in forward.items())
+    where = f" (pipeline rank {found.index(fullest)} of {pp})" if pp > 1 else ""
+    lines = [
+        parameter_table(model, module.PARTS), "",
+        f"fullest device{where}, {world_size} processes: pp {pp} x dp {dp} x tp {tp}, {cfg.sharding or 'no sharding'}:",
+    ]  # fmt: skip
+    memory = {**fullest.parts, "sum": fullest.total}
+    lines += [f"  {name:<14}{value / 2**30:>10.3f} GiB" for name, value in memory.items()]
+    disk = (total if not cfg.lora else trainable) * (2 if o2 and not cfg.lora else 4) + trainable * 12
+    lines.append(f"disk: {disk / 2**30:.2f} GiB a checkpoint, {cfg.save_total_limit or 'all'} of them kept")
+    lines.append(
+        f"tokens per step: {sizes.tokens * micro:,.0f} ({sizes.supervised / sizes.tokens:.0%} supervised, "
+        f"{sizes.images * micro:,.0f} pictures)"
+    )
+    lines.append(f"FLOPs per step: {flops * micro:.3e} (forward: {shares})")
+    volumes = communication(model, sizes.tokens, layout)
+    lines += [f"communication a step and device, {axis}: {v / 2**30:.3f} GiB" for axis, v in volumes.items() if v]
+    bubble = pipeline.bubble_share(pp, cfg.pipeline_schedule, micro_batches)
+    if pp > 1:
+        lines.append(f"pipeline bubble: {bubble:.1%} of a step; blocks: {', '.join(str(len(r)) for r in blocks)}")
+    seconds = flops * micro / world_size / (1 - bubble) / PEAK_FLOPS
+    link = sum(volumes.values()) / LINK_BYTES
+    bound = "computation" if seconds >= link else "communication"
+    lines.append(
+        f"hardware limit: {sizes.tokens * micro / max(seconds, link):,.0f} tokens/s on {world_size} x H100 "
+        f"({PEAK_FLOPS / 1e12:.0f} TFLOP/s dense bf16, {LINK_BYTES / 1e9:.0f} GB/s), by {bound}"
+    )
+    if plan is not None:
+        global_batch = cfg.per_device_train_batch_size * micro
+        lines.append(f"steps: {total_steps(cfg, plan, global_batch):,}")
+    return "\n".join(lines)

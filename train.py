@@ -2,21 +2,16 @@
 
     torchrun train.py --model qwen_vl --lora                              # the tiny model and data in samples/
     torchrun --nproc_per_node 8 train.py configs/qwen_vl/sft.json --learning_rate 2e-5
-    python train.py configs/qwen_vl/sft.json --dry_run                    # memory, steps and FLOPs before anything is
-    loaded
+    python train.py configs/qwen_vl/sft.json --dry_run                    # memory, steps and FLOPs, nothing loaded
 
-Keys come from JSON files and `--key value`; later wins; `--flag` alone means true. Losses are sums over supervised
-tokens,
-divided by their number over all micro-batches and ranks, so batch x accumulation x processes may be split in any way.
-Killed at any point, the same command continues from the last checkpoint with the same losses.
+Keys come from JSON files and `--key value` (config.py). Losses are sums over supervised tokens, divided by their
+number over all micro-batches and ranks, so batch x accumulation x processes may be split in any way. Killed at any
+point, the same command continues from the last checkpoint with the same losses (run_dir.py).
 """
 
 import contextlib
 import copy
-import difflib
-import fnmatch
 import hashlib
-import importlib
 import io
 import json
 import math
@@ -40,254 +35,28 @@ import estimate
 import lora
 import metrics
 import parallel
-import pipeline
+from build import (
+    autocast,
+    build,
+    check_adapter,
+    check_stage,
+    make_optimizer,
+    matches,
+    model_file,
+    parameter_table,
+    stream_sizes,
+    total_steps,
+)
 from config import Config, parse_config
+from data import blank
+from features import cache_features
 from kernels import dispatch
 from kernels.linear_cross_entropy import IGNORE_INDEX
 from records import one_line
 from run_dir import HARMLESS, Log, RunDir, Signals, Start, Stopped, draw_loss, read_state, shown
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Model
-
-
-def check_stage(cfg: Config, module) -> None:
-    """Refuses another model's stage, and gives patterns this model's names for the toolkit's."""
-    for key in ("freeze_include", "freeze_exclude", "lora_target_modules"):
-        for theirs, ours in getattr(module, "LEGACY_NAMES", {}).items():
-            if getattr(cfg, key):
-                setattr(cfg, key, [pattern.replace(theirs, ours) for pattern in getattr(cfg, key)])
-    if cfg.stage not in module.STAGES:
-        raise ValueError(f"stage={cfg.stage!r}; expected one of {', '.join(module.STAGES)} for this model")
-
-
-def check_adapter(cfg: Config) -> None:
-    """Refuses what would train or save something else than an adapter of the base alone."""
-    if cfg.lora_path and not cfg.lora:
-        raise ValueError(
-            f"lora_path={cfg.lora_path} without lora=true: add --lora to train that adapter on, or fold it into its "
-            "base with merge.py and train the result"
-        )
-    for key in ("init_from", "pre_seq_len"):
-        if cfg.lora and getattr(cfg, key):
-            raise ValueError(
-                f"{key}={getattr(cfg, key)} with lora=true: an adapter is saved without its base, so no other command "
-                f"could put that base together again; train with {key} first, then lora=true on the checkpoint"
-            )
-
-
-def lora_targets(cfg: Config, module) -> list[str]:
-    """The patterns to adapt: those asked for, else the continued adapter's own modules, else the model's default."""
-    if cfg.lora_target_modules or not cfg.lora_path:
-        return cfg.lora_target_modules or module.LORA_TARGETS
-    return [re.escape(name) for name in lora.contents(cfg.lora_path)[0]]
-
-
-def matches(name: str, patterns: list[str] | None) -> bool:
-    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns or ())
-
-
-def choose_trainable(model: nn.Module, module, cfg: Config) -> None:
-    """Sets requires_grad: adapters and what freeze_exclude carves out train; what freeze_include matches, the rest
-    under `lora` and the language model in pre-training are frozen."""
-    names = [name for name, _ in model.named_parameters()]
-    for key in ("freeze_include", "freeze_exclude"):
-        for pattern in getattr(cfg, key) or ():
-            if not fnmatch.filter(names, pattern):
-                near = difflib.get_close_matches(pattern.strip("*"), names, n=2, cutoff=0)
-                raise ValueError(f"{key}: {pattern!r} matches no parameter; near names: {', '.join(near)}")
-    frozen = (cfg.freeze_include or []) + module.PRETRAIN_FREEZE.get(cfg.stage, [])
-    for name, p in model.named_parameters():
-        if ".lora_A." in name or ".lora_B." in name:
-            p.requires_grad_(True)
-        elif matches(name, frozen):
-            p.requires_grad_(matches(name, cfg.freeze_exclude))
-        elif cfg.pre_seq_len:
-            p.requires_grad_(matches(name, [module.PREFIX_TUNING]))
-        elif cfg.lora:
-            p.requires_grad_(matches(name, cfg.freeze_exclude))
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError("nothing is trainable: freeze_include matches every parameter; narrow it or set lora=true")
-
-
-def parameter_table(model: nn.Module, parts: dict[str, str]) -> str:
-    rows = {part: [0, 0] for part in [*parts, "adapter"]}
-    for name, p in model.named_parameters():
-        part = (
-            next(part for part, pattern in parts.items() if fnmatch.fnmatch(name, pattern))
-            if ".lora_" not in name
-            else "adapter"
-        )
-        count = parallel.whole_shape(p).numel()
-        rows[part][0] += count
-        rows[part][1] += count * p.requires_grad
-    rows["all"] = [sum(r[0] for r in rows.values()), sum(r[1] for r in rows.values())]
-    lines = [f"{'part':<16}{'parameters':>16}{'trainable':>16}"]
-    return "\n".join(
-        lines + [f"{part:<16}{total:>16,}{trainable:>16,}" for part, (total, trainable) in rows.items() if total]
-    )
-
-
-def named_generator(seed: int, name: str) -> torch.Generator:
-    """Initial values depend on the parameter's name alone, not on the order or layout of creation."""
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big"))
-
-
-def with_prefix(config: dict, module, cfg: Config) -> dict:
-    """config.json's contents, with P-tuning's prefix if one is asked for."""
-    if cfg.pre_seq_len and not hasattr(module, "PREFIX_TUNING"):
-        raise ValueError(f"pre_seq_len={cfg.pre_seq_len}: {module.__name__} has no P-tuning; use lora=true")
-    return {**config, "pre_seq_len": cfg.pre_seq_len} if cfg.pre_seq_len else config
-
-
-def lora_parts(model: nn.Module, module, cfg: Config) -> dict:
-    """The packed weights that lora_split adapts part by part."""
-    if cfg.lora_split and not hasattr(module, "lora_parts"):
-        raise ValueError(f"lora_split=true: {module.__name__} has no packed weight whose parts are adapted apart")
-    return module.lora_parts(model.config) if cfg.lora_split else {}
-
-
-@dataclass
-class StreamSizes:
-    """Means of a micro-batch, from the lengths of the training samples."""
-
-    tokens: float
-    supervised: float
-    images: float
-    segment: float  # tokens of a sample
-
-
-def stream_sizes(plan: data.Plan, cfg: Config) -> StreamSizes:
-    index, share = plan.index, cfg.per_device_train_batch_size / max(1, len(plan.units(0)))
-    sums = (float(x.sum()) * share for x in (index.length, index.num_supervised, index.num_images))
-    return StreamSizes(*sums, float(index.length.mean()))
-
-
-def pipeline_blocks(model: nn.Module, module, cfg: Config, sizes: StreamSizes) -> list[range]:
-    """The blocks of each pipeline stage, by the FLOPs of their forward and backward passes."""
-    degree = f"pipeline_parallel_degree={cfg.pipeline_parallel_degree}"
-    if obstacle := getattr(model, "pipeline_obstacle", None):
-        raise ValueError(f"{degree}: {obstacle}; use tensor_parallel_degree or sharding=stage3")
-    flops = module.forward_flops(model.config, sizes.tokens, sizes.supervised, sizes.images, sizes.segment)
-    trained = {n for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n}
-    prefix, N = module.PIPELINE["blocks"] + ".", len(model.blocks)
-    image = any(matches(n, module.IMAGE_PARAMETERS) for n in trained)
-    head = any(matches(n, module.PIPELINE["last"]) for n in trained)
-    # forward 1; gradients of inputs 1, of weights 1; the tower's inputs are pixels, which need none if it is frozen
-    block = flops.pop("language model") / N * (2 + any(n.startswith(prefix) for n in trained) + cfg.recompute)
-    last = flops.pop("head") * (2 + head)
-    first = sum(flops.values()) * (3 + cfg.recompute if image else 1)
-    stages = pipeline.num_stages(cfg.pipeline_parallel_degree, cfg.pipeline_schedule)
-    try:
-        return pipeline.cut([block] * N, first, last, stages)
-    except ValueError as e:
-        raise ValueError(f"{degree}, pipeline_schedule={cfg.pipeline_schedule}: {e}") from None
-
-
-def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSizes):
-    """-> (model on the device with its weights, the same before its cut into pipeline stages and without weights, model
-    file, LoRA module names, pipeline or None)."""
-    config = checkpoint.read_config(directory)
-    module = importlib.import_module("model_" + checkpoint.model_kind(config))
-    config = with_prefix(config, module, cfg)
-    weights = checkpoint.open_model(directory, module)
-    with torch.device("meta"):
-        model = module.build_model(config)
-    # P-tuning's parameters are new, unless the base was P-tuned before
-    tuned = [module.PREFIX_TUNING] if cfg.pre_seq_len else None
-    new = {name for name, _ in model.named_parameters() if matches(name, tuned)} - weights.names
-    checkpoint.check_names({name: p.shape for name, p in model.named_parameters() if name not in new}, weights)
-    base_names = {name for name, _ in model.named_parameters()} - new
-    lora_modules = []
-    if cfg.lora:
-        lora.base_sample(directory)  # for the adapter's file: read now, whatever happens to the base in the meantime
-        lora_modules = lora.inject(
-            model, lora_targets(cfg, module), cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout,
-            lora_parts(model, module, cfg), module.IMAGE_PARAMETERS,
-        )  # fmt: skip
-    choose_trainable(model, module, cfg)
-    if cfg.lora_path:
-        lora.check_base(cfg.lora_path, weights)
-        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-        if lost := sorted(frozen.intersection(lora.contents(cfg.lora_path)[1])):
-            raise ValueError(
-                f"lora_path={cfg.lora_path} holds {lost[0]} trained whole, which is frozen here and would be left out "
-                f"of the new adapter; name it in freeze_exclude ({len(lost)} such parameters)"
-            )
-    dtype16 = {(True, False): torch.bfloat16, (False, True): torch.float16}.get((cfg.bf16, cfg.fp16))
-    compute_dtype = dtype16 if cfg.fp16_opt_level == "O2" else None
-    if compute_dtype:  # frozen parameters need no fp32 master copy
-        for owner in model.modules():
-            for name, p in owner.named_parameters(recurse=False):
-                if not p.requires_grad:
-                    setattr(owner, name, nn.Parameter(p.to(compute_dtype), requires_grad=False))
-    whole, stages = model, None
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    if world.pp_size > 1:
-        whole = copy.deepcopy(model)
-        blocks = pipeline_blocks(model, module, cfg, sizes)
-        held_by = pipeline.stages_of_parameters(model, module.PIPELINE, blocks)
-        here = {n for n, held in held_by.items() if world.pp_rank in {stage % world.pp_size for stage in held}}
-        pipeline.keep_parameters(model, here)
-        trainable = {n for n, p in whole.named_parameters() if p.requires_grad}
-        stages = pipeline.Pipeline(
-            model, module.PIPELINE, blocks, held_by, trainable, cfg.pipeline_schedule, world,
-            compute_dtype or torch.float32,
-        )  # fmt: skip
-    parallel.tensor_parallel(model, module.tp_plan(model.config, world.tp_size), world)
-    if cfg.compile:
-        for block in [*model.vision_blocks, *model.blocks]:
-            block.forward = torch.compile(block.forward, dynamic=True)
-    if cfg.recompute:
-        parallel.recompute(model)
-    if world.dp_size > 1 or compute_dtype:
-        parallel.shard(model, world.mesh, cfg.sharding, compute_dtype)
-    model.to_empty(device=world.device)
-    parallel.mark_cuts(model)
-    parameters = dict(model.named_parameters())
-    here = base_names & parameters.keys()
-    checkpoint.load_into({name: parameters[name] for name in here}, weights, skip=base_names - here)
-    if cfg.init_from:
-        other = checkpoint.open_model(cfg.init_from, module)
-        common = sorted(base_names & other.names)
-        for name in common:
-            if other.shape(name) != shapes[name]:
-                raise ValueError(
-                    f"init_from={cfg.init_from}: {name} is {tuple(other.shape(name))}, "
-                    f"expected {tuple(shapes[name])}; use a checkpoint of the same sizes"
-                )
-            if not other.dtype(name).is_floating_point:
-                raise ValueError(f"init_from={cfg.init_from}: {name} is {other.dtype(name)}, expected floating point")
-            if name in parameters:
-                full = other.read(name)
-                checkpoint.largest(full, f"init_from={cfg.init_from}: {name}")
-                checkpoint.copy_full_(parameters[name], full)
-        if not common:
-            raise ValueError(f"init_from={cfg.init_from} has no tensor of this model; the two must share names")
-        if world.main:
-            print(f"{len(common)} tensors from {cfg.init_from}, {len(base_names) - len(common)} from {directory}")
-    for name in parameters.keys() - base_names:
-        full = torch.empty(parallel.whole_shape(parameters[name]))
-        init = model.init_weights if name in new else lora.init_lora
-        with torch.no_grad():
-            init(name, full, named_generator(cfg.seed, name))
-        checkpoint.copy_full_(parameters[name], full)
-    if cfg.lora_path:
-        lora.load_adapter(model, cfg.lora_path, checkpoint.copy_full_, parallel.whole_shape, whole if stages else None)
-    return model, whole, module, lora_modules, stages
-
-
-def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
-    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    one_number = {n for n, p in trainable if p.numel() == 1 and cfg.decay_scalars}
-    exempt = {n for n, p in trainable if n.endswith("bias") or p.ndim < 2 and n not in one_number}
-    plain = [p for n, p in trainable if n in exempt]
-    decayed = [p for n, p in trainable if n not in exempt]
-    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    betas = (cfg.adam_beta1, cfg.adam_beta2)
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]] or groups[:1], lr=cfg.learning_rate, betas=betas, eps=cfg.adam_epsilon
-    )
+# Learning rate and loss scale
 
 
 def learning_rate_at(step: int, total: int, cfg: Config, epoch: int = 0) -> float:
@@ -332,11 +101,6 @@ class LossScaler:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Steps
-
-
-def blank(image_size: int | tuple[int, int]) -> Tensor:
-    """A picture of zeros (3, height, width); one number stands for both."""
-    return torch.zeros(3, *((image_size, image_size) if isinstance(image_size, int) else image_size))
 
 
 def to_device(batch: dict, device: torch.device, blank_image: bool, image_size: int | tuple[int, int]) -> dict:
@@ -467,11 +231,6 @@ def forward_backward(
     return sums
 
 
-def autocast(cfg: Config, world: parallel.World):
-    dtype = torch.bfloat16 if cfg.bf16 else torch.float16
-    return torch.autocast(world.device.type, dtype, enabled=(cfg.bf16 or cfg.fp16) and cfg.fp16_opt_level == "O1")
-
-
 def clip_and_step(
     parameters: dict[str, nn.Parameter], optimizer, max_grad_norm: float, scaler: LossScaler, world: parallel.World,
     stages=None,
@@ -570,113 +329,6 @@ def generation_scores(model, index: data.Index, processor, cfg: Config, after_ea
     return {f"eval_{name}": value for name, value in evaluate.score(questions, answers)[0].items()}
 
 
-class ImageFeatures:
-    """Features of a frozen vision tower, (Q, C) fp32 a picture, in one file beside the length index. The rows of
-    pictures that could not be read are NaN. The file ends in a checksum of what is before."""
-
-    def __init__(self, paths: list[str], file: Path, shape: tuple[int, int], mode: str):
-        self.rows = {path: i for i, path in enumerate(paths)}
-        self.array = np.memmap(file, dtype=np.float32, mode=mode, shape=(len(paths), *shape))
-
-    def get(self, path: str) -> Tensor | None:
-        row = np.array(self.array[self.rows[path]]) if path in self.rows else None
-        return None if row is None or np.isnan(row).any() else torch.from_numpy(row)
-
-
-def refuse_feature_cache(model, module, cfg: Config) -> None:
-    """Where features would not be what the tower gives in training."""
-    towers = {n: p for n, p in model.named_parameters() if matches(n, module.IMAGE_PARAMETERS)}
-    if any(p.requires_grad for p in towers.values()):
-        raise ValueError(
-            "cache_image_features=true needs a frozen vision tower; add it to freeze_include or turn the cache off"
-        )
-    if cfg.image_jitter:
-        raise ValueError("image_jitter changes the images, cache_image_features keeps them; use one of the two")
-    for name, part in model.named_modules():
-        rate = next((r for k in ("p", "dropout") if isinstance(r := getattr(part, k, None), float)), 0.0)
-        if rate and matches(f"{name}.x", module.IMAGE_PARAMETERS):
-            raise ValueError(
-                f"cache_image_features=true would leave out the dropout of {name} ({rate:g}), which training has; turn "
-                "the cache off, or set that dropout to 0 in config.json"
-            )
-
-
-def features_key(model, module, processor, cfg: Config, paths: list[str]) -> str:  # all ranks
-    """Of all that features depend on: the tower's values, whatever they come from, pictures, precision."""
-    key = hashlib.sha256()
-    for name, p in sorted(model.named_parameters()):
-        if matches(name, module.IMAGE_PARAMETERS):
-            values = checkpoint.full_tensor(p).contiguous().flatten().view(torch.uint8).numpy()
-            key.update(name.encode() + values.tobytes())
-    for path in paths:
-        key.update((path if path.startswith("data:") else checkpoint.file_digest(path)).encode())
-    facts = [model.config.raw, cfg.bf16, cfg.fp16, cfg.fp16_opt_level, processor.fingerprint(), cfg.max_length]
-    key.update(json.dumps(facts, sort_keys=True, default=str).encode())
-    return key.hexdigest()[:24]
-
-
-@torch.no_grad()
-def cache_features(model, module, plan, processor, cfg: Config, world, signals: Signals) -> ImageFeatures:  # all ranks
-    """Encodes every readable picture of the training set once, ranks in turn; a later run with the same files, weights
-    and precision reads them.
-    """
-    refuse_feature_cache(model, module, cfg)
-    paths = sorted({path for n in range(len(plan.index)) for path in plan.index.conversation(n).images})
-    key = features_key(model, module, processor, cfg, paths)
-    file = Path(cfg.output_dir) / "index" / f"features-{key}.f32"
-    shape = (processor.num_image_tokens, model.config.hidden_size)
-    size = 4 * len(paths) * math.prod(shape)
-    good = torch.tensor([int(not world.main or (file.exists() and features_whole(file, size)))])
-    if int(-parallel.all_max(-good, world)):
-        return ImageFeatures(paths, file, shape, "r")
-    temporary = file.with_name(file.name + ".tmp")
-    if world.main:
-        ImageFeatures(paths, temporary, shape, "w+")
-    parallel.barrier(world)
-    features = ImageFeatures(paths, temporary, shape, "r+")
-    model.eval()
-    for first in range(0, len(paths), world.dp_size):  # all ranks: a sharded tower is entered together
-        if stop := int(parallel.all_max(torch.tensor([signals.number]), world)):
-            raise Stopped(stop)
-        path, readable = paths[min(first + world.dp_rank, len(paths) - 1)], True
-        try:
-            pixels = processor.load_image(path)
-        except ValueError:  # the loader reports it
-            pixels, readable = blank(processor.image_size), False
-        with autocast(cfg, world):
-            encoded = model({"pixel_values": pixels[None].to(world.device)}, output="features")
-        features.array[features.rows[path]] = encoded[0].float().cpu() if readable else math.nan
-    parallel.reshard(model)
-    features.array.flush()
-    parallel.barrier(world)
-    if world.main:
-        with open(temporary, "r+b") as f:
-            checksum = hashlib.file_digest(f, "sha256").digest()
-            f.seek(0, os.SEEK_END)
-            f.write(checksum)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, file)
-        for other in set(file.parent.glob("features-*.f32")) - {file}:  # of another tower or other pictures
-            other.unlink()
-    parallel.barrier(world)
-    return ImageFeatures(paths, file, shape, "r")
-
-
-def features_whole(file: Path, size: int) -> bool:
-    """Whether it has its length and its checksum."""
-    whole = hashlib.sha256()
-    with open(file, "rb") as f:
-        left = size
-        while left and (block := f.read(min(left, 1 << 24))):
-            whole.update(block)
-            left -= len(block)
-        good = not left and f.read() == whole.digest()
-    if not good:
-        print(f"warning: {file} is damaged and is made again", file=sys.stderr)
-    return good
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Saving
 
@@ -743,90 +395,6 @@ def peak_memory_gib(device: torch.device) -> float:
 # The run
 
 
-def dry_run(cfg: Config, config: dict, module, plan, world_size: int) -> str:
-    """Memory per device, disk, steps and FLOPs, from shapes alone."""
-    with torch.device("meta"):
-        model = module.build_model(with_prefix(config, module, cfg))
-    if cfg.lora:
-        lora.inject(
-            model, lora_targets(cfg, module), cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout,
-            lora_parts(model, module, cfg), module.IMAGE_PARAMETERS,
-        )  # fmt: skip
-    choose_trainable(model, module, cfg)
-    pp, replicas, shard, tp = parallel.layout(
-        world_size, cfg.tensor_parallel_degree, cfg.pipeline_parallel_degree, cfg.sharding, cfg.sharding_parallel_degree
-    )
-    dp, micro_batches = replicas * shard, cfg.gradient_accumulation_steps
-    total = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    sixteen, o2 = cfg.bf16 or cfg.fp16, (cfg.bf16 or cfg.fp16) and cfg.fp16_opt_level == "O2"
-    if plan is not None:
-        sizes, heaviest = stream_sizes(plan, cfg), estimate.heaviest_stream(plan, cfg.per_device_train_batch_size)
-    else:  # no tokenizer, so no data: full streams with one picture each
-        tokens = cfg.max_length * cfg.per_device_train_batch_size
-        sizes = StreamSizes(tokens, 0.3 * tokens, 1.0, tokens)
-        heaviest = estimate.Stream(tokens, int(0.3 * tokens), 1, [tokens])
-    blocks = pipeline_blocks(model, module, cfg, sizes) if pp > 1 else [range(len(model.blocks))]
-    forward = module.forward_flops(model.config, sizes.tokens, sizes.supervised, sizes.images, sizes.segment)
-    layout = estimate.Layout(
-        pp, dp, shard, tp, cfg.sharding, cfg.pipeline_schedule, micro_batches, cfg.recompute, 2 if sixteen else 4, o2,
-        sixteen and not o2,
-    )  # fmt: skip
-    devices = estimate.devices(model, module, blocks, heaviest, layout, torch.bfloat16 if o2 else torch.float32)
-    fullest = max(devices, key=lambda device: device.total)
-    flops = 3 * sum(forward.values()) if not cfg.lora else 2 * sum(forward.values()) + forward["head"]
-    micro = micro_batches * dp
-    shares = ", ".join(f"{part} {value / sum(forward.values()):.0%}" for part, value in forward.items())
-    where = f" (pipeline rank {devices.index(fullest)} of {pp})" if pp > 1 else ""
-    lines = [
-        parameter_table(model, module.PARTS), "",
-        f"fullest device{where}, {world_size} processes: pp {pp} x dp {dp} x tp {tp}, {cfg.sharding or 'no sharding'}:",
-    ]  # fmt: skip
-    memory = {**fullest.parts, "sum": fullest.total}
-    lines += [f"  {name:<14}{value / 2**30:>10.3f} GiB" for name, value in memory.items()]
-    disk = (total if not cfg.lora else trainable) * (2 if o2 and not cfg.lora else 4) + trainable * 12
-    lines.append(f"disk: {disk / 2**30:.2f} GiB a checkpoint, {cfg.save_total_limit or 'all'} of them kept")
-    lines.append(
-        f"tokens per step: {sizes.tokens * micro:,.0f} ({sizes.supervised / sizes.tokens:.0%} supervised, "
-        f"{sizes.images * micro:,.0f} pictures)"
-    )
-    lines.append(f"FLOPs per step: {flops * micro:.3e} (forward: {shares})")
-    volumes = estimate.communication(model, sizes.tokens, layout)
-    lines += [f"communication a step and device, {axis}: {v / 2**30:.3f} GiB" for axis, v in volumes.items() if v]
-    bubble = pipeline.bubble_share(pp, cfg.pipeline_schedule, micro_batches)
-    if pp > 1:
-        lines.append(f"pipeline bubble: {bubble:.1%} of a step; blocks: {', '.join(str(len(r)) for r in blocks)}")
-    seconds = flops * micro / world_size / (1 - bubble) / estimate.PEAK_FLOPS
-    link = sum(volumes.values()) / estimate.LINK_BYTES
-    bound = "computation" if seconds >= link else "communication"
-    lines.append(
-        f"hardware limit: {sizes.tokens * micro / max(seconds, link):,.0f} tokens/s on {world_size} x H100 "
-        f"({estimate.PEAK_FLOPS / 1e12:.0f} TFLOP/s dense bf16, {estimate.LINK_BYTES / 1e9:.0f} GB/s), by {bound}"
-    )
-    if plan is not None:
-        global_batch = cfg.per_device_train_batch_size * micro
-        lines.append(f"steps: {total_steps(cfg, plan, global_batch):,}")
-    return "\n".join(lines)
-
-
-def total_steps(cfg: Config, plan: data.Plan, global_batch: int) -> int:
-    return cfg.max_steps if cfg.max_steps is not None else plan.total_steps(cfg.num_train_epochs, global_batch)
-
-
-def model_file(cfg: Config) -> tuple[dict, object, Path | None]:
-    """-> (config.json's contents, model file, checkpoint directory; None for a preset, which is a shape alone)."""
-    for path in sorted(data.ROOT.glob("model_*.py")):
-        module = importlib.import_module(path.stem)
-        if cfg.model_name_or_path in module.PRESETS and not os.path.isdir(cfg.model_name_or_path):
-            return module.PRESETS[cfg.model_name_or_path], module, None
-    directory = Path(data.model_directory(cfg.model, cfg.model_name_or_path))
-    config = checkpoint.read_config(directory)
-    kind = checkpoint.model_kind(config)
-    if cfg.model not in (None, kind):
-        raise ValueError(f"model={cfg.model}, but {directory}/config.json is a {kind} checkpoint")
-    return config, importlib.import_module("model_" + kind), directory
-
-
 def main(argv: list[str] | None = None) -> int:
     cfg = parse_config(sys.argv[1:] if argv is None else argv)
     check_adapter(cfg)
@@ -857,7 +425,7 @@ def main(argv: list[str] | None = None) -> int:
         shards = max(1, cfg.sharding_parallel_degree or 1) if cfg.sharding else 1
         world_size = int(os.environ.get("WORLD_SIZE", degrees * shards))
         if os.environ.get("RANK", "0") == "0":
-            print(dry_run(cfg, config, module, plan, world_size))
+            print(estimate.dry_run(cfg, config, module, plan, world_size))
         return 0
     with Signals() as signals:
         try:

@@ -14,6 +14,8 @@ import os
 import shutil
 from pathlib import Path
 
+import build
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads of several test processes starve each other
 
 import numpy as np  # noqa: E402
@@ -23,7 +25,6 @@ from PIL import Image  # noqa: E402
 
 import checkpoint  # noqa: E402
 import model_qwen_vl as qwen  # noqa: E402
-import train  # noqa: E402
 
 torch.set_num_threads(2)
 
@@ -114,7 +115,7 @@ def base(tmp_path_factory):
     model = qwen.build_model(config)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            model.init_weights(name, p, train.named_generator(1, name))
+            model.init_weights(name, p, build.named_generator(1, name))
     checkpoint.save_weights(path, model.state_dict().items())
     return path
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+import build
 import checkpoint
 import data
 import evaluate
@@ -69,7 +70,7 @@ def write_checkpoint(path, text, stage1=False):
     model = blip2.build_model(config)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            model.init_weights(name, p, train.named_generator(1, name))
+            model.init_weights(name, p, build.named_generator(1, name))
             if p.ndim > 1 and not name.startswith("language_model."):
                 p.mul_(4)
     checkpoint.save_weights(path, model.named_parameters())

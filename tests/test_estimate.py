@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from test_train import ROOT, arguments, run
 
+import build
 import checkpoint
 import model_qwen_vl as qwen
 import parallel
@@ -41,7 +42,7 @@ def large(tmp_path_factory):
     model = qwen.build_model(config)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            model.init_weights(name, p, train.named_generator(1, name))
+            model.init_weights(name, p, build.named_generator(1, name))
     checkpoint.save_weights(base, model.state_dict().items())
     records = []
     for i in range(64):

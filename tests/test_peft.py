@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import build
 import checkpoint
 import generate
 import lora
@@ -79,10 +80,10 @@ def trained_adapter(directory: Path, out: Path, settings: dict) -> nn.Module:
     model = generate.load_model(directory)
     module = MODULES[checkpoint.model_kind(checkpoint.read_config(directory))]
     cfg = train.Config(lora=True, **settings)
-    train.check_stage(cfg, module)
-    names = lora.inject(model, train.lora_targets(cfg, module), cfg.lora_rank, cfg.lora_alpha, 0.0,
-                        train.lora_parts(model, module, cfg), module.IMAGE_PARAMETERS)  # fmt: skip
-    train.choose_trainable(model, module, cfg)
+    build.check_stage(cfg, module)
+    names = lora.inject(model, build.lora_targets(cfg, module), cfg.lora_rank, cfg.lora_alpha, 0.0,
+                        build.lora_parts(model, module, cfg), module.IMAGE_PARAMETERS)  # fmt: skip
+    build.choose_trainable(model, module, cfg)
     extra = [n for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -16,6 +16,7 @@ from PIL import Image
 from test_train import arguments, assert_same_run, losses, rank_main, run, wait_for_step, weights
 from tokenizers import AddedToken, Tokenizer, models
 
+import build
 import checkpoint
 import convert_sat
 import data
@@ -23,7 +24,6 @@ import evaluate
 import generate
 import merge
 import model_visualglm as glm
-import train
 
 QUESTIONS = ["what is it?", "这是什么？", "name it\nnow", "它是什么颜色？"]
 ANSWERS = ["a red bus, fast", "一只橘色的猫。", "two old men", "蓝色的，很亮！"]
@@ -58,7 +58,7 @@ def glm_base(tmp_path_factory):
     model = glm.build_model(config)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            model.init_weights(name, p, train.named_generator(1, name))
+            model.init_weights(name, p, build.named_generator(1, name))
     extra = {f"transformer.layers.{i}.attention.rotary_emb.inv_freq": torch.zeros(4) for i in range(2)}
     checkpoint.save_weights(path, {**model.state_dict(), **extra}.items())
     return path

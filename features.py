@@ -1,0 +1,129 @@
+"""Features of a frozen vision tower, encoded once and kept beside the length index (cache_image_features).
+
+The file is known by what the features depend on, has a checksum, and is made again when it does not fit.
+"""
+
+import hashlib
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import checkpoint
+import parallel
+from build import autocast, matches
+from config import Config
+from data import blank
+from run_dir import Signals, Stopped
+
+
+class ImageFeatures:
+    """Features of a frozen vision tower, (Q, C) fp32 a picture, in one file beside the length index. The rows of
+    pictures that could not be read are NaN. The file ends in a checksum of what is before."""
+
+    def __init__(self, paths: list[str], file: Path, shape: tuple[int, int], mode: str):
+        self.rows = {path: i for i, path in enumerate(paths)}
+        self.array = np.memmap(file, dtype=np.float32, mode=mode, shape=(len(paths), *shape))
+
+    def get(self, path: str) -> Tensor | None:
+        row = np.array(self.array[self.rows[path]]) if path in self.rows else None
+        return None if row is None or np.isnan(row).any() else torch.from_numpy(row)
+
+
+def refuse_feature_cache(model, module, cfg: Config) -> None:
+    """Where features would not be what the tower gives in training."""
+    towers = {n: p for n, p in model.named_parameters() if matches(n, module.IMAGE_PARAMETERS)}
+    if any(p.requires_grad for p in towers.values()):
+        raise ValueError(
+            "cache_image_features=true needs a frozen vision tower; add it to freeze_include or turn the cache off"
+        )
+    if cfg.image_jitter:
+        raise ValueError("image_jitter changes the images, cache_image_features keeps them; use one of the two")
+    for name, part in model.named_modules():
+        rate = next((r for k in ("p", "dropout") if isinstance(r := getattr(part, k, None), float)), 0.0)
+        if rate and matches(f"{name}.x", module.IMAGE_PARAMETERS):
+            raise ValueError(
+                f"cache_image_features=true would leave out the dropout of {name} ({rate:g}), which training has; turn "
+                "the cache off, or set that dropout to 0 in config.json"
+            )
+
+
+def features_key(model, module, processor, cfg: Config, paths: list[str]) -> str:  # all ranks
+    """Of all that features depend on: the tower's values, whatever they come from, pictures, precision."""
+    key = hashlib.sha256()
+    for name, p in sorted(model.named_parameters()):
+        if matches(name, module.IMAGE_PARAMETERS):
+            values = checkpoint.full_tensor(p).contiguous().flatten().view(torch.uint8).numpy()
+            key.update(name.encode() + values.tobytes())
+    for path in paths:
+        key.update((path if path.startswith("data:") else checkpoint.file_digest(path)).encode())
+    facts = [model.config.raw, cfg.bf16, cfg.fp16, cfg.fp16_opt_level, processor.fingerprint(), cfg.max_length]
+    key.update(json.dumps(facts, sort_keys=True, default=str).encode())
+    return key.hexdigest()[:24]
+
+
+@torch.no_grad()
+def cache_features(model, module, plan, processor, cfg: Config, world, signals: Signals) -> ImageFeatures:  # all ranks
+    """Encodes every readable picture of the training set once, ranks in turn; a later run with the same files, weights
+    and precision reads them.
+    """
+    refuse_feature_cache(model, module, cfg)
+    paths = sorted({path for n in range(len(plan.index)) for path in plan.index.conversation(n).images})
+    key = features_key(model, module, processor, cfg, paths)
+    file = Path(cfg.output_dir) / "index" / f"features-{key}.f32"
+    shape = (processor.num_image_tokens, model.config.hidden_size)
+    size = 4 * len(paths) * math.prod(shape)
+    good = torch.tensor([int(not world.main or (file.exists() and features_whole(file, size)))])
+    if int(-parallel.all_max(-good, world)):
+        return ImageFeatures(paths, file, shape, "r")
+    temporary = file.with_name(file.name + ".tmp")
+    if world.main:
+        ImageFeatures(paths, temporary, shape, "w+")
+    parallel.barrier(world)
+    features = ImageFeatures(paths, temporary, shape, "r+")
+    model.eval()
+    for first in range(0, len(paths), world.dp_size):  # all ranks: a sharded tower is entered together
+        if stop := int(parallel.all_max(torch.tensor([signals.number]), world)):
+            raise Stopped(stop)
+        path, readable = paths[min(first + world.dp_rank, len(paths) - 1)], True
+        try:
+            pixels = processor.load_image(path)
+        except ValueError:  # the loader reports it
+            pixels, readable = blank(processor.image_size), False
+        with autocast(cfg, world):
+            encoded = model({"pixel_values": pixels[None].to(world.device)}, output="features")
+        features.array[features.rows[path]] = encoded[0].float().cpu() if readable else math.nan
+    parallel.reshard(model)
+    features.array.flush()
+    parallel.barrier(world)
+    if world.main:
+        with open(temporary, "r+b") as f:
+            checksum = hashlib.file_digest(f, "sha256").digest()
+            f.seek(0, os.SEEK_END)
+            f.write(checksum)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, file)
+        for other in set(file.parent.glob("features-*.f32")) - {file}:  # of another tower or other pictures
+            other.unlink()
+    parallel.barrier(world)
+    return ImageFeatures(paths, file, shape, "r")
+
+
+def features_whole(file: Path, size: int) -> bool:
+    """Whether it has its length and its checksum."""
+    whole = hashlib.sha256()
+    with open(file, "rb") as f:
+        left = size
+        while left and (block := f.read(min(left, 1 << 24))):
+            whole.update(block)
+            left -= len(block)
+        good = not left and f.read() == whole.digest()
+    if not good:
+        print(f"warning: {file} is damaged and is made again", file=sys.stderr)
+    return good
