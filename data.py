@@ -652,15 +652,16 @@ def blank(image_size: int | tuple[int, int]) -> torch.Tensor:
     return torch.zeros(3, *((image_size, image_size) if isinstance(image_size, int) else image_size))
 
 
-def collate(samples: list[dict], bad=(), num_image_tokens: int = 0) -> dict:
-    """Samples -> one stream of T tokens and S segments. No sample: a segment of one token that predicts nothing.
+def collate(samples: list[dict], bad=(), num_image_tokens: int = 0, blank_ids=(0,)) -> dict:
+    """Samples -> one stream of T tokens and S segments. No sample: a segment of `blank_ids` that predicts nothing.
 
     A model with other positions than 0, 1, 2, ... gives a sample's `position_ids`, (T,) or (n, T); one whose first
     tokens are seen by the whole segment gives their number, `prefix_len`.
     """
     if not samples:
-        token = {"input_ids": np.zeros(1, np.int32), "labels": np.full(1, IGNORE), "image_starts": [], "images": []}
-        samples = [{**token, "num_image_tokens": num_image_tokens}]
+        ids = np.array(blank_ids, np.int32)
+        blank = {"input_ids": ids, "labels": np.full(len(ids), IGNORE), "image_starts": [], "images": []}
+        samples = [{**blank, "num_image_tokens": num_image_tokens}]
     lengths = [len(sample["input_ids"]) for sample in samples]
     starts = np.cumsum([0, *lengths])
     slots = np.arange(samples[0].get("num_image_tokens", num_image_tokens))  # (Q,)
@@ -748,7 +749,7 @@ class TrainLoader:
                 samples.append(load_sample(plan.index, number, epoch, *options))
             except BadRecord as e:
                 bad.append((e.where, e.reason))
-        return collate(samples, bad, self.processor.num_image_tokens)
+        return collate(samples, bad, self.processor.num_image_tokens, getattr(self.processor, "blank_ids", (0,)))
 
     def __iter__(self):
         loader = torch.utils.data.DataLoader(

@@ -296,7 +296,6 @@ def activation_bytes(
     vision = next(getattr(config, key) for key in ("visual", "eva_config", "vision") if hasattr(config, key))
     image_size = [vision.image_size] * 2 if isinstance(vision.image_size, int) else vision.image_size
     batch = meta_batch(stream, model, image_size, 2 if hasattr(model, "position_step") else 1)
-    lora.set_dropout_keys(model, batch)
 
     def forward() -> Tensor:
         return model(batch, "hidden", x, blocks)

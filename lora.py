@@ -1,7 +1,7 @@
 """LoRA adapters: low-rank updates beside frozen linear layers, in PEFT's file format.
 
     names = inject(model, LORA_TARGETS, rank=8, alpha=16, dropout=0.05)   # nn.Linear -> LoraLinear, in place
-    set_dropout_keys(model, batch)                                        # before each forward in training
+    with dropout_rows(batch["dropout_keys"]): ...                         # the model says whose rows adapters see
     save_adapter("output", model, base, 8, 16, 0.05, names, extra_trained={}, tensors=get)
     load_adapter(model, "output")                                         # ours or PEFT's
 
@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import checkpoint
+from dropout import Rows, dropout_mask
 
 PREFIX = "base_model.model."  # PEFT puts it before every name
 
@@ -39,7 +40,6 @@ class LoraLinear(nn.Linear):
     seed: int  # from the module's name: dropout masks differ between modules
     parts: tuple[int, int] | None  # (G, P): output rows are G groups of P parts, each part with an A and a B of its own
     first_channel: int  # tensor parallelism sets it where a rank has a slice of the input channels
-    dropout_keys: tuple | None  # see set_dropout_keys
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = F.linear(x, self.weight, self.bias)
@@ -48,8 +48,8 @@ class LoraLinear(nn.Linear):
     def update(self, x: torch.Tensor) -> torch.Tensor:
         """scaling * B A x, with dropout on x."""
         scaling = self.scaling
-        if self.training and self.dropout > 0 and self.dropout_keys is not None:
-            x = x * dropout_mask(x, *self.dropout_keys, self.dropout, self.seed, self.first_channel)
+        if self.training and self.dropout > 0 and Rows.keys is not None:
+            x = x * dropout_mask(x, Rows.keys, self.dropout, self.seed, self.first_channel, Rows.per_image)
             scaling /= 1 - self.dropout
         if x.is_meta or not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.lora_A.weight.dtype)  # the adapter may be fp32 beside 16-bit weights
@@ -64,44 +64,6 @@ class LoraLinear(nn.Linear):
         blocks = self.lora_B.weight.unflatten(1, (P, -1)).unflatten(0, (-1, P, D))  # (G, P, D, P, r)
         y = [F.linear(part, blocks[:, j, :, j].flatten(0, 1)) for j, part in enumerate(z.chunk(P, -1))]  # P x (T, G*D)
         return torch.stack([part.unflatten(-1, (-1, D)) for part in y], -2).flatten(-3)
-
-
-# ---- dropout as a pure function
-
-
-def mix(x: torch.Tensor) -> torch.Tensor:
-    """murmur3's finaliser on int32. `>>` copies the sign bit, so the copies are masked off."""
-    x = (x ^ ((x >> 16) & 0xFFFF)) * -2048144789  # 0x85EBCA6B
-    x = (x ^ ((x >> 13) & 0x7FFFF)) * -1028477387  # 0xC2B2AE35
-    return x ^ ((x >> 16) & 0xFFFF)
-
-
-def dropout_mask(x, keys, image_keys, p: float, seed: int, first_channel: int = 0) -> torch.Tensor:
-    """Boolean mask, shape of x, True with probability 1 - p: a hash of (row key, channel, seed) and nothing else.
-
-    So it is the same in any packing, layout, number of processes and recomputation. Rows of x (..., C) are stream
-    positions with `keys` (T,), or, where the row count differs from T, tokens of images with `image_keys` (N,).
-    """
-    C, rows = x.shape[-1], x.numel() // x.shape[-1]
-    if rows != len(keys):
-        images = 0 if image_keys is None else len(image_keys)
-        assert images and rows % images == 0, f"{rows} rows are neither {len(keys)} tokens nor from {images} images"
-        place = torch.arange(rows // images, device=x.device)
-        keys = (image_keys[:, None] + (place + 1) * 0x9E3779B97F4A7C1).flatten()
-    low, high = keys.contiguous().view(torch.int32).view(-1, 2).unbind(1)  # int64 -> two halves
-    row = mix(mix(low + mix(torch.full_like(low, seed))) ^ high)
-    # two channels share one 32-bit hash, 16 bits each: half the work, and p is exact to 1/65536
-    pairs = torch.arange(first_channel // 2, (first_channel + C + 1) // 2, device=x.device, dtype=torch.int32)
-    bits = mix(row[:, None] ^ mix(pairs + 1)).view(torch.int16)[:, first_channel % 2 :]  # (rows, C or C + 1)
-    return (bits[:, :C] >= round(p * 65536) - 32768).view(x.shape)
-
-
-def set_dropout_keys(model: nn.Module, batch: dict | None) -> None:
-    """Take the dropout keys of this batch (None: no dropout). They must stay until its backward if it recomputes."""
-    keys = None if batch is None else (batch["dropout_keys"], batch.get("image_dropout_keys"))
-    for module in model.modules():
-        if isinstance(module, LoraLinear):
-            module.dropout_keys = keys
 
 
 # ---- putting adapters into a model
@@ -152,7 +114,7 @@ def _to_lora(model: nn.Module, name: str, rank: int, scaling: float, dropout: fl
     nn.init.zeros_(module.lora_B.weight)
     module.rank, module.scaling, module.dropout, module.parts = rank, scaling, dropout, parts
     module.seed = zlib.crc32(name.encode()) >> 1  # fits int32
-    module.first_channel, module.dropout_keys = 0, None
+    module.first_channel = 0
 
 
 def init_lora(name: str, tensor: torch.Tensor, generator: torch.Generator | None = None) -> None:

@@ -35,9 +35,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
 import checkpoint
-import lora
 import parallel
 from checkpoint import Depth, Epsilon, Pixels, Scale, Share, Size, TokenId
+from dropout import dropout_mask, dropout_rows, keys_of_rows, mix
 from images import open_image
 from kernels.attention import attention
 from kernels.linear_cross_entropy import IGNORE_INDEX
@@ -261,7 +261,7 @@ class Dropout(nn.Module):
         """first_channel: of x's last dimension, where x holds a tensor-parallel rank's channels alone."""
         if not self.training or keys is None or self.p == 0:
             return x
-        return x * lora.dropout_mask(x, keys, None, self.p, self.seed, first_channel) / (1 - self.p)
+        return x * dropout_mask(x, keys, self.p, self.seed, first_channel) / (1 - self.p)
 
 
 def name_dropouts(model: nn.Module) -> None:
@@ -386,6 +386,7 @@ class QFormerContext:
     image: Tensor | None  # (N, P, W): picture n is seen by queries n*Q .. n*Q+Q-1
     prefix_lens: Tensor | None = None  # language modelling: text is causal, and sees this many queries before it
     keys: Tensor | None = None  # (R,) dropout keys of the rows
+    image_keys: Tensor | None = None  # (N,) of the pictures
     cache: object | None = None  # generate.KVCache
 
     def __post_init__(self):
@@ -418,7 +419,9 @@ class QFormerOutput(nn.Module):
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor, residual: Tensor, keys: Tensor | None) -> Tensor:
-        return self.LayerNorm(self.dropout(self.dense(x), keys) + residual)
+        with dropout_rows(keys):
+            x = self.dense(x)
+        return self.LayerNorm(self.dropout(x, keys) + residual)
 
 
 class QFormerAttention(nn.Module):
@@ -437,9 +440,11 @@ class QFormerAttention(nn.Module):
         a = self.attention
         y = parallel.copy_to_tp(x, a.query)
         kv = y if image is None else parallel.copy_to_tp(image.flatten(0, 1), a.key)
-        q, k, v = (
-            layer(t).unflatten(-1, (-1, self.head_dim)) for layer, t in ((a.query, y), (a.key, kv), (a.value, kv))
-        )
+        rows = ctx.keys if image is None else ctx.query_keys
+        with dropout_rows(rows):
+            q = a.query(y).unflatten(-1, (-1, self.head_dim))
+        with dropout_rows(rows) if image is None else dropout_rows(ctx.image_keys, per_image=True):
+            k, v = (layer(kv).unflatten(-1, (-1, self.head_dim)) for layer in (a.key, a.value))
         if image is not None:
             N, P, _ = image.shape
             Q = len(x) // N
@@ -449,7 +454,7 @@ class QFormerAttention(nn.Module):
         else:
             causal = ctx.prefix_lens is not None
             o = attention(q, k, v, ctx.cu_seqlens, ctx.cu_seqlens, ctx.max_len, causal, prefix_lens=ctx.prefix_lens)
-        return self.output(o.flatten(1), x, ctx.keys if image is None else ctx.query_keys)
+        return self.output(o.flatten(1), x, rows)
 
 
 class QFormerIntermediate(nn.Module):
@@ -457,8 +462,9 @@ class QFormerIntermediate(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.dense(parallel.copy_to_tp(x, self.dense)))
+    def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
+        with dropout_rows(keys):
+            return F.gelu(self.dense(parallel.copy_to_tp(x, self.dense)))
 
 
 class QFormerLayer(nn.Module):
@@ -483,10 +489,10 @@ class QFormerLayer(nn.Module):
             q = x if ctx.text_rows is None else x[ctx.query_rows]
             if self.crossattention is not None:
                 q = self.crossattention(q, ctx, ctx.image)
-            parts.append(self.output_query(self.intermediate_query(q), q, ctx.query_keys))
+            parts.append(self.output_query(self.intermediate_query(q, ctx.query_keys), q, ctx.query_keys))
         if ctx.text_rows is not None:
             t = x if ctx.query_rows is None else x[ctx.text_rows]
-            parts.append(self.output(self.intermediate(t), t, ctx.text_keys))
+            parts.append(self.output(self.intermediate(t, ctx.text_keys), t, ctx.text_keys))
         return parts[0] if ctx.order is None else torch.cat(parts)[ctx.order]
 
 
@@ -510,16 +516,14 @@ def spread_keys(keys: Tensor | None, count: int, salt: int = 0) -> Tensor | None
     """One key per picture (N,) -> one per row (N*count,)."""
     if keys is None:
         return None
-    return (
-        keys[:, None] + (torch.arange(count, device=keys.device) + 1) * 0x9E3779B97F4A7C1 + salt * 0x5851F42D4C957F2
-    ).flatten()
+    return keys_of_rows(keys, count, salt)
 
 
 def encode_queries(model: nn.Module, image: Tensor, keys: Tensor | None = None) -> Tensor:
     """Image features (N, P, W) -> query outputs (N, Q, C); `keys` (N,) for dropout."""
     N, Q = len(image), model.query_tokens.shape[1]
     rows = torch.arange(N * Q, device=image.device)
-    ctx = QFormerContext(even_segments(N, Q), Q, rows, None, image, keys=spread_keys(keys, Q))
+    ctx = QFormerContext(even_segments(N, Q), Q, rows, None, image, keys=spread_keys(keys, Q), image_keys=keys)
     return model.qformer(model.query_tokens.expand(N, -1, -1).flatten(0, 1), ctx).unflatten(0, (N, Q))
 
 
@@ -538,6 +542,7 @@ class Context:
     # T5 only
     memory: Tensor | None = None  # (Te, C) encoder output; None in a decoding step: its keys and values are cached
     memory_cu_seqlens: Tensor | None = None
+    memory_keys: Tensor | None = None  # (Te,)
     # .bias (H, Lq, Lk), made by a stack's first block for all of them; fully_shard copies a dataclass, but not this
     shared: SimpleNamespace = field(default_factory=SimpleNamespace)
 
@@ -608,8 +613,9 @@ class OPT(nn.Module):
 
     def hidden(self, x: Tensor, batch: dict, keys: Tensor | None, blocks=None) -> Tensor:
         ctx = Context(batch["cu_seqlens"], batch["max_len"], keys, batch.get("cache"))
-        for block in self.blocks if blocks is None else blocks:
-            x = block(x, ctx)
+        with dropout_rows(keys):
+            for block in self.blocks if blocks is None else blocks:
+                x = block(x, ctx)
         return x
 
     def targets(self, batch: dict) -> Tensor:
@@ -706,7 +712,8 @@ class T5Attention(nn.Module):
         q, k, v = q * q.shape[-1] ** 0.5, None, None
         if ctx.memory is not None:
             memory = parallel.copy_to_tp(ctx.memory, self.k)
-            k, v = self.project(self.k, memory), self.project(self.v, memory)
+            with dropout_rows(ctx.memory_keys):
+                k, v = self.project(self.k, memory), self.project(self.v, memory)
         if ctx.cache is not None:
             o = ctx.cache.attend_memory(self.layer, q, k, v, ctx.cu_seqlens, ctx.memory_cu_seqlens)
         else:
@@ -762,8 +769,9 @@ class T5Stack(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         x = self.dropout_in(x, ctx.keys)
-        for block in self.block:
-            x = block(x, ctx)
+        with dropout_rows(ctx.keys):
+            for block in self.block:
+                x = block(x, ctx)
         return self.dropout_out(self.final_layer_norm(x), ctx.keys)
 
 
@@ -805,14 +813,8 @@ class T5(nn.Module):
         decoder_lengths = F.pad(in_decoder.long().cumsum(0), (1, 0))[cu_seqlens].diff()
         cu = segments(cu_seqlens.diff() - decoder_lengths), segments(decoder_lengths)
         row_keys = [None if keys is None else keys[r] for r in rows]
-        if keys is not None:  # adapters see the rows of one stack each
-            for stack, k in zip((self.encoder, self.decoder), row_keys, strict=True):
-                lora.set_dropout_keys(stack, {"dropout_keys": k})
-            for block in self.decoder.block:
-                for linear in (block.layer[1].EncDecAttention.k, block.layer[1].EncDecAttention.v):
-                    lora.set_dropout_keys(linear, {"dropout_keys": row_keys[0]})
         memory = self.encoder(x[rows[0]], Context(cu[0], int(cu[0].diff().max()), row_keys[0]))
-        ctx = Context(cu[1], int(cu[1].diff().max()), row_keys[1], cache, memory, cu[0])
+        ctx = Context(cu[1], int(cu[1].diff().max()), row_keys[1], cache, memory, cu[0], row_keys[0])
         return self.decoder(x[rows[1]], ctx)
 
     def targets(self, batch: dict) -> Tensor:
@@ -862,8 +864,9 @@ class Blip2(nn.Module):
         return self.vision_model.encoder.layers
 
     def encode_images(self, pixel_values: Tensor, keys: Tensor | None = None) -> Tensor:
-        """(N, 3, H, W) -> (N, Q, C of the language model)."""
-        return self.language_projection(encode_queries(self, self.vision_model(pixel_values), keys))
+        """(N, 3, H, W) -> (N, Q, C of the language model); `keys` (N,) for dropout."""
+        with dropout_rows(keys, per_image=True):
+            return self.language_projection(encode_queries(self, self.vision_model(pixel_values), keys))
 
     def embed(self, batch: dict) -> Tensor:
         """Word embeddings (T, C), those of the picture slots replaced by features, and positions.
@@ -933,6 +936,9 @@ class LMPredictions(nn.Module):
         return F.linear(self.transform.LayerNorm(F.gelu(self.transform.dense(x))), weight, self.bias)
 
 
+CONTRASTED = ("pretrain1",)  # stages that compare the samples of a micro-batch, of all ranks, with each other
+
+
 class Blip2Qformer(nn.Module):
     LOSSES = ("itc", "itm", "lm")
     pipeline_obstacle = "stage=pretrain1 passes a picture's features to every layer in several passes"
@@ -990,16 +996,20 @@ class Blip2Qformer(nn.Module):
         slots, Q, cu_seqlens = batch.get("image_positions"), self.num_image_tokens, batch["cu_seqlens"]
         query_rows, text_rows, prefix = None, torch.arange(len(batch["input_ids"]), device=batch["input_ids"].device), 0
         if slots is not None and len(slots):
-            image = self.vision_model(batch["pixel_values"]) if image is None else image
+            if image is None:
+                with dropout_rows(batch.get("image_dropout_keys"), per_image=True):
+                    image = self.vision_model(batch["pixel_values"])
             is_text = torch.ones(len(text_rows), dtype=torch.bool, device=text_rows.device)
             query_rows, prefix = slots.flatten(), Q
             is_text[query_rows] = False
             text_rows = text_rows[is_text]
         prefix_lens = torch.full((len(cu_seqlens) - 1,), prefix)
         keys = batch.get("dropout_keys") if self.training else None
+        image_keys = None if keys is None else batch["image_dropout_keys"]
         ctx = QFormerContext(
-            cu_seqlens, batch["max_len"], query_rows, text_rows, image, prefix_lens, keys, batch.get("cache")
-        )
+            cu_seqlens, batch["max_len"], query_rows, text_rows, image, prefix_lens, keys, image_keys,
+            batch.get("cache"),
+        )  # fmt: skip
         return self.qformer(self.embed(batch), ctx)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -1016,7 +1026,9 @@ class Blip2Qformer(nn.Module):
 
     def match(self, image: Tensor, ids: Tensor, lengths: Tensor, keys: Tensor | None = None) -> Tensor:
         """Matching logits (S, 2) of picture s (S, P, W) with text s: the mean over the queries, who see both."""
-        return self.itm_head(self.multimodal(image, ids, lengths, keys)).mean(1)
+        queries = self.multimodal(image, ids, lengths, keys)
+        with dropout_rows(keys, per_image=True):
+            return self.itm_head(queries).mean(1)
 
     def multimodal(self, image: Tensor, ids: Tensor, lengths: Tensor, keys: Tensor | None = None) -> Tensor:
         """Query outputs (S, Q, C) of queries and text that see each other, both directions."""
@@ -1027,11 +1039,11 @@ class Blip2Qformer(nn.Module):
         text = self.embed_text(ids, positions)
         x = text.new_empty(S * Q + len(ids), C).index_copy(0, text_rows, text)
         x = x.index_copy(0, query_rows, self.query_tokens.expand(S, -1, -1).flatten(0, 1).to(text.dtype))
-        longest = int(cu_seqlens.diff().max())
+        longest, pair_keys = int(cu_seqlens.diff().max()), keys
         if keys is not None:  # (S,) -> one per row: the longest segment's worth, cut to each
             table = spread_keys(keys, longest, salt=3).view(S, longest)
             keys = table[torch.arange(longest, device=ids.device) < (lengths + Q)[:, None]]
-        ctx = QFormerContext(cu_seqlens, longest, query_rows, text_rows, image, keys=keys)
+        ctx = QFormerContext(cu_seqlens, longest, query_rows, text_rows, image, keys=keys, image_keys=pair_keys)
         return self.qformer(x, ctx)[query_rows].unflatten(0, (S, Q))
 
     def image_features(self, queries: Tensor) -> Tensor:
@@ -1065,8 +1077,8 @@ class Blip2Qformer(nn.Module):
 
         By adding Gumbel noise that is a hash of the two samples' keys: no number of ranks or their order changes it.
         """
-        rows, columns = (lora.mix((k ^ (k >> 32)).to(torch.int32)) for k in (rows, columns))
-        bits = lora.mix(lora.mix(rows[:, None] + purpose) ^ columns)  # int32 (B, M)
+        rows, columns = (mix((k ^ (k >> 32)).to(torch.int32)) for k in (rows, columns))
+        bits = mix(mix(rows[:, None] + purpose) ^ columns)  # int32 (B, M)
         uniform = (bits.double() + 2**31 + 0.5) / 2**32
         return (scores.double() - (-uniform.log()).log()).argmax(1)
 
@@ -1087,15 +1099,19 @@ class Blip2Qformer(nn.Module):
         rows, lengths = self.text_of(batch)
         ids, keys = batch["input_ids"][rows], batch["image_dropout_keys"]
         dropout = keys if self.training else None
-        image = self.vision_model(batch["pixel_values"])
+        with dropout_rows(dropout, per_image=True):
+            image = self.vision_model(batch["pixel_values"])
 
         # a caption begins with [DEC] where it is generated; queries don't see it, so this pass gives them what one
         # without text would
         started = batch["input_ids"].index_fill(0, rows[segments(lengths)[:-1].to(device).long()], self.decoder_start)
         x = self.hidden({**batch, "input_ids": started}, image)
-        image_feats = self.image_features(x[batch["image_positions"]])  # (B, Q, E)
+        with dropout_rows(dropout, per_image=True):
+            image_feats = self.image_features(x[batch["image_positions"]])  # (B, Q, E)
         text_keys = None if dropout is None else batch["dropout_keys"][rows] + 1
-        text_feats = self.text_features(self.encode_text(ids, lengths, text_keys), lengths)  # (B, E)
+        encoded = self.encode_text(ids, lengths, text_keys)
+        with dropout_rows(dropout, per_image=True):
+            text_feats = self.text_features(encoded, lengths)  # (B, E)
 
         # contrast: the gathered side is detached, also in one process, as in LAVIS: each direction trains one side
         all_images, first = parallel.gather_rows(image_feats[:real].detach())
@@ -1129,11 +1145,15 @@ class Blip2Qformer(nn.Module):
         matched = self.match(pictures, pair_ids, pair_lengths, pair_keys)  # (3B, 2)
         labels = torch.ones(3 * B, dtype=torch.long, device=device)
         labels[B:] = 0
-        itm = F.cross_entropy(matched.float(), labels, reduction="none").view(3, B).sum(0)  # (B,)
+        itm = F.cross_entropy(matched.float(), labels, reduction="none").view(3, B)
+        # a pair that is alone, or among pairs of its own picture, has no negative: what was drawn is its positive
+        itm = itm[0] + itm[1:].sum(0) * (~same).any(1)  # (B,)
 
         predicted = (batch["targets"] != IGNORE_INDEX).nonzero()[:, 0]
+        with dropout_rows(None if dropout is None else batch["dropout_keys"][predicted]):
+            predictions = self.logits(x[predicted]).float()
         lm = F.cross_entropy(
-            self.logits(x[predicted]).float(),
+            predictions,
             batch["targets"][predicted],
             reduction="none",
             label_smoothing=self.SMOOTHING,
@@ -1646,6 +1666,8 @@ class Blip2Processor:
         # OPT ends at a line break; </s>, which stands in front of every text, ends nothing
         self.end = tokenizer.encode("\n") if self.kind == "opt" else [tokenizer.eos]
         self.eos, self.stop_words = self.end[-1], [self.end]
+        # what a rank without a sample computes on: both of T5's stacks have a row, so that all ranks do the same
+        self.blank_ids = (tokenizer.eos, tokenizer.begin) if self.kind == "t5" else (0,)
 
     def fingerprint(self) -> str:
         """Changes whenever the same conversation could get other ids."""

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 import checkpoint
 import parallel
 from checkpoint import Depth, Epsilon, Pixels, Scale, Size, TokenId
+from dropout import dropout_rows
 from images import open_image
 from kernels.attention import attention
 from kernels.linear_cross_entropy import IGNORE_INDEX
@@ -501,7 +502,8 @@ class VisualGLM(nn.Module):
         x = self.transformer.word_embeddings(batch["input_ids"])
         features = batch.get("image_features")
         if features is None and batch.get("pixel_values") is not None:
-            features = self.encode_images(batch["pixel_values"])
+            with dropout_rows(batch.get("image_dropout_keys"), per_image=True):
+                features = self.encode_images(batch["pixel_values"])
         if features is not None:
             positions = batch["image_positions"].flatten()
             features = features.flatten(0, 1).to(x.dtype)
@@ -533,8 +535,9 @@ class VisualGLM(nn.Module):
     def hidden(self, batch: dict, x: Tensor | None = None, blocks=None) -> Tensor:
         """(T, C) behind the blocks. A pipeline stage gives what it received, `x` (T, C), and its own `blocks`."""
         x, ctx = self.embed(batch) if x is None else x, self.context(batch)
-        for block in self.blocks if blocks is None else blocks:
-            x = block(x, ctx)
+        with dropout_rows(batch.get("dropout_keys")):
+            for block in self.blocks if blocks is None else blocks:
+                x = block(x, ctx)
         return x
 
     def logits(self, x: Tensor) -> Tensor:

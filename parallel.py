@@ -34,6 +34,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from dropout import with_rows_of_now
 from kernels.linear_cross_entropy import linear_cross_entropy
 
 STAGES = ("stage1", "stage2", "stage3")
@@ -210,7 +211,8 @@ def shard(model: nn.Module, mesh: DeviceMesh, stage: str | None, dtype: torch.dt
     """Shards (or only replicates) in place, one group per block. `dtype`: what the forward and backward compute in;
     the sharded parameters keep theirs and act as its master copy, gradients are reduced in fp32."""
     mesh = mesh["dp_shard"] if mesh["dp_replicate"].size() == 1 else mesh["dp_replicate", "dp_shard"]
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    # inputs are not cast: rotary angles must stay fp32, and the towers cast their pixels themselves
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in [*model.vision_blocks, *model.blocks, model]:
         fully_shard(
             module, mesh=mesh, mp_policy=policy, reshard_after_forward=stage == "stage3" and module is not model
@@ -236,7 +238,9 @@ def recompute(model: nn.Module) -> None:
     """Activation checkpointing of every block (arXiv:1604.06174): only its input is kept."""
     for block in [*model.vision_blocks, *model.blocks]:
         forward = block.forward
-        block.forward = lambda *args, forward=forward: checkpoint(forward, *args, use_reentrant=False)
+        block.forward = lambda *args, forward=forward: checkpoint(
+            with_rows_of_now(forward), *args, use_reentrant=False
+        )
 
 
 # ---- tensor parallelism

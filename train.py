@@ -202,13 +202,11 @@ def forward_backward(
     def prepare(i: int) -> None:
         """Before the backward pass of micro-batch i."""
         parallel.set_gradient_sync(model, cfg.sharding, last=i == max(with_gradient, default=-1))
-        lora.set_dropout_keys(model, on_device[i])
 
     def forward(i: int, x: Tensor | None = None, blocks=None, last: bool = True) -> Tensor:
         if i not in on_device:
             on_device[i] = to_device(micro_batches[i], world.device, has_images[i], image_size)
         batch = on_device[i]
-        lora.set_dropout_keys(model, batch)
         with autocast(cfg, world):
             if not last:
                 return model(batch, "hidden", x, blocks)
@@ -503,6 +501,18 @@ def check_metric(cfg: Config, eval_plan: data.Plan) -> None:
         )
 
 
+def check_contrast(cfg: Config, module, dp_size: int, evaluating: bool) -> None:
+    """Where a micro-batch's samples are contrasted with each other, one alone has nothing to be told from."""
+    if cfg.stage not in getattr(module, "CONTRASTED", ()):
+        return
+    for key, used in (("per_device_train_batch_size", cfg.do_train), ("per_device_eval_batch_size", evaluating)):
+        if used and getattr(cfg, key) * dp_size < 2:
+            raise ValueError(
+                f"{key}={getattr(cfg, key)} on {dp_size} data-parallel rank: stage={cfg.stage} contrasts the pairs of "
+                "a micro-batch, and one pair alone is its own negative; use at least 2"
+            )
+
+
 def run_facts(cfg: Config, module, directory: Path, plan, eval_plan, ranks: int, global_batch: int) -> dict:
     """What a step and its sample are defined by; a checkpoint keeps it, and a resumed run is compared with it."""
     base = [checkpoint.open_model(path, module).sample() for path in (directory, cfg.init_from) if path]
@@ -576,6 +586,7 @@ def prepare(cfg: Config, module, directory: Path, meeting: parallel.Meeting, run
         meeting.size, cfg.tensor_parallel_degree, cfg.pipeline_parallel_degree, cfg.sharding,
         cfg.sharding_parallel_degree,
     )  # fmt: skip
+    check_contrast(cfg, module, replicas * shards, evaluating)
     global_batch = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps * replicas * shards
     facts = run_facts(cfg, module, directory, plan, eval_plan, meeting.size, global_batch)
     state = {"step": 0, "best_metric": None, "best_step": None, "bad": 0, "samples": 0, "evaluated": True}
@@ -733,9 +744,15 @@ class Run:
         state["bad"] += bad
         check_bad(state["bad"], max(len(self.plan.index), state["samples"]), cfg, "samples")  # it comes back each epoch
         ids = [i for batch in micro_batches for i in batch["sample_ids"]]
+        lr = self.learning_rate(step, epoch)
+        if supervised == 0 and bad:
+            self.say(f"step {step + 1}: all its samples are left out, so nothing is learned in it", flush=True)
+            if self.log:
+                self.log.write({"step": step + 1, "left_out": bad})
+            self.advance(step, 0, lr)
+            return stop
         if supervised == 0:
             raise ValueError(f"step {step + 1} has no supervised token; its samples: {', '.join(ids)}")
-        lr = self.learning_rate(step, epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         sums = forward_backward(
@@ -754,12 +771,16 @@ class Run:
         norm = clip_and_step(self.trainable, self.optimizer, cfg.max_grad_norm, self.scaler, world, self.stages)
         if not math.isfinite(norm) and not cfg.fp16:
             raise ValueError(f"the gradient of step {step + 1} is {norm}; {where}")
-        at, first = self.plan.locate(step, self.global_batch)
-        first += min(self.global_batch, self.plan.count(at) - first)
-        state |= {"step": step + 1, "epoch": at, "units": first, "samples": state["samples"] + int(num_samples)}
-        state |= {"total_steps": self.total, "learning_rate": lr}
+        self.advance(step, int(num_samples), lr)
         self.note(step, epoch, loss, lr, norm, sums, (num_samples, num_tokens, supervised), waited, clock)
         return stop
+
+    def advance(self, step: int, num_samples: int, lr: float) -> None:
+        """The run stands behind this step now."""
+        at, first = self.plan.locate(step, self.global_batch)
+        first += min(self.global_batch, self.plan.count(at) - first)
+        self.state |= {"step": step + 1, "epoch": at, "units": first, "total_steps": self.total, "learning_rate": lr}
+        self.state["samples"] += num_samples
 
     def note(self, step, epoch, loss, lr, norm, sums, sizes, waited: float, clock: float) -> None:
         """A step's line in the log, and its share of what `benchmark` prints."""

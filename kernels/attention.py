@@ -38,7 +38,7 @@ def attention_ref(
     if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
         # torch's CPU kernels have no fast 16-bit backward: 5 times the time of fp32
         with torch.autocast("cpu", enabled=False):
-            fp32 = [x.float() for x in (q, k, v)]
+            fp32, bias = [x.float() for x in (q, k, v)], bias if bias is None else bias.float()
             return attention_ref(*fp32, cu_seqlens_q, cu_seqlens_k, max_len, causal, prefix_lens, bias).to(q.dtype)
     lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
     prefixes = prefix_lens.tolist() if causal and prefix_lens is not None else [0] * len(lengths_q)
@@ -49,7 +49,8 @@ def attention_ref(
     parts_k, parts_v = (x.split([num_k * count for _, num_k, _, count in runs]) for x in (k, v))
     outputs = []
     for (num_q, num_k, prefix, count), qs, ks, vs in zip(runs, parts_q, parts_k, parts_v, strict=True):
-        if num_q == 0:
+        if num_q == 0 or num_k == 0:  # nothing asks, or nothing is there to see
+            outputs.append(qs * 0.0 + (ks.sum() + vs.sum()) * 0.0)
             continue
         # (count * L, H, D) -> (count, H, L, D): four axes also select SDPA's flash path on CPU
         qs, ks, vs = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (qs, ks, vs))
@@ -66,8 +67,6 @@ def attention_ref(
             mask = here if mask is None else here.masked_fill(~mask, float("-inf"))
         o = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=mask, is_causal=is_causal)
         outputs.append(o.transpose(1, 2).flatten(0, 1))
-    if not outputs:
-        return q
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import build
 import lora
 import model_blip2 as blip2
 import parallel
@@ -570,10 +571,10 @@ def lavis_training(variant, model, train, loss_of, stage):
         adam_epsilon=o["eps"],
         decay_scalars=True,
     )
-    loop.choose_trainable(model, blip2, cfg)
+    build.choose_trainable(model, blip2, cfg)
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trainable == {lavis_name(n) for n in variant.golden["trainable"]} - {None}
-    changes = run_training(model, len(train["steps"]), loop.make_optimizer(model, cfg), train["steps"], loss_of)
+    changes = run_training(model, len(train["steps"]), build.make_optimizer(model, cfg), train["steps"], loss_of)
     noise = set(train["parameters_whose_change_is_not_reproducible"])
     assert len(noise) < len(train["parameter_change_norm_after_all_steps"]) / 4
     for name, expected in train["parameter_change_norm_after_all_steps"].items():
@@ -833,11 +834,11 @@ def test_golden_optimizer_groups(goldens):
     }
     model = blip2.build_model(config)
     cfg = loop.Config(stage="pretrain1", weight_decay=0.05, decay_scalars=True)
-    loop.choose_trainable(model, blip2, cfg)
+    build.choose_trainable(model, blip2, cfg)
     by_id = {id(p): n for n, p in model.named_parameters()}
     ours = {
         group["weight_decay"]: {by_id[id(p)] for p in group["params"]}
-        for group in loop.make_optimizer(model, cfg).param_groups
+        for group in build.make_optimizer(model, cfg).param_groups
     }
     theirs = {}
     for group in groups:

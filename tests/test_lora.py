@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint as recomputed
 
+import dropout
 import lora
 import merge
 from checkpoint import cli, copy_full_, full_tensor, load_into, open_weights
@@ -220,12 +221,12 @@ def keys_of(sample: int, length: int) -> torch.Tensor:
 @pytest.mark.parametrize("p", [0.05, 0.5])
 def test_dropout_statistics(p):
     x, keys = torch.zeros(2000, 301), keys_of(0, 2000)
-    mask = lora.dropout_mask(x, keys, None, p, seed=1).float()
+    mask = dropout.dropout_mask(x, keys, p, seed=1).float()
     assert abs(mask.mean() - (1 - p)) < 2e-3  # 600,000 draws: 7 standard deviations
     assert (mask.mean(0) - (1 - p)).abs().max() < 6 * (p * (1 - p) / 2000) ** 0.5  # each channel
     assert (mask.mean(1) - (1 - p)).abs().max() < 6 * (p * (1 - p) / 301) ** 0.5  # each row
-    consecutive = lora.dropout_mask(x, torch.arange(2000), None, p, seed=1).float()
-    other = lora.dropout_mask(x, keys, None, p, seed=2).float()
+    consecutive = dropout.dropout_mask(x, torch.arange(2000), p, seed=1).float()
+    other = dropout.dropout_mask(x, keys, p, seed=2).float()
 
     def z(a, b):  # correlation in standard deviations
         return ((a - 1 + p) * (b - 1 + p)).mean().abs() / (p * (1 - p)) * a.numel() ** 0.5
@@ -239,19 +240,20 @@ def test_dropout_depends_on_keys_only():
     a, b = keys_of(1, 5), keys_of(2, 7)
 
     def mask(keys, C=9, first=0):
-        return lora.dropout_mask(torch.zeros(len(keys), C), keys, None, 0.5, 3, first)
+        return dropout.dropout_mask(torch.zeros(len(keys), C), keys, 0.5, 3, first)
 
     packed, order = mask(torch.cat([a, b])), torch.randperm(12)
     assert torch.equal(packed, torch.cat([mask(a), mask(b)]))
     assert torch.equal(packed[order], mask(torch.cat([a, b])[order]))
     assert torch.equal(packed[:, 4:], mask(torch.cat([a, b]), C=5, first=4))  # a tensor-parallel slice
-    # images: 2 of 4 tokens each, beside a stream of 12 tokens
-    images = keys_of(3, 2)
-    both = lora.dropout_mask(torch.zeros(2, 4, 9), torch.cat([a, b]), images, 0.5, 3)
+    images = keys_of(3, 2)  # of 4 tokens each
+    both = dropout.dropout_mask(torch.zeros(2, 4, 9), images, 0.5, 3, per_image=True)
     assert both.shape == (2, 4, 9) and not torch.equal(both[:, 0], both[:, 1])
-    assert torch.equal(both[1:], lora.dropout_mask(torch.zeros(1, 4, 9), a, images[1:], 0.5, 3))
+    assert torch.equal(both[1:], dropout.dropout_mask(torch.zeros(1, 4, 9), images[1:], 0.5, 3, per_image=True))
     with pytest.raises(AssertionError, match="8 rows"):
-        lora.dropout_mask(torch.zeros(8, 9), a, None, 0.5, 3)
+        dropout.dropout_mask(torch.zeros(8, 9), a, 0.5, 3)
+    with pytest.raises(AssertionError, match="9 rows are not from 2 images"):
+        dropout.dropout_mask(torch.zeros(9, 9), images, 0.5, 3, per_image=True)
 
 
 def test_dropout_in_the_layer():
@@ -259,20 +261,21 @@ def test_dropout_in_the_layer():
     layer, x = model.h[0].c_attn, torch.randn(20, 8, requires_grad=True)
     plain = layer(x)  # no keys: no dropout
     keys = keys_of(1, 20)
-    lora.set_dropout_keys(model, {"dropout_keys": keys, "image_dropout_keys": torch.empty(0, dtype=torch.int64)})
-    kept = lora.dropout_mask(x, keys, None, 0.5, layer.seed)
+    kept = dropout.dropout_mask(x, keys, 0.5, layer.seed)
     expected = nn.functional.linear(x, layer.weight, layer.bias) + 3 * layer.lora_B(layer.lora_A(x * kept / 0.5))
-    torch.testing.assert_close(layer(x), expected)
-    assert not torch.allclose(plain, expected)
     assert layer.seed != model.h[1].c_attn.seed
-    grads = [torch.autograd.grad(f(x).square().sum(), layer.lora_A.weight)[0]
-             for f in (layer, lambda x: recomputed(layer, x, use_reentrant=False))]  # fmt: skip
+    with dropout.dropout_rows(keys):
+        torch.testing.assert_close(layer(x), expected)
+        assert not torch.allclose(plain, expected)
+        recompute = dropout.with_rows_of_now(layer)
+        outputs = layer(x), recomputed(recompute, x, use_reentrant=False)
+    with dropout.dropout_rows(keys_of(2, 20)):  # another micro-batch is in flight when the backward pass comes
+        grads = [torch.autograd.grad(y.square().sum(), layer.lora_A.weight)[0] for y in outputs]
     assert torch.equal(*grads)
+    assert torch.equal(layer(x), plain)
     model.eval()
-    assert torch.equal(layer(x), plain)
-    model.train()
-    lora.set_dropout_keys(model, None)
-    assert torch.equal(layer(x), plain)
+    with dropout.dropout_rows(keys):
+        assert torch.equal(layer(x), plain)
 
 
 # ---- sharded
@@ -284,12 +287,12 @@ def two_ranks(rank, directory):
     for m in (model, plain):
         for name, p in m.named_parameters():
             p.requires_grad_(".lora_" in name)
-        lora.set_dropout_keys(m, {"dropout_keys": keys_of(1, 20)})
     mesh = init_device_mesh("cpu", (2,))
     for block in model.h:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    outputs = [m(IDS) for m in (model, plain)]
+    with dropout.dropout_rows(keys_of(1, 20)):
+        outputs = [m(IDS) for m in (model, plain)]
     torch.testing.assert_close(*outputs)
     for output in outputs:
         output.square().mean().backward()
@@ -300,7 +303,8 @@ def two_ranks(rank, directory):
     torch.distributed.barrier()
     torch.nn.init.zeros_(model.h[0].c_attn.lora_B.weight)
     lora.load_adapter(model, directory, copy=copy_full_)
-    torch.testing.assert_close(model(IDS), outputs[0])
+    with dropout.dropout_rows(keys_of(1, 20)):
+        torch.testing.assert_close(model(IDS), outputs[0])
 
 
 def test_lora_under_fully_shard(tmp_path):

@@ -1,0 +1,205 @@
+"""What crosses the seams, for every model: a rank without data, recomputation beside adapters, 16 bits, cached
+features, a bad image. Tiny random models; one process without any of it is the reference.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_blip2_train import OPT, T5, WORDS, write_checkpoint
+from test_train import assert_same_run, losses, run
+
+import build
+import checkpoint
+import generate
+import model_blip2
+import model_qwen_vl
+import model_visualglm
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = ("qwen_vl", "visualglm", "opt", "t5", "pretrain1")
+TOWERS = {  # adapters in the vision part beside those of the language model
+    "qwen_vl": [*model_qwen_vl.LORA_TARGETS, r".*attn_pool\.attn\.out_proj", r".*resblocks\.0\.mlp\.c_fc"],
+    "visualglm": [*model_visualglm.LORA_TARGETS, r"image_encoder.*query_key_value", r"image_encoder\.glm_proj"],
+    "opt": [r".*q_proj", r".*fc2", r"vision_model.*fc1", r"qformer.*query", r"qformer.*key", r"language_projection"],
+    "t5": [r".*SelfAttention\.q", r".*EncDecAttention\.[kq]", r".*wo", r"vision_model.*fc1", r"qformer.*dense"],
+    "pretrain1": [r"qformer.*query", r"qformer.*(key|value)", r"qformer.*dense", r"vision_model.*fc1", r".*projection",
+                  r"itm_head", r"cls\..*dense"],
+}  # fmt: skip
+STAGE = {"pretrain1": "pretrain1"}
+
+
+def shrunk(path: Path, tiny: str, module) -> Path:
+    """The tiny checkpoint of samples/ with random weights, so that no test rests on what it learned."""
+    path.mkdir()
+    for file in (ROOT / "samples" / tiny).iterdir():
+        if "safetensors" not in file.name:
+            shutil.copy(file, path / file.name)
+    model = module.build_model(checkpoint.read_config(path))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            model.init_weights(name, p, build.named_generator(1, name))
+    checkpoint.save_weights(path, model.state_dict().items())
+    return path
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    root = tmp_path_factory.mktemp("seams")
+    return {
+        "qwen_vl": shrunk(root / "qwen_vl", "tiny_qwen_vl", model_qwen_vl),
+        "visualglm": shrunk(root / "visualglm", "tiny_visualglm", model_visualglm),
+        "opt": write_checkpoint(root / "opt", OPT),
+        "t5": write_checkpoint(root / "t5", T5),
+        "pretrain1": write_checkpoint(root / "stage1", OPT, stage1=True),
+    }
+
+
+@pytest.fixture(scope="module")
+def captions(tmp_path_factory):
+    """Seven captioned images, so that two ranks are not always both busy."""
+    path, rng = tmp_path_factory.mktemp("captions"), np.random.default_rng(0)
+    records = []
+    for i in range(7):
+        Image.fromarray(rng.integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(path / f"{i}.png")
+        records.append({"image": f"{i}.png", "caption": " ".join(WORDS[(i + k) % 20] for k in range(2 + i % 4))})
+    (path / "a.json").write_text(json.dumps(records))
+    return path / "a.json"
+
+
+def arguments(bases, captions, model, out, **options):
+    entries = [{"data_files": str(captions)}]
+    options = {
+        "model_name_or_path": str(bases[model]), "stage": STAGE.get(model, "sft"), "output_dir": str(out),
+        "dataset": {"train": entries, "eval": entries}, "max_steps": 3, "lr_scheduler_type": "constant",
+        "learning_rate": 3e-3, "adam_epsilon": 1e-4, "num_workers": 0, "logging_steps": 1000, "max_length": 128,
+        "disable_tqdm": True, "per_device_train_batch_size": 4, **options,
+    }  # fmt: skip
+    return [a for k, v in options.items() for a in (f"--{k}", v if isinstance(v, str) else json.dumps(v))]
+
+
+def trained(bases, captions, model, out, world=1, **options):
+    run(arguments(bases, captions, model, out, **options), world=world)
+    return out
+
+
+def adapter(model):
+    return {"lora": True, "lora_dropout": 0.3, "lora_target_modules": TOWERS[model], "learning_rate": 1e-2}
+
+
+@pytest.mark.parametrize("sharding", [None, "stage3"])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_rank_without_data(bases, captions, tmp_path, model, sharding):
+    """Seven samples, four a step: with two ranks of one sample a micro-batch, the second step's last one is empty."""
+    one = trained(bases, captions, model, tmp_path / "one", num_train_epochs=1, max_steps=2)
+    split = {"per_device_train_batch_size": 2, "max_steps": 2, "sharding": sharding}
+    if model != "pretrain1":  # where what is contrasted is a micro-batch of all ranks
+        split |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    two = trained(bases, captions, model, tmp_path / "two", 2, num_train_epochs=1, **split)
+    assert_same_run(two, one, loss_tol=2e-5, weight_tol=2e-4)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_recomputation_beside_adapters_with_dropout(bases, captions, tmp_path, model):
+    """Also with one image a micro-batch, and packed: the masks are the samples' own."""
+    whole = trained(bases, captions, model, tmp_path / "whole", **adapter(model))
+    again = trained(bases, captions, model, tmp_path / "again", recompute=True, **adapter(model))
+    assert_same_run(again, whole)
+    none = trained(bases, captions, model, tmp_path / "none", **{**adapter(model), "lora_dropout": 0.0})
+    assert abs(losses(none)[-1] - losses(whole)[-1]) > 1e-4  # the dropout does something
+    if model == "pretrain1":
+        return
+    one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    assert_same_run(trained(bases, captions, model, tmp_path / "b1", **one, **adapter(model)), whole)
+    assert_same_run(trained(bases, captions, model, tmp_path / "r1", recompute=True, **one, **adapter(model)), whole)
+
+
+PRECISIONS = {
+    "bf16": {"bf16": True}, "bf16-master": {"bf16": True, "fp16_opt_level": "O2"}, "fp16": {"fp16": True},
+    "fp16-master": {"fp16": True, "fp16_opt_level": "O2"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("model", MODELS)
+def test_sixteen_bits(bases, captions, tmp_path, model, precision):
+    """Forward, backward, generation. The first loss is fp32's up to the precision."""
+    if model == "t5" and precision.startswith("fp16"):
+        pytest.skip("Flan-T5 refuses fp16")
+    options = {"max_steps": 2, "do_eval": True, "per_device_eval_batch_size": 2, **PRECISIONS[precision]}
+    out = trained(bases, captions, model, tmp_path / "out", **options)
+    reference = trained(bases, captions, model, tmp_path / "fp32", max_steps=1)
+    assert losses(out)[0] == pytest.approx(losses(reference)[0], rel=0.03)
+    if model != "pretrain1":
+        dtype = "bfloat16" if "bf16" in precision else "float16"
+        argv = ["--model_name_or_path", str(out), "--image", str(captions.parent / "0.png"), "--prompt", "what",
+                "--max_new_tokens", "3", "--dtype", dtype]  # fmt: skip
+        run(argv, main=generate.main)
+
+
+@pytest.mark.parametrize("model", ["qwen_vl", "visualglm"])
+def test_rotary_angles_stay_fp32_under_16_bit_weights(bases, captions, tmp_path, model, monkeypatch):
+    module = {"qwen_vl": model_qwen_vl, "visualglm": model_visualglm}[model]
+    seen = tmp_path / "seen"
+    real = module.rotary
+
+    def rotary(x, cos, sin):
+        with open(seen, "a") as file:
+            file.write(f"{x.dtype} {cos.dtype} {sin.dtype}\n")
+        return real(x, cos, sin)
+
+    monkeypatch.setattr(module, "rotary", rotary)
+    trained(bases, captions, model, tmp_path / "out", max_steps=1, bf16=True, fp16_opt_level="O2")
+    assert set(seen.read_text().splitlines()) == {"torch.bfloat16 torch.float32 torch.float32"}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_bad_image_at_batch_one(bases, captions, tmp_path, model, capfd):
+    folder = tmp_path / "data"
+    shutil.copytree(captions.parent, folder)
+    (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:60])
+    options = {"max_steps": 7, "per_device_train_batch_size": 1, "max_bad_samples": 0.5}
+    if model == "pretrain1":
+        options |= {"per_device_train_batch_size": 2, "max_steps": 3}
+    trained(bases, folder / "a.json", model, tmp_path / "out", **options)
+    out, err = capfd.readouterr()
+    assert "left out" in err
+    alone = 0 if model == "pretrain1" else 1  # a step whose only sample it was
+    assert len(losses(tmp_path / "out")) == options["max_steps"] - alone
+    assert ("nothing is learned in it" in out) == bool(alone)
+
+
+def test_a_contrast_of_one_pair_is_refused(bases, captions, tmp_path):
+    for options in ({"per_device_train_batch_size": 1}, {"do_eval": True, "per_device_eval_batch_size": 1}):
+        argv = arguments(bases, captions, "pretrain1", tmp_path / "out", **options)
+        with pytest.raises(ValueError, match="one pair alone is its own negative"):
+            train.main(argv)
+
+
+def test_a_pair_without_a_negative_learns_no_negative(bases):
+    """The last micro-batch of an epoch, or one whose other images could not be read."""
+    torch.manual_seed(0)
+    model = model_blip2.build_model(checkpoint.read_config(bases["pretrain1"]))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            model.init_weights(name, p, build.named_generator(1, name))
+    Q = model.num_image_tokens
+    one = {
+        "input_ids": torch.cat((torch.zeros(Q, dtype=torch.long), torch.tensor([2, 9, 10, 3]))), "max_len": Q + 4,
+        "targets": torch.cat((torch.full((Q,), -100), torch.tensor([9, 10, 3, -100]))),
+        "position_ids": torch.arange(Q + 4), "cu_seqlens": torch.tensor([0, Q + 4], dtype=torch.int32),
+        "image_positions": torch.arange(Q)[None], "pixel_values": torch.randn(1, 3, 28, 28),
+        "dropout_keys": torch.arange(Q + 4), "image_dropout_keys": torch.zeros(1, dtype=torch.long),
+    }  # fmt: skip
+    model.eval()
+    losses_of, _ = model.losses(one)
+    rows, lengths = model.text_of(one)
+    logits = model.match(model.vision_model(one["pixel_values"]), one["input_ids"][rows], lengths)
+    positive = torch.nn.functional.cross_entropy(logits, torch.tensor([1]))
+    torch.testing.assert_close(losses_of[1], positive)
+    assert losses_of[0] == 0
