@@ -735,4 +735,4 @@ def answer_file(path: str | None):
 
 
 if __name__ == "__main__":
-    sys.exit(checkpoint.cli(main))
+    checkpoint.leave(checkpoint.cli(main))

@@ -1695,8 +1695,10 @@ class Blip2Processor:
         try:
             image, question = front_image(conversation.turns[first][1])
             turns[first] = ("user", question)
-            if image is None or len(conversation.images) > 1:
-                raise ValueError(f"got {len(conversation.images)}")
+            if len(conversation.images) > (image is not None):
+                raise ValueError("one stands in a later turn")
+            if image is None:
+                raise ValueError("got none")
         except ValueError as e:
             raise ValueError(f"BLIP-2 takes one image, at the front of the first question; {e}") from None
         answer = turns[-1][1] if turns[-1][0] == "assistant" else ""

@@ -1080,7 +1080,7 @@ class VisualGLMProcessor:
         try:
             image, first = front_image(turns[0])
             if len(conversation.images) > (image is not None):
-                raise ValueError(f"got {len(conversation.images)}")
+                raise ValueError("one stands in a later turn")
         except ValueError as e:
             raise ValueError(f"VisualGLM takes one image, at the front of the first question; {e}") from None
         texts = [system + first, *map(text_of, turns[1:])]

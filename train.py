@@ -970,4 +970,4 @@ class Run:
 
 
 if __name__ == "__main__":
-    sys.exit(checkpoint.cli(main))
+    checkpoint.leave(checkpoint.cli(main))

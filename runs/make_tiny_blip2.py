@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 import checkpoint
 import model_blip2 as blip2
-from train import named_generator
+from build import named_generator
 
 NUM_TOKENS = 1000  # of each tokenizer, about
 WIDTH = 128

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 import checkpoint
 import model_qwen_vl as qwen
-from train import named_generator
+from build import named_generator
 
 NUM_TOKENS = 1500  # of the BPE, special tokens not counted
 CONFIG = {

@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 import checkpoint
 import model_qwen_vl as qwen
 import model_visualglm as glm
-from train import named_generator
+from build import named_generator
 
 NUM_PIECES = 1400  # ordinary ones
 CONFIG = {
