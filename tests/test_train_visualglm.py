@@ -331,7 +331,7 @@ def test_generate_refuses_pictures(glm_base, tmp_path, capsys):
     later = {"conversations": [["what is it?", "two"], [f"<img>{pictures[0]}</img>name it", "later"]]}
     (tmp_path / "r.jsonl").write_text(json.dumps(later))
     for argv, words in (
-        (["--prompt", "what is it?", "--image", pictures[0], "--image", pictures[1]], "takes one image.*2 images in one question"),
+        (["--prompt", "what is it?", "--image", pictures[0], "--image", pictures[1]], "takes one image.*2 images"),
         (["--requests", str(tmp_path / "r.jsonl")], r"r.jsonl:1: .*one image, at the front.*in a later turn"),
         (["--prompt", "what is it?", "--image", "no.png"], "no.png"),
     ):
@@ -369,7 +369,7 @@ def test_sample_configurations(untrained_tiny, tmp_path, stage):
 @pytest.mark.parametrize(
     "record, words",
     [
-        ({"conversations": [["<img>0.png</img>a <img>1.png</img>b", "c"]]}, "one image, at the front.*2 images in one question"),
+        ({"conversations": [["<img>0.png</img>a <img>1.png</img>b", "c"]]}, "one image, at the front.*2 images"),
         ({"conversations": [["a", "b"], ["<img>0.png</img>c", "d"]]}, "at the front.*in a later turn"),
         ({"conversations": [["what is it? " * 40, "b"]]}, "no answer fits within max_length=128"),
     ],
