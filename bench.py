@@ -6,7 +6,6 @@
 Times are medians, alternatives take turns in one run, and ratios are to ours: above 1.00 ours is faster or smaller.
 """
 
-import argparse
 import itertools
 import multiprocessing
 import resource
@@ -21,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import terminal
 from checkpoint import cli
 from kernels.attention import attention
 from kernels.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy, linear_cross_entropy_ref
@@ -240,7 +240,7 @@ def gpu(T: int = 8192) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = terminal.Parser(description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--kernels", action="store_true", help="the CPU's kernels")
     what.add_argument("--gpu", action="store_true", help="the Triton kernels")

@@ -1,234 +1,627 @@
-"""The configuration of a run: every key with its default, and how it is read.
+"""The configuration of a run: every key with its default, bounds and meaning, and the one parser that reads it.
 
     cfg = parse_config(["configs/qwen_vl/lora.json", "--learning_rate", "2e-5"])
+    python train.py --help                       # the same keys, grouped, with types, defaults and bounds
 
-Keys come from JSON files and `--key value`; later wins; `--flag` alone means true. Keys of PaddleMIX's
-`paddlemix/tools` that mean nothing here are taken with a warning, so its JSON files run unchanged.
+Keys come from JSON files and `--key value`; later wins; `--flag` alone means true. Whatever is wrong (an unknown key, a
+type, a number out of bounds, two keys that contradict each other) is a ValueError that names the key and what was
+expected. The keys of PaddleMIX's `paddlemix/tools` are translated or ignored by one table, TOOLKIT, so its JSON files
+run unchanged.
 """
 
-import contextlib
-import difflib
+import dataclasses
 import fnmatch
 import json
+import math
+import os
 import sys
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 
-import checkpoint
 import data
 import metrics
 import parallel
 import pipeline
+import terminal
+from records import nearest
+
+MODEL, DATA, RUN, OPTIMISER = (
+    "model and stage",
+    "data",
+    "the run",
+    "optimiser: AdamW, no decay on biases and norms",
+)
+SPEED, ADAPTER, LAYOUT, OUTPUT = "precision and speed", "adapters", "many devices", "output"
+MODELS = tuple(sorted(path.stem.removeprefix("model_") for path in data.ROOT.glob("model_*.py")))
+METRICS = ("eval_loss", *(f"eval_{s}" for scores in metrics.SCORES.values() for s in scores))
+STRATEGIES = ("no", "epoch", "steps")
+PRECISIONS = {  # -> bf16, fp16, fp16_opt_level
+    "fp32": (False, False, "O1"),
+    "bf16": (True, False, "O1"),
+    "bf16-master": (True, False, "O2"),
+    "fp16": (False, True, "O1"),
+    "fp16-master": (False, True, "O2"),
+}
+COUNT = 10**9  # above any number of steps
+LONGEST = 2**20  # above any stream's tokens
+MB = 1_000_000
+
+
+def key(group: str, default, help: str, **rules):
+    """A field of the configuration. Rules: `low` and `high` (inclusive), `above` and `below` (exclusive), `off` (a
+    number outside of them that means off), `choices`, `path` (a file name), `filled` (a list must not be empty)."""
+    return field(default=default, metadata={"group": group, "help": help, **rules})
 
 
 @dataclass
 class Config:
-    # model and stage
-    model: str | None = None  # qwen_vl; default: from the checkpoint's config.json
-    model_name_or_path: str = "tiny"  # a checkpoint directory, or a preset: tiny is the one in samples/
-    stage: str = "sft"  # sft; the model's own pre-training stages: pretrain (Qwen-VL), pretrain1 and pretrain2 (BLIP-2)
-    # checkpoint whose tensors replace those of the same name: stage 2 begins with stage 1's
-    init_from: str | None = None
-    freeze_include: list[str] | None = None  # fnmatch on parameter names: frozen
-    freeze_exclude: list[str] | None = None  # carved out of freeze_include, or of what lora freezes: trainable
-    # data
-    dataset: dict | None = None  # {"train": [entry, ...], "eval": [...]}; default: samples/
-    mixtoken: bool = False  # fill each stream up to max_length tokens
-    max_length: int = 2048  # tokens a stream, and the cap for one sample
-    max_images: int | None = None  # pictures a stream
-    max_bad_samples: float = 0.01  # share of unusable records above which the run stops
-    # training pictures move by up to this share of a side, scale by it, turn by so many radians
-    image_jitter: float = 0.0
-    cache_image_features: bool = False  # encode each picture once; only with a frozen vision tower
-    num_workers: int = 2  # data processes per rank
-    # run
-    output_dir: str = "output"
-    overwrite_output_dir: bool = False  # start anew instead of continuing the run that is there
-    resume_from_checkpoint: str | bool | None = None  # a checkpoint directory, or true: the last one
-    accept_changed_data: bool = False  # continue although the data files have changed since the checkpoint
-    num_train_epochs: float = 1
-    max_steps: int | None = None
-    per_device_train_batch_size: int = 1  # samples, or with mixtoken streams, a micro-batch
-    per_device_eval_batch_size: int = 1
-    gradient_accumulation_steps: int = 1
-    eval_accumulation_steps: int | None = None  # eval batches kept on the device before they move to the host
-    do_train: bool = True
-    do_eval: bool = False  # evaluate at the end too
-    save_strategy: str = "steps"  # no, epoch, steps
-    save_steps: int = 500
-    save_total_limit: int | None = None  # the best one is kept besides
-    evaluation_strategy: str = "no"  # no, epoch, steps
-    eval_steps: int | None = None  # default: save_steps
-    # answers the eval questions too: eval_cider, eval_bleu_4, eval_vqa_accuracy, eval_accuracy, ... by their format
-    eval_with_do_generation: bool = False
-    load_best_model_at_end: bool = False
-    metric_for_best_model: str = "eval_loss"  # or one of those: the higher the better
-    seed: int = 42
-    # optimiser: AdamW, no decay on biases and norm weights
-    learning_rate: float = 5e-5
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0  # 0: no clipping
-    decay_scalars: bool = False  # weight decay on single numbers too (LAVIS decays its temperature)
-    lr_scheduler_type: str = "linear"  # linear, cosine, constant; cosine_epochs: steps down once an epoch, as LAVIS
-    warmup_ratio: float = 0.0
-    warmup_steps: int = 0  # wins over warmup_ratio
-    warmup_start_lr: float = 0.0
-    eta_min: float = 0.0  # where linear and cosine end
-    # precision and speed
-    bf16: bool = False
-    fp16: bool = False
-    fp16_opt_level: str = "O1"  # O1: fp32 weights, autocast; O2: computes in 16 bits, fp32 master weights
-    recompute: bool = False  # activation checkpointing
-    compile: bool = False  # torch.compile of the blocks
-    use_flash_attention: str | bool = "auto"  # auto: Triton kernels on a GPU; true: or an error; false: plain PyTorch
-    # adapters
-    lora: bool = False
-    lora_rank: int = 8
-    lora_alpha: float = 16
-    lora_dropout: float = 0.05
-    lora_target_modules: list[str] | None = None  # regular expressions, full match on module names
-    lora_path: str | None = None  # start from this adapter
-    lora_split: bool = False  # an A and a B for each of q, k, v in a packed weight, as SwissArmyTransformer has them
-    pre_seq_len: int | None = None  # P-tuning: only so many keys and values in front of every sample are trained
-    # layout
-    tensor_parallel_degree: int = 1  # ranks that hold a layer together; -1, like 1: off
-    pipeline_parallel_degree: int = 1  # stages on ranks of their own; their micro-batches: gradient_accumulation_steps
-    # 1f1b: a stage keeps activations of few micro-batches; gpipe: all forward, then all backward passes; interleaved:
-    # 1f1b with two stages on each rank, which wait half as long and send twice as much
-    pipeline_schedule: str = "1f1b"
-    sharding_parallel_degree: int | None = None  # default: all data-parallel ranks
-    sharding: str | None = None  # stage1, stage2, stage3
-    # output
-    logging_steps: int = 10
-    disable_tqdm: bool = False
-    report_to: list[str] | None = None  # tensorboard
-    benchmark: bool = False  # print samples/s, tokens/s and peak memory at the end
-    skip_memory_metrics: bool = True
-    dry_run: bool = False  # print the plan and stop
+    model: str | None = key(
+        MODEL, None, "model file; by default the checkpoint's own", choices=(None, *MODELS)
+    )
+    model_name_or_path: str = key(
+        MODEL,
+        "tiny",
+        "a checkpoint directory, or a preset; tiny is the model's small one in samples/",
+        path=True,
+    )
+    stage: str = key(
+        MODEL, "sft", "sft, or the model's own: pretrain (Qwen-VL, VisualGLM), pretrain1, pretrain2 (BLIP-2)"
+    )
+    init_from: str | None = key(
+        MODEL,
+        None,
+        "checkpoint whose tensors replace those of the same name: stage 2 begins with stage 1's",
+        path=True,
+    )
+    freeze_include: list[str] | None = key(
+        MODEL, None, "fnmatch patterns on parameter names: these are frozen"
+    )
+    freeze_exclude: list[str] | None = key(
+        MODEL, None, "patterns carved out of freeze_include, or of what lora freezes: these train"
+    )
+
+    dataset: dict | str | None = key(
+        DATA,
+        None,
+        'FILE, FILE,EVAL_FILE, a folder, or {"train": [entry, ...], "eval": [...]}; by default samples/',
+    )
+    eval_split: float = key(DATA, 0.0, "share of the training records that evaluates instead", low=0, below=1)
+    mixtoken: bool = key(DATA, False, "fill each stream up to max_length tokens")
+    max_length: int = key(DATA, 2048, "tokens of a stream, and the cap for one sample", low=1, high=LONGEST)
+    max_images: int | None = key(DATA, None, "images of a stream at most", low=1, high=LONGEST)
+    max_bad_samples: float = key(
+        DATA, 0.01, "share of unusable records above which the run stops", low=0, high=1
+    )
+    image_jitter: float = key(
+        DATA,
+        0.0,
+        "training images move by up to this share of a side, scale by it, turn by so many radians",
+        low=0,
+        high=1,
+    )
+    cache_image_features: bool = key(DATA, False, "encode each image once; only with a frozen vision tower")
+    num_workers: int = key(DATA, 2, "data processes of a rank; 0: in the training process", low=0, high=1024)
+
+    output_dir: str = key(RUN, "output", "directory of checkpoints, log and final model", path=True)
+    overwrite_output_dir: bool = key(
+        RUN, False, "start anew instead of continuing the run that is there (resume: no)"
+    )
+    resume_from_checkpoint: str | bool | None = key(
+        RUN, None, "a checkpoint directory, or true: the last one of output_dir (resume: PATH)", path=True
+    )
+    accept_changed_data: bool = key(
+        RUN, False, "continue although the data have changed since the checkpoint"
+    )
+    num_train_epochs: float = key(RUN, 1, "passes over the data", above=0, high=100_000)
+    max_steps: int | None = key(RUN, None, "updates, instead of num_train_epochs", low=1, high=COUNT)
+    per_device_train_batch_size: int = key(
+        RUN, 1, "samples of a micro-batch, or streams with mixtoken", low=1, high=65_536
+    )
+    per_device_eval_batch_size: int = key(RUN, 1, "the same in evaluation", low=1, high=65_536)
+    gradient_accumulation_steps: int = key(RUN, 1, "micro-batches of an update", low=1, high=65_536)
+    eval_accumulation_steps: int | None = key(
+        RUN, None, "eval batches kept on the device before they move to the host", low=1, high=COUNT
+    )
+    do_train: bool = key(RUN, True, "train")
+    do_eval: bool = key(RUN, False, "evaluate at the end too")
+    save_strategy: str = key(RUN, "steps", "when checkpoints are saved (save)", choices=STRATEGIES)
+    save_steps: int = key(RUN, 500, "interval of save_strategy=steps", low=1, high=COUNT)
+    save_total_limit: int | None = key(
+        RUN, None, "newest checkpoints kept, the best one besides", low=1, high=COUNT
+    )
+    evaluation_strategy: str = key(
+        RUN, "no", "when the eval entries are evaluated (evaluate)", choices=STRATEGIES
+    )
+    eval_steps: int | None = key(
+        RUN, None, "interval of evaluation_strategy=steps; by default save_steps", low=1, high=COUNT
+    )
+    eval_with_do_generation: bool = key(
+        RUN,
+        False,
+        "evaluation answers the questions too: eval_cider, eval_vqa_accuracy, ... by the records' format",
+    )
+    load_best_model_at_end: bool = key(
+        RUN, False, "publish the best evaluated checkpoint instead of the last one"
+    )
+    metric_for_best_model: str = key(
+        RUN,
+        "eval_loss",
+        "eval_loss: the lower the better; others need eval_with_do_generation",
+        choices=METRICS,
+    )
+    seed: int = key(RUN, 42, "of order, initial values, dropout", low=0, high=2**32 - 1)
+
+    learning_rate: float = key(OPTIMISER, 5e-5, "peak of the schedule", low=0, high=10)
+    adam_beta1: float = key(OPTIMISER, 0.9, "decay of the mean of gradients", low=0, below=1)
+    adam_beta2: float = key(OPTIMISER, 0.999, "decay of the mean of squared gradients", low=0, below=1)
+    adam_epsilon: float = key(OPTIMISER, 1e-8, "added to the root of the squares' mean", above=0, high=1)
+    weight_decay: float = key(OPTIMISER, 0.0, "decoupled weight decay", low=0, high=10)
+    max_grad_norm: float = key(
+        OPTIMISER, 1.0, "gradients are scaled down to this norm; 0: never", low=0, high=1e9
+    )
+    decay_scalars: bool = key(
+        OPTIMISER, False, "weight decay on single numbers too (LAVIS decays its temperature)"
+    )
+    lr_scheduler_type: str = key(
+        OPTIMISER, "linear", "shape after the warm-up; cosine_epochs steps down once an epoch, as LAVIS",
+        choices=("linear", "cosine", "constant", "cosine_epochs"),
+    )  # fmt: skip
+    warmup_ratio: float = key(OPTIMISER, 0.0, "share of the updates that warm up", low=0, high=1)
+    warmup_steps: int = key(OPTIMISER, 0, "updates that warm up; wins over warmup_ratio", low=0, high=COUNT)
+    warmup_start_lr: float = key(OPTIMISER, 0.0, "where the warm-up begins", low=0, high=10)
+    eta_min: float = key(OPTIMISER, 0.0, "where linear and cosine end", low=0, high=10)
+
+    bf16: bool = key(SPEED, False, "compute in bfloat16 (precision)")
+    fp16: bool = key(SPEED, False, "compute in float16 with a loss scaler (precision)")
+    fp16_opt_level: str = key(
+        SPEED,
+        "O1",
+        "O1: fp32 weights, autocast; O2: 16-bit weights, fp32 masters (precision)",
+        choices=("O1", "O2"),
+    )
+    recompute: bool = key(
+        SPEED, False, "compute activations again in the backward pass instead of keeping them"
+    )
+    compile: bool = key(SPEED, False, "torch.compile of the blocks")
+    use_flash_attention: str | bool = key(
+        SPEED, "auto", "auto: Triton kernels on a GPU; true: these or an error; false: plain PyTorch",
+        choices=("auto", True, False),
+    )  # fmt: skip
+
+    lora: bool = key(ADAPTER, False, "train low-rank adapters instead of the weights")
+    lora_rank: int = key(ADAPTER, 8, "rank of the adapters", low=1, high=4096)
+    lora_alpha: float = key(
+        ADAPTER, 16, "their update is scaled by lora_alpha / lora_rank", above=0, high=100_000
+    )
+    lora_dropout: float = key(ADAPTER, 0.05, "share of an adapter's inputs that is dropped", low=0, below=1)
+    lora_target_modules: list[str] | None = key(
+        ADAPTER,
+        None,
+        "regular expressions, full match on module names; by default the model's own",
+        filled=True,
+    )
+    lora_path: str | None = key(ADAPTER, None, "adapter directory to start from", path=True)
+    lora_split: bool = key(
+        ADAPTER,
+        False,
+        "an A and a B for each of q, k, v in a packed weight, as SwissArmyTransformer has them",
+    )
+    pre_seq_len: int | None = key(
+        ADAPTER,
+        None,
+        "P-tuning: only so many keys and values in front of every sample are trained",
+        low=1,
+        high=16_384,
+    )
+
+    tensor_parallel_degree: int = key(
+        LAYOUT, 1, "ranks that hold a layer together", low=1, high=65_536, off=-1
+    )
+    pipeline_parallel_degree: int = key(
+        LAYOUT,
+        1,
+        "pipeline stages; their micro-batches are gradient_accumulation_steps",
+        low=1,
+        high=65_536,
+        off=-1,
+    )
+    pipeline_schedule: str = key(
+        LAYOUT, "1f1b", "1f1b keeps few micro-batches' activations; gpipe runs all forward, then all backward passes; "
+        "interleaved is 1f1b with two stages on each rank", choices=pipeline.SCHEDULES,
+    )  # fmt: skip
+    sharding: str | None = key(
+        LAYOUT, None, "ZeRO over data-parallel ranks: of optimiser state, gradients too, weights too",
+        choices=(None, *parallel.STAGES),
+    )  # fmt: skip
+    sharding_parallel_degree: int | None = key(
+        LAYOUT,
+        None,
+        "ranks of a sharding group; by default all data-parallel ranks",
+        low=1,
+        high=65_536,
+        off=-1,
+    )
+
+    logging_steps: int = key(
+        OUTPUT, 10, "updates between printed lines; log.jsonl has every one", low=1, high=COUNT
+    )
+    disable_tqdm: bool = key(OUTPUT, False, "no progress bar")
+    report_to: list[str] | None = key(
+        OUTPUT, None, "other logs; none, or tensorboard", choices=("tensorboard", "none")
+    )
+    benchmark: bool = key(OUTPUT, False, "print samples/s, tokens/s and peak memory at the end")
+    skip_memory_metrics: bool = key(OUTPUT, True, "leave out the peak memory at the end")
+    dry_run: bool = key(OUTPUT, False, "print memory, steps and FLOPs of the run, and stop")
 
 
-NO_EFFECT = [  # keys of the toolkit whose files run here unchanged
-    "src_length", "lazy", "task_name", "prefix_*", "neftune*", "device", "use_auto_parallel", "amp_*", "do_predict",
-    "zero_padding", "optim", "scale_loss", "unified_checkpoint", "use_fused_*", "dataloader_*", "ignore_*",
-    "text_model_name_or_path",
-]  # fmt: skip
-CHOICES = {
-    "save_strategy": ("no", "epoch", "steps"),
-    "evaluation_strategy": ("no", "epoch", "steps"),
-    "lr_scheduler_type": ("linear", "cosine", "constant", "cosine_epochs"), "fp16_opt_level": ("O1", "O2"),
-    "metric_for_best_model": ("eval_loss", *(f"eval_{s}" for scores in metrics.SCORES.values() for s in scores)),
-    "sharding": (None, *parallel.STAGES), "pipeline_schedule": pipeline.SCHEDULES,
-    "use_flash_attention": ("auto", True, False),
-}  # fmt: skip
+@dataclass
+class PreviewConfig(Config):
+    """What `data.py` takes besides."""
+
+    packs: int = key("preview", 2, "streams that are shown", low=1, high=COUNT)
+    out: str = key("preview", "preview", "folder for images with their boxes drawn", path=True)
 
 
-def convert(key: str, value, kind, from_text: bool):
-    """`value` as the field's type; text from the command line is read as JSON where the type is not str."""
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if from_text and value not in (None, True):
-        if type(None) in options and value.lower() in ("none", "null"):
-            return None
-        for option in options:
-            if option is bool and value.lower() in ("true", "false"):
-                return value.lower() == "true"
-            if typing.get_origin(option) is list and not value.startswith("["):
-                return [value]
-            if option is not str and option is not bool:
-                with contextlib.suppress(ValueError):
-                    value = json.loads(value)
-                    break
-    for option in options:
+@dataclass
+class Short:
+    """Keys that say in one word what several of Config's say; they are translated into those."""
+
+    precision: str | None = key(
+        SPEED, None, "bf16, fp16: autocast over fp32 weights; -master: 16-bit weights with fp32 master copies",
+        choices=(None, *PRECISIONS),
+    )  # fmt: skip
+    resume: str | None = key(
+        RUN,
+        None,
+        "auto: continue the run of output_dir if there is one; no: start anew; PATH: that checkpoint",
+        path=True,
+    )
+    save: int | str | None = key(
+        RUN, None, "a number of updates, epoch, or no", choices=(None, *STRATEGIES), low=1, high=COUNT
+    )
+    evaluate: int | str | None = key(RUN, None, "likewise", choices=(None, *STRATEGIES), low=1, high=COUNT)
+
+
+@dataclass
+class EntryKeys:
+    """An entry of the dataset; data.Entry opens it."""
+
+    name: str | None = key(
+        "an entry of the dataset", None, "format of the records; by default told from their shape"
+    )
+    data_files: list[str] = key(
+        "an entry of the dataset", None, "a path or a list of paths", filled=True, path=True
+    )
+    image_root: str | None = key(
+        "an entry of the dataset", None, "folder that images are relative to", path=True
+    )
+    weight: float | None = key(
+        "an entry of the dataset",
+        None,
+        "share of the entry in a mixture, relative to the others'",
+        low=0,
+        high=1e9,
+    )
+    max_samples: int | None = key("an entry of the dataset", None, "records taken at most", low=1, high=COUNT)
+    chat_template: str | None = key("an entry of the dataset", None, "file with a system text", path=True)
+    splits: list[str] | None = key(
+        "an entry of the dataset", None, "only records whose split is one of these", filled=True
+    )
+    eval_split: float = key(
+        "an entry of the dataset", 0.0, "share of its records that evaluates", low=0, below=1
+    )
+    eval_part: bool = key("an entry of the dataset", False, "whether this entry is that share, or the rest")
+
+
+def _other_scheduler(name) -> dict:
+    if name != "CosineDecayWithWarmup":
+        raise ValueError(
+            f"lr_scheduler_name={shown(name)}; expected CosineDecayWithWarmup, or use lr_scheduler_type"
+        )
+    return {"lr_scheduler_type": "cosine"}
+
+
+# The keys of PaddleMIX's files that are not ours, by fnmatch pattern: None has no effect here, a function translates.
+TOOLKIT = dict.fromkeys(
+    "src_length lazy task_name prefix_* neftune* device use_auto_parallel amp_* do_predict zero_padding optim "
+    "scale_loss unified_checkpoint use_fused_* dataloader_* ignore_* text_model_name_or_path".split()
+) | {"lr_scheduler_name": _other_scheduler}
+
+# ---- one value
+
+
+def shown(value) -> str:
+    """A value in a message: as JSON, cut."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    text = repr(text) if isinstance(value, str) else text
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def options_of(kind) -> tuple:
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+
+
+WORDS = {
+    int: "int",
+    float: "number",
+    bool: "bool: true or false",
+    str: "text",
+    dict: "object",
+    type(None): "null",
+}
+
+
+def type_name(kind) -> str:
+    return " or ".join(WORDS.get(o) or "list of texts" for o in options_of(kind))
+
+
+def bounds(rules) -> str:
+    """The range that a number must be in, in words; "" if it has none."""
+    words = {"above": "above", "low": "from", "high": "to", "below": "below"}
+    parts = [f"{word} {rules[k]:,}" for k, word in words.items() if k in rules]
+    if "low" in rules and "high" in rules:
+        parts = [f"{rules['low']:,} to {rules['high']:,}"]
+    return ", ".join(parts) + (f" (or {rules['off']}: off)" if "off" in rules else "")
+
+
+def check_number(name: str, value, rules) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"{name}={value}; expected a finite number")
+    inside = (
+        rules.get("low", value) <= value <= rules.get("high", value)
+        and (value > rules["above"] if "above" in rules else True)
+        and (value < rules["below"] if "below" in rules else True)
+    )
+    if not inside and value != rules.get("off"):
+        raise ValueError(f"{name}={shown(value)}; expected {bounds(rules)}")
+
+
+def check_text(name: str, value: str, rules) -> None:
+    if not value.strip():
+        raise ValueError(f"{name} is empty; give a text, or leave the key out")
+    if any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in value):
+        raise ValueError(
+            f"{name}={shown(value)} holds a character that no name can have (code below 32, or a surrogate)"
+        )
+    if rules.get("path") and max(len(part.encode()) for part in (*value.split("/"), value[4000:])) > 255:
+        raise ValueError(f"{name}={shown(value)} is longer than a file name can be (255 bytes)")
+
+
+def convert(name: str, value, kind, rules):
+    """`value` as the key's type, within its bounds and choices, or a ValueError that names it."""
+    for option in options_of(kind):
         plain = typing.get_origin(option) or option
         if plain is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        if isinstance(value, plain) and not (plain is int and isinstance(value, bool)):
-            return value
-        if plain is int and isinstance(value, float) and value.is_integer():
-            return int(value)
-    expected = " or ".join(
-        "null" if o is type(None) else str(o) if typing.get_origin(o) else o.__name__ for o in options
-    )
-    raise ValueError(f"{key}={value!r} has the wrong type; expected {expected}")
+            value = math.inf if abs(value) > 1e308 else float(value)
+        elif plain is int and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        elif plain is list and isinstance(value, str):
+            value = [value]
+        elif not isinstance(value, plain) or (plain is int and isinstance(value, bool)):
+            continue
+        break
+    else:
+        raise ValueError(f"{name}={shown(value)} has the wrong type; expected {type_name(kind)}")
+    if isinstance(value, list):
+        if rules.get("filled") and not value:
+            raise ValueError(f"{name} is an empty list; name at least one, or leave the key out")
+        for item in value:
+            if not isinstance(item, str):
+                raise ValueError(f"{name} holds {shown(item)}; expected a list of texts")
+            check_text(name, item, rules)
+    elif isinstance(value, str):
+        check_text(name, value, rules)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        check_number(name, value, rules)
+    if "choices" in rules and isinstance(value, bool | str | list | None):
+        allowed = [c for c in rules["choices"]]
+        for item in value if isinstance(value, list) else [value]:
+            if not any(item is c or (isinstance(c, str) and item == c) for c in allowed):
+                known = ", ".join("null" if c is None else json.dumps(c).strip('"') for c in allowed)
+                near = nearest(item, [c for c in allowed if isinstance(c, str)])
+                raise ValueError(f"{name}={shown(item)}; expected one of {known}{near}")
+    return value
 
 
-def parse_config(argv: list[str]) -> Config:
-    """`[config.json ...] [--key value ...]` -> Config. Raises ValueError for an unknown key, a wrong type or value."""
-    hints = typing.get_type_hints(Config)
-    values, from_text, i = {}, {}, 0
+def from_text(name: str, text: str | None, kind):
+    """The value that a text of the command line stands for; None is a key without a value."""
+    options = options_of(kind)
+    if text is None:
+        if bool not in options:
+            raise ValueError(f"--{name} needs a value: {type_name(kind)}")
+        return True
+    if type(None) in options and text.lower() in ("none", "null"):
+        return None
+    if bool in options and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    of = {typing.get_origin(option) or option for option in options}
+    if (list in of and text.startswith("[")) or (dict in of and text.startswith("{")):
+        return loads(text, f"--{name}")
+    if of & {int, float}:
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            return text
+    return text
+
+
+# ---- files and the command line
+
+
+def loads(text: str, where: str):
+    """JSON in which no key stands twice."""
+
+    def once(pairs):
+        found = {}
+        for name, value in pairs:
+            if name in found:
+                raise ValueError(f"{where} has the key {shown(name)} twice; keep one of them")
+            found[name] = value
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=once)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{where}:{e.lineno}: not valid JSON ({e.msg}, column {e.colno})") from None
+    except RecursionError:
+        raise ValueError(f"{where} is nested too deeply; expected an object of keys and values") from None
+    except ValueError as e:
+        reason = f"{where} holds a number of thousands of digits" if "digits" in str(e) else str(e)
+        raise ValueError(reason) from None
+
+
+def here_or_shipped(path: str) -> str:
+    """A file of configs/ or samples/ is found from every working directory."""
+    shipped = data.ROOT / path
+    return str(shipped) if not os.path.exists(path) and Path(path).parts[:1] in (("configs",), ("samples",)) and (
+        shipped.exists()) else path  # fmt: skip
+
+
+def read_file(path: str) -> dict:
+    """A configuration file's keys and values."""
+    found = Path(here_or_shipped(path))
+    if not found.is_file():
+        what = (
+            "is a directory" if found.is_dir() else "does not exist" if not found.exists() else "is no file"
+        )
+        raise ValueError(f"{path} {what}; give the path of a configuration file, or a key as --key value")
+    if found.suffix == ".jsonl" or found.stat().st_size > 10 * MB:
+        raise ValueError(f"{path} looks like data, not like a configuration; give it as --dataset {path}")
+    try:
+        text = found.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start})") from None
+    value = loads(text, path)
+    if not isinstance(value, dict):
+        expected = 'expected an object, {"key": value, ...}'
+        hint = f"; if it is the data, give it as --dataset {path}" if isinstance(value, list) else ""
+        raise ValueError(f"{path} holds {shown(value)}; {expected}{hint}")
+    return value
+
+
+def sources_of(argv: list[str]) -> list[tuple[str, dict, bool]]:
+    """The command line as (where, keys and values, whether the values are texts), in its order."""
+    sources, i = [], 0
     while i < len(argv):
-        if not argv[i].startswith("--"):
-            given = checkpoint.read_json(argv[i], "give the path of a configuration file")
-            i += 1
+        word, i = argv[i], i + 1
+        if not word.startswith("-"):
+            sources.append((word, read_file(word), False))
+            continue
+        name, equals, text = word[2:].partition("=")
+        if not word.startswith("--") or not name:
+            raise ValueError(f"{word!r} is no key; keys are given as --key value (see --help)")
+        if equals and not text:
+            raise ValueError(f"--{name}= has no value; give one, or leave the key out")
+        if not equals:
+            text = None
+            if i < len(argv) and not argv[i].startswith("--"):
+                text, i = argv[i], i + 1
+        if not sources or not sources[-1][2]:
+            sources.append(("the command line", {}, True))
+        sources[-1][1][name] = text
+    return sources
+
+
+def translate(where: str, given: dict, values: dict) -> None:
+    """What one source says through Short's keys, into Config's; the source's own values must not contradict it."""
+    new = {}
+    for name in [f.name for f in fields(Short) if given.get(f.name) is not None]:
+        value = given[name]
+        if name == "precision":
+            says = dict(zip(("bf16", "fp16", "fp16_opt_level"), PRECISIONS[value], strict=True))
+        elif name == "resume":
+            says = {"overwrite_output_dir": value == "no", "resume_from_checkpoint": None}
+            if value not in ("auto", "no"):
+                says["resume_from_checkpoint"] = value
         else:
-            key, _, value = argv[i][2:].partition("=")
-            i += 1
-            if not value and i < len(argv) and not argv[i].startswith("--"):
-                value, i = argv[i], i + 1
-            given = {key: value or True}
-            from_text[key] = True
-        for key, value in given.items():
-            if key == "lr_scheduler_name" and value == "CosineDecayWithWarmup":  # the toolkit's other name for it
-                key, value = "lr_scheduler_type", "cosine"
-            if any(fnmatch.fnmatch(key, pattern) for pattern in NO_EFFECT):
-                print(f"warning: {key} has no effect here", file=sys.stderr)
-            elif key not in hints:
-                near = difflib.get_close_matches(key, hints, n=1, cutoff=0)
-                raise ValueError(f"unknown key {key!r}; the nearest known key is {near[0]!r}")
+            strategy, steps = {
+                "save": ("save_strategy", "save_steps"),
+                "evaluate": ("evaluation_strategy", "eval_steps"),
+            }[name]
+            says = {strategy: value} if isinstance(value, str) else {strategy: "steps", steps: value}
+        for key, ours in says.items():
+            if key in given and given[key] != ours:
+                raise ValueError(
+                    f"{where}: {name}={value} and {key}={shown(given[key])} contradict each other; keep {name}"
+                )
+        new |= says
+    values |= {**{k: v for k, v in given.items() if k not in SHORT}, **new}
+
+
+SHORT = {f.name for f in fields(Short)}
+
+
+def parse_config(argv: list[str], cls=Config, usage: str = "train.py [CONFIG.json ...] [--key value ...]"):
+    """`[config.json ...] [--key value ...]` -> a `cls`. Raises ValueError; -h and --help print the keys and exit."""
+    if "-h" in argv or "--help" in argv:
+        if is_main():
+            print(help_text(cls, usage))
+        raise SystemExit(0)
+    known = {f.name: f for f in (*fields(cls), *fields(Short))}
+    hints = typing.get_type_hints(cls) | typing.get_type_hints(Short)
+    values = {}
+    for where, source, texts in sources_of(argv):
+        given = {}
+        for name, value in source.items():
+            pattern = next((p for p in TOOLKIT if fnmatch.fnmatch(name, p)), None)
+            if name not in known and pattern is None:
+                near = nearest(name, known) or "; --help lists all keys"
+                raise ValueError(f"unknown key {shown(name)}{near}")
+            if name in known:
+                value = from_text(name, value, hints[name]) if texts else value
+                given[name] = convert(name, value, hints[name], known[name].metadata)
+            elif TOOLKIT[pattern]:
+                given |= TOOLKIT[pattern](value)
             else:
-                values[key] = convert(key, value, hints[key], from_text.get(key, False))
+                note(f"warning: {name} has no effect here")
+        translate(where, given, values)
     if values.get("dataset") is None:
-        stage = "lora" if values.get("lora") else values.get("stage", "sft")
-        path = data.ROOT / "configs" / (values.get("model") or "qwen_vl") / f"samples_{stage}.json"
-        if path.exists():
-            given = json.loads(path.read_text(encoding="utf-8"))
-            defaults = {k: convert(k, v, hints[k], False) for k, v in given.items()}
-            values = {**defaults, **values}
-            print(
-                f"no dataset given: training on samples/ with the settings of {path.relative_to(data.ROOT)}",
-                file=sys.stderr,
-            )
-    cfg = Config(**values)
+        values = with_sample_defaults(values, hints)
+    cfg = cls(**values)
+    if isinstance(cfg.dataset, str):
+        cfg.dataset = data.dataset_of(cfg.dataset)
     validate(cfg)
+    if cfg.dataset is not None:  # the entries carry the split from here on
+        cfg.dataset, cfg.eval_split = data.hold_out(cfg.dataset, cfg.eval_split), 0.0
     return cfg
 
 
+def with_sample_defaults(values: dict, hints: dict) -> dict:
+    """Without a dataset: the one of samples/, with the settings that suit it."""
+    stage = "lora" if values.get("lora") else values.get("stage", "sft")
+    path = data.ROOT / "configs" / (values.get("model") or "qwen_vl") / f"samples_{stage}.json"
+    if not path.exists():
+        return values
+    note(f"no dataset given: training on samples/ with the settings of {path.relative_to(data.ROOT)}")
+    rules = {f.name: f.metadata for f in fields(Config)}
+    defaults = {k: convert(k, v, hints[k], rules[k]) for k, v in read_file(str(path)).items()}
+    return {**defaults, **{k: v for k, v in values.items() if k != "dataset"}}
+
+
+# ---- keys together
+
+
 def validate(cfg: Config) -> None:
-    for key, choices in CHOICES.items():
-        value = getattr(cfg, key)
-        if value not in choices:
-            raise ValueError(f"{key}={value!r}; expected one of {', '.join(map(str, choices))}")
-    positive = ("max_length", "per_device_train_batch_size", "per_device_eval_batch_size",
-                "gradient_accumulation_steps",                "save_steps", "logging_steps", "lora_rank")  # fmt: skip
-    optional = ("pre_seq_len", "max_steps", "max_images", "eval_steps", "save_total_limit", "eval_accumulation_steps")
-    for key in (*positive, *(k for k in optional if getattr(cfg, k) is not None)):
-        if getattr(cfg, key) < 1:
-            raise ValueError(f"{key}={getattr(cfg, key)}; expected at least 1")
-    for key in (
-        "learning_rate",
-        "weight_decay",
-        "warmup_steps",
-        "num_train_epochs",
-        "num_workers",
-        "max_grad_norm",
-        "eta_min",
-    ):
-        if getattr(cfg, key) < 0:
-            raise ValueError(f"{key}={getattr(cfg, key)}; expected 0 or more")
-    for key in ("warmup_ratio", "lora_dropout", "max_bad_samples", "image_jitter", "adam_beta1", "adam_beta2"):
-        if not 0 <= getattr(cfg, key) <= 1:
-            raise ValueError(f"{key}={getattr(cfg, key)}; expected 0 to 1")
+    """What one key alone cannot say: keys that contradict each other are refused, keys without effect are named."""
+    validate_dataset(cfg)
+    validate_pipeline(cfg)
+    for name in ("model_name_or_path", "init_from"):
+        if getattr(cfg, name):
+            setattr(cfg, name, here_or_shipped(getattr(cfg, name)))
     if cfg.bf16 and cfg.fp16:
         raise ValueError("bf16 and fp16 are both true; use one")
-    if cfg.tensor_parallel_degree != -1 and cfg.tensor_parallel_degree < 1:
-        raise ValueError(f"tensor_parallel_degree={cfg.tensor_parallel_degree}; expected 1 or more (or -1: off)")
-    if cfg.pipeline_parallel_degree != -1 and cfg.pipeline_parallel_degree < 1:
-        raise ValueError(f"pipeline_parallel_degree={cfg.pipeline_parallel_degree}; expected 1 or more (or -1: off)")
-    validate_pipeline(cfg)
-    if cfg.load_best_model_at_end and (cfg.evaluation_strategy == "no" or cfg.save_strategy != cfg.evaluation_strategy):
+    if not cfg.do_train and not cfg.do_eval and not cfg.dry_run:
+        raise ValueError("do_train and do_eval are both false: there is nothing to do; set one of them")
+    for name in ("eta_min", "warmup_start_lr"):
+        if getattr(cfg, name) > cfg.learning_rate > 0:
+            raise ValueError(
+                f"{name}={getattr(cfg, name)} is above learning_rate={cfg.learning_rate}; lower it"
+            )
+    if cfg.load_best_model_at_end and (
+        cfg.evaluation_strategy == "no" or cfg.save_strategy != cfg.evaluation_strategy
+    ):
         raise ValueError(
             f"load_best_model_at_end needs evaluation_strategy={cfg.evaluation_strategy} and "
             f"save_strategy={cfg.save_strategy} to be the same of epoch and steps"
@@ -240,9 +633,70 @@ def validate(cfg: Config) -> None:
             f"multiple of save_steps={cfg.save_steps}"
         )
     if cfg.metric_for_best_model != "eval_loss" and not cfg.eval_with_do_generation:
-        raise ValueError(f"metric_for_best_model={cfg.metric_for_best_model} needs eval_with_do_generation=true")
-    if cfg.dataset is not None and (unknown := set(cfg.dataset) - {"train", "eval"}):
-        raise ValueError(f"dataset has the key {unknown.pop()!r}; expected train and eval")
+        raise ValueError(
+            f"metric_for_best_model={cfg.metric_for_best_model} needs eval_with_do_generation=true"
+        )
+    check_report_to(cfg)
+    for names, has_effect, needs in (
+        (
+            "lora_rank lora_alpha lora_dropout lora_target_modules lora_split",
+            cfg.lora or cfg.lora_path,
+            "lora=true",
+        ),
+        ("eval_steps", cfg.evaluation_strategy == "steps", "evaluation_strategy=steps"),
+        ("sharding_parallel_degree", cfg.sharding or cfg.sharding_parallel_degree in (-1, 1), "sharding"),
+        ("pipeline_schedule", cfg.pipeline_parallel_degree > 1, "pipeline_parallel_degree"),
+        ("warmup_ratio", not cfg.warmup_steps, "warmup_steps=0"),
+    ):
+        unused = [n for n in names.split() if getattr(cfg, n) != DEFAULTS[n]]
+        if unused and not has_effect:
+            note(f"warning: without {needs} there is no effect of {', '.join(unused)}")
+    if cfg.max_steps and cfg.warmup_steps >= cfg.max_steps > 1:
+        note(f"warning: warmup_steps={cfg.warmup_steps} lasts for all of max_steps={cfg.max_steps}")
+
+
+def validate_dataset(cfg: Config) -> None:
+    if cfg.dataset is None:
+        return
+    for split, entries in cfg.dataset.items():
+        if split not in ("train", "eval"):
+            raise ValueError(f"dataset has the key {shown(split)}; expected train and eval")
+        if not isinstance(entries, list) or (not entries and split == "train"):
+            raise ValueError(
+                f"dataset.{split} is {shown(entries)}; expected a list of entries with data_files"
+            )
+        cfg.dataset[split] = [check_entry(f"dataset.{split}[{n}]", entry) for n, entry in enumerate(entries)]
+    if "train" not in cfg.dataset:
+        raise ValueError("dataset has no 'train' entry; expected {\"train\": [entry, ...]}")
+    if cfg.eval_split and cfg.dataset.get("eval"):
+        raise ValueError(f"eval_split={cfg.eval_split} and the dataset's eval entries; use one of the two")
+    for name, wanted in (("evaluation_strategy", cfg.evaluation_strategy != "no"), ("do_eval", cfg.do_eval)):
+        if wanted and not cfg.dataset.get("eval") and not cfg.eval_split:
+            value = shown(getattr(cfg, name)).strip("'")
+            raise ValueError(
+                f"dataset has no 'eval' entry, which {name}={value} needs; add one, or eval_split=0.05"
+            )
+
+
+def check_entry(where: str, entry) -> dict:
+    """An entry whose keys are known and whose values have their types; shipped files are found from everywhere."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where} is {shown(entry)}; expected an object with data_files")
+    known, hints = {f.name: f for f in fields(EntryKeys)}, typing.get_type_hints(EntryKeys)
+    for name in entry:
+        if name not in known:
+            raise ValueError(f"{where} has the unknown key {shown(name)}{nearest(name, known)}")
+    if "data_files" not in entry:
+        raise ValueError(f"{where} has no data_files; name the file of its records")
+    for name, value in entry.items():
+        convert(f"{where}.{name}", value, hints[name], known[name].metadata)
+    entry, files = dict(entry), entry["data_files"]
+    entry["data_files"] = (
+        here_or_shipped(files) if isinstance(files, str) else [here_or_shipped(f) for f in files]
+    )
+    if entry.get("image_root"):
+        entry["image_root"] = here_or_shipped(entry["image_root"])
+    return entry
 
 
 def validate_pipeline(cfg: Config) -> None:
@@ -265,3 +719,79 @@ def validate_pipeline(cfg: Config) -> None:
     for key in ("cache_image_features", "eval_with_do_generation"):
         if getattr(cfg, key):
             raise ValueError(f"{key}=true needs the whole model on a rank, {pp} cuts it; use one of the two")
+
+
+def check_report_to(cfg: Config) -> None:
+    """The other logs can be written: said before anything is loaded."""
+    if "tensorboard" in (cfg.report_to or ()):
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # noqa: F401
+        except ImportError:
+            raise ValueError("report_to: tensorboard is not installed; pip install tensorboard") from None
+
+
+# ---- shown to a person
+
+DEFAULTS = {f.name: f.default for f in fields(Config)}
+
+
+def is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def note(text: str) -> None:
+    if is_main():
+        print(text, file=sys.stderr)
+
+
+def differences(cfg: Config) -> str:
+    """What is not as by default, in one line."""
+    changed = {k: v for k, v in dataclasses.asdict(cfg).items() if v != DEFAULTS.get(k)}
+    return " | ".join(
+        f"{k} {v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)}" for k, v in changed.items()
+    )
+
+
+def help_text(cls=Config, usage: str = "train.py [CONFIG.json ...] [--key value ...]") -> str:
+    """Every key by group: its type, meaning, default and bounds."""
+    hints = typing.get_type_hints(cls) | typing.get_type_hints(Short) | typing.get_type_hints(EntryKeys)
+    groups: dict[str, list] = {}
+    for f in (*fields(cls), *fields(Short)):
+        groups.setdefault(f.metadata["group"], []).append(f)
+    lines = [
+        f"usage: {usage}",
+        "",
+        "Keys come from JSON files and the command line; later wins; --flag alone means true.",
+        "Keys in brackets say the same in one word.",
+    ]
+    for title, keys in groups.items():
+        lines += ["", f"{title}:"]
+        for f in keys:
+            lines += terminal.help_lines(f"--{f.name}", kind_in_help(hints[f.name], f), help_of(f))
+    lines += ["", 'keys of an entry of "dataset":']
+    for f in fields(EntryKeys):
+        lines += terminal.help_lines(f.name, kind_in_help(hints[f.name], f), help_of(f))
+    return "\n".join(lines)
+
+
+def kind_in_help(kind, f) -> str:
+    if "choices" in f.metadata and list not in {typing.get_origin(o) for o in options_of(kind)}:
+        choices = [json.dumps(c).strip('"') for c in f.metadata["choices"] if c is not None]
+        return "N|" * (int in options_of(kind)) + "|".join(choices) if len(choices) <= 5 else "NAME"
+    if f.metadata.get("path"):
+        return "PATH"
+    plain = next(o for o in options_of(kind) if o is not type(None))
+    return {int: "N", float: "X", bool: "true|false", str: "TEXT", dict: "DATA"}.get(
+        plain, "TEXT|[TEXT, ...]"
+    )
+
+
+def help_of(f) -> str:
+    rules, notes = f.metadata, []
+    if len(choices := rules.get("choices", ())) > 5:
+        notes.append("one of " + ", ".join(map(str, choices)))
+    if f.default is not None:
+        notes.append(f"default {json.dumps(f.default).strip(chr(34))}")
+    if any(k in rules for k in ("low", "high", "above", "below")):
+        notes.append(bounds(rules))
+    return rules["help"] + (f" [{'; '.join(notes)}]" if notes else "")

@@ -9,7 +9,6 @@ q, k, v (`--qkv per_head`, SAT 0.3 and the first download); nothing in a file sa
 nonsense. Memory: the checkpoint once.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 
 import checkpoint
 import model_visualglm as glm
+import terminal
 
 # in SAT's files, but recomputed or unused: rotary frequencies, and 0.3's position table
 LEFT_OUT = ("mixins.chatglm-attn.rotary_emb.inv_freq", "transformer.position_embeddings.weight")
@@ -122,7 +122,7 @@ def export_sat(source: Path, target: Path, split_qkv: bool) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = terminal.Parser(description=__doc__)
     parser.add_argument("direction", choices=["import", "export"])
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path, help="directory to write; must not exist yet")

@@ -956,35 +956,17 @@ def preview(dataset: dict, processor, settings: dict) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
+    from config import PreviewConfig, parse_config  # which imports this file
+
     argv = sys.argv[1:] if argv is None else argv
-    usage = "usage: python data.py check|preview [CONFIG.json] [--key value ...]"
-    if not argv or argv[0] not in ("check", "preview"):
-        raise ValueError(f"{usage}; got {' '.join(argv) or 'nothing'}")
-    settings = {
-        "dataset": DEFAULT_DATASET, "model": None, "model_name_or_path": "tiny", "stage": "sft", "max_length": 2048,
-        "max_images": None, "mixtoken": False, "seed": 42, "num_workers": 2, "packs": 2,
-        "eval_split": 0.0, "out": "preview",
-    }  # fmt: skip
-    own, given, rest = set(settings), {}, argv[1:]
-    if rest and not rest[0].startswith("--"):
-        given = read_document(rest.pop(0))
-    while rest:
-        key = rest.pop(0).removeprefix("--")
-        if key not in own:
-            raise ValueError(f"unknown key {key!r}{nearest(key, own)}; {usage}")
-        value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
-        try:
-            given[key] = json.loads(value)
-        except ValueError:
-            given[key] = value
-    settings.update({key: value for key, value in given.items() if key in own})  # train.py checks the others
-    dataset = hold_out(dataset_of(settings["dataset"]), settings["eval_split"])
+    usage = "data.py check|preview [CONFIG.json ...] [--key value ...]"
+    if not argv or argv[0] not in ("check", "preview", "-h", "--help"):
+        raise ValueError(f"usage: python {usage}; got {' '.join(argv) or 'nothing'}")
+    cfg = parse_config(argv[argv[0] in ("check", "preview") :], PreviewConfig, usage)
+    dataset = cfg.dataset or DEFAULT_DATASET
     dataset = {split: dataset[split] for split in ("train", "eval") if dataset.get(split)}
-    if "train" not in dataset:
-        raise ValueError('dataset has no "train" entries')
-    directory = model_directory(settings["model"], settings["model_name_or_path"])
-    processor = load_processor(directory, settings["stage"])
-    return (check if argv[0] == "check" else preview)(dataset, processor, settings)
+    processor = load_processor(model_directory(cfg.model, cfg.model_name_or_path), cfg.stage)
+    return (check if argv[0] == "check" else preview)(dataset, processor, vars(cfg))
 
 
 if __name__ == "__main__":

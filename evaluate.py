@@ -10,7 +10,6 @@ What is scored follows each record's format: captions by "caption", questions by
 chats by "exact_match"; --metric takes others. A stage-1 checkpoint of BLIP-2 is scored by "retrieval".
 """
 
-import argparse
 import dataclasses
 import json
 import signal
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 import checkpoint
 import data
 import metrics
+import terminal
 from config import Config, parse_config
 from generate import DTYPES, Decoding, answer, base_of, check_bad, load_model, name_bad
 from kernels import dispatch
@@ -219,9 +219,7 @@ def settings(args) -> tuple[Config, str | None]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = terminal.Parser(description=__doc__)
     add = parser.add_argument
     add("config", nargs="?", default=None, help='training configuration whose "eval" entries are answered')
     add("--model", default=None, help="whose samples/tiny_* to use if no checkpoint is named")

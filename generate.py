@@ -29,6 +29,7 @@ import checkpoint
 import data
 import lora
 import parallel
+import terminal
 from kernels import dispatch
 from kernels.attention import attention
 from quantize import BITS, quantize
@@ -589,9 +590,7 @@ def chat(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = terminal.Parser(description=__doc__)
     add = parser.add_argument
     add("--model", default="qwen_vl", help="whose samples/tiny_* to use if no checkpoint is named")
     add(

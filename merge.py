@@ -7,14 +7,17 @@ Before it appears under its name, every tensor is read back and compared, and th
 base are compared on one short prompt with a picture. Memory: one file of up to 5 GB while merging, then one fp32 model.
 """
 
-import argparse
+import contextlib
 import importlib
+import shlex
 import sys
 from pathlib import Path
 
 import torch
 
 import checkpoint
+import data
+import terminal
 from checkpoint import Weights, open_weights
 from generate import load_model
 from lora import adapter_updates, find_base, open_base, read_adapter, says_base
@@ -143,17 +146,34 @@ def check_logits(kind: str, base: Path, adapter: Path, merged: Path) -> dict:
     return {"logits_vs_adapter": largest, "logits_vs_base": from_base}
 
 
+def example(adapter: Path) -> str:
+    """A question that the adapter was trained on, as options of generate.py; a plain one if that is not known."""
+    for directory in (adapter, adapter.parent):  # a run, or its checkpoint-N
+        with contextlib.suppress(ValueError, OSError, TypeError, AttributeError, KeyError):
+            config = checkpoint.read_json(directory / "train_config.json", "")
+            entry = data.Entry((config["dataset"] or data.DEFAULT_DATASET)["train"][0])
+            return terminal.example_request(entry.conversations(0)[0])
+    return "--prompt Hello"
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    argv = sys.argv[1:] if argv is None else argv
+    parser = terminal.Parser(description=__doc__)
     parser.add_argument("--model_name_or_path", help="base checkpoint directory (default: the one the adapter names)")
     parser.add_argument("--lora_path", default="output", help="directory of the adapter")
     parser.add_argument("--merge_model_path", default="merged", help="directory to write")
-    parser.add_argument("--dtype", default="keep", choices=["keep", "float32", "bfloat16", "float16"])
+    parser.add_argument(
+        "--dtype", default="keep", choices=["keep", "float32", "bfloat16", "float16"], help="of the merged weights"
+    )
     args = parser.parse_args(argv)
+    if not argv and not (Path(args.lora_path) / "adapter_config.json").is_file():
+        parser.print_help()
+        raise ValueError(f"{args.lora_path} holds no adapter: name one with --lora_path")
     dtype = None if args.dtype == "keep" else getattr(torch, args.dtype)
     merge(args.model_name_or_path, args.lora_path, args.merge_model_path, dtype)
     print(f"merged model: {args.merge_model_path}")
-    print(f"next: python generate.py --model_name_or_path {args.merge_model_path} --image PICTURE --prompt QUESTION")
+    place = shlex.quote(args.merge_model_path)
+    print(f"next: python generate.py --model_name_or_path {place} {example(Path(args.lora_path))}")
     return 0
 
 

@@ -16,7 +16,6 @@ only (the originals drop attention probabilities too) and is a pure function of 
 it.
 """
 
-import argparse
 import hashlib
 import math
 import re
@@ -36,6 +35,7 @@ from torch import Tensor, nn
 
 import checkpoint
 import parallel
+import terminal
 from checkpoint import Depth, Epsilon, Pixels, Scale, Share, Size, TokenId
 from dropout import dropout_mask, dropout_rows, keys_of_rows, mix
 from images import open_image
@@ -1852,7 +1852,7 @@ def read_all(weights: checkpoint.Weights) -> dict[str, Tensor]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = terminal.Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("import", help="LAVIS .pth files -> a checkpoint directory").add_argument
     add("files", nargs="+", help="later files win; parts that none has come from --base")

@@ -30,8 +30,11 @@ import images
 
 
 def nearest(word: str, known) -> str:
-    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    """A hint at the known word that is meant: a like one, or the one that ends in it ("batch_size"); else nothing."""
+    known, word = list(known), str(word)[:100]
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
+    close = close or [k for k in known if len(word) > 4 and k.endswith(f"_{word}")]
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------- door

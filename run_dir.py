@@ -17,7 +17,6 @@ import os
 import shutil
 import signal
 import socket
-import sys
 import time
 import uuid
 from dataclasses import asdict, dataclass, field
@@ -27,6 +26,7 @@ from PIL import Image, ImageDraw
 
 import checkpoint
 import parallel
+import terminal
 from config import Config
 
 # Settings that change no trained value: a finished run with others of them is the same finished run.
@@ -391,15 +391,11 @@ class Log:
             with checkpoint.atomic_file(self.path, "w") as file:
                 file.write("".join(line + "\n" for line in kept))
         self.file = open(self.path, "a", encoding="utf-8")
-        self.bar = sys.stderr.isatty() and not cfg.disable_tqdm
+        self.progress = terminal.Progress(total, enabled=not cfg.disable_tqdm)
         self.board = None
-        for target in cfg.report_to or ():
-            if target != "tensorboard":
-                raise ValueError(f"report_to: {target!r} is not supported; expected tensorboard")
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise ValueError("report_to: tensorboard is not installed; pip install tensorboard") from None
+        if "tensorboard" in (cfg.report_to or ()):  # config.py has looked whether it is installed
+            from torch.utils.tensorboard import SummaryWriter
+
             self.board = SummaryWriter(cfg.output_dir)
 
     def write(self, record: dict) -> None:
@@ -418,23 +414,19 @@ class Log:
         if r["step"] % self.cfg.logging_steps == 0 or r["step"] in (1, self.total):
             sets = "".join(f" | {name} {loss:.4f}" for name, loss in r.get("loss_by_dataset", {}).items())
             print(
-                f"{self.clear()}step {r['step']:05d}/{self.total:05d} | loss {r['loss']:.4f} | lr {r['lr']:.1e} | "
+                f"step {r['step']:05d}/{self.total:05d} | loss {r['loss']:.4f} | lr {r['lr']:.1e} | "
                 f"gnorm {r['grad_norm']:.2f} | {r['ms']:.0f} ms | {r['tokens_per_s']:,.0f} tok/s "
                 f"({r['supervised']:.0%} supervised) | data {r['data']:.0%} | "
                 f"mem {r['mem_gib']:.1f}G{sets}",
                 flush=True,
             )
-        if self.bar:
-            filled = 30 * r["step"] // self.total
-            print(
-                f"\r[{'#' * filled}{'.' * (30 - filled)}] {r['step']}/{self.total} loss {r['loss']:.4f} ",
-                end="",
-                file=sys.stderr,
-                flush=True,
-            )
+        self.progress.update(r["step"], f"loss {r['loss']:.4f}")
 
-    def clear(self) -> str:
-        return "\r\033[K" if self.bar else ""
+    def close(self) -> None:
+        self.progress.close()
+        self.file.close()
+        if self.board:
+            self.board.close()
 
 
 def draw_loss(log_path: Path, out: Path) -> None:

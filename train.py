@@ -18,6 +18,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import signal
 import sys
 import time
@@ -35,6 +36,7 @@ import estimate
 import lora
 import metrics
 import parallel
+import terminal
 from build import (
     autocast,
     build,
@@ -47,7 +49,7 @@ from build import (
     stream_sizes,
     total_steps,
 )
-from config import Config, parse_config
+from config import Config, differences, parse_config
 from data import blank
 from features import cache_features
 from kernels import dispatch
@@ -573,7 +575,7 @@ def prepare(cfg: Config, module, directory: Path, meeting: parallel.Meeting, run
     if meeting.main:
         run_dir.lock()
         decided = json.dumps(asdict(run_dir.decide()))
-        print(json.dumps(asdict(cfg), ensure_ascii=False))
+        print(f"settings | {differences(cfg) or 'all as by default'}")
     start = run_dir.start = Start(**json.loads(meeting.share("start", decided)))
     check_stage(cfg, module)
     processor = module.load_processor(directory, cfg.stage)
@@ -947,7 +949,7 @@ class Run:
             draw_loss(self.log.path, out / "loss.png")
             self.run_dir.finish(out / f"checkpoint-{final}", state["step"])
         if self.log:
-            self.log.file.close()
+            self.log.close()
         self.tell_end(saving)
 
     def tell_end(self, saving: bool) -> None:
@@ -962,11 +964,12 @@ class Run:
         elif not cfg.skip_memory_metrics:
             self.say(f"peak memory {peak_memory_gib(self.world.device):.2f} GiB")
         if saving and cfg.lora:
-            self.say(f"adapter: {out}\nnext: python merge.py --lora_path {out} --merge_model_path merged")
+            merged = shlex.quote(terminal.free_name("merged", out))
+            place = shlex.quote(str(out))
+            self.say(f"adapter: {out}\nnext: python merge.py --lora_path {place} --merge_model_path {merged}")
         elif saving:
-            self.say(
-                f"model: {out}\nnext: python generate.py --model_name_or_path {out} --image PICTURE --prompt QUESTION"
-            )
+            example = terminal.example_request(self.plan.index.conversation(0))
+            self.say(f"model: {out}\nnext: python generate.py --model_name_or_path {shlex.quote(str(out))} {example}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,200 @@
+"""What a person sees at the terminal: help, one-line errors of the command line, a progress bar, colours.
+
+bar = Progress(total=2000, what="training")
+bar.update(120, "loss 2.31")      # [####......] 120/2000 training, loss 2.31, 3:05 left
+"""
+
+import argparse
+import contextlib
+import difflib
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+from images import is_data_url
+from records import text_of
+
+
+def check_environment() -> None:
+    """RANK, WORLD_SIZE and their like, which torchrun sets, are numbers that fit together, or none of them is set."""
+    numbers = {}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"):
+        text = os.environ.get(name)
+        if text is not None and not re.fullmatch(r"\d{1,9}", text):
+            raise ValueError(
+                f"the environment has {name}={text[:40]!r}, expected a number; unset it, or use torchrun"
+            )
+        numbers[name] = None if text is None else int(text)
+    rank, size = numbers["RANK"], numbers["WORLD_SIZE"]
+    if rank is None and (size or 1) > 1:
+        raise ValueError(
+            f"the environment has WORLD_SIZE={size} but no RANK; start the processes with torchrun"
+        )
+    if rank is not None and not rank < (1 if size is None else size):
+        raise ValueError(
+            f"the environment has RANK={rank} with WORLD_SIZE={size}; unset both, or use torchrun"
+        )
+
+
+# ---- the command line of the scripts that have no configuration file
+
+
+def finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+def whole(text: str) -> int:
+    if not re.fullmatch(r"[+-]?\d{1,15}", text):
+        raise ValueError
+    return int(text)
+
+
+finite.__name__, whole.__name__ = "number", "int"  # the names in argparse's messages
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        if action.default in (None, False, [], argparse.SUPPRESS) or action.required:
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with defaults in its help, no abbreviated keys, finite numbers, and errors that are one line."""
+
+    def __init__(self, **options):
+        super().__init__(**{"formatter_class": HelpFormatter, "allow_abbrev": False, **options})
+        self.register("type", float, finite)
+        self.register("type", int, whole)
+
+    def error(self, message: str):
+        if match := re.match(r"unrecognized arguments: (-\S*)", message):
+            options = [o for action in self._actions for o in action.option_strings]
+            near = difflib.get_close_matches(match[1].partition("=")[0], options, n=1, cutoff=0.7)
+            message = f"unknown key {match[1]}" + (f"; did you mean {near[0]}?" if near else "")
+        raise ValueError(f"{message} ({os.path.basename(self.prog.split()[0])} --help lists all)")
+
+
+def help_lines(name: str, kind: str, text: str) -> list[str]:
+    """One key in a help text: name and type, then its meaning in a column of its own."""
+    head, column = f"  {name} {kind}", 40
+    width = min(shutil.get_terminal_size().columns, 110)
+    lines = textwrap.wrap(text, max(width - column, 30), break_long_words=False, break_on_hyphens=False)
+    first = [head.ljust(column) + lines.pop(0)] if len(head) < column else [head]
+    return first + [" " * column + line for line in lines]
+
+
+def free_name(name: str, lora_path) -> str:
+    """A directory for the merge of this adapter that no other merge stands in."""
+    for n in range(1, 10_000):
+        place = Path(name if n == 1 else f"{name}_{n}")
+        info = place / "merge_info.json"
+        if not place.exists():
+            return str(place)
+        with contextlib.suppress(ValueError, OSError, AttributeError):
+            if json.loads(info.read_text(encoding="utf-8")).get("adapter") == str(lora_path):
+                return str(place)  # an earlier merge of the same adapter
+    return f"{name}_{os.getpid()}"
+
+
+def example_request(conversation) -> str:
+    """--image and --prompt of generate.py that ask what a record asks."""
+    question = next((text_of(content) for role, content in conversation.turns if role == "user"), "").strip()
+    images = [f"--image {shlex.quote(source)}" for source in conversation.images if not is_data_url(source)]
+    prompt = question.replace("\n", " ") or "Describe the image."
+    return " ".join([*images[:1], f"--prompt {shlex.quote(prompt[:200])}"])
+
+
+# ---- colours and the progress bar
+
+
+def coloured(text: str, colour: str) -> str:
+    """In colour on a terminal, plain in a pipe and with NO_COLOR (https://no-color.org)."""
+    code = {"red": 31, "green": 32, "cyan": 36, "grey": 90}[colour]
+    plain = os.environ.get("NO_COLOR") or not sys.stdout.isatty()
+    return text if plain else f"\033[{code}m{text}\033[0m"
+
+
+class Erasing:
+    """A standard stream that erases the bar before it writes anything else on that line."""
+
+    def __init__(self, stream, bar: "Progress"):
+        self.stream, self.bar = stream, bar
+
+    def write(self, text: str) -> int:
+        self.bar.erase()
+        return self.stream.write(text)
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+class Progress:
+    """A bar on stderr with the time that is left, as wide as the terminal. Nothing where stderr is no terminal.
+
+    While it is shown, whatever else is printed erases it first.
+    """
+
+    def __init__(self, total: int, what: str = "", enabled: bool = True):
+        self.total, self.what, self.started = (
+            total,
+            what,
+            None,
+        )  # started: (seconds, count) of the first update
+        self.enabled = enabled and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self.streams, self.shown, self.drawn_at = None, False, -math.inf
+
+    def update(self, done: int, note: str = "") -> None:
+        now = time.monotonic()
+        self.started = self.started or (now, done)
+        if not self.enabled or (now - self.drawn_at < 0.1 and done < self.total):
+            return
+        if self.streams is None:
+            self.streams = sys.stdout, sys.stderr
+            sys.stdout, sys.stderr = (Erasing(stream, self) for stream in self.streams)
+        self.drawn_at, self.shown = now, True
+        columns = shutil.get_terminal_size().columns
+        self.streams[1].write("\r\033[K" + self.line(done, note, now, columns))
+        self.streams[1].flush()
+        if done >= self.total:
+            self.close()
+
+    def line(self, done: int, note: str, now: float, columns: int) -> str:
+        since, first = self.started
+        parts = [part for part in (self.what, note) if part]
+        if done > first:
+            parts.append(f"{clock((now - since) / (done - first) * (self.total - done))} left")
+        text = f" {done}/{self.total} " + ", ".join(parts)
+        room = min(columns - len(text) - 3, 40)
+        filled = room * done // max(self.total, 1)
+        bar = f"[{'#' * filled}{'.' * (room - filled)}]" if room >= 5 else ""
+        return (bar + text)[: columns - 1]
+
+    def erase(self) -> None:
+        if self.shown:
+            self.shown = False
+            self.streams[1].write("\r\033[K")
+            self.streams[1].flush()
+
+    def close(self) -> None:
+        """Erases the bar and gives the standard streams back."""
+        self.erase()
+        if self.streams is not None:
+            sys.stdout, sys.stderr = self.streams
+            self.streams = None
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
