@@ -249,7 +249,7 @@ class Config:
     )
     disable_tqdm: bool = key(OUTPUT, False, "no progress bar")
     report_to: list[str] | None = key(
-        OUTPUT, None, "other logs; none, or tensorboard", choices=("tensorboard", "none")
+        OUTPUT, None, "other logs; none, or tensorboard", choices=(None, "tensorboard", "none")
     )
     benchmark: bool = key(OUTPUT, False, "print samples/s, tokens/s and peak memory at the end")
     skip_memory_metrics: bool = key(OUTPUT, True, "leave out the peak memory at the end")
@@ -666,8 +666,6 @@ def validate_dataset(cfg: Config) -> None:
                 f"dataset.{split} is {shown(entries)}; expected a list of entries with data_files"
             )
         cfg.dataset[split] = [check_entry(f"dataset.{split}[{n}]", entry) for n, entry in enumerate(entries)]
-    if "train" not in cfg.dataset:
-        raise ValueError("dataset has no 'train' entry; expected {\"train\": [entry, ...]}")
     if cfg.eval_split and cfg.dataset.get("eval"):
         raise ValueError(f"eval_split={cfg.eval_split} and the dataset's eval entries; use one of the two")
     for name, wanted in (("evaluation_strategy", cfg.evaluation_strategy != "no"), ("do_eval", cfg.do_eval)):

@@ -896,7 +896,10 @@ def box_problems(text: str) -> str | None:
 
 
 def coloured(sample: dict, processor) -> str:
-    """A sample's text: supervised tokens green, others grey, an image as one bracket."""
+    """A sample's text: supervised tokens green, others grey, an image as one bracket; with NO_COLOR (no-color.org)
+    supervised tokens between »«."""
+    plain = bool(os.environ.get("NO_COLOR"))
+    image, green, grey, end_colour = ("", "»", "", "") if plain else ("\033[36m", "\033[32m", "\033[90m", "\033[0m")
     ids, supervised = sample["input_ids"], sample["labels"] != IGNORE
     supervised[0] = False
     Q, pieces, t = processor.num_image_tokens, [], 0
@@ -904,14 +907,14 @@ def coloured(sample: dict, processor) -> str:
     while t < len(ids):
         if t in spans:
             n, source = spans[t]
-            pieces.append(f"\033[36m[image {n}: {short(source)}, {Q} tokens]\033[0m")
+            pieces.append(f"{image}[image {n}: {short(source)}, {Q} tokens]{end_colour}")
             t += Q
             continue
         end = t + 1
         while end < len(ids) and end not in spans and supervised[end] == supervised[t]:
             end += 1
-        colour = "\033[32m" if supervised[t] else "\033[90m"
-        pieces.append(f"{colour}{processor.tokenizer.decode(ids[t:end].tolist())}\033[0m")
+        colour, after = (green, "«" if plain else end_colour) if supervised[t] else (grey, end_colour)
+        pieces.append(f"{colour}{processor.tokenizer.decode(ids[t:end].tolist())}{after}")
         t = end
     return "".join(pieces)
 

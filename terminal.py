@@ -1,4 +1,4 @@
-"""What a person sees at the terminal: help, one-line errors of the command line, a progress bar, colours.
+"""What a person sees at the terminal: help, one-line errors of the command line, a progress bar, the next command.
 
 bar = Progress(total=2000, what="training")
 bar.update(120, "loss 2.31")      # [####......] 120/2000 training, loss 2.31, 3:05 left
@@ -115,14 +115,7 @@ def example_request(conversation) -> str:
     return " ".join([*images[:1], f"--prompt {shlex.quote(prompt[:200])}"])
 
 
-# ---- colours and the progress bar
-
-
-def coloured(text: str, colour: str) -> str:
-    """In colour on a terminal, plain in a pipe and with NO_COLOR (https://no-color.org)."""
-    code = {"red": 31, "green": 32, "cyan": 36, "grey": 90}[colour]
-    plain = os.environ.get("NO_COLOR") or not sys.stdout.isatty()
-    return text if plain else f"\033[{code}m{text}\033[0m"
+# ---- the progress bar
 
 
 class Erasing:

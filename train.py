@@ -397,6 +397,8 @@ def peak_memory_gib(device: torch.device) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     cfg = parse_config(sys.argv[1:] if argv is None else argv)
+    if cfg.dataset is not None and not cfg.dataset.get("train"):
+        raise ValueError('dataset has no "train" entries; expected {"train": [entry, ...]}')
     check_adapter(cfg)
     config, module, directory = model_file(cfg)
     if cfg.fp16 and hasattr(module, "check_dtype"):
@@ -816,6 +818,11 @@ class Run:
 
     def save(self) -> None:  # all ranks
         state, cfg = self.state, self.cfg
+        if not state["samples"]:
+            raise ValueError(
+                f"no sample could be loaded in {state['step']} steps (listed above): nothing was learned, nothing is "
+                "saved"
+            )
         check_finite(self.trainable, state["step"], self.world)
         if cfg.fp16:
             state["scaler"] = self.scaler.state()

@@ -1,0 +1,128 @@
+"""What a person sees at the terminal: help, hints, the bar, the next command."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import config
+import terminal
+from records import Conversation, ImageRef
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("train", "data", "generate", "evaluate", "merge", "bench", "convert_sat", "model_blip2")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_of_every_script(tmp_path, script, flag):
+    if flag == "-h" and script not in ("train", "merge"):
+        pytest.skip("one short flag of each parser is enough")
+    command = [sys.executable, str(ROOT / f"{script}.py"), flag]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert done.stdout.startswith("usage: ") and len(done.stdout) > 500
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_key_has_a_sentence_and_its_bounds():
+    text = config.help_text()
+    for name in config.DEFAULTS:
+        assert f"--{name} " in text
+    for f in config.fields(config.Config):
+        assert len(f.metadata["help"]) > 4, f.name
+        number = {int, float} & set(config.options_of(config.typing.get_type_hints(config.Config)[f.name]))
+        assert not number or {"low", "above"} & f.metadata.keys(), f"{f.name} has no lower bound"
+
+
+def test_merge_without_arguments_explains_itself(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "merge.py")], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "--lora_path" in done.stdout
+    assert done.stderr.startswith("error: output holds no adapter") and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("short, ours", [
+    ({"precision": "bf16-master"}, {"bf16": True, "fp16": False, "fp16_opt_level": "O2"}),
+    ({"precision": "fp16"}, {"fp16": True, "fp16_opt_level": "O1"}),
+    ({"save": 7}, {"save_strategy": "steps", "save_steps": 7}),
+    ({"evaluate": "epoch"}, {"evaluation_strategy": "epoch"}), ({"resume": "no"}, {"overwrite_output_dir": True}),
+    ({"resume": "some/checkpoint-3"}, {"resume_from_checkpoint": "some/checkpoint-3"}),
+])  # fmt: skip
+def test_keys_that_say_it_in_one_word(short, ours):
+    cfg = config.parse_config([word for k, v in short.items() for word in (f"--{k}", str(v))])
+    assert {k: getattr(cfg, k) for k in ours} == ours
+    (name, value), *_ = ours.items()
+    with pytest.raises(ValueError, match="contradict"):
+        wrong = {bool: str(not value), str: "no" if name == "evaluation_strategy" else "steps"}[type(value)]
+        wrong = "no" if name == "save_strategy" else "x" if name == "resume_from_checkpoint" else wrong
+        config.parse_config([w for k, v in {**short, name: wrong}.items() for w in (f"--{k}", str(v).lower())])
+
+
+def test_a_dataset_in_one_word(tmp_path):
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    a, b = (str(tmp_path / name) for name in ("a.jsonl", "b.jsonl"))
+    assert config.parse_config(["--dataset", a]).dataset == {"train": [{"data_files": a}]}
+    assert config.parse_config(["--dataset", f"{a},{b}"]).dataset["eval"] == [{"data_files": b}]
+    cfg = config.parse_config(["--dataset", a, "--eval_split", "0.1", "--evaluate", "epoch"])
+    assert [e["eval_part"] for split in ("train", "eval") for e in cfg.dataset[split]] == [False, True]
+    saved = tmp_path / "train_config.json"
+    saved.write_text(config.json.dumps(config.dataclasses.asdict(cfg)))
+    assert config.parse_config([str(saved)]) == cfg  # the saved file is the same run
+
+
+def test_hints_are_near():
+    for wrong, right in (("learning_rte", "learning_rate"), ("batch_size", "per_device_train_batch_size")):
+        with pytest.raises(ValueError, match=f"unknown key '{wrong}'; did you mean .*'{right}'"):
+            config.parse_config([f"--{wrong}", "1"])
+    with pytest.raises(ValueError, match="unknown key 'zzz'; --help lists all keys"):
+        config.parse_config(["--zzz", "1"])
+
+
+class Terminal:
+    def __init__(self):
+        self.text = ""
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        self.text += text
+        return len(text)
+
+    def flush(self):
+        pass
+
+
+def test_the_bar_fits_and_leaves_no_trace(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "50")
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(sys, "stdout", stream)
+    bar = terminal.Progress(1000, "training")
+    bar.update(1, "loss 2.3")
+    bar.drawn_at = float("-inf")
+    bar.update(500, "loss " + "9" * 100)
+    assert all(len(line) < 50 for line in stream.text.replace("\033[K", "").split("\r"))
+    print("a line")
+    assert stream.text.endswith("\r\033[Ka line\n")
+    bar.close()
+    assert sys.stdout is stream and sys.stderr is stream
+    quiet = terminal.Progress(10, enabled=False)
+    before = stream.text
+    quiet.update(3)
+    assert stream.text == before
+
+
+def test_next_commands_work_as_they_stand(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert terminal.free_name("merged", "output") == "merged"
+    (tmp_path / "merged").mkdir()
+    assert terminal.free_name("merged", "output") == "merged_2"  # not over somebody else's model
+    (tmp_path / "merged/merge_info.json").write_text('{"adapter": "output"}')
+    assert terminal.free_name("merged", "output") == "merged"  # its own earlier merge
+    turns = [("user", [ImageRef("a b.png"), "What's\nthis?"]), ("assistant", ["x"])]
+    said = terminal.example_request(Conversation("0", turns, "chat", "f:1", ["x"], "s"))
+    assert said == """--image 'a b.png' --prompt 'What'"'"'s this?'"""
