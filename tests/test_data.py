@@ -689,7 +689,8 @@ def test_command_line_error_has_no_traceback(tmp_path):
 
 
 def test_preview_without_colours(monkeypatch):
-    sample = {"input_ids": np.array([5, 6, 7, 8]), "labels": np.array([-100, -100, 7, 8]), "image_starts": [], "images": []}
+    ids, labels = np.array([5, 6, 7, 8]), np.array([-100, -100, 7, 8])
+    sample = {"input_ids": ids, "labels": labels, "image_starts": [], "images": []}
     assert data.coloured(sample, Processor()) == "\033[90m5 6\033[0m\033[32m7 8\033[0m"
     monkeypatch.setenv("NO_COLOR", "1")
     assert data.coloured(sample, Processor()) == "5 6»7 8«"
