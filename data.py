@@ -29,9 +29,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 
 import checkpoint
+from draw import draw_boxes
 from images import is_constant, open_image, short
 from records import (
     READERS,
@@ -917,25 +917,6 @@ def coloured(sample: dict, processor) -> str:
         pieces.append(f"{colour}{processor.tokenizer.decode(ids[t:end].tolist())}{after}")
         t = end
     return "".join(pieces)
-
-
-BOX = re.compile(r"(?:<ref>([^<]*)</ref>)?<box>\((\d+),(\d+)\),\((\d+),(\d+)\)</box>")
-
-
-def draw_boxes(picture: str, text: str, out: str | Path) -> int:
-    """Draws the boxes in the text (0..999 of each side) onto a copy of the picture; returns how many there were."""
-    boxes = BOX.findall(text)
-    if boxes:
-        image = open_image(picture)
-        draw = ImageDraw.Draw(image)
-        for label, *corners in boxes:
-            x1, y1, x2, y2 = (int(v) * side // 1000 for v, side in zip(corners, image.size * 2, strict=True))
-            draw.rectangle((min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)), outline="red", width=2)
-            draw.text((x1 + 3, y1 + 2), label.encode("ascii", "replace").decode(), fill="red")  # PIL's font is ASCII
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        with checkpoint.atomic_file(out) as file:
-            image.save(file, Image.registered_extensions().get(Path(out).suffix.lower(), "PNG"))
-    return len(boxes)
 
 
 def preview(dataset: dict, processor, settings: dict) -> int:

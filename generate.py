@@ -30,6 +30,7 @@ import data
 import lora
 import parallel
 import terminal
+from draw import draw_boxes
 from kernels import dispatch
 from kernels.attention import attention
 from quantize import BITS, quantize
@@ -702,7 +703,7 @@ def run(args, how: Decoding, world: parallel.World | None = None) -> int:
                     record = {"id": conversation.id, "answer": text}
                     print(json.dumps(record, ensure_ascii=False), file=sink, flush=True)
                 out = Path(args.draw) if drawn == 0 else Path(args.draw).with_stem(f"{Path(args.draw).stem}-{drawn}")
-                if main_rank and conversation.images and (boxes := data.draw_boxes(conversation.images[-1], text, out)):
+                if main_rank and conversation.images and (boxes := draw_boxes(conversation.images[-1], text, out)):
                     print(f"{boxes} boxes drawn: {out}", file=sys.stderr)
                     drawn += 1
     check_bad(bad, total, args.max_bad_samples, "requests")

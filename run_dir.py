@@ -12,7 +12,6 @@ command finds that decision in run.json and goes on from the run's own last chec
 import contextlib
 import fcntl
 import json
-import math
 import os
 import shutil
 import signal
@@ -21,8 +20,6 @@ import time
 import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-
-from PIL import Image, ImageDraw
 
 import checkpoint
 import parallel
@@ -427,35 +424,3 @@ class Log:
         self.file.close()
         if self.board:
             self.board.close()
-
-
-def draw_loss(log_path: Path, out: Path) -> None:
-    """The loss curve as a picture: training in blue, evaluation in red."""
-    records = [json.loads(line) for line in log_path.read_text(encoding="utf-8").splitlines()]
-    train = [(r["step"], r["loss"]) for r in records if "loss" in r and math.isfinite(r["loss"])]
-    evals = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r and math.isfinite(r["eval_loss"])]
-    if not train and not evals:
-        return
-    W, H, margin = 640, 400, 48
-    top = max(v for _, v in train + evals) or 1.0
-    last = max(s for s, _ in train + evals)
-    image = Image.new("RGB", (W, H), "white")
-    draw = ImageDraw.Draw(image)
-
-    def place(step, value):
-        return margin + (W - 2 * margin) * step / last, H - margin - (H - 2 * margin) * value / top
-
-    draw.rectangle((margin, margin, W - margin, H - margin), outline="black")
-    for i in range(5):
-        x, y = place(last * i / 4, top * i / 4)
-        draw.text((8, y - 6), f"{top * i / 4:.3g}", fill="black")
-        draw.text((x - 10, H - margin + 6), f"{last * i // 4}", fill="black")
-    for points, colour in ((train, "blue"), (evals, "red")):
-        if len(points) > 1:
-            draw.line([place(*p) for p in points], fill=colour, width=2)
-        for p in points if len(points) < 50 else []:
-            x, y = place(*p)
-            draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)
-    draw.text((W // 2 - 40, 16), "loss over steps", fill="black")
-    with checkpoint.atomic_file(out) as file:
-        image.save(file, "PNG")

@@ -51,11 +51,12 @@ from build import (
 )
 from config import Config, differences, parse_config
 from data import blank
+from draw import draw_loss
 from features import cache_features
 from kernels import dispatch
 from kernels.linear_cross_entropy import IGNORE_INDEX
 from records import one_line
-from run_dir import HARMLESS, Log, RunDir, Signals, Start, Stopped, draw_loss, read_state, shown
+from run_dir import HARMLESS, Log, RunDir, Signals, Start, Stopped, read_state, shown
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Learning rate and loss scale

@@ -15,6 +15,7 @@ from test_train import run
 
 import checkpoint
 import data
+import draw
 import generate as g
 import lora
 import merge
@@ -337,7 +338,7 @@ def test_requests_with_a_bad_image_leave_the_others_answered(base, tmp_path, cap
 def test_boxes_are_drawn(tmp_path):
     Image.new("RGB", (200, 100), "white").save(tmp_path / "a.png")
     text = "<ref>dog</ref><box>(100,200),(500,900)</box> and <box>(0,0),(999,999)</box>"
-    assert data.draw_boxes(str(tmp_path / "a.png"), text, tmp_path / "b.png") == 2
+    assert draw.draw_boxes(str(tmp_path / "a.png"), text, tmp_path / "b.png") == 2
     with Image.open(tmp_path / "b.png") as image:
         pixels = np.asarray(image)
     assert (
@@ -346,7 +347,7 @@ def test_boxes_are_drawn(tmp_path):
         and tuple(pixels[50, 60]) == (255, 255, 255)
     )
     assert (
-        data.draw_boxes(str(tmp_path / "a.png"), "no box", tmp_path / "c.png") == 0
+        draw.draw_boxes(str(tmp_path / "a.png"), "no box", tmp_path / "c.png") == 0
         and not (tmp_path / "c.png").exists()
     )
 
