@@ -6,6 +6,8 @@
 Times are medians, alternatives take turns in one run, and ratios are to ours: above 1.00 ours is faster or smaller.
 """
 
+import python_version  # noqa: F401  (first: it says which Python is needed)
+
 import itertools
 import multiprocessing
 import resource

@@ -82,8 +82,13 @@ def cli(main) -> int:
     try:
         terminal.check_environment()
         return main()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
+        print("error: nobody reads the standard output any more (broken pipe); what is saved stands", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as e:
-        rank = f"[rank {os.environ.get('RANK')}] " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+        many = "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1"
+        rank = f"[rank {os.environ['RANK'][:9]}] " if many else ""
         print(f"error: {rank}{' '.join(str(e).splitlines())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -9,6 +9,8 @@ q, k, v (`--qkv per_head`, SAT 0.3 and the first download); nothing in a file sa
 nonsense. Memory: the checkpoint once.
 """
 
+import python_version  # noqa: F401  (first: it says which Python is needed)
+
 import os
 import sys
 from pathlib import Path

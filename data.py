@@ -8,6 +8,8 @@ Top to bottom: entries (files of records, which records.py reads) -> length inde
 JSONL: its lines stay on disk, while a JSON document is held in memory by every worker.
 """
 
+import python_version  # noqa: F401  (first: it says which Python is needed)
+
 import bisect
 import hashlib
 import importlib

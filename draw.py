@@ -1,9 +1,12 @@
-"""Pictures for a person: boxes of an answer drawn onto their image, the loss curve of a run.
+"""Drawings: the boxes that an answer names on a copy of its image, and the loss curve of a run.
 
-    draw_boxes("street.jpg", "<ref>bus</ref><box>(100,200),(500,700)</box>", "boxes.png")
+    draw_boxes("street.jpg", "<ref>bus</ref><box>(100,200),(500,900)</box>", "boxes.png")    # -> 1
+
+Corners are thousandths of the image's sides, as Qwen-VL writes them. A model's answer may hold anything between the
+tags: blanks, signs, fractions and swapped corners are read, what lies outside is drawn at the edge, and a box that is
+no four numbers is named. A label whose characters no font here has is drawn as a number and printed beside it.
 """
 
-import functools
 import json
 import math
 import re
@@ -13,65 +16,83 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 import checkpoint
-from images import open_image
+from images import open_image, short
 
-BLANK, NUMBER = r"\s*", r"(-?\d+(?:\.\d+)?)"
-CORNER = BLANK.join(("", r"\(", NUMBER, ",", NUMBER, r"\)", ""))
-BOX = re.compile(rf"(?:<ref>(.*?)</ref>)?\s*<box>{CORNER},{CORNER}</box>", re.S)
-# files of fonts with Chinese, Japanese and Korean characters, as systems name them
-CJK_FONTS = (
-    "NotoSansCJK-Regular.ttc NotoSansCJKsc-Regular.otf NotoSansSC-Regular.otf NotoSerifCJK-Regular.ttc wqy-zenhei.ttc "
-    "wqy-microhei.ttc DroidSansFallbackFull.ttf DroidSansFallback.ttf uming.ttc PingFang.ttc msyh.ttc simsun.ttc"
-).split()
+TAGGED = re.compile(r"<ref>(?P<label>.*?)</ref>|<box>(?P<box>.*?)</box>", re.S)
+NUMBER = r"\s*([-+]?(?:\d+\.?\d*|\.\d+))\s*"
+CORNERS = re.compile(rf"\s*\({NUMBER},{NUMBER}\)\s*,?\s*\({NUMBER},{NUMBER}\)\s*")
+# Fonts with Chinese, Japanese and Korean characters as Linux, macOS and Windows have them; PIL looks in their folders
+FONTS = (
+    "NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "NotoSansSC-Regular.otf", "SourceHanSansSC-Regular.otf",
+    "wqy-microhei.ttc", "wqy-zenhei.ttc", "DroidSansFallbackFull.ttf", "uming.ttc", "PingFang.ttc",
+    "Hiragino Sans GB.ttc", "Arial Unicode.ttf", "msyh.ttc", "simsun.ttc", "malgun.ttf", "DejaVuSans.ttf",
+)  # fmt: skip
 
 
-@functools.cache
-def cjk_font(size: int) -> ImageFont.FreeTypeFont | None:
-    for name in CJK_FONTS:
+def boxes_of(text: str) -> tuple[list[tuple[str, list[float]]], list[str]]:
+    """-> ([(label, [x1, y1, x2, y2] in thousandths, upper left corner first)], boxes that are no four numbers).
+
+    A label holds for all boxes that follow it without other text between."""
+    boxes, unreadable, label, end = [], [], "", 0
+    for match in TAGGED.finditer(text):
+        if text[end : match.start()].strip():
+            label = ""
+        end = match.end()
+        if match["box"] is None:
+            label = " ".join(match["label"].split())
+        elif numbers := CORNERS.fullmatch(match["box"]):
+            # a number of thousands of digits is infinite here, and so at the edge
+            x1, y1, x2, y2 = (min(max(float(n), 0.0), 1000.0) for n in numbers.groups())
+            boxes.append((label, [min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)]))
+        else:
+            unreadable.append(match["box"])
+    return boxes, unreadable
+
+
+def font_for(text: str, size: int):
+    """A font that has every character of the text, or None."""
+    fonts = [lambda: ImageFont.load_default(size), *(lambda n=n: ImageFont.truetype(n, size) for n in FONTS)]
+    for load in fonts:
         try:
-            return ImageFont.truetype(name, size)
-        except OSError:
+            font = load()
+            absent = bytes(font.getmask("\U0010ffff"))  # the glyph that stands for what the font lacks
+            if all(bytes(font.getmask(c)) != absent for c in set(text) if not c.isspace()):
+                return font
+        except (OSError, ImportError, UnicodeEncodeError):  # not here; or PIL's bitmap font, which has Latin-1 alone
             continue
     return None
 
 
 def draw_boxes(source: str, text: str, out: str | Path) -> int:
-    """Draws the boxes in the text (thousandths of each side) onto a copy of the image; returns how many there were.
-
-    Corners may be swapped, and are cut to the image. A label that no font here can write becomes a number, which a line
-    on stderr explains.
-    """
-    boxes = BOX.findall(text)
+    """Draws the boxes of the text onto a copy of the image; returns how many there were. Prints what it cannot show."""
+    boxes, unreadable = boxes_of(text)
+    for box in unreadable:
+        print(f"warning: box {short(box, 60)!r} is not of the form (x1,y1),(x2,y2); not drawn", file=sys.stderr)
     if not boxes:
         return 0
     image = open_image(source)
-    draw, legend = ImageDraw.Draw(image), []
-    for n, (label, *corners) in enumerate(boxes, 1):
-        sides = image.size * 2
-        x1, y1, x2, y2 = (min(max(float(v), 0), 1000) * side / 1000 for v, side in zip(corners, sides, strict=True))
-        x1, x2, y1, y2 = *sorted((x1, x2)), *sorted((y1, y2))
-        draw.rectangle((x1, y1, min(x2, image.width - 1), min(y2, image.height - 1)), outline="red", width=2)
-        label, font = " ".join(label.split()), ImageFont.load_default(14)
-        if not label.isascii():
-            font = cjk_font(14) or font
-            if cjk_font(14) is None:
-                legend.append(f"{n}: {label}")
-                label = str(n)
-        draw.text((x1 + 3, y1 + 2), label, fill="red", font=font)
-    if legend:
-        print(f"no font here writes these labels, numbers stand for them: {', '.join(legend)}", file=sys.stderr)
-    save(image, out)
-    return len(boxes)
-
-
-def save(image: Image.Image, out: str | Path) -> None:
+    draw, (W, H) = ImageDraw.Draw(image), image.size
+    size = max(12, min(W, H) // 30)
+    for n, (label, corners) in enumerate(boxes, 1):
+        # a thousandth is floored as Qwen-VL's own drawing does; the last pixel of a side is W - 1
+        x1, y1, x2, y2 = (min(math.floor(v * s / 1000), s - 1) for v, s in zip(corners, (W, H, W, H), strict=True))
+        draw.rectangle((x1, y1, x2, y2), outline="red", width=2)
+        label = short(label, 60)
+        font = font_for(label, size)
+        if font is None:
+            print(f"box {n}: {label}", file=sys.stderr)
+            label, font = str(n), font_for(str(n), size)
+        if label:
+            width = draw.textlength(label, font=font)
+            draw.text((max(min(x1 + 3, W - width - 1), 0), max(min(y1 + 2, H - size - 2), 0)), label, "red", font)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     with checkpoint.atomic_file(out) as file:
         image.save(file, Image.registered_extensions().get(Path(out).suffix.lower(), "PNG"))
+    return len(boxes)
 
 
 def draw_loss(log_path: Path, out: Path) -> None:
-    """The loss curve as a picture: training in blue, evaluation in red."""
+    """The loss curve as an image: training in blue, evaluation in red."""
     records = [json.loads(line) for line in log_path.read_text(encoding="utf-8").splitlines()]
     train = [(r["step"], r["loss"]) for r in records if "loss" in r and math.isfinite(r["loss"])]
     evals = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r and math.isfinite(r["eval_loss"])]

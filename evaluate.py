@@ -10,6 +10,8 @@ What is scored follows each record's format: captions by "caption", questions by
 chats by "exact_match"; --metric takes others. A stage-1 checkpoint of BLIP-2 is scored by "retrieval".
 """
 
+import python_version  # noqa: F401  (first: it says which Python is needed)
+
 import dataclasses
 import json
 import signal

@@ -9,6 +9,8 @@ one token a step. So a batch gives what its requests give alone. Sampling follow
 penalty, minimal length, temperature, top-k, top-p; each request draws from its own generator.
 """
 
+import python_version  # noqa: F401  (first: it says which Python is needed)
+
 import argparse
 import contextlib
 import hashlib

@@ -7,6 +7,8 @@ Before it appears under its name, every tensor is read back and compared, and th
 base are compared on one short prompt with a picture. Memory: one file of up to 5 GB while merging, then one fp32 model.
 """
 
+import python_version  # noqa: F401  (first: it says which Python is needed)
+
 import contextlib
 import importlib
 import shlex

@@ -16,6 +16,8 @@ only (the originals drop attention probabilities too) and is a pure function of 
 it.
 """
 
+import python_version  # noqa: F401  (first: it says which Python is needed)
+
 import hashlib
 import math
 import re

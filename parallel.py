@@ -91,6 +91,11 @@ class Meeting:
             store, self.rank, self.size = next(rendezvous("env://"))
             # ranks that torchrun started again find what the dead ones left in its store
             self.store = dist.PrefixStore(f"start-{restart_count()}", store)
+        elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError(
+                f"the environment has WORLD_SIZE={os.environ['WORLD_SIZE']} but no RANK: the other processes would "
+                "never meet this one; start all of them with torchrun, or unset it"
+            )
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.over, self.beats, self.looked = False, {}, 0.0
         if self.size > 1:

@@ -33,10 +33,6 @@ def check_environment() -> None:
             )
         numbers[name] = None if text is None else int(text)
     rank, size = numbers["RANK"], numbers["WORLD_SIZE"]
-    if rank is None and (size or 1) > 1:
-        raise ValueError(
-            f"the environment has WORLD_SIZE={size} but no RANK; start the processes with torchrun"
-        )
     if rank is not None and not rank < (1 if size is None else size):
         raise ValueError(
             f"the environment has RANK={rank} with WORLD_SIZE={size}; unset both, or use torchrun"

@@ -9,6 +9,8 @@ number over all micro-batches and ranks, so batch x accumulation x processes may
 point, the same command continues from the last checkpoint with the same losses (run_dir.py).
 """
 
+import python_version  # noqa: F401  (first: it says which Python is needed)
+
 import contextlib
 import copy
 import hashlib

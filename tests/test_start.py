@@ -1,0 +1,65 @@
+"""Before a script begins: the Python that runs it, and what the environment says about ranks."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import checkpoint
+import parallel
+import terminal
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = [p for p in sorted(ROOT.glob("*.py")) if 'if __name__ == "__main__":' in p.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
+def test_an_old_python_reads_as_far_as_the_check(script):
+    tree = ast.parse(script.read_text(encoding="utf-8"), feature_version=(3, 8))
+    first = tree.body[1]  # behind the docstring
+    assert isinstance(first, ast.Import) and first.names[0].name == "python_version"
+
+
+def test_an_old_python_is_named(tmp_path):
+    assert len(SCRIPTS) >= 8
+    source = (ROOT / "python_version.py").read_text(encoding="utf-8")
+    ast.parse(source, feature_version=(3, 6))
+    (tmp_path / "old.py").write_text(f"import sys\nsys.version_info = (3, 9, 1)\n{source}\nprint('on')")
+    done = subprocess.run([sys.executable, str(tmp_path / "old.py")], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: this needs Python 3.11 or newer") and "is 3.9" in done.stderr
+
+
+@pytest.mark.parametrize("environment", [
+    {"WORLD_SIZE": "two"}, {"WORLD_SIZE": ""}, {"RANK": "-1", "WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"},
+    {"RANK": "1"}, {"LOCAL_RANK": "0.5"}, {"WORLD_SIZE": "9" * 30}, {"TORCHELASTIC_RESTART_COUNT": "x"},
+])  # fmt: skip
+def test_nonsense_about_ranks_is_one_line(monkeypatch, capsys, environment):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    terminal.check_environment()
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert checkpoint.cli(lambda: 0) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and list(environment)[0] in line
+
+
+def test_a_world_without_a_rank_is_refused(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE=2 but no RANK"):
+        parallel.Meeting()
+
+
+def test_a_reader_that_is_gone():
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = "import checkpoint, sys; sys.exit(checkpoint.cli(lambda: print(5, flush=True)))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and line.startswith("error: ") and "broken pipe" in line
