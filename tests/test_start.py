@@ -48,6 +48,14 @@ def test_nonsense_about_ranks_is_one_line(monkeypatch, capsys, environment):
     assert line.startswith("error: ") and list(environment)[0] in line
 
 
+def test_nonsense_about_ranks_at_the_command_line():
+    environment = {**os.environ, "WORLD_SIZE": "two"}
+    command = [sys.executable, str(ROOT / "train.py"), "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and line.startswith("error: the environment has WORLD_SIZE='two'")
+
+
 def test_a_world_without_a_rank_is_refused(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
