@@ -359,15 +359,15 @@ def type_name(kind) -> str:
 
 def bounds(rules) -> str:
     """The range that a number must be in, in words; "" if it has none."""
-    words = {"above": "above", "low": "from", "high": "to", "below": "below"}
-    parts = [f"{word} {rules[k]:,}" for k, word in words.items() if k in rules]
+    words = {"above": "above {:,}", "low": "{:,} or more", "high": "to {:,}", "below": "below {:,}"}
+    parts = [word.format(rules[k]) for k, word in words.items() if k in rules]
     if "low" in rules and "high" in rules:
         parts = [f"{rules['low']:,} to {rules['high']:,}"]
     return ", ".join(parts) + (f" (or {rules['off']}: off)" if "off" in rules else "")
 
 
 def check_number(name: str, value, rules) -> None:
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):  # an int of 400 digits is finite, and out of bounds
         raise ValueError(f"{name}={value}; expected a finite number")
     inside = (
         rules.get("low", value) <= value <= rules.get("high", value)
@@ -391,7 +391,10 @@ def check_text(name: str, value: str, rules) -> None:
 
 def convert(name: str, value, kind, rules):
     """`value` as the key's type, within its bounds and choices, or a ValueError that names it."""
-    for option in options_of(kind):
+    options = options_of(kind)
+    if {bool, str} <= set(options) and value in ("true", "false"):
+        value = value == "true"
+    for option in options:
         plain = typing.get_origin(option) or option
         if plain is float and isinstance(value, int | float) and not isinstance(value, bool):
             value = math.inf if abs(value) > 1e308 else float(value)
@@ -591,8 +594,8 @@ def parse_config(argv: list[str], cls=Config, usage: str = "train.py [CONFIG.jso
 def with_sample_defaults(values: dict, hints: dict) -> dict:
     """Without a dataset: the one of samples/, with the settings that suit it."""
     stage = "lora" if values.get("lora") else values.get("stage", "sft")
-    path = data.ROOT / "configs" / (values.get("model") or "qwen_vl") / f"samples_{stage}.json"
-    if not path.exists():
+    shipped = {path.stem: path for path in (data.ROOT / "configs" / (values.get("model") or "qwen_vl")).glob("*.json")}
+    if (path := shipped.get(f"samples_{stage}")) is None:
         return values
     note(f"no dataset given: training on samples/ with the settings of {path.relative_to(data.ROOT)}")
     rules = {f.name: f.metadata for f in fields(Config)}
@@ -653,6 +656,10 @@ def validate(cfg: Config) -> None:
             note(f"warning: without {needs} there is no effect of {', '.join(unused)}")
     if cfg.max_steps and cfg.warmup_steps >= cfg.max_steps > 1:
         note(f"warning: warmup_steps={cfg.warmup_steps} lasts for all of max_steps={cfg.max_steps}")
+    if cfg.warmup_ratio == 1 and not cfg.warmup_steps:
+        note("warning: warmup_ratio=1: the learning rate rises until the end")
+    if cfg.learning_rate == 0 and cfg.do_train:
+        note("warning: learning_rate=0: nothing is learned")
 
 
 def validate_dataset(cfg: Config) -> None:
