@@ -50,7 +50,9 @@ def attention_ref(
     outputs = []
     for (num_q, num_k, prefix, count), qs, ks, vs in zip(runs, parts_q, parts_k, parts_v, strict=True):
         if num_q == 0 or num_k == 0:  # nothing asks, or nothing is there to see
-            outputs.append(qs * 0.0 + (ks.sum() + vs.sum()) * 0.0)
+            nothing = qs * 0.0 + (ks.sum() + vs.sum()) * 0.0
+            cast = torch.is_autocast_enabled(q.device.type)  # as scaled_dot_product_attention does
+            outputs.append(nothing.to(torch.get_autocast_dtype(q.device.type)) if cast else nothing)
             continue
         # (count * L, H, D) -> (count, H, L, D): four axes also select SDPA's flash path on CPU
         qs, ks, vs = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (qs, ks, vs))
