@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 
 import checkpoint
+import terminal
 from draw import draw_boxes
 from images import is_constant, open_image, short
 from records import (
@@ -338,13 +339,6 @@ def _measure_in_worker(task):
     return _measurer(task)
 
 
-def show_progress(done: int, total: int, bad: int) -> None:
-    if sys.stderr.isatty():
-        bar = "#" * (30 * done // total)
-        end = "\n" if done == total else ""
-        print(f"\rreading records [{bar:30}] {done:,}/{total:,}, {bad:,} bad", end=end, file=sys.stderr, flush=True)
-
-
 def measure_all(measurer: Measurer, num_workers: int, progress: bool):
     tasks, total = [], 0
     for number, entry in enumerate(measurer.entries):
@@ -354,6 +348,7 @@ def measure_all(measurer: Measurer, num_workers: int, progress: bool):
         total += count
         tasks += [(number, first, min(first + 250, count)) for first in range(0, count, 250)]
     pool, rows, problems, done = None, [], [], 0
+    bar = terminal.Progress(total, "records read", progress)
     if num_workers and len(tasks) >= 4:
         pool = ProcessPoolExecutor(num_workers, get_context("fork"), _start_worker, (measurer,))
     try:
@@ -362,11 +357,11 @@ def measure_all(measurer: Measurer, num_workers: int, progress: bool):
             rows.append(task_rows)
             problems += task_problems
             done += end - first
-            if progress:
-                show_progress(done, total, len(problems))
+            bar.update(done, f"{len(problems):,} bad")
     except BrokenProcessPool:
         raise ValueError("a worker that reads records died (out of memory?); try --num_workers 0") from None
     finally:
+        bar.close()
         if pool:
             pool.shutdown(cancel_futures=True)
     rows = np.concatenate(rows) if rows else np.zeros((0, 7), np.int64)

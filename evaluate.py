@@ -16,7 +16,6 @@ import dataclasses
 import json
 import signal
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,22 +63,16 @@ def answer_all(
 
     Where an image cannot be read, the answer is None and (where, reason) is named and added to `bad`.
     """
-    progress = progress and sys.stderr.isatty()
-    start, total, clear = time.monotonic(), len(conversations), "\r\033[K" if progress else ""
+    bar = terminal.Progress(len(conversations), "answered", progress)
     try:
-        for first in range(0, total, batch_size):
+        for first in range(0, len(conversations), batch_size):
             some, named = conversations[first : first + batch_size], len(bad)
             texts = answer(model, processor, some, processor.stop_words, how, bad=bad)
-            print(clear, end="", file=sys.stderr)
             name_bad(bad[named:])
             yield from texts
-            if progress:
-                done = first + len(some)
-                left = (time.monotonic() - start) / done * (total - done)
-                bar = f"[{'#' * (20 * done // total):20}] {done:,}/{total:,}, {left:,.0f} s left"
-                print(f"\ranswering {bar}", end="", file=sys.stderr, flush=True)
+            bar.update(first + len(some))
     finally:
-        print(clear, end="", file=sys.stderr, flush=True)
+        bar.close()
 
 
 def answered(conversations: list[Conversation], answers: list[str | None]) -> tuple[list, list[str]]:

@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     merge(args.model_name_or_path, args.lora_path, args.merge_model_path, dtype)
     print(f"merged model: {args.merge_model_path}")
     place = shlex.quote(args.merge_model_path)
-    print(f"next: python generate.py --model_name_or_path {place} {example(Path(args.lora_path))}")
+    print(f"next: {terminal.script('generate.py')} --model_name_or_path {place} {example(Path(args.lora_path))}")
     return 0
 
 

@@ -103,6 +103,12 @@ def free_name(name: str, lora_path) -> str:
     return f"{name}_{os.getpid()}"
 
 
+def script(name: str) -> str:
+    """How one of the project's scripts is started from the working directory."""
+    path = Path(__file__).resolve().parent / name
+    return f"python {name if Path.cwd() == path.parent else shlex.quote(str(path))}"
+
+
 def example_request(conversation) -> str:
     """--image and --prompt of generate.py that ask what a record asks."""
     question = next((text_of(content) for role, content in conversation.turns if role == "user"), "").strip()
@@ -135,11 +141,8 @@ class Progress:
     """
 
     def __init__(self, total: int, what: str = "", enabled: bool = True):
-        self.total, self.what, self.started = (
-            total,
-            what,
-            None,
-        )  # started: (seconds, count) of the first update
+        self.total, self.what = total, what
+        self.started = None  # (seconds, count) of the first update
         self.enabled = enabled and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self.streams, self.shown, self.drawn_at = None, False, -math.inf
 

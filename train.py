@@ -975,11 +975,12 @@ class Run:
             self.say(f"peak memory {peak_memory_gib(self.world.device):.2f} GiB")
         if saving and cfg.lora:
             merged = shlex.quote(terminal.free_name("merged", out))
-            place = shlex.quote(str(out))
-            self.say(f"adapter: {out}\nnext: python merge.py --lora_path {place} --merge_model_path {merged}")
+            start = f"{terminal.script('merge.py')} --lora_path {shlex.quote(str(out))}"
+            self.say(f"adapter: {out}\nnext: {start} --merge_model_path {merged}")
         elif saving:
             example = terminal.example_request(self.plan.index.conversation(0))
-            self.say(f"model: {out}\nnext: python generate.py --model_name_or_path {shlex.quote(str(out))} {example}")
+            start = f"{terminal.script('generate.py')} --model_name_or_path {shlex.quote(str(out))}"
+            self.say(f"model: {out}\nnext: {start} {example}")
 
 
 if __name__ == "__main__":

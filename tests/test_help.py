@@ -111,6 +111,14 @@ def test_the_bar_fits_and_leaves_no_trace(monkeypatch):
     assert stream.text.endswith("\r\033[Ka line\n")
     bar.close()
     assert sys.stdout is stream and sys.stderr is stream
+    outer, inner = terminal.Progress(9, "outer"), terminal.Progress(9, "inner")  # an evaluation in a training
+    outer.update(1)
+    inner.update(1)
+    print("another", file=sys.stderr)
+    assert stream.text.endswith("\r\033[Kanother\n")
+    inner.close()
+    outer.close()
+    assert sys.stdout is stream and sys.stderr is stream
     quiet = terminal.Progress(10, enabled=False)
     before = stream.text
     quiet.update(3)
@@ -120,6 +128,7 @@ def test_the_bar_fits_and_leaves_no_trace(monkeypatch):
 def test_next_commands_work_as_they_stand(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert terminal.free_name("merged", "output") == "merged"
+    assert terminal.script("merge.py") == f"python {ROOT / 'merge.py'}"  # from another directory
     (tmp_path / "merged").mkdir()
     assert terminal.free_name("merged", "output") == "merged_2"  # not over somebody else's model
     (tmp_path / "merged/merge_info.json").write_text('{"adapter": "output"}')
