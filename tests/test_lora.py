@@ -371,7 +371,7 @@ def test_merge(merge_setup, capsys, base_dtype, dtype):
         merge.main(["--model_name_or_path", "base", "--dtype", dtype])
     out = capsys.readouterr().out
     assert "largest logit difference merged vs base+adapter: " in out
-    assert "python generate.py --model_name_or_path merged" in out
+    assert "generate.py --model_name_or_path merged" in out
     merged, stored = load_file("merged/model.safetensors"), getattr(torch, base_dtype if dtype == "keep" else dtype)
     base = load_file("base/model.safetensors")
     assert set(merged) == set(base) and all(t.dtype == stored for t in merged.values())
