@@ -33,6 +33,8 @@ def check_environment() -> None:
             )
         numbers[name] = None if text is None else int(text)
     rank, size = numbers["RANK"], numbers["WORLD_SIZE"]
+    if size == 0:
+        raise ValueError("the environment has WORLD_SIZE=0, expected 1 or more; unset it, or use torchrun")
     if rank is not None and not rank < (1 if size is None else size):
         raise ValueError(
             f"the environment has RANK={rank} with WORLD_SIZE={size}; unset both, or use torchrun"

@@ -402,6 +402,8 @@ def main(argv: list[str] | None = None) -> int:
     cfg = parse_config(sys.argv[1:] if argv is None else argv)
     if cfg.dataset is not None and not cfg.dataset.get("train"):
         raise ValueError('dataset has no "train" entries; expected {"train": [entry, ...]}')
+    if cfg.do_train and not cfg.dry_run:
+        check_eval_use(cfg)
     check_adapter(cfg)
     config, module, directory = model_file(cfg)
     if cfg.fp16 and hasattr(module, "check_dtype"):
@@ -441,6 +443,24 @@ def main(argv: list[str] | None = None) -> int:
             raise clear from None
         finally:
             parallel.leave_world()
+
+
+def check_eval_use(cfg: Config) -> None:
+    """Says that evaluation data stand unused; an unused file that is not there is refused like a used one."""
+    entries = (cfg.dataset or {}).get("eval") or []
+    if not entries or cfg.do_eval or cfg.evaluation_strategy != "no":
+        return
+    for entry in entries:
+        files = entry["data_files"]
+        for path in [files] if isinstance(files, str) else files:
+            if not os.path.exists(path):
+                raise ValueError(f"data_files: no file {path} (working directory {os.getcwd()}), in the eval entries")
+    if os.environ.get("RANK", "0") == "0":
+        held = "the records that eval_split holds back" if entries[0].get("eval_part") else "the eval entries"
+        print(
+            f"warning: {held} are not evaluated in this run; --evaluate epoch or --do_eval true does so",
+            file=sys.stderr,
+        )
 
 
 def explained(error: BaseException, cfg: Config) -> Exception | None:

@@ -2,11 +2,17 @@
 
 import json
 import math
+import multiprocessing
+import sys
 import typing
 
 import pytest
+import torch
 
+import checkpoint
 import config
+import data as loading
+import train
 
 HINTS = typing.get_type_hints(config.Config)
 FIELDS = {f.name: f for f in config.fields(config.Config)}
@@ -203,3 +209,31 @@ def test_shipped_files_are_found_from_everywhere(tmp_path, monkeypatch):
     files = [file for one in files for file in ([one] if isinstance(one, str) else one)]
     assert len(files) > 1 and all(file.startswith(str(config.data.ROOT)) for file in files)
     assert all((config.data.ROOT / file).is_file() for file in files)
+
+
+@pytest.mark.parametrize("given", [{"eval_split": 0.3}, {"eval": True}, {"eval": False}])
+def test_unused_evaluation_data_are_said(base, dataset, tmp_path, capfd, given):
+    """Held back by eval_split, in entries, or in a file that is not there."""
+    data = {"train": dataset["train"]}
+    if "eval" in given:
+        data["eval"] = dataset["eval"] if given["eval"] else [{"data_files": str(tmp_path / "nope.jsonl")}]
+    argv = ["--model_name_or_path", str(base), "--dataset", json.dumps(data), "--output_dir", str(tmp_path / "out")]
+    argv += ["--max_steps", "1", "--num_workers", "0", "--max_length", "128"]
+    argv += ["--eval_split", "0.3"] if "eval_split" in given else []
+    expected = 1 if given.get("eval") is False else 0
+    process = multiprocessing.get_context("fork").Process(target=in_child, args=(argv,))
+    process.start()
+    process.join()
+    err = capfd.readouterr().err
+    assert process.exitcode == expected, err
+    assert ("nope.jsonl" if expected else "are not evaluated in this run") in err
+
+
+def in_child(argv):
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    sys.exit(checkpoint.cli(lambda: train.main(argv)))
+
+
+def test_a_directory_is_no_chat_template(tmp_path):
+    with pytest.raises(ValueError, match="chat_template=.* is a directory"):
+        loading.read_system(str(tmp_path))

@@ -36,6 +36,7 @@ def test_an_old_python_is_named(tmp_path):
 @pytest.mark.parametrize("environment", [
     {"WORLD_SIZE": "two"}, {"WORLD_SIZE": ""}, {"RANK": "-1", "WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"},
     {"RANK": "1"}, {"LOCAL_RANK": "0.5"}, {"WORLD_SIZE": "9" * 30}, {"TORCHELASTIC_RESTART_COUNT": "x"},
+    {"WORLD_SIZE": "0"},
 ])  # fmt: skip
 def test_nonsense_about_ranks_is_one_line(monkeypatch, capsys, environment):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"):
