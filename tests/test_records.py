@@ -399,7 +399,15 @@ def test_files_that_do_not_belong_together_are_refused(folder):
 
 
 @pytest.mark.parametrize(
-    "line", [b"\xff\xfe", b'{"a": 1, "a": 2}', b"[" * 100_000 + b"]" * 100_000, b'{"a": ', b"5", b"null"]
+    "line",
+    [
+        b"\xff\xfe",
+        b'{"query": "q", "response": "x", "response": "y"}',
+        b"[" * 100_000 + b"]" * 100_000,
+        b'{"a": ',
+        b"5",
+        b"null",
+    ],
 )
 def test_a_bad_line_costs_itself_only(folder, line):
     good = json.dumps(messages("q", "x")).encode()
@@ -497,6 +505,61 @@ def test_requests_take_any_record_and_no_option(folder):
 def test_conversations_of_names_no_place_itself():
     with pytest.raises(ValueError, match="^expected an object"):
         conversations_of(5, "f:1", "", 0)
+
+
+# ------------------------------------------------------------------------------------------ each model's own wording
+
+SYSTEM = {"system": "Be brief."}
+TWO_IMAGES = {**llava("<image>\nWhat?", "Red.", "<image>\nAnd?", "Blue.", image=["a.png", "b.png"]), **SYSTEM}
+WORDED = {"conversations": [["Picture 7: <img>a.png</img>What?", "Red."]]}
+WORDING = {  # (model, stage, record) -> its text; slots are left out
+    "qwen_vl chat": (
+        "qwen_vl",
+        "sft",
+        TWO_IMAGES,
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nPicture 1: <img></img>\nWhat?<|im_end|>\n"
+        "<|im_start|>assistant\nRed.<|im_end|>\n<|im_start|>user\nPicture 2: <img></img>\nAnd?<|im_end|>\n"
+        "<|im_start|>assistant\nBlue.<|im_end|>\n",
+    ),
+    "qwen_vl, the author's own words": (
+        "qwen_vl",
+        "sft",
+        WORDED,
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nPicture 7: <img></img>What?"
+        "<|im_end|>\n<|im_start|>assistant\nRed.<|im_end|>\n",
+    ),
+    "qwen_vl raw": (
+        "qwen_vl",
+        "pretrain",
+        {**llava("<image>\nWhat?", "Red.", image="a.png"), **SYSTEM},
+        "Be brief.\n<img></img>What?Red.<|endoftext|>",
+    ),
+    "visualglm": (
+        "visualglm",
+        "sft",
+        {**llava("What?\n<image>", "Red.", "And?", "Blue.", image="a.png"), **SYSTEM},
+        "<img> </img>问:Be brief.\nWhat?\n答:Red.\n问:And?\n答: Blue.",
+    ),
+    "visualglm, the author's own words": ("visualglm", "sft", WORDED, "<img> </img>问:What?\n答: Red."),
+    "blip2": (
+        "blip2",
+        "sft",
+        {**llava("<image>\nwhat is it?", "a bus", image="a.png"), **SYSTEM},
+        "Be brief. what is it? a bus\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WORDING)
+def test_a_model_words_a_record_in_its_own_way(folder, name):
+    model, stage, record, expected = WORDING[name]
+    processor = data.load_processor(str(ROOT / f"samples/tiny_{model}"), stage)
+    sample = processor.encode(read(folder, record), 512)
+    slots = {s + n for s in sample["image_starts"] for n in range(processor.num_image_tokens)}
+    slots = set() if model == "qwen_vl" else slots  # its tokenizer takes a whole tag back
+    ids = [int(token) for n, token in enumerate(sample["input_ids"]) if n not in slots]
+    assert processor.tokenizer.decode(ids) == expected
+    assert [Path(source).name for source in sample["images"]] == ["a.png", "b.png"][: len(sample["images"])]
 
 
 # ------------------------------------------------------------------------------------------------ a newcomer's commands
