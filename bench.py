@@ -1,9 +1,10 @@
 """Speed and memory of the kernels, side by side with what one would write instead.
 
-    python bench.py --kernels   # on this machine's CPU: packed attention, vocabulary projection + cross entropy
+    python bench.py --kernels   # on this machine's CPU: packed attention, projection + cross entropy
     python bench.py --gpu       # Triton against PyTorch's own, on a GPU
 
-Times are medians, alternatives take turns in one run, and ratios are to ours: above 1.00 ours is faster or smaller.
+Times are medians, alternatives take turns in one run, and ratios are to ours: above 1.00 ours is faster or
+smaller.
 """
 
 import python_version  # noqa: F401  (first: it says which Python is needed)
@@ -45,7 +46,9 @@ def dense_mask(cu_seqlens: Tensor, device) -> Tensor:
     return ((segment[:, None] == segment) & (place[:, None] >= place)).to(device)
 
 
-def timed(alternatives: dict[str, Callable], repeats: int, synchronize: Callable = lambda: None) -> dict[str, float]:
+def timed(
+    alternatives: dict[str, Callable], repeats: int, synchronize: Callable = lambda: None
+) -> dict[str, float]:
     """Median seconds of each, after one call to warm up."""
     times = {name: [] for name in alternatives}
     for i in range(repeats + 1):
@@ -66,7 +69,7 @@ def table(title: str, results: dict[str, float], unit: str = "ms", scale: float 
         print(f"  {name:44}{value * scale:10,.1f} {unit}   x{value / ours:.2f}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # CPU
 
 
@@ -95,20 +98,30 @@ def attention_cpu(T: int, H: int = 8, D: int = 64, repeats: int = 5) -> None:
 
     def pad():
         padded = [
-            torch.nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True).transpose(1, 2) for x in (q, k, v)
+            torch.nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True).transpose(1, 2)
+            for x in (q, k, v)
         ]
         o = F.scaled_dot_product_attention(*padded, is_causal=True).transpose(1, 2)
         return torch.cat([o[s, :n] for s, n in enumerate(lengths)])
 
     segment = torch.repeat_interleave(torch.arange(len(lengths)), cu_seqlens.diff())
-    block_mask = create_block_mask(lambda b, h, i, j: (segment[i] == segment[j]) & (i >= j), 1, 1, T, T, device="cpu")
-    compiled = torch.compile(flex_attention, dynamic=False)  # with dynamic shapes its CPU code does not compile
+    block_mask = create_block_mask(
+        lambda b, h, i, j: (segment[i] == segment[j]) & (i >= j), 1, 1, T, T, device="cpu"
+    )
+    compiled = torch.compile(
+        flex_attention, dynamic=False
+    )  # with dynamic shapes its CPU code does not compile
 
     def flex():
         qkv = (x.detach().transpose(0, 1)[None] for x in (q, k, v))
         return compiled(*qkv, block_mask=block_mask)[0].transpose(0, 1)
 
-    alternatives = {"ours": ours, "loop of slices": loop, "pad to the longest": pad, "SDPA with a dense mask": dense}
+    alternatives = {
+        "ours": ours,
+        "loop of slices": loop,
+        "pad to the longest": pad,
+        "SDPA with a dense mask": dense,
+    }
     with torch.no_grad():
         expected = dense()
         for name, call in (alternatives | {"flex_attention, compiled": flex}).items():
@@ -116,7 +129,10 @@ def attention_cpu(T: int, H: int = 8, D: int = 64, repeats: int = 5) -> None:
         forward = timed(alternatives | {"flex_attention, compiled": flex}, repeats)
     table(f"packed causal attention, forward: fp32, T={T}, 8 segments, {H} heads of {D}", forward)
     both = timed(
-        {name: lambda call=call: torch.autograd.grad(call(), (q, k, v), do) for name, call in alternatives.items()},
+        {
+            name: lambda call=call: torch.autograd.grad(call(), (q, k, v), do)
+            for name, call in alternatives.items()
+        },
         repeats,
     )
     table("  forward and backward (flex_attention has no backward on CPU)", both)
@@ -168,18 +184,22 @@ def cross_entropy_cpu(N: int = 2048, C: int = 1024, V: int = 151_936, supervised
             name: cost(lambda loss=loss: call(loss))
             for name, loss in {
                 "ours": lambda h, w: linear_cross_entropy(h[rows], w, targets[rows])[0],
-                "supervised rows, then naive": lambda h, w: linear_cross_entropy_ref(h[rows], w, targets[rows])[0],
+                "supervised rows, then naive": lambda h, w: linear_cross_entropy_ref(
+                    h[rows], w, targets[rows]
+                )[0],
                 "naive": lambda h, w: F.cross_entropy(h @ w.t(), targets, reduction="sum"),
             }.items()
         }
         head = "frozen" if frozen else "trained"
         sizes = f"fp32, N={N}, {len(rows)} supervised, C={C}, V={V:,}"
-        table(f"projection + cross entropy, {head} head: {sizes}; forward and backward",
-              {name: seconds for name, (seconds, _) in results.items()})  # fmt: skip
+        table(
+            f"projection + cross entropy, {head} head: {sizes}; forward and backward",
+            {name: seconds for name, (seconds, _) in results.items()},
+        )
         table("  extra peak memory", {name: memory for name, (_, memory) in results.items()}, "MB", 1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # GPU
 
 
@@ -197,7 +217,9 @@ def gpu(T: int = 8192) -> None:
         table(
             title,
             timed(
-                {name: lambda call=call: step(call) for name, call in alternatives.items()}, 20, torch.cuda.synchronize
+                {name: lambda call=call: step(call) for name, call in alternatives.items()},
+                20,
+                torch.cuda.synchronize,
             ),
         )
         peaks = {}
@@ -223,8 +245,8 @@ def gpu(T: int = 8192) -> None:
         mask = dense_mask(cu_seqlens, device)
         longest = int(cu_seqlens.diff().max())
         alternatives = pair(attention, q, k, v, cu_seqlens, cu_seqlens, longest, True)
-        alternatives["SDPA with a dense mask"] = lambda q=q, k=k, v=v, mask=mask: F.scaled_dot_product_attention(
-            *(x.transpose(0, 1)[None] for x in (q, k, v)), attn_mask=mask
+        alternatives["SDPA with a dense mask"] = lambda q=q, k=k, v=v, mask=mask: (
+            F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), attn_mask=mask)
         )
         compare(f"packed causal attention, {H} heads of {D}", alternatives, inputs)
     x, w = leaf(T // 3, 4096), leaf(151_936, 4096)
@@ -246,7 +268,9 @@ def main() -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--kernels", action="store_true", help="the CPU's kernels")
     what.add_argument("--gpu", action="store_true", help="the Triton kernels")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096], help="stream lengths of --kernels")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[2048, 4096], help="stream lengths of --kernels"
+    )
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.gpu:

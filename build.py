@@ -3,8 +3,8 @@
     model, whole, module, lora_modules, stages = build(cfg, directory, world, sizes)
     optimizer = make_optimizer(model, cfg)
 
-Prefix, adapter, freezing, 16 bits, pipeline, tensor cut, compile, recomputation, sharding, loading: in `build`, each
-after what it needs. Nothing holds memory before the weights are read, one tensor at a time.
+Prefix, adapter, freezing, 16 bits, pipeline, tensor cut, compile, recomputation, sharding, loading: in
+`build`, each after what it needs. Nothing holds memory before the weights are read, one tensor at a time.
 """
 
 import copy
@@ -42,19 +42,23 @@ def check_adapter(cfg: Config) -> None:
     """Refuses what would train or save something else than an adapter of the base alone."""
     if cfg.lora_path and not cfg.lora:
         raise ValueError(
-            f"lora_path={cfg.lora_path} without lora=true: add --lora to train that adapter on, or fold it into its "
+            f"lora_path={cfg.lora_path} without lora=true: add --lora to train "
+            "that adapter on, or fold it into its "
             "base with merge.py and train the result"
         )
     for key in ("init_from", "pre_seq_len"):
         if cfg.lora and getattr(cfg, key):
             raise ValueError(
-                f"{key}={getattr(cfg, key)} with lora=true: an adapter is saved without its base, so no other command "
-                f"could put that base together again; train with {key} first, then lora=true on the checkpoint"
+                f"{key}={getattr(cfg, key)} with lora=true: an adapter is saved "
+                "without its base, so no other command "
+                f"could put that base together again; train with {key} first, "
+                "then lora=true on the checkpoint"
             )
 
 
 def lora_targets(cfg: Config, module) -> list[str]:
-    """The patterns to adapt: those asked for, else the continued adapter's own modules, else the model's default."""
+    """The patterns to adapt: those asked for, else the continued adapter's own modules, else the model's
+    default."""
     if cfg.lora_target_modules or not cfg.lora_path:
         return cfg.lora_target_modules or module.LORA_TARGETS
     return [re.escape(name) for name in lora.contents(cfg.lora_path)[0]]
@@ -65,8 +69,8 @@ def matches(name: str, patterns: list[str] | None) -> bool:
 
 
 def choose_trainable(model: nn.Module, module, cfg: Config) -> None:
-    """Sets requires_grad: adapters and what freeze_exclude carves out train; what freeze_include matches, the rest
-    under `lora` and the language model in pre-training are frozen."""
+    """Sets requires_grad: adapters and what freeze_exclude carves out train; what freeze_include matches, the
+    rest under `lora` and the language model in pre-training are frozen."""
     names = [name for name, _ in model.named_parameters()]
     for key in ("freeze_include", "freeze_exclude"):
         for pattern in getattr(cfg, key) or ():
@@ -84,7 +88,9 @@ def choose_trainable(model: nn.Module, module, cfg: Config) -> None:
         elif cfg.lora:
             p.requires_grad_(matches(name, cfg.freeze_exclude))
     if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError("nothing is trainable: freeze_include matches every parameter; narrow it or set lora=true")
+        raise ValueError(
+            "nothing is trainable: freeze_include matches every parameter; narrow it or set lora=true"
+        )
 
 
 def parameter_table(model: nn.Module, parts: dict[str, str]) -> str:
@@ -101,13 +107,16 @@ def parameter_table(model: nn.Module, parts: dict[str, str]) -> str:
     rows["all"] = [sum(r[0] for r in rows.values()), sum(r[1] for r in rows.values())]
     lines = [f"{'part':<16}{'parameters':>16}{'trainable':>16}"]
     return "\n".join(
-        lines + [f"{part:<16}{total:>16,}{trainable:>16,}" for part, (total, trainable) in rows.items() if total]
+        lines
+        + [f"{part:<16}{total:>16,}{trainable:>16,}" for part, (total, trainable) in rows.items() if total]
     )
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:
     """Initial values depend on the parameter's name alone, not on the order or layout of creation."""
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big"))
+    return torch.Generator().manual_seed(
+        int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
+    )
 
 
 def with_prefix(config: dict, module, cfg: Config) -> dict:
@@ -120,7 +129,9 @@ def with_prefix(config: dict, module, cfg: Config) -> dict:
 def lora_parts(model: nn.Module, module, cfg: Config) -> dict:
     """The packed weights that lora_split adapts part by part."""
     if cfg.lora_split and not hasattr(module, "lora_parts"):
-        raise ValueError(f"lora_split=true: {module.__name__} has no packed weight whose parts are adapted apart")
+        raise ValueError(
+            f"lora_split=true: {module.__name__} has no packed weight whose parts are adapted apart"
+        )
     return module.lora_parts(model.config) if cfg.lora_split else {}
 
 
@@ -150,7 +161,8 @@ def pipeline_blocks(model: nn.Module, module, cfg: Config, sizes: StreamSizes) -
     prefix, N = module.PIPELINE["blocks"] + ".", len(model.blocks)
     image = any(matches(n, module.IMAGE_PARAMETERS) for n in trained)
     head = any(matches(n, module.PIPELINE["last"]) for n in trained)
-    # forward 1; gradients of inputs 1, of weights 1; the tower's inputs are pixels, which need none if it is frozen
+    # forward 1; gradients of inputs 1, of weights 1; the tower's inputs are pixels, which need none if it is
+    # frozen
     block = flops.pop("language model") / N * (2 + any(n.startswith(prefix) for n in trained) + cfg.recompute)
     last = flops.pop("head") * (2 + head)
     first = sum(flops.values()) * (3 + cfg.recompute if image else 1)
@@ -162,8 +174,8 @@ def pipeline_blocks(model: nn.Module, module, cfg: Config, sizes: StreamSizes) -
 
 
 def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSizes):
-    """-> (model on the device with its weights, the same before its cut into pipeline stages and without weights, model
-    file, LoRA module names, pipeline or None)."""
+    """-> (model on the device with its weights, the same before its cut into pipeline stages and without
+    weights, model file, LoRA module names, pipeline or None)."""
     config = checkpoint.read_config(directory)
     module = importlib.import_module("model_" + checkpoint.model_kind(config))
     config = with_prefix(config, module, cfg)
@@ -173,22 +185,32 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
     # P-tuning's parameters are new, unless the base was P-tuned before
     tuned = [module.PREFIX_TUNING] if cfg.pre_seq_len else None
     new = {name for name, _ in model.named_parameters() if matches(name, tuned)} - weights.names
-    checkpoint.check_names({name: p.shape for name, p in model.named_parameters() if name not in new}, weights)
+    checkpoint.check_names(
+        {name: p.shape for name, p in model.named_parameters() if name not in new}, weights
+    )
     base_names = {name for name, _ in model.named_parameters()} - new
     lora_modules = []
     if cfg.lora:
-        lora.base_sample(directory)  # for the adapter's file: read now, whatever happens to the base in the meantime
+        lora.base_sample(
+            directory
+        )  # for the adapter's file: read now, whatever happens to the base in the meantime
         lora_modules = lora.inject(
-            model, lora_targets(cfg, module), cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout,
-            lora_parts(model, module, cfg), module.IMAGE_PARAMETERS,
-        )  # fmt: skip
+            model,
+            lora_targets(cfg, module),
+            cfg.lora_rank,
+            cfg.lora_alpha,
+            cfg.lora_dropout,
+            lora_parts(model, module, cfg),
+            module.IMAGE_PARAMETERS,
+        )
     choose_trainable(model, module, cfg)
     if cfg.lora_path:
         lora.check_base(cfg.lora_path, weights)
         frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
         if lost := sorted(frozen.intersection(lora.contents(cfg.lora_path)[1])):
             raise ValueError(
-                f"lora_path={cfg.lora_path} holds {lost[0]} trained whole, which is frozen here and would be left out "
+                f"lora_path={cfg.lora_path} holds {lost[0]} trained whole, which is "
+                "frozen here and would be left out "
                 f"of the new adapter; name it in freeze_exclude ({len(lost)} such parameters)"
             )
     dtype16 = {(True, False): torch.bfloat16, (False, True): torch.float16}.get((cfg.bf16, cfg.fp16))
@@ -204,13 +226,21 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
         whole = copy.deepcopy(model)
         blocks = pipeline_blocks(model, module, cfg, sizes)
         held_by = pipeline.stages_of_parameters(model, module.PIPELINE, blocks)
-        here = {n for n, held in held_by.items() if world.pp_rank in {stage % world.pp_size for stage in held}}
+        here = {
+            n for n, held in held_by.items() if world.pp_rank in {stage % world.pp_size for stage in held}
+        }
         pipeline.keep_parameters(model, here)
         trainable = {n for n, p in whole.named_parameters() if p.requires_grad}
         stages = pipeline.Pipeline(
-            model, module.PIPELINE, blocks, held_by, trainable, cfg.pipeline_schedule, world,
+            model,
+            module.PIPELINE,
+            blocks,
+            held_by,
+            trainable,
+            cfg.pipeline_schedule,
+            world,
             compute_dtype or torch.float32,
-        )  # fmt: skip
+        )
     parallel.tensor_parallel(model, module.tp_plan(model.config, world.tp_size), world)
     if cfg.compile:
         for block in [*model.vision_blocks, *model.blocks]:
@@ -234,15 +264,22 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
                     f"expected {tuple(shapes[name])}; use a checkpoint of the same sizes"
                 )
             if not other.dtype(name).is_floating_point:
-                raise ValueError(f"init_from={cfg.init_from}: {name} is {other.dtype(name)}, expected floating point")
+                raise ValueError(
+                    f"init_from={cfg.init_from}: {name} is {other.dtype(name)}, expected floating point"
+                )
             if name in parameters:
                 full = other.read(name)
                 checkpoint.largest(full, f"init_from={cfg.init_from}: {name}")
                 checkpoint.copy_full_(parameters[name], full)
         if not common:
-            raise ValueError(f"init_from={cfg.init_from} has no tensor of this model; the two must share names")
+            raise ValueError(
+                f"init_from={cfg.init_from} has no tensor of this model; the two must share names"
+            )
         if world.main:
-            print(f"{len(common)} tensors from {cfg.init_from}, {len(base_names) - len(common)} from {directory}")
+            print(
+                f"{len(common)} tensors from {cfg.init_from}, "
+                f"{len(base_names) - len(common)} from {directory}"
+            )
     for name in parameters.keys() - base_names:
         full = torch.empty(parallel.whole_shape(parameters[name]))
         init = model.init_weights if name in new else lora.init_lora
@@ -250,7 +287,9 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
             init(name, full, named_generator(cfg.seed, name))
         checkpoint.copy_full_(parameters[name], full)
     if cfg.lora_path:
-        lora.load_adapter(model, cfg.lora_path, checkpoint.copy_full_, parallel.whole_shape, whole if stages else None)
+        lora.load_adapter(
+            model, cfg.lora_path, checkpoint.copy_full_, parallel.whole_shape, whole if stages else None
+        )
     return model, whole, module, lora_modules, stages
 
 
@@ -263,17 +302,23 @@ def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
     groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     betas = (cfg.adam_beta1, cfg.adam_beta2)
     return torch.optim.AdamW(
-        [g for g in groups if g["params"]] or groups[:1], lr=cfg.learning_rate, betas=betas, eps=cfg.adam_epsilon
+        [g for g in groups if g["params"]] or groups[:1],
+        lr=cfg.learning_rate,
+        betas=betas,
+        eps=cfg.adam_epsilon,
     )
 
 
 def autocast(cfg: Config, world: parallel.World):
     dtype = torch.bfloat16 if cfg.bf16 else torch.float16
-    return torch.autocast(world.device.type, dtype, enabled=(cfg.bf16 or cfg.fp16) and cfg.fp16_opt_level == "O1")
+    return torch.autocast(
+        world.device.type, dtype, enabled=(cfg.bf16 or cfg.fp16) and cfg.fp16_opt_level == "O1"
+    )
 
 
 def model_file(cfg: Config) -> tuple[dict, object, Path | None]:
-    """-> (config.json's contents, model file, checkpoint directory; None for a preset, which is a shape alone)."""
+    """-> (config.json's contents, model file, checkpoint directory; None for a preset, which is a shape
+    alone)."""
     for path in sorted(data.ROOT.glob("model_*.py")):
         module = importlib.import_module(path.stem)
         if cfg.model_name_or_path in module.PRESETS and not os.path.isdir(cfg.model_name_or_path):
@@ -287,4 +332,6 @@ def model_file(cfg: Config) -> tuple[dict, object, Path | None]:
 
 
 def total_steps(cfg: Config, plan: data.Plan, global_batch: int) -> int:
-    return cfg.max_steps if cfg.max_steps is not None else plan.total_steps(cfg.num_train_epochs, global_batch)
+    return (
+        cfg.max_steps if cfg.max_steps is not None else plan.total_steps(cfg.num_train_epochs, global_batch)
+    )

@@ -1,14 +1,16 @@
-"""Checkpoints in and out: weight files under their published names, and training state that resumes on another layout.
+"""Checkpoints in and out: weight files under their published names, and training state that resumes on
+another layout.
 
     weights = open_weights("qwen-vl-chat")                        # .safetensors or .bin, one file or shards
-    load_into(dict(model.named_parameters()), weights)            # a strict copy: no missing, no unexpected names
+    load_into(dict(model.named_parameters()), weights)  # a strict copy: no missing, no unexpected names
     with atomic_dir("output/checkpoint-500", rank) as directory:  # whole, or not there at all
-        save_weights(directory, ((name, full_tensor(p)) for name, p in model.named_parameters()), write=rank == 0)
+        named = ((name, full_tensor(p)) for name, p in model.named_parameters())
+        save_weights(directory, named, write=rank == 0)
         save_train_state(directory, params, optimizer, {"step": 500})
 
-A parameter here is a plain tensor (the same on every rank that has its name) or a DTensor (each rank holds a shard).
-If it carries a parallel.Cut, that is a tensor-parallel rank's part of the one in the files.
-Formats: https://huggingface.co/docs/safetensors#format, https://pytorch.org/docs/stable/distributed.checkpoint.html
+A parameter here is a plain tensor (the same on every rank that has its name) or a DTensor (each rank holds a
+shard). If it carries a parallel.Cut, that is a tensor-parallel rank's part of the one in the files. Formats:
+https://huggingface.co/docs/safetensors#format, https://pytorch.org/docs/stable/distributed.checkpoint.html
 """
 
 import base64
@@ -54,14 +56,30 @@ import parallel
 import terminal
 
 SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 SIDE_FILES = [
-    "qwen.tiktoken", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "generation_config.json", "preprocessor_config.json", "*.model", "vocab.*", "merges.txt",
-]  # fmt: skip
+    "qwen.tiktoken",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "*.model",
+    "vocab.*",
+    "merges.txt",
+]
 
 
 class SaveError(OSError):
@@ -76,15 +94,23 @@ class SaveError(OSError):
 
 def cli(main) -> int:
     """Run a script's main(): a user's mistake becomes one line on stderr and exit code 1."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character shows its code, and nothing is lost
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # a terminal that lacks a character shows its code, and nothing is lost
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
         terminal.check_environment()
         return main()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
-        print("error: nobody reads the standard output any more (broken pipe); what is saved stands", file=sys.stderr)
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or Python complains once more at its end
+        print(
+            "error: nobody reads the standard output any more (broken pipe); what is saved stands",
+            file=sys.stderr,
+        )
         return 1
     except (ValueError, OSError) as e:
         many = "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1"
@@ -142,8 +168,8 @@ def write_json(path, value: dict) -> None:
         file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-# Numbers of JSON files: Annotated[type, least, most]. The limits are far from any model, so that a damaged number is
-# refused before a layer or a table is made of it.
+# Numbers of JSON files: Annotated[type, least, most]. The limits are far from any model, so that a damaged
+# number is refused before a layer or a table is made of it.
 Size = Annotated[int, 1, 1 << 20]
 Depth = Annotated[int, 1, 1000]
 Pixels = Annotated[int, 1, 4096]
@@ -156,7 +182,8 @@ NAMES |= {dict: "an object", list: "a list", types.NoneType: "null"}
 
 
 def fits(value, kind) -> bool:
-    """Whether a JSON value is what a type annotation says; true is no number, and NaN and infinity are none either."""
+    """Whether a JSON value is what a type annotation says; true is no number, and NaN and infinity are none
+    either."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         return fits(value, parts[0]) and parts[1] <= value <= parts[2]
@@ -167,7 +194,9 @@ def fits(value, kind) -> bool:
     if origin is list:
         return isinstance(value, list) and all(fits(item, parts[0]) for item in value)
     if origin is dict:
-        return isinstance(value, dict) and all(fits(k, parts[0]) and fits(v, parts[1]) for k, v in value.items())
+        return isinstance(value, dict) and all(
+            fits(k, parts[0]) and fits(v, parts[1]) for k, v in value.items()
+        )
     if kind in (int, float):
         number = isinstance(value, int) or kind is float and isinstance(value, float) and math.isfinite(value)
         return number and not isinstance(value, bool)
@@ -199,8 +228,8 @@ def check(value, kind, where: str) -> None:
 
 
 def from_json(kind: type, values, where: str, **given):
-    """A dataclass from a JSON object at `where`: each field is there, or has a default, and is of its type. `given` are
-    fields that come from elsewhere; other keys of the object are left out."""
+    """A dataclass from a JSON object at `where`: each field is there, or has a default, and is of its type.
+    `given` are fields that come from elsewhere; other keys of the object are left out."""
     check(values, dict, where)
     hints = typing.get_type_hints(kind, include_extras=True)
     wanted = [f for f in fields(kind) if f.name not in given]
@@ -214,15 +243,19 @@ def from_json(kind: type, values, where: str, **given):
 
 
 def require(values: dict, where: str, **expected) -> None:
-    """ValueError for a key that changes what is computed and has another value than the only one supported."""
+    """ValueError for a key that changes what is computed and has
+    another value than the only one supported."""
     for key, value in expected.items():
-        if key in values and (values[key] != value or isinstance(value, bool) != isinstance(values[key], bool)):
+        if key in values and (
+            values[key] != value or isinstance(value, bool) != isinstance(values[key], bool)
+        ):
             raise ValueError(f"{where}: {key} is {values[key]!r}; this model is computed with {value!r} only")
 
 
 def leave(code: int) -> None:
-    """Ends the script. Of several ranks without the interpreter's own end: threads of the collectives that are still
-    letting go of tensors would abort it (2 of 12 pipelines of two ranks that had finished their work)."""
+    """Ends the script. Of several ranks without the interpreter's own end: threads of the collectives that
+    are still letting go of tensors would abort it (2 of 12 pipelines of two ranks that had finished their
+    work)."""
     sys.stdout.flush()
     sys.stderr.flush()
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -243,8 +276,9 @@ def read_config(directory) -> dict:
 
 
 def check_side_files(directory, height: int, width: int, **tokenizer) -> None:
-    """ValueError where preprocessor_config.json or tokenizer_config.json asks for something else than is done here:
-    images of height x width, CLIP's mean and deviation, bicubic; `tokenizer`: keys with the only supported value."""
+    """ValueError where preprocessor_config.json or tokenizer_config.json asks for something else than is done
+    here: images of height x width, CLIP's mean and deviation, bicubic; `tokenizer`: keys with the only
+    supported value."""
     path = Path(directory) / "tokenizer_config.json"
     if path.is_file():
         require(read_json(path, ""), str(path), **tokenizer)
@@ -252,26 +286,45 @@ def check_side_files(directory, height: int, width: int, **tokenizer) -> None:
     if not path.is_file():
         return
     config = read_json(path, "")
-    require(config, str(path), do_resize=True, do_rescale=True, do_normalize=True, do_center_crop=False, resample=3)
-    numbers = {"image_mean": (0.48145466, 0.4578275, 0.40821073), "image_std": (0.26862954, 0.26130258, 0.27577711)}
+    require(
+        config,
+        str(path),
+        do_resize=True,
+        do_rescale=True,
+        do_normalize=True,
+        do_center_crop=False,
+        resample=3,
+    )
+    numbers = {
+        "image_mean": (0.48145466, 0.4578275, 0.40821073),
+        "image_std": (0.26862954, 0.26130258, 0.27577711),
+    }
     for key, expected in {**numbers, "rescale_factor": (1 / 255,)}.items():
         check(value := config.get(key, list(expected)), float | list[float], f"{path}: {key}")
         value = value if isinstance(value, list) else [value]
-        if len(value) != len(expected) or any(abs(a - b) > 1e-5 for a, b in zip(value, expected, strict=True)):
-            raise ValueError(f"{path}: {key} is {value}; this model's images are normalised with {list(expected)} only")
+        if len(value) != len(expected) or any(
+            abs(a - b) > 1e-5 for a, b in zip(value, expected, strict=True)
+        ):
+            raise ValueError(
+                f"{path}: {key} is {value}; this model's images are normalised with {list(expected)} only"
+            )
     size = config.get("size", {})
     check(size, Pixels | dict[str, Pixels], f"{path}: size")
     sides = {"height": height, "width": width}
     given = dict.fromkeys(sides, size) if isinstance(size, int) else size
     if any(given[key] != side for key, side in sides.items() if key in given) or given.keys() - sides:
-        raise ValueError(f"{path}: size is {size}, but config.json's images are {height} x {width}; make them agree")
+        raise ValueError(
+            f"{path}: size is {size}, but config.json's images are {height} x {width}; make them agree"
+        )
 
 
 def read_tokenizer(*paths, make=None):
-    """The tokenizers library's tokenizer of a tokenizer.json, or of other files by `make(*paths)`. ValueError for a
-    damaged file."""
+    """The tokenizers library's tokenizer of a tokenizer.json, or of other files by `make(*paths)`. ValueError
+    for a damaged file."""
     try:
-        tokenizer = make(*paths) if make else Tokenizer.from_str(Path(paths[0]).read_text(encoding="utf-8-sig"))
+        tokenizer = (
+            make(*paths) if make else Tokenizer.from_str(Path(paths[0]).read_text(encoding="utf-8-sig"))
+        )
         ids = tokenizer.get_vocab()
     except OSError:
         raise
@@ -291,7 +344,8 @@ def model_kind(config: dict) -> str:
     if isinstance(model_type, str) and model_type in kinds:
         return kinds[model_type]
     raise ValueError(
-        f"config.json has model_type={model_type!r}; supported: 'qwen' with a 'visual' part (Qwen-VL), 'blip-2', "
+        f"config.json has model_type={model_type!r}; supported: 'qwen' with a "
+        "'visual' part (Qwen-VL), 'blip-2', "
         "'chatglm' or 'visualglm' (VisualGLM-6B)"
     )
 
@@ -300,7 +354,8 @@ def model_kind(config: dict) -> str:
 
 
 class Weights:
-    """The tensors of a checkpoint directory by name. `stems`: its files' names without .safetensors and .bin."""
+    """The tensors of a checkpoint directory by name. `stems`: its
+    files' names without .safetensors and .bin."""
 
     def __init__(self, directory, ignore=(), aliases=None, stems=("model", "pytorch_model")):
         self.directory = directory = Path(directory)
@@ -322,7 +377,9 @@ class Weights:
             check(weight_map, dict[str, str], where)
             for shard in {*weight_map.values()} or {""}:
                 if shard != os.path.basename(shard) or not shard.endswith((".safetensors", ".bin")):
-                    raise ValueError(f"{where} names the file {shard!r}; expected .safetensors or .bin files beside it")
+                    raise ValueError(
+                        f"{where} names the file {shard!r}; expected .safetensors or .bin files beside it"
+                    )
         self._entries = {}  # name -> (path, name in the file, shape, dtype, offset or None for .bin)
         self._shard = (None, None)  # the one .bin shard that is open: (path, tensors)
         self.metadata: dict[str, str] = {}  # of a .safetensors file
@@ -338,10 +395,14 @@ class Weights:
                 if weight_map is None or weight_map.get(name) == shard:
                     self._entries[name] = entry
                 elif name not in weight_map and not _matches(name, [*ignore, *(aliases or {})]):
-                    raise ValueError(f"{path} holds {name!r}, which {file_name} does not name; fetch both again")
+                    raise ValueError(
+                        f"{path} holds {name!r}, which {file_name} does not name; fetch both again"
+                    )
         for name, shard in (weight_map or {}).items():
             if name not in self._entries:
-                raise ValueError(f"{directory / shard} does not hold {name!r}, which {file_name} says; fetch it again")
+                raise ValueError(
+                    f"{directory / shard} does not hold {name!r}, which {file_name} says; fetch it again"
+                )
         for name in [n for n in self._entries if _matches(n, ignore)]:
             del self._entries[name]
         for alias, name in (aliases or {}).items():
@@ -351,7 +412,8 @@ class Weights:
                 self._entries[name] = self._entries[alias]
             elif not torch.equal(self.read(alias), self.read(name)):
                 raise ValueError(
-                    f"{directory}: {alias} and {name} are one tied tensor in this model, but their values differ; "
+                    f"{directory}: {alias} and {name} are one tied tensor in this "
+                    "model, but their values differ; "
                     "use weights whose two are equal"
                 )
             del self._entries[alias]
@@ -373,7 +435,8 @@ class Weights:
         return self._entries[name][3]
 
     def read(self, name: str, scratch: torch.Tensor | None = None) -> torch.Tensor:
-        """One tensor in memory of its own, or in what `scratch()` gave: then it is valid until the next read."""
+        """One tensor in memory of its own, or in what `scratch()`
+        gave: then it is valid until the next read."""
         path, key, shape, dtype, offset = self._entries[name]
         if offset is None:
             tensor = self._open_bin(path)[key]
@@ -394,12 +457,18 @@ class Weights:
         return tensor
 
     def scratch(self) -> torch.Tensor:
-        """Room for any one tensor. Fresh memory for each would leave the heap full of holes: up to 1.6x the weights."""
-        sizes = [math.prod(shape) * dtype.itemsize for _, _, shape, dtype, offset in self._entries.values() if offset]
+        """Room for any one tensor. Fresh memory for each would leave the heap full of holes: up to 1.6x the
+        weights."""
+        sizes = [
+            math.prod(shape) * dtype.itemsize
+            for _, _, shape, dtype, offset in self._entries.values()
+            if offset
+        ]
         return torch.empty(max(sizes, default=0), dtype=torch.uint8)
 
     def sample(self) -> str:
-        """Some values of every tensor, and the coarsest precision, as text: it tells other weights from these."""
+        """Some values of every tensor, and the coarsest precision, as text: it tells other weights from
+        these."""
         values, eps = {}, 0.0
         for name in self:
             path, key, shape, dtype, offset = self._entries[name]
@@ -440,9 +509,13 @@ class Weights:
                 except RuntimeError as e:
                     if "mmap can only be used" not in str(e):
                         raise
-                    tensors = torch.load(path, map_location="cpu", weights_only=True)  # format before torch 1.6
+                    tensors = torch.load(
+                        path, map_location="cpu", weights_only=True
+                    )  # format before torch 1.6
             except Exception as e:  # damaged pickles raise all sorts of errors
-                raise ValueError(f"{path} can't be read ({_reason(e)}); it may be cut short: fetch it again") from None
+                raise ValueError(
+                    f"{path} can't be read ({_reason(e)}); it may be cut short: fetch it again"
+                ) from None
             self._shard = (path, tensors)
         return self._shard[1]
 
@@ -455,12 +528,15 @@ def check_state(tensors, path) -> None:
         if not isinstance(name, str):
             raise ValueError(f"{path}: a tensor has the name {name!r}; expected text")
         if t.layout != torch.strided or t.device.type != "cpu" or t.dtype not in SAFETENSORS_DTYPES.values():
-            raise ValueError(f"{path}: {name!r} is {t.dtype}, {t.layout} on {t.device}; expected a plain tensor")
+            raise ValueError(
+                f"{path}: {name!r} is {t.dtype}, {t.layout} on {t.device}; expected a plain tensor"
+            )
 
 
 def open_weights(directory, ignore=(), aliases: dict | None = None) -> Weights:
-    """`ignore`: fnmatch patterns of names to leave out (what a model's files hold but its code recomputes). `aliases`
-    {name: name}: the first says the same as the second (tied weights), and is left out or takes its place."""
+    """`ignore`: fnmatch patterns of names to leave out (what a model's files hold but its code recomputes).
+    `aliases` {name: name}: the first says the same as the second (tied weights), and is left out or takes its
+    place."""
     return Weights(directory, ignore, aliases)
 
 
@@ -480,8 +556,8 @@ def _without_duplicates(pairs: list) -> dict:
 
 
 def _safetensors_entries(path: Path) -> tuple[dict, dict]:
-    """-> (entries, metadata). 8 bytes little-endian header length, JSON header, then the tensors without gaps or
-    overlaps, to the end of the file; all of that is checked."""
+    """-> (entries, metadata). 8 bytes little-endian header length, JSON header, then the tensors without gaps
+    or overlaps, to the end of the file; all of that is checked."""
     size = path.stat().st_size
     with open(path, "rb") as f:
         head = f.read(8)
@@ -508,7 +584,8 @@ def _safetensors_entries(path: Path) -> tuple[dict, dict]:
             raise ValueError(f"{where} has data offsets that do not fit its shape; fetch the file again")
         if data + offsets[1] > size:
             raise ValueError(
-                f"{path} is cut short: {size:,} bytes, but {name!r} ends at {data + offsets[1]:,}; fetch it again"
+                f"{path} is cut short: {size:,} bytes, but {name!r} ends at "
+                f"{data + offsets[1]:,}; fetch it again"
             )
         entries[name] = (path, name, torch.Size(shape), dtype, data + offsets[0])
         places.append((*offsets, name))
@@ -528,8 +605,8 @@ _Length = Annotated[int, 0, 1 << 50]
 
 
 def check_names(expected: dict, weights: Weights, ignore=()) -> None:
-    """Raise unless the weights have exactly the expected {name: shape}, in floating point; names in `ignore` don't
-    matter."""
+    """Raise unless the weights have exactly the expected {name: shape}, in floating point; names in `ignore`
+    don't matter."""
     ignore = set(ignore)
     problems = [f"missing {name}" for name in sorted(set(expected) - weights.names - ignore)]
     problems += [f"unexpected {name}" for name in sorted(weights.names - set(expected) - ignore)]
@@ -537,7 +614,9 @@ def check_names(expected: dict, weights: Weights, ignore=()) -> None:
         if tuple(weights.shape(name)) != tuple(expected[name]):
             problems.append(f"{name} is {tuple(weights.shape(name))}, expected {tuple(expected[name])}")
         elif not weights.dtype(name).is_floating_point:
-            problems.append(f"{name} is {weights.dtype(name)}, expected floating point (quantised files are not read)")
+            problems.append(
+                f"{name} is {weights.dtype(name)}, expected floating point (quantised files are not read)"
+            )
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(
@@ -556,7 +635,8 @@ def largest(tensor: torch.Tensor, name: str) -> float:
 
 @torch.no_grad()
 def copy_full_(param: torch.Tensor, full: torch.Tensor) -> None:
-    """Copy a full tensor into a parameter, casting; this rank takes what it holds of it (no communication)."""
+    """Copy a full tensor into a parameter, casting; this rank takes
+    what it holds of it (no communication)."""
     if hasattr(param, "cut"):
         full = param.cut.take(full)
     if isinstance(param, DTensor):
@@ -580,7 +660,8 @@ def full_tensor(param: torch.Tensor) -> torch.Tensor:
 def load_into(params: dict, weights: Weights, dtype: torch.dtype | None = None, skip=()) -> None:
     """Strict copy of the weights into {name: parameter}, one tensor at a time.
 
-    dtype: round to this first (None: only the parameter's own dtype counts). skip: names left alone on both sides.
+    dtype: round to this first (None: only the parameter's own dtype counts). skip: names left alone on both
+    sides.
     """
     check_names({name: parallel.whole_shape(p) for name, p in params.items()}, weights, ignore=skip)
     skip, scratch, peak = set(skip), weights.scratch(), 0.0
@@ -590,7 +671,9 @@ def load_into(params: dict, weights: Weights, dtype: torch.dtype | None = None, 
             high = largest(full, name)
             for kind in (dtype, params[name].dtype):
                 if kind is not None and high > torch.finfo(kind).max:
-                    raise ValueError(f"{name} has a value of {high:.3g}, too large for {kind}; use bfloat16 or float32")
+                    raise ValueError(
+                        f"{name} has a value of {high:.3g}, too large for {kind}; use bfloat16 or float32"
+                    )
             peak = max(peak, high)
             copy_full_(params[name], full if dtype is None else full.to(dtype))
     if params and not peak:
@@ -601,7 +684,8 @@ def load_into(params: dict, weights: Weights, dtype: torch.dtype | None = None, 
 
 
 def save_tensors(tensors: dict, path, metadata: dict[str, str]) -> None:
-    """A .safetensors file that is the same for the same tensors: the library writes `metadata` in a random order."""
+    """A .safetensors file that is the same for the same tensors: the library writes `metadata` in a random
+    order."""
     save_file(tensors, path, metadata=metadata)
     with open(path, "r+b") as file:
         size = struct.unpack("<Q", file.read(8))[0]
@@ -662,7 +746,8 @@ def save_weights(directory, named_tensors, max_shard_bytes: int = 5 * 10**9, wri
 
 
 def copy_side_files(source, target) -> None:
-    """Copy tokenizer and generation files that exist, so that the target is a model_name_or_path of its own."""
+    """Copy tokenizer and generation files that exist, so that the
+    target is a model_name_or_path of its own."""
     for pattern in SIDE_FILES:
         for path in Path(source).glob(pattern):
             shutil.copyfile(path, Path(target) / path.name)
@@ -670,11 +755,12 @@ def copy_side_files(source, target) -> None:
 
 @contextlib.contextmanager
 def atomic_dir(final, rank: int = 0):
-    """Yield `final`.tmp; when the body succeeded on all ranks, fsync it and rename it to `final`, replacing that.
+    """Yield `final`.tmp; when the body succeeded on all ranks, fsync it and rename it to `final`, replacing
+    that.
 
-    all ranks (needs a shared file system). If the body fails on one rank, every rank raises and `final` is as before.
-    Failed writes become a SaveError. A kill between the two renames of a replacement leaves the older one as
-    `final`.old, which the next call puts back.
+    all ranks (needs a shared file system). If the body fails on one rank, every rank raises and `final` is as
+    before. Failed writes become a SaveError. A kill between the two renames of a replacement leaves the older
+    one as `final`.old, which the next call puts back.
     """
     final = Path(os.path.abspath(final))
     temporary, old = final.with_name(final.name + ".tmp"), final.with_name(final.name + ".old")
@@ -743,7 +829,8 @@ def _all_or_none(path):
 
 
 def _reason(error: BaseException) -> str:
-    """One line: what went wrong first, seen through the wrapping of torch.distributed.checkpoint and torch.save."""
+    """One line: what went wrong first, seen through the wrapping of torch.distributed.checkpoint and
+    torch.save."""
     while isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     cause = error
@@ -751,7 +838,9 @@ def _reason(error: BaseException) -> str:
         cause = cause.__context__
     if cause is not None:
         return cause.strerror
-    if "inline_container.cc" in str(error):  # torch.save's words when a write fails; from another rank without cause
+    if "inline_container.cc" in str(
+        error
+    ):  # torch.save's words when a write fails; from another rank without cause
         return "a write failed (disk full?)"
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
@@ -760,13 +849,18 @@ def _reason(error: BaseException) -> str:
 
 
 class StateReader(dcp.FileSystemReader):
-    """Reads a training state without running what its pickled .metadata may ask for: only the classes that describe
-    tensors are known."""
+    """Reads a training state without running what its pickled .metadata may ask for: only the classes that
+    describe tensors are known."""
 
     KNOWN = {
         "torch.distributed.checkpoint.metadata": (
-            "Metadata", "TensorStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING", "ChunkStorageMetadata",
-            "MetadataIndex", "StorageMeta",
+            "Metadata",
+            "TensorStorageMetadata",
+            "TensorProperties",
+            "_MEM_FORMAT_ENCODING",
+            "ChunkStorageMetadata",
+            "MetadataIndex",
+            "StorageMeta",
         ),
         "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
         "torch": ("Size", *(str(dtype).removeprefix("torch.") for dtype in SAFETENSORS_DTYPES.values())),
@@ -774,7 +868,7 @@ class StateReader(dcp.FileSystemReader):
         "pathlib": ("PosixPath", "PurePosixPath", "WindowsPath"),
         "pathlib._local": ("PosixPath", "PurePosixPath", "WindowsPath"),
         "collections": ("OrderedDict",),
-    }  # fmt: skip
+    }
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str):
@@ -794,7 +888,9 @@ class StateReader(dcp.FileSystemReader):
             raise pickle.UnpicklingError("it holds something else than tensors")
         for place in metadata.storage_data.values():
             if os.path.basename(place.relative_path) != place.relative_path:
-                raise pickle.UnpicklingError(f"it names the file {place.relative_path!r} outside of the directory")
+                raise pickle.UnpicklingError(
+                    f"it names the file {place.relative_path!r} outside of the directory"
+                )
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
@@ -806,7 +902,8 @@ def file_digest(path) -> str:
 
 
 def save_train_state(directory, params: dict, optimizer: torch.optim.Optimizer, extra: dict) -> None:
-    """Write {name: parameter} and AdamW's state to train_state/, and `extra` to trainer_state.json. all ranks."""
+    """Write {name: parameter} and AdamW's state to train_state/, and `extra` to trainer_state.json. all
+    ranks."""
     folder, rank = Path(directory) / "train_state", dist.get_rank() if dist.is_initialized() else 0
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -836,11 +933,14 @@ def check_train_state(directory, files: dict) -> None:
         problems = [None] * size
         dist.all_gather_object(problems, problem)
     if problem := next(filter(None, problems), None):
-        raise ValueError(f"{problem}: the checkpoint is damaged; remove {directory} to resume from an earlier one")
+        raise ValueError(
+            f"{problem}: the checkpoint is damaged; remove {directory} to resume from an earlier one"
+        )
 
 
 def load_train_state(directory, params: dict, optimizer: torch.optim.Optimizer) -> dict:
-    """Read back what save_train_state wrote, bit for bit, on any number of ranks; returns `extra`. all ranks."""
+    """Read back what save_train_state wrote, bit for bit, on any
+    number of ranks; returns `extra`. all ranks."""
     directory = Path(directory)
     extra = read_json(directory / "trainer_state.json", "expected a checkpoint-N directory of a training run")
     files = extra.pop("train_state", {})
@@ -851,7 +951,9 @@ def load_train_state(directory, params: dict, optimizer: torch.optim.Optimizer) 
         reader = StateReader(directory / "train_state")
         saved = reader.read_metadata().state_dict_metadata
         here = {name: (tuple(t.shape), t.dtype) for name, t in state.items()}
-        if dist.is_initialized():  # pipeline stages hold different names; all ranks must come to the same verdict
+        if (
+            dist.is_initialized()
+        ):  # pipeline stages hold different names; all ranks must come to the same verdict
             gathered = [None] * dist.get_world_size()
             dist.all_gather_object(gathered, here)
             here = {name: value for part in gathered for name, value in part.items()}
@@ -864,23 +966,33 @@ def load_train_state(directory, params: dict, optimizer: torch.optim.Optimizer) 
         if problems:
             more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
             raise ValueError(
-                f"{directory} is another run's training state: {'; '.join(problems[:8])}{more}; resume with the "
+                f"{directory} is another run's training state: "
+                f"{'; '.join(problems[:8])}{more}; resume with the "
                 "model, precision and trainable parameters it was saved with, or set overwrite_output_dir"
             )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(state, storage_reader=reader)
-    except (OSError, EOFError, pickle.UnpicklingError, CheckpointException, AttributeError, TypeError, IndexError) as e:
+    except (
+        OSError,
+        EOFError,
+        pickle.UnpicklingError,
+        CheckpointException,
+        AttributeError,
+        TypeError,
+        IndexError,
+    ) as e:
         raise ValueError(
-            f"{directory}/train_state can't be read ({_reason(e)}); remove {directory} to resume from an earlier one"
+            f"{directory}/train_state can't be read ({_reason(e)}); remove "
+            f"{directory} to resume from an earlier one"
         ) from None
     return extra
 
 
 class Pieces(torch.Tensor):
-    """What this rank holds of a tensor-parallel parameter (or its AdamW state), as torch.distributed.checkpoint takes
-    it: a tensor of the whole shape without memory, and rectangles of it {place in the whole: view of the rank's
-    memory}. Packed blocks make several of them."""
+    """What this rank holds of a tensor-parallel parameter (or its AdamW state), as
+    torch.distributed.checkpoint takes it: a tensor of the whole shape without memory, and rectangles of it
+    {place in the whole: view of the rank's memory}. Packed blocks make several of them."""
 
     @staticmethod
     def __new__(cls, tensor: torch.Tensor, cut: parallel.Cut):
@@ -891,7 +1003,9 @@ class Pieces(torch.Tensor):
         local, first = tensor, [0] * tensor.ndim
         if isinstance(tensor, DTensor):
             local = tensor.to_local()
-            first = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1]
+            first = compute_local_shape_and_global_offset(
+                tensor.shape, tensor.device_mesh, tensor.placements
+            )[1]
         self.local = local
         self.pieces: dict[tuple, torch.Tensor] = {}
         block = tensor.shape[cut.dim] // cut.parts  # of each packed block, the rank has so many rows
@@ -928,7 +1042,8 @@ class Pieces(torch.Tensor):
 
 
 def _train_state(params: dict, optimizer: torch.optim.Optimizer) -> dict:
-    """Flat {key: tensor} that shares memory with parameters and AdamW state; missing AdamW state is created (zeros)."""
+    """Flat {key: tensor} that shares memory with parameters and AdamW state; missing AdamW state is created
+    (zeros)."""
 
     def entry(p, value):
         return Pieces(value.detach(), p.cut) if hasattr(p, "cut") and value.ndim else value.detach()
@@ -943,7 +1058,9 @@ def _train_state(params: dict, optimizer: torch.optim.Optimizer) -> dict:
                 on_device = group.get("fused") or group.get("capturable")
                 slots["step"] = torch.zeros((), dtype=torch.float32, device=p.device if on_device else "cpu")
                 slots["exp_avg"], slots["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-            assert set(slots) == {"step", "exp_avg", "exp_avg_sq"}, f"not plain AdamW: its state has {sorted(slots)}"
+            assert set(slots) == {"step", "exp_avg", "exp_avg_sq"}, (
+                f"not plain AdamW: its state has {sorted(slots)}"
+            )
             for key, value in slots.items():
                 state[f"optim.{names[id(p)]}.{key}"] = entry(p, value)
     return state
@@ -970,7 +1087,8 @@ def remove_dir(path: Path) -> None:
 
 
 def rotate(output_dir, limit: int | None, keep=(), own=None) -> None:
-    """Keep the newest `limit` checkpoints (None: all) and those in `keep`; clear what a killed save left. rank 0.
+    """Keep the newest `limit` checkpoints (None: all) and those in `keep`; clear what a killed save left.
+    rank 0.
 
     own(path): whether a checkpoint is of this run; others are the first to go.
     """

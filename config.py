@@ -1,12 +1,13 @@
-"""The configuration of a run: every key with its default, bounds and meaning, and the one parser that reads it.
+"""The configuration of a run: every key with its default, bounds and meaning, and the one parser that reads
+it.
 
     cfg = parse_config(["configs/qwen_vl/lora.json", "--learning_rate", "2e-5"])
     python train.py --help                       # the same keys, grouped, with types, defaults and bounds
 
-Keys come from JSON files and `--key value`; later wins; `--flag` alone means true. Whatever is wrong (an unknown key, a
-type, a number out of bounds, two keys that contradict each other) is a ValueError that names the key and what was
-expected. The keys of PaddleMIX's `paddlemix/tools` are translated or ignored by one table, TOOLKIT, so its JSON files
-run unchanged.
+Keys come from JSON files and `--key value`; later wins; `--flag` alone means true. Whatever is wrong (an
+unknown key, a type, a number out of bounds, two keys that contradict each other) is a ValueError that names
+the key and what was expected. The keys of PaddleMIX's `paddlemix/tools` are translated or ignored by one
+table, TOOLKIT, so its JSON files run unchanged.
 """
 
 import dataclasses
@@ -50,8 +51,9 @@ MB = 1_000_000
 
 
 def key(group: str, default, help: str, **rules):
-    """A field of the configuration. Rules: `low` and `high` (inclusive), `above` and `below` (exclusive), `off` (a
-    number outside of them that means off), `choices`, `path` (a file name), `filled` (a list must not be empty)."""
+    """A field of the configuration. Rules: `low` and `high` (inclusive), `above` and `below` (exclusive),
+    `off` (a number outside of them that means off), `choices`, `path` (a file name), `filled` (a list must
+    not be empty)."""
     return field(default=default, metadata={"group": group, "help": help, **rules})
 
 
@@ -165,9 +167,11 @@ class Config:
         OPTIMISER, False, "weight decay on single numbers too (LAVIS decays its temperature)"
     )
     lr_scheduler_type: str = key(
-        OPTIMISER, "linear", "shape after the warm-up; cosine_epochs steps down once an epoch, as LAVIS",
+        OPTIMISER,
+        "linear",
+        "shape after the warm-up; cosine_epochs steps down once an epoch, as LAVIS",
         choices=("linear", "cosine", "constant", "cosine_epochs"),
-    )  # fmt: skip
+    )
     warmup_ratio: float = key(OPTIMISER, 0.0, "share of the updates that warm up", low=0, high=1)
     warmup_steps: int = key(OPTIMISER, 0, "updates that warm up; wins over warmup_ratio", low=0, high=COUNT)
     warmup_start_lr: float = key(OPTIMISER, 0.0, "where the warm-up begins", low=0, high=10)
@@ -186,9 +190,11 @@ class Config:
     )
     compile: bool = key(SPEED, False, "torch.compile of the blocks")
     use_flash_attention: str | bool = key(
-        SPEED, "auto", "auto: Triton kernels on a GPU; true: these or an error; false: plain PyTorch",
+        SPEED,
+        "auto",
+        "auto: Triton kernels on a GPU; true: these or an error; false: plain PyTorch",
         choices=("auto", True, False),
-    )  # fmt: skip
+    )
 
     lora: bool = key(ADAPTER, False, "train low-rank adapters instead of the weights")
     lora_rank: int = key(ADAPTER, 8, "rank of the adapters", low=1, high=4096)
@@ -228,13 +234,18 @@ class Config:
         off=-1,
     )
     pipeline_schedule: str = key(
-        LAYOUT, "1f1b", "1f1b keeps few micro-batches' activations; gpipe runs all forward, then all backward passes; "
-        "interleaved is 1f1b with two stages on each rank", choices=pipeline.SCHEDULES,
-    )  # fmt: skip
+        LAYOUT,
+        "1f1b",
+        "1f1b keeps few micro-batches' activations; gpipe runs all forward, then all backward passes; "
+        "interleaved is 1f1b with two stages on each rank",
+        choices=pipeline.SCHEDULES,
+    )
     sharding: str | None = key(
-        LAYOUT, None, "ZeRO over data-parallel ranks: of optimiser state, gradients too, weights too",
+        LAYOUT,
+        None,
+        "ZeRO over data-parallel ranks: of optimiser state, gradients too, weights too",
         choices=(None, *parallel.STAGES),
-    )  # fmt: skip
+    )
     sharding_parallel_degree: int | None = key(
         LAYOUT,
         None,
@@ -269,9 +280,11 @@ class Short:
     """Keys that say in one word what several of Config's say; they are translated into those."""
 
     precision: str | None = key(
-        SPEED, None, "bf16, fp16: autocast over fp32 weights; -master: 16-bit weights with fp32 master copies",
+        SPEED,
+        None,
+        "bf16, fp16: autocast over fp32 weights; -master: 16-bit weights with fp32 master copies",
         choices=(None, *PRECISIONS),
-    )  # fmt: skip
+    )
     resume: str | None = key(
         RUN,
         None,
@@ -323,9 +336,11 @@ def _other_scheduler(name) -> dict:
     return {"lr_scheduler_type": "cosine"}
 
 
-# The keys of PaddleMIX's files that are not ours, by fnmatch pattern: None has no effect here, a function translates.
+# The keys of PaddleMIX's files that are not ours, by fnmatch pattern: None has no effect here, a function
+# translates.
 TOOLKIT = dict.fromkeys(
-    "src_length lazy task_name prefix_* neftune* device use_auto_parallel amp_* do_predict zero_padding optim "
+    "src_length lazy task_name prefix_* neftune* device use_auto_parallel "
+    "amp_* do_predict zero_padding optim "
     "scale_loss unified_checkpoint use_fused_* dataloader_* ignore_* text_model_name_or_path".split()
 ) | {"lr_scheduler_name": _other_scheduler}
 
@@ -367,7 +382,9 @@ def bounds(rules) -> str:
 
 
 def check_number(name: str, value, rules) -> None:
-    if isinstance(value, float) and not math.isfinite(value):  # an int of 400 digits is finite, and out of bounds
+    if isinstance(value, float) and not math.isfinite(
+        value
+    ):  # an int of 400 digits is finite, and out of bounds
         raise ValueError(f"{name}={value}; expected a finite number")
     inside = (
         rules.get("low", value) <= value <= rules.get("high", value)
@@ -478,8 +495,13 @@ def loads(text: str, where: str):
 def here_or_shipped(path: str) -> str:
     """A file of configs/ or samples/ is found from every working directory."""
     shipped = data.ROOT / path
-    return str(shipped) if not os.path.exists(path) and Path(path).parts[:1] in (("configs",), ("samples",)) and (
-        shipped.exists()) else path  # fmt: skip
+    return (
+        str(shipped)
+        if not os.path.exists(path)
+        and Path(path).parts[:1] in (("configs",), ("samples",))
+        and (shipped.exists())
+        else path
+    )
 
 
 def read_file(path: str) -> dict:
@@ -528,7 +550,8 @@ def sources_of(argv: list[str]) -> list[tuple[str, dict, bool]]:
 
 
 def translate(where: str, given: dict, values: dict) -> None:
-    """What one source says through Short's keys, into Config's; the source's own values must not contradict it."""
+    """What one source says through Short's keys, into Config's; the source's own values must not contradict
+    it."""
     new = {}
     for name in [f.name for f in fields(Short) if given.get(f.name) is not None]:
         value = given[name]
@@ -547,7 +570,8 @@ def translate(where: str, given: dict, values: dict) -> None:
         for key, ours in says.items():
             if key in given and given[key] != ours:
                 raise ValueError(
-                    f"{where}: {name}={value} and {key}={shown(given[key])} contradict each other; keep {name}"
+                    f"{where}: {name}={value} and {key}={shown(given[key])} "
+                    f"contradict each other; keep {name}"
                 )
         new |= says
     values |= {**{k: v for k, v in given.items() if k not in SHORT}, **new}
@@ -557,7 +581,8 @@ SHORT = {f.name for f in fields(Short)}
 
 
 def parse_config(argv: list[str], cls=Config, usage: str = "train.py [CONFIG.json ...] [--key value ...]"):
-    """`[config.json ...] [--key value ...]` -> a `cls`. Raises ValueError; -h and --help print the keys and exit."""
+    """`[config.json ...] [--key value ...]` -> a `cls`. Raises ValueError; -h and --help print the keys and
+    exit."""
     if "-h" in argv or "--help" in argv:
         if is_main():
             print(help_text(cls, usage))
@@ -594,7 +619,10 @@ def parse_config(argv: list[str], cls=Config, usage: str = "train.py [CONFIG.jso
 def with_sample_defaults(values: dict, hints: dict) -> dict:
     """Without a dataset: the one of samples/, with the settings that suit it."""
     stage = "lora" if values.get("lora") else values.get("stage", "sft")
-    shipped = {path.stem: path for path in (data.ROOT / "configs" / (values.get("model") or "qwen_vl")).glob("*.json")}
+    shipped = {
+        path.stem: path
+        for path in (data.ROOT / "configs" / (values.get("model") or "qwen_vl")).glob("*.json")
+    }
     if (path := shipped.get(f"samples_{stage}")) is None:
         return values
     note(f"no dataset given: training on samples/ with the settings of {path.relative_to(data.ROOT)}")
@@ -607,7 +635,8 @@ def with_sample_defaults(values: dict, hints: dict) -> dict:
 
 
 def validate(cfg: Config) -> None:
-    """What one key alone cannot say: keys that contradict each other are refused, keys without effect are named."""
+    """What one key alone cannot say: keys that contradict each other are refused, keys without effect are
+    named."""
     validate_dataset(cfg)
     validate_pipeline(cfg)
     for name in ("model_name_or_path", "init_from"):
@@ -632,7 +661,8 @@ def validate(cfg: Config) -> None:
     eval_steps = cfg.eval_steps or cfg.save_steps
     if cfg.load_best_model_at_end and cfg.save_strategy == "steps" and eval_steps % cfg.save_steps:
         raise ValueError(
-            f"load_best_model_at_end needs a checkpoint of every evaluation: eval_steps={eval_steps} must be a "
+            "load_best_model_at_end needs a checkpoint of every evaluation: "
+            f"eval_steps={eval_steps} must be a "
             f"multiple of save_steps={cfg.save_steps}"
         )
     if cfg.metric_for_best_model != "eval_loss" and not cfg.eval_with_do_generation:
@@ -684,7 +714,8 @@ def validate_dataset(cfg: Config) -> None:
 
 
 def check_entry(where: str, entry) -> dict:
-    """An entry whose keys are known and whose values have their types; shipped files are found from everywhere."""
+    """An entry whose keys are known and whose values have their types; shipped files are found from
+    everywhere."""
     if not isinstance(entry, dict):
         raise ValueError(f"{where} is {shown(entry)}; expected an object with data_files")
     known, hints = {f.name: f for f in fields(EntryKeys)}, typing.get_type_hints(EntryKeys)
@@ -718,7 +749,8 @@ def validate_pipeline(cfg: Config) -> None:
         )
     if cfg.pipeline_schedule == "interleaved" and micro_batches % rounds:
         raise ValueError(
-            f"gradient_accumulation_steps={micro_batches} with {pp} and pipeline_schedule=interleaved; use a multiple "
+            f"gradient_accumulation_steps={micro_batches} with {pp} and "
+            "pipeline_schedule=interleaved; use a multiple "
             f"of {cfg.pipeline_parallel_degree}"
         )
     for key in ("cache_image_features", "eval_with_do_generation"):

@@ -3,10 +3,10 @@
     python convert_sat.py import visualglm-6b-sat visualglm-6b --qkv split --tokenizer chatglm-6b
     python convert_sat.py export merged merged-sat --qkv split
 
-A SAT directory holds `latest`, model_config.json and `1/mp_rank_00_model_states.pt`. The rows of the language model's
-query_key_value are [all q | all k | all v] (`--qkv split`, SAT >= 0.4, the download since July 2023) or per head
-q, k, v (`--qkv per_head`, SAT 0.3 and the first download); nothing in a file says which, and the wrong one gives
-nonsense. Memory: the checkpoint once.
+A SAT directory holds `latest`, model_config.json and `1/mp_rank_00_model_states.pt`. The rows of the language
+model's query_key_value are [all q | all k | all v] (`--qkv split`, SAT >= 0.4, the download since July 2023)
+or per head q, k, v (`--qkv per_head`, SAT 0.3 and the first download); nothing in a file says which, and the
+wrong one gives nonsense. Memory: the checkpoint once.
 """
 
 import python_version  # noqa: F401  (first: it says which Python is needed)
@@ -24,9 +24,19 @@ import terminal
 
 # in SAT's files, but recomputed or unused: rotary frequencies, and 0.3's position table
 LEFT_OUT = ("mixins.chatglm-attn.rotary_emb.inv_freq", "transformer.position_embeddings.weight")
-SAME_KEYS = ["hidden_size", "num_layers", "num_attention_heads", "inner_hidden_size", "vocab_size",
-             "max_sequence_length", "image_length", "bos_token_id", "mask_token_id", "gmask_token_id",
-             "pad_token_id"]  # fmt: skip
+SAME_KEYS = [
+    "hidden_size",
+    "num_layers",
+    "num_attention_heads",
+    "inner_hidden_size",
+    "vocab_size",
+    "max_sequence_length",
+    "image_length",
+    "bos_token_id",
+    "mask_token_id",
+    "gmask_token_id",
+    "pad_token_id",
+]
 RENAMED = {"eva_config": "eva_args", "qformer_config": "qformer_args"}
 
 
@@ -36,13 +46,15 @@ def expected_shapes(config: dict) -> dict[str, torch.Size]:
 
 
 def read_state(source: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a SAT checkpoint; no code in it is run. Beside them SAT keeps where it was in training: the random
-    states hold NumPy arrays, which are let in as data."""
+    """The tensors of a SAT checkpoint; no code in it is run. Beside them SAT keeps where it was in training:
+    the random states hold NumPy arrays, which are let in as data."""
     if not (source / "latest").is_file():
         raise ValueError(f"{source} has no file latest; expected a SAT checkpoint directory")
     folder = (source / "latest").read_text(encoding="utf-8", errors="replace").strip()
     if folder != os.path.basename(folder) or folder in ("", ".", ".."):
-        raise ValueError(f"{source / 'latest'} names {folder[:60]!r}; expected the name of a directory beside it")
+        raise ValueError(
+            f"{source / 'latest'} names {folder[:60]!r}; expected the name of a directory beside it"
+        )
     path = source / folder / "mp_rank_00_model_states.pt"
     if not path.is_file():
         raise ValueError(f"{path} is missing, but {source / 'latest'} names its directory; fetch it again")
@@ -55,7 +67,9 @@ def read_state(source: Path) -> dict[str, torch.Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)["module"]
     except Exception as e:  # damaged pickles raise all sorts of errors
         reason = (str(e).splitlines() or ["cut short"])[0][:200]
-        raise ValueError(f"{path} is no SAT checkpoint of one model-parallel rank ({reason}); fetch it again") from None
+        raise ValueError(
+            f"{path} is no SAT checkpoint of one model-parallel rank ({reason}); fetch it again"
+        ) from None
     checkpoint.check_state(state, path)
     return state
 
@@ -69,7 +83,9 @@ def import_sat(source: Path, target: Path, split_qkv: bool, tokenizer: Path | No
     state = read_state(source)
     state = {name: tensor for name, tensor in state.items() if name not in LEFT_OUT}
     names = {glm.sat_name(name): name for name in shapes}
-    problems = [f"missing {n}" for n in names if n not in state] + [f"unexpected {n}" for n in state if n not in names]
+    problems = [f"missing {n}" for n in names if n not in state] + [
+        f"unexpected {n}" for n in state if n not in names
+    ]
     problems += [
         f"{n} is {tuple(state[n].shape)}, expected {tuple(shapes[name])}"
         for n, name in names.items()
@@ -80,7 +96,9 @@ def import_sat(source: Path, target: Path, split_qkv: bool, tokenizer: Path | No
         raise ValueError(f"{source} does not fit its model_config.json: {some} ({len(problems)} in all)")
     for n in names:
         if not state[n].is_floating_point():
-            raise ValueError(f"{n} is {state[n].dtype}; expected floating point (quantised files are not read)")
+            raise ValueError(
+                f"{n} is {state[n].dtype}; expected floating point (quantised files are not read)"
+            )
         checkpoint.largest(state[n], n)
     heads = config["num_attention_heads"]
     tensors = (
@@ -99,7 +117,9 @@ def import_sat(source: Path, target: Path, split_qkv: bool, tokenizer: Path | No
 def export_sat(source: Path, target: Path, split_qkv: bool) -> None:
     config = checkpoint.read_config(source)
     if checkpoint.model_kind(config) != "visualglm" or config.get("pre_seq_len"):
-        raise ValueError(f"{source} is no VisualGLM without P-tuning; only that has a counterpart in SAT's format")
+        raise ValueError(
+            f"{source} is no VisualGLM without P-tuning; only that has a counterpart in SAT's format"
+        )
     weights = checkpoint.open_weights(source, glm.IGNORED_WEIGHTS)
     checkpoint.check_names(expected_shapes(config), weights)
     c = glm.VisualGLMConfig.from_dict(config)
@@ -113,8 +133,13 @@ def export_sat(source: Path, target: Path, split_qkv: bool) -> None:
     state[LEFT_OUT[0]] = glm.inverse_frequencies(c.head_dim, exact=True)
     sat_config = {k: config[k] for k in (*SAME_KEYS, "layernorm_epsilon", "eos_token_id") if k in config}
     sat_config |= {theirs: config[ours] for ours, theirs in RENAMED.items()}
-    sat_config |= {"model_class": "VisualGLMModel", "tokenizer_type": "THUDM/chatglm-6b", "model_parallel_size": 1,
-                   "layernorm_order": "post", "use_bias": True}  # fmt: skip
+    sat_config |= {
+        "model_class": "VisualGLMModel",
+        "tokenizer_type": "THUDM/chatglm-6b",
+        "model_parallel_size": 1,
+        "layernorm_order": "post",
+        "use_bias": True,
+    }
     with checkpoint.atomic_dir(target) as directory:
         (directory / "1").mkdir()
         torch.save({"module": state}, directory / "1" / "mp_rank_00_model_states.pt")
@@ -139,7 +164,10 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{args.target} exists; choose another directory")
     if args.direction == "import":
         import_sat(args.source, args.target, args.qkv == "split", args.tokenizer)
-        print("note: SAT trains this model with a dropout of 0.1; train.py trains it without (lora_dropout is its own)")
+        print(
+            "note: SAT trains this model with a dropout of 0.1; train.py trains "
+            "it without (lora_dropout is its own)"
+        )
     else:
         export_sat(args.source, args.target, args.qkv == "split")
     print(f"wrote {args.target}")

@@ -1,11 +1,11 @@
 """Data: records -> conversations -> samples -> token streams, in an order fixed by (files, seed, epoch).
 
-    python data.py check                  # open every record, decode every image; also: check CONFIG.json --key value
-    python data.py preview --packs 1      # the first stream as the model sees it, boxes drawn onto their images
+    python data.py check  # open every record and image; or: check CONFIG.json --key value
+    python data.py preview --packs 1  # the first stream as the model sees it, boxes drawn onto their images
 
-Top to bottom: entries (files of records, which records.py reads) -> length index (measured once, cached) -> plan
-(shuffle, mixture, packs, deal to ranks) -> samples and batches -> loader -> the two commands. A large set belongs in
-JSONL: its lines stay on disk, while a JSON document is held in memory by every worker.
+Top to bottom: entries (files of records, which records.py reads) -> length index (measured once, cached) ->
+plan (shuffle, mixture, packs, deal to ranks) -> samples and batches -> loader -> the two commands. A large
+set belongs in JSONL: its lines stay on disk, while a JSON document is held in memory by every worker.
 """
 
 import python_version  # noqa: F401  (first: it says which Python is needed)
@@ -57,21 +57,33 @@ from records import (
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_DATASET = {
-    split: [{"name": "coco_vqa", "data_files": f"{ROOT}/samples/flags_zh/{file}", "image_root": f"{ROOT}/samples"}]
+    split: [
+        {"name": "coco_vqa", "data_files": f"{ROOT}/samples/flags_zh/{file}", "image_root": f"{ROOT}/samples"}
+    ]
     for split, file in (("train", "train.jsonl"), ("eval", "val.jsonl"))
 }
 ENTRY_KEYS = (
-    "name", "data_files", "image_root", "weight", "max_samples", "chat_template", "splits", "eval_split", "eval_part",
-)  # fmt: skip
+    "name",
+    "data_files",
+    "image_root",
+    "weight",
+    "max_samples",
+    "chat_template",
+    "splits",
+    "eval_split",
+    "eval_part",
+)
 IGNORE = -100
 HOST_TENSORS = ("cu_seqlens", "prefix_lens", "rope_lengths")  # of a batch: they stay on the CPU
 
 
-# -------------------------------------------------------------------------------------------------------------- entries
+# --------------------------------------------------------------------------------------------------
+# entries
 
 
 class Entry:
-    """One entry of the configuration's "dataset": its files as one sequence of records, and how they are read."""
+    """One entry of the configuration's "dataset": its files as one sequence of records, and how they are
+    read."""
 
     def __init__(self, settings: dict):
         if not isinstance(settings, dict):
@@ -83,7 +95,8 @@ class Entry:
         if self.name is not None and (not isinstance(self.name, str) or self.name not in READERS):
             known = ", ".join(READERS)
             raise ValueError(
-                f"unknown dataset name {cut(self.name)}; known: {known}{nearest(self.name, READERS)}; without a name "
+                f"unknown dataset name {cut(self.name)}; known: "
+                f"{known}{nearest(self.name, READERS)}; without a name "
                 "records are recognised by their keys"
             )
         files = settings.get("data_files")
@@ -146,7 +159,8 @@ class Entry:
         return source.where(i)
 
     def conversations(self, i: int) -> list[Conversation]:
-        """Record i as conversations; none if "splits" or "eval_split" leave it out. BadRecord if it is unusable."""
+        """Record i as conversations; none if "splits" or "eval_split" leave it out. BadRecord if it is
+        unusable."""
         (source, n), where = self.locate(i), self.where(i)
         with one_record(where):
             try:
@@ -183,7 +197,8 @@ def share_of(record) -> float:
 
 
 def read_system(path: str | None) -> str | None:
-    """System text of a PaddleNLP chat template, {"system": "<|im_start|>system\\n...<|im_end|>"} or plain text."""
+    """System text of a PaddleNLP chat template, {"system": "<|im_start|>system\\n...<|im_end|>"} or plain
+    text."""
     if path is None:
         return None
     if not isinstance(path, str):
@@ -240,7 +255,8 @@ def hold_out(dataset: dict, share: float) -> dict:
     }
 
 
-# --------------------------------------------------------------------------------------------------------- length index
+# --------------------------------------------------------------------------------------------------
+# length index
 
 
 @dataclass
@@ -292,7 +308,9 @@ class Measurer:
         for record in range(first, end):
             try:
                 with one_record(entry.where(record)):
-                    rows += [(number, record, part, *sizes) for part, sizes in enumerate(self.sizes(entry, record))]
+                    rows += [
+                        (number, record, part, *sizes) for part, sizes in enumerate(self.sizes(entry, record))
+                    ]
             except BadRecord as e:  # a record is used whole or not at all
                 problems.append((number, record, e.where, e.reason))
         return np.array(rows, dtype=np.int64).reshape(-1, 7), problems
@@ -305,7 +323,9 @@ class Measurer:
             for source in sample["images"] if self.decode else ():
                 self.decode_image(source)
             length = len(sample["input_ids"])
-            assert length <= self.max_length, f"encode() gave {length} tokens, max_length is {self.max_length}"
+            assert length <= self.max_length, (
+                f"encode() gave {length} tokens, max_length is {self.max_length}"
+            )
             supervised = int((sample["labels"][1:] != IGNORE).sum())  # the first token is never a target
             if not supervised:
                 raise ValueError(f"no supervised token within max_length={self.max_length}")
@@ -314,7 +334,8 @@ class Measurer:
 
 
 def ends_with_parent() -> None:
-    """For a worker: it ends when its parent does, however that dies; signals of a terminal are the parent's."""
+    """For a worker: it ends when its parent does, however that dies;
+    signals of a terminal are the parent's."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     parent = os.getppid()
@@ -389,12 +410,15 @@ def digest(path: str) -> str:
 
 
 def content_key(entries: list[Entry]) -> str:
-    """Changes whenever the records of the entries, their order or their mixture do; not with the place of the files."""
+    """Changes whenever the records of the entries, their order or their mixture do; not with the place of the
+    files."""
     facts = []
     for entry in entries:
         if not hasattr(entry, "digests"):
             entry.digests = [digest(path) for path in entry.paths]
-        settings = {k: v for k, v in entry.settings.items() if k not in ("data_files", "image_root", "chat_template")}
+        settings = {
+            k: v for k, v in entry.settings.items() if k not in ("data_files", "image_root", "chat_template")
+        }
         facts.append([entry.digests, settings, entry.system])
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -427,13 +451,19 @@ def read_index(path: Path) -> tuple[np.ndarray, list] | None:
 
 
 def build_index(
-    entries: list[dict], processor, max_length: int, cache_dir: str | None, num_workers: int = 0, progress: bool = True,
-    max_bad_samples: float = 0.01, decode_images: bool = False,
-) -> Index:  # fmt: skip
+    entries: list[dict],
+    processor,
+    max_length: int,
+    cache_dir: str | None,
+    num_workers: int = 0,
+    progress: bool = True,
+    max_bad_samples: float = 0.01,
+    decode_images: bool = False,
+) -> Index:
     """Measure every record once. Image files must exist; they are not decoded unless asked.
 
-    Unusable records are left out and listed; more than a share of max_bad_samples is a ValueError. With cache_dir the
-    result is kept there under a key of files, settings, max_length and processor.
+    Unusable records are left out and listed; more than a share of max_bad_samples is a ValueError. With
+    cache_dir the result is kept there under a key of files, settings, max_length and processor.
     """
     entries = open_entries(entries)
     measurer = Measurer(entries, processor, max_length, decode_images)
@@ -461,11 +491,14 @@ def build_index(
         path.parent.mkdir(parents=True, exist_ok=True)
         listing = json.dumps(problems)
         with checkpoint.atomic_file(path) as file:
-            np.savez(file, rows=rows, problems=np.array(listing), checksum=np.array(index_checksum(rows, listing)))
+            np.savez(
+                file, rows=rows, problems=np.array(listing), checksum=np.array(index_checksum(rows, listing))
+            )
     return Index(entries, rows, listed)
 
 
-# ----------------------------------------------------------------------------------------------------------------- plan
+# ------------------------------------------------------------------------------------------------
+# plan
 
 
 def generator(*seed: int) -> np.random.Generator:
@@ -480,20 +513,30 @@ class Plan:
     global_batch = per_device_batch * grad_accum * dp_size; how it splits into these three changes no step.
     """
 
-    def __init__(self, index: Index, seed: int, max_length: int, mixtoken=False, max_images=None, shuffle=True):
+    def __init__(
+        self, index: Index, seed: int, max_length: int, mixtoken=False, max_images=None, shuffle=True
+    ):
         self.index, self.seed, self.max_length = index, seed, max_length
         self.mixtoken, self.max_images, self.shuffle = mixtoken, max_images, shuffle
         self.cached = None, None  # epoch, units
-        self.origin = 0, 0, 0  # the run stands behind (step, epoch, units of it); later steps count from there
+        self.origin = (
+            0,
+            0,
+            0,
+        )  # the run stands behind (step, epoch, units of it); later steps count from there
         self.num_units = {}  # epoch -> number of units: packs differ a little from one shuffle to the next
         if mixtoken and max_images and index.num_images.max() > max_images:
             n = int(index.num_images.argmax())
-            raise ValueError(f"{index.where(n)} has {index.num_images[n]} images, more than max_images={max_images}")
+            raise ValueError(
+                f"{index.where(n)} has {index.num_images[n]} images, more than max_images={max_images}"
+            )
         weights = [entry.weight for entry in index.entries]
         self.weighted = shuffle and any(w is not None for w in weights)
         if self.weighted:
             if None in weights or not sum(weights):
-                raise ValueError(f"weights of the dataset entries are {weights}; give every entry one, or none")
+                raise ValueError(
+                    f"weights of the dataset entries are {weights}; give every entry one, or none"
+                )
             self.shares = np.array(weights, float) / sum(weights)
             self.members = [np.flatnonzero(index.entry == e) for e in range(len(weights))]
             for entry, members in zip(index.entries, self.members, strict=True):
@@ -501,7 +544,8 @@ class Plan:
                     raise ValueError(f"dataset entry {entry.label} has weight {entry.weight} but no sample")
 
     def order(self, epoch: int) -> np.ndarray:
-        """Sample numbers in the order of training. With weights an epoch is as many draws as there are samples."""
+        """Sample numbers in the order of training. With weights an epoch is as many draws as there are
+        samples."""
         if not self.shuffle:
             return np.arange(len(self.index))
         if not self.weighted:
@@ -574,7 +618,8 @@ class Plan:
         return epoch, first + step * global_batch
 
     def micro_batches(self, step: int, dp_rank: int, dp_size: int, per_device_batch: int, grad_accum: int):
-        """-> (epoch, one list of units per forward pass of this rank). All ranks get equally many lists, some empty."""
+        """-> (epoch, one list of units per forward pass of this rank). All ranks get equally many lists, some
+        empty."""
         round_size = per_device_batch * dp_size
         epoch, first = self.locate(step, round_size * grad_accum)
         units = self.units(epoch)[first : first + round_size * grad_accum]
@@ -582,7 +627,8 @@ class Plan:
         return epoch, [units_of_round[dp_rank::dp_size] for units_of_round in rounds]
 
 
-# -------------------------------------------------------------------------------------------------- samples and batches
+# -------------------------------------------------------------------------------------------------- samples
+# and batches
 
 
 def splitmix64(x: np.ndarray) -> np.ndarray:
@@ -602,8 +648,8 @@ def hash_keys(*parts) -> np.ndarray:
 
 
 def jitter(image: torch.Tensor, fraction: float, rng: np.random.Generator) -> torch.Tensor:
-    """(3, H, W), moved by up to that fraction of a side, scaled by up to it, turned by up to as many radians, edge
-    pixels repeated; brightness by up to 0.1 std (3%).
+    """(3, H, W), moved by up to that fraction of a side, scaled by up to it, turned by up to as many radians,
+    edge pixels repeated; brightness by up to 0.1 std (3%).
 
     Boxes in the text stay where they were: keep the fraction below the precision they need.
     """
@@ -616,8 +662,11 @@ def jitter(image: torch.Tensor, fraction: float, rng: np.random.Generator) -> to
     return moved + rng.uniform(-0.1, 0.1)
 
 
-def attach_images(sample: dict, processor, features=None, image_jitter: float = 0.0, seed: tuple = ()) -> dict:
-    """Add what collate needs of the sample's images: pixel_values, or image_features from `features.get(path)`."""
+def attach_images(
+    sample: dict, processor, features=None, image_jitter: float = 0.0, seed: tuple = ()
+) -> dict:
+    """Add what collate needs of the sample's images: pixel_values, or image_features from
+    `features.get(path)`."""
     sample["num_image_tokens"] = processor.num_image_tokens
     if features is not None:
         found = [features.get(path) for path in sample["images"]]
@@ -635,14 +684,24 @@ def attach_images(sample: dict, processor, features=None, image_jitter: float = 
 
 
 def load_sample(
-    index: Index, number: int, epoch: int, processor, max_length: int, seed: int, image_jitter=0.0, features=None
+    index: Index,
+    number: int,
+    epoch: int,
+    processor,
+    max_length: int,
+    seed: int,
+    image_jitter=0.0,
+    features=None,
 ) -> dict:
-    """Sample `number`, ready for collate. Raises BadRecord if it can't be read or an image can't be decoded."""
+    """Sample `number`, ready for collate. Raises BadRecord if it
+    can't be read or an image can't be decoded."""
     entry, conversation = int(index.entry[number]), index.conversation(number)
     with one_record(conversation.where):
         sample = processor.encode(conversation, max_length)
         attach_images(sample, processor, features, image_jitter, seed=(seed, epoch, int(number)))
-    sample.update(sample_id=f"{conversation.where}#{conversation.id}", dataset_id=entry, key=(seed, epoch, int(number)))
+    sample.update(
+        sample_id=f"{conversation.where}#{conversation.id}", dataset_id=entry, key=(seed, epoch, int(number))
+    )
     return sample
 
 
@@ -652,10 +711,11 @@ def blank(image_size: int | tuple[int, int]) -> torch.Tensor:
 
 
 def collate(samples: list[dict], bad=(), num_image_tokens: int = 0, blank_ids=(0,)) -> dict:
-    """Samples -> one stream of T tokens and S segments. No sample: a segment of `blank_ids` that predicts nothing.
+    """Samples -> one stream of T tokens and S segments. No sample: a segment of `blank_ids` that predicts
+    nothing.
 
-    A model with other positions than 0, 1, 2, ... gives a sample's `position_ids`, (T,) or (n, T); one whose first
-    tokens are seen by the whole segment gives their number, `prefix_len`.
+    A model with other positions than 0, 1, 2, ... gives a sample's `position_ids`, (T,) or (n, T); one whose
+    first tokens are seen by the whole segment gives their number, `prefix_len`.
     """
     if not samples:
         ids = np.array(blank_ids, np.int32)
@@ -664,7 +724,9 @@ def collate(samples: list[dict], bad=(), num_image_tokens: int = 0, blank_ids=(0
     lengths = [len(sample["input_ids"]) for sample in samples]
     starts = np.cumsum([0, *lengths])
     slots = np.arange(samples[0].get("num_image_tokens", num_image_tokens))  # (Q,)
-    assert len(slots) or not any(s["image_starts"] for s in samples), "collate needs num_image_tokens (attach_images)"
+    assert len(slots) or not any(s["image_starts"] for s in samples), (
+        "collate needs num_image_tokens (attach_images)"
+    )
     targets, keys, image_keys, positions = [], [], [], [np.zeros((0, len(slots)), np.int64)]
     for sample, start, length in zip(samples, starts, lengths, strict=False):
         targets.append(np.append(sample["labels"][1:], IGNORE))
@@ -705,7 +767,9 @@ def pad_stream(batch: dict, length: int) -> dict:
     if not missing:
         return batch
     values = {"input_ids": 0, "targets": IGNORE, "position_ids": 0, "dropout_keys": 0}
-    padded = {key: torch.nn.functional.pad(batch[key], (0, missing), value=value) for key, value in values.items()}
+    padded = {
+        key: torch.nn.functional.pad(batch[key], (0, missing), value=value) for key, value in values.items()
+    }
     padded["cu_seqlens"] = torch.nn.functional.pad(batch["cu_seqlens"], (0, 1), value=length)
     padded["max_len"] = max(batch["max_len"], missing)
     if "prefix_lens" in batch:
@@ -713,22 +777,43 @@ def pad_stream(batch: dict, length: int) -> dict:
     return {**batch, **padded}
 
 
-# --------------------------------------------------------------------------------------------------------------- loader
+# ------------------------------------------------------------------------------------------------
+# loader
 
 
 class TrainLoader:
-    """Yields (step, epoch, [batch per forward pass of this rank]) for steps start_step .. total_steps - 1, in order.
+    """Yields (step, epoch, [batch per forward pass of this rank]) for steps start_step .. total_steps - 1, in
+    order.
 
-    The batches are the same for any num_workers. A sample that fails to load is left out and listed in batch["bad"].
+    The batches are the same for any num_workers. A sample that fails to load is left out and listed in
+    batch["bad"].
     """
 
     def __init__(
-        self, plan: Plan, processor, *, start_step: int, total_steps: int, dp_rank: int = 0, dp_size: int = 1,
-        per_device_batch: int = 1, grad_accum: int = 1, num_workers: int = 0, image_jitter: float = 0.0, features=None,
-    ):  # fmt: skip
+        self,
+        plan: Plan,
+        processor,
+        *,
+        start_step: int,
+        total_steps: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        per_device_batch: int = 1,
+        grad_accum: int = 1,
+        num_workers: int = 0,
+        image_jitter: float = 0.0,
+        features=None,
+    ):
         if image_jitter and features is not None:
-            raise ValueError("image_jitter changes the images, cache_image_features keeps them; use one of the two")
-        self.plan, self.processor, self.start_step, self.total_steps = plan, processor, start_step, total_steps
+            raise ValueError(
+                "image_jitter changes the images, cache_image_features keeps them; use one of the two"
+            )
+        self.plan, self.processor, self.start_step, self.total_steps = (
+            plan,
+            processor,
+            start_step,
+            total_steps,
+        )
         self.layout = dp_rank, dp_size, per_device_batch, grad_accum
         self.num_workers, self.image_jitter, self.features = num_workers, image_jitter, features
 
@@ -748,13 +833,19 @@ class TrainLoader:
                 samples.append(load_sample(plan.index, number, epoch, *options))
             except BadRecord as e:
                 bad.append((e.where, e.reason))
-        return collate(samples, bad, self.processor.num_image_tokens, getattr(self.processor, "blank_ids", (0,)))
+        return collate(
+            samples, bad, self.processor.num_image_tokens, getattr(self.processor, "blank_ids", (0,))
+        )
 
     def __iter__(self):
         loader = torch.utils.data.DataLoader(
-            self, batch_size=None, collate_fn=_as_it_is, num_workers=self.num_workers, worker_init_fn=_start_loading,
+            self,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=self.num_workers,
+            worker_init_fn=_start_loading,
             multiprocessing_context="fork" if self.num_workers else None,
-        )  # fmt: skip
+        )
         try:
             yield from loader
         except RuntimeError as e:
@@ -772,7 +863,8 @@ def _start_loading(worker):
     ends_with_parent()
 
 
-# ------------------------------------------------------------------------------------------------------------- commands
+# ------------------------------------------------------------------------------------------------
+# commands
 
 
 def model_directory(model: str | None, name: str) -> str:
@@ -786,7 +878,8 @@ def model_directory(model: str | None, name: str) -> str:
         return str(path)
     if not os.path.isdir(name):
         raise ValueError(
-            f"model_name_or_path={name!r} is no directory; download the checkpoint (config.json, weights, tokenizer "
+            f"model_name_or_path={name!r} is no directory; download the "
+            "checkpoint (config.json, weights, tokenizer "
             "files) and give the path of its directory"
         )
     return name
@@ -801,19 +894,26 @@ def load_processor(directory: str, stage: str = "sft"):
 def request(
     turns: list[tuple[str, str | Content]], images: list[str], where: str, folder: str = "", id: str = "0"
 ) -> Conversation:
-    """A chat to be answered. A turn may be a text with <img>PATH</img> tags; `images` stand before the last one's."""
+    """A chat to be answered. A turn may be a text with <img>PATH</img> tags; `images` stand before the last
+    one's."""
 
     def found(part):
-        return ImageRef(resolve_image(part.source, None, folder), part.wording) if isinstance(part, ImageRef) else part
+        return (
+            ImageRef(resolve_image(part.source, None, folder), part.wording)
+            if isinstance(part, ImageRef)
+            else part
+        )
 
-    parts = [(role, parts_of_text(content) if isinstance(content, str) else content) for role, content in turns]
+    parts = [
+        (role, parts_of_text(content) if isinstance(content, str) else content) for role, content in turns
+    ]
     place_images([("user", parts[-1][1])], images)
     return Conversation(id, [(role, list(map(found, c))) for role, c in parts], "chat", where, [], "request")
 
 
 def read_requests(path: str, elsewhere=()) -> tuple[list[Conversation], list[BadRecord]]:
-    """What is to be answered, and the records that cannot be: {"prompt": ..., "image": path or list of paths} or any
-    record of records.py, whose last answer is dropped.
+    """What is to be answered, and the records that cannot be: {"prompt": ..., "image": path or list of paths}
+    or any record of records.py, whose last answer is dropped.
 
     elsewhere: keys that a record must not have, since they are options of the whole command.
     """
@@ -825,8 +925,12 @@ def read_requests(path: str, elsewhere=()) -> tuple[list[Conversation], list[Bad
                 with one_record(where):
                     record = source[i]
                     if wrong := set(elsewhere) & set(record if isinstance(record, dict) else ()):
-                        raise ValueError(f"{wrong.pop()!r} is an option of the command, for all requests alike")
-                    requests.append(conversations_of(record, where, os.path.dirname(source.path), i, answered=False)[0])
+                        raise ValueError(
+                            f"{wrong.pop()!r} is an option of the command, for all requests alike"
+                        )
+                    requests.append(
+                        conversations_of(record, where, os.path.dirname(source.path), i, answered=False)[0]
+                    )
             except BadRecord as e:
                 problems.append(e)
     if not requests and not problems:
@@ -835,7 +939,8 @@ def read_requests(path: str, elsewhere=()) -> tuple[list[Conversation], list[Bad
 
 
 def check(dataset: dict, processor, settings: dict) -> int:
-    """Opens every record and image; prints what is or looks wrong, and sums. Returns 1 if a record is unusable."""
+    """Opens every record and image; prints what is or looks wrong, and sums. Returns 1 if a record is
+    unusable."""
     found = 0
     for split, entries in dataset.items():
         max_length = settings["max_length"]
@@ -856,7 +961,8 @@ def check(dataset: dict, processor, settings: dict) -> int:
         tokens = index.length.sum()
         packs = len(Plan(index, settings["seed"], max_length, True, settings["max_images"]).units(0))
         print(
-            f"{split}: {sum(map(len, entries)):,} records, {len(index):,} samples, {index.num_images.sum():,} images | "
+            f"{split}: {sum(map(len, entries)):,} records, {len(index):,} samples, "
+            f"{index.num_images.sum():,} images | "
             f"tokens mean {index.length.mean():.1f} max {index.length.max():,}, "
             f"{index.num_supervised.sum() / tokens:.1%} supervised | {index.truncated.sum():,} truncated | "
             f"{packs:,} packs at max_length={max_length:,}, {tokens / packs / max_length:.1%} full | "
@@ -881,7 +987,8 @@ def odd_samples(index: Index) -> Iterator[tuple[str, str]]:
 
 
 def box_problems(text: str) -> str | None:
-    """What is wrong with the boxes of a text, whose corners are thousandths of the image's sides: 0 to 999."""
+    """What is wrong with the boxes of a text, whose corners are
+    thousandths of the image's sides: 0 to 999."""
     for box in re.findall(r"<box>(.*?)</box>", text, re.S):
         numbers = re.fullmatch(r"\s*\((\d+),(\d+)\),\((\d+),(\d+)\)\s*", box)
         if not numbers:
@@ -895,10 +1002,12 @@ def box_problems(text: str) -> str | None:
 
 
 def coloured(sample: dict, processor) -> str:
-    """A sample's text: supervised tokens green, others grey, an image as one bracket; with NO_COLOR (no-color.org)
-    supervised tokens between »«."""
+    """A sample's text: supervised tokens green, others grey, an image as one bracket; with NO_COLOR
+    (no-color.org) supervised tokens between »«."""
     plain = bool(os.environ.get("NO_COLOR"))
-    image, green, grey, end_colour = ("", "»", "", "") if plain else ("\033[36m", "\033[32m", "\033[90m", "\033[0m")
+    image, green, grey, end_colour = (
+        ("", "»", "", "") if plain else ("\033[36m", "\033[32m", "\033[90m", "\033[0m")
+    )
     ids, supervised = sample["input_ids"], sample["labels"] != IGNORE
     supervised[0] = False
     Q, pieces, t = processor.num_image_tokens, [], 0
@@ -920,7 +1029,9 @@ def coloured(sample: dict, processor) -> str:
 
 def preview(dataset: dict, processor, settings: dict) -> int:
     max_length = settings["max_length"]
-    index = build_index(dataset["train"], processor, max_length, None, settings["num_workers"], max_bad_samples=1.0)
+    index = build_index(
+        dataset["train"], processor, max_length, None, settings["num_workers"], max_bad_samples=1.0
+    )
     for where, reason in index.problems:
         print(f"left out {where}: {reason}")
     plan = Plan(index, settings["seed"], max_length, settings["mixtoken"], settings["max_images"])
@@ -930,10 +1041,14 @@ def preview(dataset: dict, processor, settings: dict) -> int:
             conversation = index.conversation(number)
             sample = processor.encode(conversation, max_length)
             supervised = index.num_supervised[number]
-            print(f"--- {conversation.where} | {len(sample['input_ids']):,} tokens, {supervised:,} supervised")
+            print(
+                f"--- {conversation.where} | {len(sample['input_ids']):,} tokens, {supervised:,} supervised"
+            )
             print(coloured(sample, processor))
             drawing = os.path.join(settings["out"], f"sample_{number}.png")
-            if sample["images"] and draw_boxes(sample["images"][-1], text_of(conversation.turns[-1][1]), drawing):
+            if sample["images"] and draw_boxes(
+                sample["images"][-1], text_of(conversation.turns[-1][1]), drawing
+            ):
                 print(f"boxes: {drawing}")
     return 0
 

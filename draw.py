@@ -2,9 +2,10 @@
 
     draw_boxes("street.jpg", "<ref>bus</ref><box>(100,200),(500,900)</box>", "boxes.png")    # -> 1
 
-Corners are thousandths of the image's sides, as Qwen-VL writes them. A model's answer may hold anything between the
-tags: blanks, signs, fractions and swapped corners are read, what lies outside is drawn at the edge, and a box that is
-no four numbers is named. A label whose characters no font here has is drawn as a number and printed beside it.
+Corners are thousandths of the image's sides, as Qwen-VL writes them. A model's answer may hold anything
+between the tags: blanks, signs, fractions and swapped corners are read, what lies outside is drawn at the
+edge, and a box that is no four numbers is named. A label whose characters no font here has is drawn as a
+number and printed beside it.
 """
 
 import json
@@ -21,16 +22,30 @@ from images import open_image, short
 TAGGED = re.compile(r"<ref>(?P<label>.*?)</ref>|<box>(?P<box>.*?)</box>", re.S)
 NUMBER = r"\s*([-+]?(?:\d+\.?\d*|\.\d+))\s*"
 CORNERS = re.compile(rf"\s*\({NUMBER},{NUMBER}\)\s*,?\s*\({NUMBER},{NUMBER}\)\s*")
-# Fonts with Chinese, Japanese and Korean characters as Linux, macOS and Windows have them; PIL looks in their folders
+# Fonts with Chinese, Japanese and Korean characters as Linux, macOS and Windows have them; PIL looks in their
+# folders
 FONTS = (
-    "NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "NotoSansSC-Regular.otf", "SourceHanSansSC-Regular.otf",
-    "wqy-microhei.ttc", "wqy-zenhei.ttc", "DroidSansFallbackFull.ttf", "uming.ttc", "PingFang.ttc",
-    "Hiragino Sans GB.ttc", "Arial Unicode.ttf", "msyh.ttc", "simsun.ttc", "malgun.ttf", "DejaVuSans.ttf",
-)  # fmt: skip
+    "NotoSansCJK-Regular.ttc",
+    "NotoSansCJKsc-Regular.otf",
+    "NotoSansSC-Regular.otf",
+    "SourceHanSansSC-Regular.otf",
+    "wqy-microhei.ttc",
+    "wqy-zenhei.ttc",
+    "DroidSansFallbackFull.ttf",
+    "uming.ttc",
+    "PingFang.ttc",
+    "Hiragino Sans GB.ttc",
+    "Arial Unicode.ttf",
+    "msyh.ttc",
+    "simsun.ttc",
+    "malgun.ttf",
+    "DejaVuSans.ttf",
+)
 
 
 def boxes_of(text: str) -> tuple[list[tuple[str, list[float]]], list[str]]:
-    """-> ([(label, [x1, y1, x2, y2] in thousandths, upper left corner first)], boxes that are no four numbers).
+    """-> ([(label, [x1, y1, x2, y2] in thousandths, upper left corner first)], boxes that are no four
+    numbers).
 
     A label holds for all boxes that follow it without other text between."""
     boxes, unreadable, label, end = [], [], "", 0
@@ -58,16 +73,23 @@ def font_for(text: str, size: int):
             absent = bytes(font.getmask("\U0010ffff"))  # the glyph that stands for what the font lacks
             if all(bytes(font.getmask(c)) != absent for c in set(text) if not c.isspace()):
                 return font
-        except (OSError, ImportError, UnicodeEncodeError):  # not here; or PIL's bitmap font, which has Latin-1 alone
+        except (
+            OSError,
+            ImportError,
+            UnicodeEncodeError,
+        ):  # not here; or PIL's bitmap font, which has Latin-1 alone
             continue
     return None
 
 
 def draw_boxes(source: str, text: str, out: str | Path) -> int:
-    """Draws the boxes of the text onto a copy of the image; returns how many there were. Prints what it cannot show."""
+    """Draws the boxes of the text onto a copy of the image; returns how many there were. Prints what it
+    cannot show."""
     boxes, unreadable = boxes_of(text)
     for box in unreadable:
-        print(f"warning: box {short(box, 60)!r} is not of the form (x1,y1),(x2,y2); not drawn", file=sys.stderr)
+        print(
+            f"warning: box {short(box, 60)!r} is not of the form (x1,y1),(x2,y2); not drawn", file=sys.stderr
+        )
     if not boxes:
         return 0
     image = open_image(source)
@@ -75,7 +97,9 @@ def draw_boxes(source: str, text: str, out: str | Path) -> int:
     size = max(12, min(W, H) // 30)
     for n, (label, corners) in enumerate(boxes, 1):
         # a thousandth is floored as Qwen-VL's own drawing does; the last pixel of a side is W - 1
-        x1, y1, x2, y2 = (min(math.floor(v * s / 1000), s - 1) for v, s in zip(corners, (W, H, W, H), strict=True))
+        x1, y1, x2, y2 = (
+            min(math.floor(v * s / 1000), s - 1) for v, s in zip(corners, (W, H, W, H), strict=True)
+        )
         draw.rectangle((x1, y1, x2, y2), outline="red", width=2)
         label = short(label, 60)
         font = font_for(label, size)
@@ -84,7 +108,9 @@ def draw_boxes(source: str, text: str, out: str | Path) -> int:
             label, font = str(n), font_for(str(n), size)
         if label:
             width = draw.textlength(label, font=font)
-            draw.text((max(min(x1 + 3, W - width - 1), 0), max(min(y1 + 2, H - size - 2), 0)), label, "red", font)
+            draw.text(
+                (max(min(x1 + 3, W - width - 1), 0), max(min(y1 + 2, H - size - 2), 0)), label, "red", font
+            )
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     with checkpoint.atomic_file(out) as file:
         image.save(file, Image.registered_extensions().get(Path(out).suffix.lower(), "PNG"))
@@ -95,7 +121,9 @@ def draw_loss(log_path: Path, out: Path) -> None:
     """The loss curve as an image: training in blue, evaluation in red."""
     records = [json.loads(line) for line in log_path.read_text(encoding="utf-8").splitlines()]
     train = [(r["step"], r["loss"]) for r in records if "loss" in r and math.isfinite(r["loss"])]
-    evals = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r and math.isfinite(r["eval_loss"])]
+    evals = [
+        (r["step"], r["eval_loss"]) for r in records if "eval_loss" in r and math.isfinite(r["eval_loss"])
+    ]
     if not train and not evals:
         return
     W, H, margin = 640, 400, 48

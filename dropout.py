@@ -3,8 +3,8 @@
     with dropout_rows(batch["dropout_keys"]):              # the model says whose rows its adapters see
         x = block(x, ctx)
 
-The keys travel with the data (data.collate: a hash of seed, epoch, sample, position), so a mask is the same in any
-packing, layout, number of processes, and in recomputation: there is no state to save.
+The keys travel with the data (data.collate: a hash of seed, epoch, sample, position), so a mask is the same
+in any packing, layout, number of processes, and in recomputation: there is no state to save.
 """
 
 import contextlib
@@ -22,7 +22,8 @@ def mix(x: torch.Tensor) -> torch.Tensor:
 def dropout_mask(
     x: torch.Tensor, keys: torch.Tensor, p: float, seed: int, first_channel: int = 0, per_image: bool = False
 ) -> torch.Tensor:
-    """Boolean mask, shape of x, True with probability 1 - p: a hash of (row key, channel, seed) and nothing else.
+    """Boolean mask, shape of x, True with probability 1 - p: a hash of (row key, channel, seed) and nothing
+    else.
 
     So it is the same in any packing, layout, number of processes and recomputation. keys: one for each row of
     x (..., C), or with `per_image` one for each image, whose rows follow one another.
@@ -55,7 +56,8 @@ class Rows:
 
 @contextlib.contextmanager
 def dropout_rows(keys: torch.Tensor | None, per_image: bool = False):
-    """Inside, adapters see rows with these dropout keys: one a row, or with `per_image` one for each image."""
+    """Inside, adapters see rows with these dropout keys: one a row,
+    or with `per_image` one for each image."""
     before = Rows.keys, Rows.per_image
     Rows.keys, Rows.per_image = keys, per_image
     try:

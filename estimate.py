@@ -1,10 +1,11 @@
-"""What a layout costs, from shapes alone: memory of the fullest device, communication, waiting, the hardware's limit.
+"""What a layout costs, from shapes alone: memory of the fullest device, communication, waiting, the
+hardware's limit.
 
     torchrun --nproc_per_node 8 train.py configs/qwen_vl/sft.json --sharding stage1 --dry_run
 
-Activations are what autograd would keep: one forward pass on the meta device counts it. The rest is arithmetic.
-tests/test_py holds it to a tenth of the measured peak for eight layouts; two tensor-parallel ranks took 10%
-more than it says.
+Activations are what autograd would keep: one forward pass on the meta device counts it. The rest is
+arithmetic. tests/test_py holds it to a tenth of the measured peak for eight layouts; two tensor-parallel
+ranks took 10% more than it says.
 """
 
 import copy
@@ -61,9 +62,11 @@ class _Fused(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def saved_bytes(model: nn.Module, forward: Callable, received: Tensor | None, recompute: bool) -> tuple[float, float]:
-    """Bytes that `forward()` of a model on the meta device leaves for its backward pass, weights and `received` apart;
-    bytes of the block that leaves most.
+def saved_bytes(
+    model: nn.Module, forward: Callable, received: Tensor | None, recompute: bool
+) -> tuple[float, float]:
+    """Bytes that `forward()` of a model on the meta device leaves for its backward pass, weights and
+    `received` apart; bytes of the block that leaves most.
 
     With recompute a block leaves its input, and one block at a time what it keeps itself.
     """
@@ -87,7 +90,10 @@ def saved_bytes(model: nn.Module, forward: Callable, received: Tensor | None, re
             inside.append(block)
             inputs[block] = args[0].numel() * args[0].element_size()
 
-        hooks += [block.register_forward_pre_hook(enter), block.register_forward_hook(lambda *_: inside.pop() and None)]
+        hooks += [
+            block.register_forward_pre_hook(enter),
+            block.register_forward_hook(lambda *_: inside.pop() and None),
+        ]
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _Fused():
             forward()
@@ -114,12 +120,15 @@ def meta_batch(stream: Stream, model: nn.Module, image_size: list[int], position
     """`positions`: rows of position_ids (1 or 2)."""
     T, Q, meta = stream.tokens, model.num_image_tokens, {"device": "meta", "dtype": torch.int64}
     batch = {
-        "input_ids": torch.empty(T, **meta), "max_len": max(stream.lengths),
+        "input_ids": torch.empty(T, **meta),
+        "max_len": max(stream.lengths),
         "position_ids": torch.empty((T,) if positions == 1 else (positions, T), **meta),
         "cu_seqlens": torch.tensor([0, *stream.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
-        "dropout_keys": torch.empty(T, **meta), "image_dropout_keys": torch.empty(stream.images, **meta),
-        "image_positions": torch.empty(stream.images, Q, **meta), "pixel_values": None,
-    }  # fmt: skip
+        "dropout_keys": torch.empty(T, **meta),
+        "image_dropout_keys": torch.empty(stream.images, **meta),
+        "image_positions": torch.empty(stream.images, Q, **meta),
+        "pixel_values": None,
+    }
     if positions == 2:
         batch["prefix_lens"] = torch.tensor([n // 2 for n in stream.lengths])
     if stream.images:
@@ -160,11 +169,18 @@ class Layout:
 
 
 def stage_memory(
-    model: nn.Module, stages: list[int], num_stages: int, hidden: float, kept: float, block: float, head: dict | None,
+    model: nn.Module,
+    stages: list[int],
+    num_stages: int,
+    hidden: float,
+    kept: float,
+    block: float,
+    head: dict | None,
     layout: Layout,
-) -> Device:  # fmt: skip
-    """Of the rank that has `stages`. `hidden`: bytes of hidden states (T, C); `kept` and `block`: saved_bytes of one
-    micro-batch over all its stages; `head`: rows, vocabulary and width of the projection if it is here."""
+) -> Device:
+    """Of the rank that has `stages`. `hidden`: bytes of hidden states (T, C); `kept` and `block`: saved_bytes
+    of one micro-batch over all its stages; `head`: rows, vocabulary and width of the projection if it is
+    here."""
     L = layout
     groups = [[*block.parameters()] for block in [*model.vision_blocks, *model.blocks]]
     grouped = {id(p) for group in groups for p in group}
@@ -203,7 +219,9 @@ def stage_memory(
         chunks = len(stages)
         alive = min(n * chunks, 2 * (L.pp - rank - 1) + (chunks - 1) * L.pp + 1) / chunks
     activations = alive * kept
-    if L.pp > 1:  # the schedule has a buffer for each message of a step, and keeps outputs until their backward
+    if (
+        L.pp > 1
+    ):  # the schedule has a buffer for each message of a step, and keeps outputs until their backward
         received = sum((s > 0) + (s < num_stages - 1) for s in stages)
         communication += n * hidden * received
         activations += alive * hidden * sum(s < num_stages - 1 for s in stages)
@@ -219,13 +237,35 @@ def stage_memory(
     base = {"weights": weights + gathered, "optimiser": optimiser}
     reduce = trained_group * (1 + 1 / shards) if L.fsdp else 0.0
     final = trained / shards if L.fsdp and reduced else trained
-    forward = Device({**base, "gradients": accumulated, "activations": activations, "loss": loss,
-                      "communication": communication})  # fmt: skip
+    forward = Device(
+        {
+            **base,
+            "gradients": accumulated,
+            "activations": activations,
+            "loss": loss,
+            "communication": communication,
+        }
+    )
     # the first block's backward pass: all other gradients are made
-    backward = Device({**base, "gradients": final + (largest if n > 1 else 0), "activations": block, "loss": 0.0,
-                       "communication": communication + reduce})  # fmt: skip
-    step = Device({"weights": weights, "optimiser": optimiser, "gradients": trained / shards, "activations": 0.0,
-                   "loss": 2 * largest / shards, "communication": communication})  # fmt: skip
+    backward = Device(
+        {
+            **base,
+            "gradients": final + (largest if n > 1 else 0),
+            "activations": block,
+            "loss": 0.0,
+            "communication": communication + reduce,
+        }
+    )
+    step = Device(
+        {
+            "weights": weights,
+            "optimiser": optimiser,
+            "gradients": trained / shards,
+            "activations": 0.0,
+            "loss": 2 * largest / shards,
+            "communication": communication,
+        }
+    )
     return max(forward, backward, step, key=lambda device: device.total)
 
 
@@ -243,7 +283,9 @@ def heaviest_stream(plan, batch_size: int, steps: int = 10_000) -> Stream:
     return Stream(tokens, supervised, images, index.length[numbers].tolist())
 
 
-def devices(model: nn.Module, module, blocks: list[range], stream: Stream, layout: Layout, dtype) -> list[Device]:
+def devices(
+    model: nn.Module, module, blocks: list[range], stream: Stream, layout: Layout, dtype
+) -> list[Device]:
     """Memory of each pipeline rank; `model` is on the meta device, with requires_grad as in training."""
     L, config, found = layout, model.config, []
     hidden = stream.tokens * config.hidden_size * L.compute_bytes
@@ -329,12 +371,21 @@ def dry_run(cfg: Config, config: dict, module, plan, world_size: int) -> str:
         model = module.build_model(with_prefix(config, module, cfg))
     if cfg.lora:
         lora.inject(
-            model, lora_targets(cfg, module), cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout,
-            lora_parts(model, module, cfg), module.IMAGE_PARAMETERS,
-        )  # fmt: skip
+            model,
+            lora_targets(cfg, module),
+            cfg.lora_rank,
+            cfg.lora_alpha,
+            cfg.lora_dropout,
+            lora_parts(model, module, cfg),
+            module.IMAGE_PARAMETERS,
+        )
     choose_trainable(model, module, cfg)
     pp, replicas, shard, tp = parallel.layout(
-        world_size, cfg.tensor_parallel_degree, cfg.pipeline_parallel_degree, cfg.sharding, cfg.sharding_parallel_degree
+        world_size,
+        cfg.tensor_parallel_degree,
+        cfg.pipeline_parallel_degree,
+        cfg.sharding,
+        cfg.sharding_parallel_degree,
     )
     dp, micro_batches = replicas * shard, cfg.gradient_accumulation_steps
     total = sum(p.numel() for p in model.parameters())
@@ -349,9 +400,18 @@ def dry_run(cfg: Config, config: dict, module, plan, world_size: int) -> str:
     blocks = pipeline_blocks(model, module, cfg, sizes) if pp > 1 else [range(len(model.blocks))]
     forward = module.forward_flops(model.config, sizes.tokens, sizes.supervised, sizes.images, sizes.segment)
     layout = Layout(
-        pp, dp, shard, tp, cfg.sharding, cfg.pipeline_schedule, micro_batches, cfg.recompute, 2 if sixteen else 4, o2,
+        pp,
+        dp,
+        shard,
+        tp,
+        cfg.sharding,
+        cfg.pipeline_schedule,
+        micro_batches,
+        cfg.recompute,
+        2 if sixteen else 4,
+        o2,
         sixteen and not o2,
-    )  # fmt: skip
+    )
     found = devices(model, module, blocks, heaviest, layout, torch.bfloat16 if o2 else torch.float32)
     fullest = max(found, key=lambda device: device.total)
     flops = 3 * sum(forward.values()) if not cfg.lora else 2 * sum(forward.values()) + forward["head"]
@@ -359,9 +419,11 @@ def dry_run(cfg: Config, config: dict, module, plan, world_size: int) -> str:
     shares = ", ".join(f"{part} {value / sum(forward.values()):.0%}" for part, value in forward.items())
     where = f" (pipeline rank {found.index(fullest)} of {pp})" if pp > 1 else ""
     lines = [
-        parameter_table(model, module.PARTS), "",
-        f"fullest device{where}, {world_size} processes: pp {pp} x dp {dp} x tp {tp}, {cfg.sharding or 'no sharding'}:",
-    ]  # fmt: skip
+        parameter_table(model, module.PARTS),
+        "",
+        f"fullest device{where}, {world_size} processes: pp {pp} x dp {dp} x tp "
+        f"{tp}, {cfg.sharding or 'no sharding'}:",
+    ]
     memory = {**fullest.parts, "sum": fullest.total}
     lines += [f"  {name:<14}{value / 2**30:>10.3f} GiB" for name, value in memory.items()]
     disk = (total if not cfg.lora else trainable) * (2 if o2 and not cfg.lora else 4) + trainable * 12
@@ -372,10 +434,14 @@ def dry_run(cfg: Config, config: dict, module, plan, world_size: int) -> str:
     )
     lines.append(f"FLOPs per step: {flops * micro:.3e} (forward: {shares})")
     volumes = communication(model, sizes.tokens, layout)
-    lines += [f"communication a step and device, {axis}: {v / 2**30:.3f} GiB" for axis, v in volumes.items() if v]
+    lines += [
+        f"communication a step and device, {axis}: {v / 2**30:.3f} GiB" for axis, v in volumes.items() if v
+    ]
     bubble = pipeline.bubble_share(pp, cfg.pipeline_schedule, micro_batches)
     if pp > 1:
-        lines.append(f"pipeline bubble: {bubble:.1%} of a step; blocks: {', '.join(str(len(r)) for r in blocks)}")
+        lines.append(
+            f"pipeline bubble: {bubble:.1%} of a step; blocks: {', '.join(str(len(r)) for r in blocks)}"
+        )
     seconds = flops * micro / world_size / (1 - bubble) / PEAK_FLOPS
     link = sum(volumes.values()) / LINK_BYTES
     bound = "computation" if seconds >= link else "communication"

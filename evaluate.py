@@ -1,13 +1,16 @@
-"""Dataset -> answers -> scores: captions (CIDEr-D, BLEU, ROUGE-L), VQA accuracy, exact match, BLIP-2's retrieval.
+"""Dataset -> answers -> scores: captions (CIDEr-D, BLEU, ROUGE-L), VQA accuracy, exact match, BLIP-2's
+retrieval.
 
 python evaluate.py --lora_path output                      # an adapter, on the eval entries of its own run
-python evaluate.py --model blip2 --data_files samples/caption/captions_val_en.json --name coco_caption --num_beams 5
-python evaluate.py configs/blip2/samples_sft.json --model_name_or_path output --output results.json
+python evaluate.py --model blip2 --data_files samples/caption/captions_val_en.json --name coco_caption
+--num_beams 5 python evaluate.py configs/blip2/samples_sft.json --model_name_or_path output --output
+results.json
 
-A configuration is read as train.py reads it, and the same samples are scored; options of the command line win. With
-none, it is the train_config.json of the run that --lora_path or --model_name_or_path comes from.
-What is scored follows each record's format: captions by "caption", questions by "vqa_accuracy" and "exact_match",
-chats by "exact_match"; --metric takes others. A stage-1 checkpoint of BLIP-2 is scored by "retrieval".
+A configuration is read as train.py reads it, and the same samples are scored; options of the command line
+win. With none, it is the train_config.json of the run that --lora_path or --model_name_or_path comes from.
+What is scored follows each record's format: captions by "caption", questions by "vqa_accuracy" and
+"exact_match", chats by "exact_match"; --metric takes others. A stage-1 checkpoint of BLIP-2 is scored by
+"retrieval".
 """
 
 import python_version  # noqa: F401  (first: it says which Python is needed)
@@ -34,8 +37,8 @@ from records import READERS, Conversation, one_line, text_of
 
 
 def merge_references(conversations: list[Conversation], entries: list[int]) -> list[Conversation]:
-    """One caption is asked for an image of an entry: its records become one with all their references, equal ones
-    too. Each conversation of a record carries all captions of the record, which count once.
+    """One caption is asked for an image of an entry: its records become one with all their references, equal
+    ones too. Each conversation of a record carries all captions of the record, which count once.
 
     entries: the number of each conversation's dataset entry.
     """
@@ -52,13 +55,20 @@ def merge_references(conversations: list[Conversation], entries: list[int]) -> l
 
 def question(conversation: Conversation) -> str:
     """The last thing that the user said, without the picture."""
-    return next((text_of(content) for role, content in reversed(conversation.turns) if role == "user"), "").strip()
+    return next(
+        (text_of(content) for role, content in reversed(conversation.turns) if role == "user"), ""
+    ).strip()
 
 
 def answer_all(
-    model: nn.Module, processor, conversations: list[Conversation], batch_size: int, how: Decoding,
-    bad: list[tuple[str, str]], progress: bool = False,
-) -> Iterator[str | None]:  # fmt: skip
+    model: nn.Module,
+    processor,
+    conversations: list[Conversation],
+    batch_size: int,
+    how: Decoding,
+    bad: list[tuple[str, str]],
+    progress: bool = False,
+) -> Iterator[str | None]:
     """The answers in order. all ranks of a sharded model.
 
     Where an image cannot be read, the answer is None and (where, reason) is named and added to `bad`.
@@ -79,21 +89,26 @@ def answered(conversations: list[Conversation], answers: list[str | None]) -> tu
     """Both without those that could not be answered. ValueError if none is left."""
     pairs = [(c, a) for c, a in zip(conversations, answers, strict=True) if a is not None]
     if not pairs:
-        raise ValueError(f"none of {len(conversations):,} questions could be answered; the reasons are listed above")
+        raise ValueError(
+            f"none of {len(conversations):,} questions could be answered; the reasons are listed above"
+        )
     return [c for c, _ in pairs], [a for _, a in pairs]
 
 
 def score(
     conversations: list[Conversation], answers: list[str], names: list[str] | None = None
 ) -> tuple[dict[str, float], list[dict[str, float]]]:
-    """-> (whole set's scores, each answer's). Exact match also by the records' "source" where there are several."""
+    """-> (whole set's scores, each answer's). Exact match also by the records' "source" where there are
+    several."""
     whole: dict[str, float] = {}
     each: list[dict[str, float]] = [{} for _ in answers]
     for name, function in metrics.METRICS.items():
         rows = [i for i, c in enumerate(conversations) if name in (names or metrics.OF_KIND[c.kind])]
         if not rows:
             continue
-        for key, (total, own) in function([answers[i] for i in rows], [conversations[i].answers for i in rows]).items():
+        for key, (total, own) in function(
+            [answers[i] for i in rows], [conversations[i].answers for i in rows]
+        ).items():
             whole[key] = total
             sources = defaultdict(list)
             for i, value in zip(rows, own, strict=True):
@@ -106,16 +121,20 @@ def score(
 
 @torch.no_grad()
 def retrieval(
-    model: nn.Module, processor, conversations: list[Conversation], batch_size: int, rerank: int,
+    model: nn.Module,
+    processor,
+    conversations: list[Conversation],
+    batch_size: int,
+    rerank: int,
     bad: list[tuple[str, str]] | None = None,
 ) -> tuple[dict[str, float], Tensor, Tensor]:
-    """Recall of texts for images and of images for texts, by BLIP-2's contrastive similarity ("itc") and by matching
-    ("itm"): the `rerank` most similar of each image, and of each text, get matching logit + similarity, as in
-    arXiv:2301.12597. A direction ranks its own candidates only.
+    """Recall of texts for images and of images for texts, by BLIP-2's contrastive similarity ("itc") and by
+    matching ("itm"): the `rerank` most similar of each image, and of each text, get matching logit +
+    similarity, as in arXiv:2301.12597. A direction ranks its own candidates only.
 
-    conversations: one caption each; those whose image cannot be read are left out and listed in `bad`, and raise
-    without that list. -> (scores, similarities (N, M) of N images and M captions, re-ranked (2, N, M): of each image
-    its texts, of each text its images; -inf where it is no candidate)
+    conversations: one caption each; those whose image cannot be read are left out and listed in `bad`, and
+    raise without that list. -> (scores, similarities (N, M) of N images and M captions, re-ranked (2, N, M):
+    of each image its texts, of each text its images; -inf where it is no candidate)
     """
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
     paths, reasons = list(dict.fromkeys(c.images[0] for c in conversations)), {}
@@ -185,14 +204,16 @@ def run_config(path: str | Path) -> str | None:
 
 
 def settings(args) -> tuple[Config, str | None]:
-    """The configuration that is meant, with the options of the command line, and its file (None: the defaults)."""
+    """The configuration that is meant, with the options of the command line, and its file (None: the
+    defaults)."""
     if args.config and args.data_files:
         raise ValueError(f"both the configuration {args.config} and --data_files are given; use one")
     trained = args.lora_path or args.model_name_or_path
     source = args.config or (trained and run_config(trained))
     if args.lora_path and not source and not args.data_files:
         raise ValueError(
-            f"{args.lora_path} has no train_config.json, in it or above its checkpoint-N, that says which data it was "
+            f"{args.lora_path} has no train_config.json, in it or above its "
+            "checkpoint-N, that says which data it was "
             "trained with; give a configuration, or --data_files and --name"
         )
     argv = [source] if source else []
@@ -220,31 +241,65 @@ def main(argv: list[str] | None = None) -> int:
     add("--model", default=None, help="whose samples/tiny_* to use if no checkpoint is named")
     base = "checkpoint directory; default: the configuration's, the adapter's base"
     add("--model_name_or_path", default=None, help=base)
-    add("--lora_path", default=None, help="adapter directory, applied without merging; default: the configuration's")
-    add("--data_files", action="append", default=None, help="may be repeated; instead of the configuration's entries")
-    add("--name", default=None, choices=READERS, help="format of --data_files; default: each record's own keys tell")
+    add(
+        "--lora_path",
+        default=None,
+        help="adapter directory, applied without merging; default: the configuration's",
+    )
+    add(
+        "--data_files",
+        action="append",
+        default=None,
+        help="may be repeated; instead of the configuration's entries",
+    )
+    add(
+        "--name",
+        default=None,
+        choices=READERS,
+        help="format of --data_files; default: each record's own keys tell",
+    )
     add("--image_root", default=None, help="directory of the images of --data_files")
     names = [*metrics.METRICS, "retrieval"]
-    add("--metric", action="append", default=None, choices=names, help="instead of the format's own; may be repeated")
+    add(
+        "--metric",
+        action="append",
+        default=None,
+        choices=names,
+        help="instead of the format's own; may be repeated",
+    )
     stages = ("sft", "pretrain", "pretrain1", "pretrain2")
-    add("--stage", default=None, choices=stages, help="prompt format; default: the configuration's; stage 1: pretrain1")
+    add(
+        "--stage",
+        default=None,
+        choices=stages,
+        help="prompt format; default: the configuration's; stage 1: pretrain1",
+    )
     add("--output", default=None, help="write answers, scores and settings as JSON here")
     add("--batch_size", type=int, default=None, help="default: per_device_eval_batch_size, else 32")
     add("--rerank", type=int, default=128, help="retrieval: candidates that are matched")
-    share = "share of unusable records and images (named and left out) before the command fails; default: 0.01"
+    share = (
+        "share of unusable records and images (named and left out) before the command fails; default: 0.01"
+    )
     add("--max_bad_samples", type=float, default=None, help=share)
     Decoding.add_arguments(parser, max_new_tokens=32)
     held = "default: what the configuration's weights are held in, else float32"
     add("--dtype", default=None, choices=DTYPES, help=held)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     choices = ("auto", "true", "false")
-    add("--use_flash_attention", default=None, choices=choices, help="Triton kernels; auto: where there is a GPU")
+    add(
+        "--use_flash_attention",
+        default=None,
+        choices=choices,
+        help="Triton kernels; auto: where there is a GPU",
+    )
     args = parser.parse_args(argv)
     how = Decoding.of(args)
     for key in ("batch_size", "rerank"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise ValueError(f"{key}={getattr(args, key)}; expected at least 1")
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: what is answered is kept
+    before = signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # like Ctrl-C: what is answered is kept
     try:
         return run(args, how, names)
     finally:
@@ -274,7 +329,8 @@ def run(args, how: Decoding, names: list[str]) -> int:
     dtype = args.dtype or {"bf16": "bfloat16", "fp16": "float16"}.get(
         next((k for k in ("bf16", "fp16") if getattr(cfg, k) and cfg.fp16_opt_level == "O2"), ""), "float32"
     )
-    # the samples of training's own evaluation; all problems are named, and counted when the others are answered
+    # the samples of training's own evaluation; all problems are named, and counted when the others are
+    # answered
     index = data.build_index(entries, processor, cfg.max_length, None, cfg.num_workers, max_bad_samples=1.0)
     bad = list(index.problems)
     name_bad(bad)
@@ -292,14 +348,21 @@ def run(args, how: Decoding, names: list[str]) -> int:
     model = load_model(directory, DTYPES[dtype], args.device, adapter)
     print(f"device {args.device}, kernels: {kernels}", file=sys.stderr)
     result = {
-        "model_name_or_path": str(directory), "lora_path": adapter, "config": source,
-        "dataset": [e.settings for e in index.entries], "prompt_format": processor.stage, "dtype": dtype,
-        "metric_version": metrics.VERSION, "complete": True,
-    }  # fmt: skip
+        "model_name_or_path": str(directory),
+        "lora_path": adapter,
+        "config": source,
+        "dataset": [e.settings for e in index.entries],
+        "prompt_format": processor.stage,
+        "dtype": dtype,
+        "metric_version": metrics.VERSION,
+        "complete": True,
+    }
     stop = None
     if retrieving:
         if not_captions := [c for c in conversations if c.kind != "caption"]:
-            raise ValueError(f"{not_captions[0].where}: metric=retrieval needs captions; use --name coco_caption")
+            raise ValueError(
+                f"{not_captions[0].where}: metric=retrieval needs captions; use --name coco_caption"
+            )
         scores, similarity, _ = retrieval(model, processor, conversations, batch_size, args.rerank, bad)
         result |= {"metrics": ["retrieval"], "scores": scores, "rerank": args.rerank}
         print(f"retrieval among {similarity.shape[0]} pictures and {similarity.shape[1]} captions: ", end="")
@@ -316,18 +379,33 @@ def run(args, how: Decoding, names: list[str]) -> int:
         asked = len(conversations)
         conversations, answers = answered(conversations[: len(answers)], answers)
         scores, each = score(conversations, answers, args.metric)
-        prompts = [processor.tokenizer.decode(processor.prompt(c)["input_ids"].tolist()) for c in conversations]
+        prompts = [
+            processor.tokenizer.decode(processor.prompt(c)["input_ids"].tolist()) for c in conversations
+        ]
         result |= {
-            "metrics": args.metric or sorted({name for c in conversations for name in metrics.OF_KIND[c.kind]}),
-            "scores": scores, "decoding": dataclasses.asdict(how),
+            "metrics": args.metric
+            or sorted({name for c in conversations for name in metrics.OF_KIND[c.kind]}),
+            "scores": scores,
+            "decoding": dataclasses.asdict(how),
             "answers": [
-                {"id": c.id, "where": c.where, "images": c.images, "question": question(c), "prompt": prompt,
-                 "answer": text, "references": c.answers, "scores": own}
+                {
+                    "id": c.id,
+                    "where": c.where,
+                    "images": c.images,
+                    "question": question(c),
+                    "prompt": prompt,
+                    "answer": text,
+                    "references": c.answers,
+                    "scores": own,
+                }
                 for c, prompt, text, own in zip(conversations, prompts, answers, each, strict=True)
             ],
-        }  # fmt: skip
+        }
         if stop is not None:
-            print(f"stopped ({type(stop).__name__}) with {len(answers):,} of {asked:,} questions answered; ", end="")
+            print(
+                f"stopped ({type(stop).__name__}) with {len(answers):,} of {asked:,} questions answered; ",
+                end="",
+            )
         print(f"scores of {len(answers)} answers: ", end="")
     result["left_out"] = [{"where": where, "reason": reason} for where, reason in bad]
     print(", ".join(f"{k} {v:.3f}" for k, v in scores.items() if "/" not in k))

@@ -23,8 +23,8 @@ from run_dir import Signals, Stopped
 
 
 class ImageFeatures:
-    """Features of a frozen vision tower, (Q, C) fp32 a picture, in one file beside the length index. The rows of
-    pictures that could not be read are NaN. The file ends in a checksum of what is before."""
+    """Features of a frozen vision tower, (Q, C) fp32 a picture, in one file beside the length index. The rows
+    of pictures that could not be read are NaN. The file ends in a checksum of what is before."""
 
     def __init__(self, paths: list[str], file: Path, shape: tuple[int, int], mode: str):
         self.rows = {path: i for i, path in enumerate(paths)}
@@ -40,15 +40,19 @@ def refuse_feature_cache(model, module, cfg: Config) -> None:
     towers = {n: p for n, p in model.named_parameters() if matches(n, module.IMAGE_PARAMETERS)}
     if any(p.requires_grad for p in towers.values()):
         raise ValueError(
-            "cache_image_features=true needs a frozen vision tower; add it to freeze_include or turn the cache off"
+            "cache_image_features=true needs a frozen vision tower; add it to "
+            "freeze_include or turn the cache off"
         )
     if cfg.image_jitter:
-        raise ValueError("image_jitter changes the images, cache_image_features keeps them; use one of the two")
+        raise ValueError(
+            "image_jitter changes the images, cache_image_features keeps them; use one of the two"
+        )
     for name, part in model.named_modules():
         rate = next((r for k in ("p", "dropout") if isinstance(r := getattr(part, k, None), float)), 0.0)
         if rate and matches(f"{name}.x", module.IMAGE_PARAMETERS):
             raise ValueError(
-                f"cache_image_features=true would leave out the dropout of {name} ({rate:g}), which training has; turn "
+                f"cache_image_features=true would leave out the dropout of {name} "
+                f"({rate:g}), which training has; turn "
                 "the cache off, or set that dropout to 0 in config.json"
             )
 
@@ -62,16 +66,24 @@ def features_key(model, module, processor, cfg: Config, paths: list[str]) -> str
             key.update(name.encode() + values.tobytes())
     for path in paths:
         key.update((path if path.startswith("data:") else checkpoint.file_digest(path)).encode())
-    facts = [model.config.raw, cfg.bf16, cfg.fp16, cfg.fp16_opt_level, processor.fingerprint(), cfg.max_length]
+    facts = [
+        model.config.raw,
+        cfg.bf16,
+        cfg.fp16,
+        cfg.fp16_opt_level,
+        processor.fingerprint(),
+        cfg.max_length,
+    ]
     key.update(json.dumps(facts, sort_keys=True, default=str).encode())
     return key.hexdigest()[:24]
 
 
 @torch.no_grad()
-def cache_features(model, module, plan, processor, cfg: Config, world, signals: Signals) -> ImageFeatures:  # all ranks
-    """Encodes every readable picture of the training set once, ranks in turn; a later run with the same files, weights
-    and precision reads them.
-    """
+def cache_features(
+    model, module, plan, processor, cfg: Config, world, signals: Signals
+) -> ImageFeatures:  # all ranks
+    """Encodes every readable picture of the training set once, ranks in turn; a later run with the same
+    files, weights and precision reads them."""
     refuse_feature_cache(model, module, cfg)
     paths = sorted({path for n in range(len(plan.index)) for path in plan.index.conversation(n).images})
     key = features_key(model, module, processor, cfg, paths)

@@ -4,9 +4,10 @@
     python generate.py --lora_path output --requests requests.jsonl --output answers.jsonl
     python generate.py --image picture.png --chat        # questions from standard input, one a line
 
-A batch is ragged, never padded: the prompts are one packed stream in the prefill, then every live sequence contributes
-one token a step. So a batch gives what its requests give alone. Sampling follows transformers' order: repetition
-penalty, minimal length, temperature, top-k, top-p; each request draws from its own generator.
+A batch is ragged, never padded: the prompts are one packed stream in the prefill, then every live sequence
+contributes one token a step. So a batch gives what its requests give alone. Sampling follows transformers'
+order: repetition penalty, minimal length, temperature, top-k, top-p; each request draws from its own
+generator.
 """
 
 import python_version  # noqa: F401  (first: it says which Python is needed)
@@ -47,7 +48,8 @@ def option(default, help: str | None = None, choices: tuple | None = None):
 
 @dataclass
 class Decoding:
-    """How an answer is searched for; each field is an option of the command line. ValueError for impossible ones."""
+    """How an answer is searched for; each field is an option of the command line. ValueError for impossible
+    ones."""
 
     max_new_tokens: int = option(256)
     temperature: float = option(0.0, "0: greedy")
@@ -55,7 +57,9 @@ class Decoding:
     top_p: float = option(1.0, "1: off")
     repetition_penalty: float = option(1.0)
     penalty_rule: str = option(
-        "hf", "whose repetition penalty; hf: prompt and answer; sat: answer only, always divided", ("hf", "sat")
+        "hf",
+        "whose repetition penalty; hf: prompt and answer; sat: answer only, always divided",
+        ("hf", "sat"),
     )
     min_new_tokens: int = option(0)
     min_length: int = option(0, "tokens before the answer may end, the prompt's included (not an encoder's)")
@@ -67,18 +71,28 @@ class Decoding:
     def __post_init__(self):
         # finite and within what a float holds, so that no score overflows or becomes NaN
         limits = {
-            "max_new_tokens": (1, 1 << 16), "temperature": (0, 1e4), "top_k": (0, math.inf), "top_p": (0, 1),
-            "repetition_penalty": (1e-3, 1e3), "min_new_tokens": (0, self.max_new_tokens), "min_length": (0, math.inf),
-            "num_beams": (1, 1024), "length_penalty": (-50, 50),
-        }  # fmt: skip
+            "max_new_tokens": (1, 1 << 16),
+            "temperature": (0, 1e4),
+            "top_k": (0, math.inf),
+            "top_p": (0, 1),
+            "repetition_penalty": (1e-3, 1e3),
+            "min_new_tokens": (0, self.max_new_tokens),
+            "min_length": (0, math.inf),
+            "num_beams": (1, 1024),
+            "length_penalty": (-50, 50),
+        }
         for key, (least, most) in limits.items():
             value = getattr(self, key)
             if not least <= value <= most or (key == "top_p" and value == 0):
                 expected = f"{least} or more" if most == math.inf else f"{least} to {most}"
-                above = ", above 0" if key == "top_p" else " (max_new_tokens)" if key == "min_new_tokens" else ""
+                above = (
+                    ", above 0" if key == "top_p" else " (max_new_tokens)" if key == "min_new_tokens" else ""
+                )
                 raise ValueError(f"decoding: {key}={value}; expected {expected}{above}")
         if 0 < self.temperature < 1e-4:
-            raise ValueError(f"decoding: temperature={self.temperature}; expected 0 (greedy) or at least 0.0001")
+            raise ValueError(
+                f"decoding: temperature={self.temperature}; expected 0 (greedy) or at least 0.0001"
+            )
         if self.num_beams > 1 and (self.temperature or self.penalty_rule == "sat"):
             raise ValueError(
                 f"decoding: num_beams={self.num_beams} goes with temperature=0 and penalty_rule=hf, got "
@@ -96,21 +110,28 @@ class Decoding:
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser, **defaults) -> None:
         for f in fields(cls):
-            parser.add_argument(f"--{f.name}", type=f.type, default=defaults.get(f.name, f.default), **f.metadata)
+            parser.add_argument(
+                f"--{f.name}", type=f.type, default=defaults.get(f.name, f.default), **f.metadata
+            )
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Decoding":
         how = cls(**{f.name: getattr(args, f.name) for f in fields(cls)})
         for name in how.without_effect():
             needed = {"top_k": "temperature", "top_p": "temperature", "seed": "temperature"}
-            needed |= {"length_penalty": "num_beams", "beam_rule": "num_beams", "penalty_rule": "repetition_penalty"}
+            needed |= {
+                "length_penalty": "num_beams",
+                "beam_rule": "num_beams",
+                "penalty_rule": "repetition_penalty",
+            }
             print(f"warning: {name} has no effect without {needed[name]}", file=sys.stderr)
         return how
 
 
 class KVCache:
-    """Keys and values of each sequence: one (capacity, H, D) buffer per layer and sequence, so nothing is padded. An
-    encoder's keys and values, which its decoder attends to, are the memory: kept once, never appended to."""
+    """Keys and values of each sequence: one (capacity, H, D) buffer per layer and sequence, so nothing is
+    padded. An encoder's keys and values, which its decoder attends to, are the memory: kept once, never
+    appended to."""
 
     def __init__(self, capacities: list[int]):
         self.capacities = capacities
@@ -122,10 +143,19 @@ class KVCache:
         self.counts: list[int] = []  # tokens that the current pass adds to each active sequence
 
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int,
-        prefix_lens: Tensor | None = None, bias: Tensor | None = None, tuned: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Appends k and v (T, H, D) of the segments to their sequences, and attends to all that those hold then.
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor,
+        max_len: int,
+        prefix_lens: Tensor | None = None,
+        bias: Tensor | None = None,
+        tuned: Tensor | None = None,
+    ) -> Tensor:
+        """Appends k and v (T, H, D) of the segments to their sequences, and attends to all that those hold
+        then.
 
         prefix_lens (S,) as attention() takes them, in the prefill. A bias says itself what is visible. tuned
         (2, P, H, D): keys and values that every sequence has before its own (P-tuning).
@@ -146,23 +176,35 @@ class KVCache:
                     x[-1] = torch.cat((t.to(x[-1].dtype), x[-1]))
         if tuned is not None and prefix_lens is not None:
             prefix_lens = prefix_lens + tuned.shape[1]
-        cu_seqlens_k = torch.tensor([0, *(len(x) for x in keys)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        cu_seqlens_k = torch.tensor([0, *(len(x) for x in keys)], dtype=torch.int32).cumsum(
+            0, dtype=torch.int32
+        )
         k, v = (x[0] if len(x) == 1 else torch.cat(x) for x in (keys, values))
         longest = int(cu_seqlens_k.diff().max())
         return attention(q, k, v, cu_seqlens, cu_seqlens_k, longest, bias is None, prefix_lens, bias)
 
     def attend_memory(
-        self, layer: int, q: Tensor, k: Tensor | None, v: Tensor | None, cu_seqlens: Tensor,
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        cu_seqlens: Tensor,
         memory_cu_seqlens: Tensor | None,
     ) -> Tensor:
-        """Attends to the memory of the segments' sequences, all of it; k and v (Tm, H, D) make it in the first pass."""
+        """Attends to the memory of the segments' sequences, all of it; k and v (Tm, H, D) make it in the
+        first pass."""
         if k is not None:
             lengths = memory_cu_seqlens.diff().tolist()
             self.memory[layer] = list(zip(k.split(lengths), v.split(lengths), strict=True))
         keys, values = zip(*(self.memory[layer][i] for i in self.active), strict=True)
-        cu_seqlens_k = torch.tensor([0, *(len(x) for x in keys)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        cu_seqlens_k = torch.tensor([0, *(len(x) for x in keys)], dtype=torch.int32).cumsum(
+            0, dtype=torch.int32
+        )
         longest = int(cu_seqlens_k.diff().max())
-        return attention(q, torch.cat(keys), torch.cat(values), cu_seqlens, cu_seqlens_k, longest, causal=False)
+        return attention(
+            q, torch.cat(keys), torch.cat(values), cu_seqlens, cu_seqlens_k, longest, causal=False
+        )
 
     def common_length(self) -> int:
         """The length of the active sequences, where it is the same: a decoder's, which begin together."""
@@ -189,13 +231,16 @@ class KVCache:
             self.buffers[layer] = new
         self.memory = {layer: [pairs[p] for p in parents] for layer, pairs in self.memory.items()}
         self.positions = self.positions[..., parents]
-        self.lengths, self.capacities = [self.lengths[p] for p in parents], [self.capacities[p] for p in parents]
+        self.lengths, self.capacities = (
+            [self.lengths[p] for p in parents],
+            [self.capacities[p] for p in parents],
+        )
         self.active = list(range(len(parents)))
 
 
 def sampling_probs(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """logits (B, V) -> probabilities (B, V). top_k 0 and top_p 1 keep all; top_p keeps the smallest set of most
-    probable tokens whose total before each member is below top_p, and at least one."""
+    """logits (B, V) -> probabilities (B, V). top_k 0 and top_p 1 keep all; top_p keeps the smallest set of
+    most probable tokens whose total before each member is below top_p, and at least one."""
     logits = logits.float()
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # nothing overflows at a low temperature
     if top_k > 0:
@@ -210,10 +255,12 @@ def sampling_probs(logits: Tensor, temperature: float, top_k: int, top_p: float)
     return logits.softmax(-1)
 
 
-def penalise_repetition(logits: Tensor, seen: list[int], penalty: float, always_divide: bool = False) -> Tensor:
+def penalise_repetition(
+    logits: Tensor, seen: list[int], penalty: float, always_divide: bool = False
+) -> Tensor:
     """logits (V,): those of tokens seen before are divided by the penalty where positive, else multiplied
-    (arXiv:1909.05858). always_divide: negative ones too, which makes them likelier, as SwissArmyTransformer does.
-    """
+    (arXiv:1909.05858). always_divide: negative ones too, which makes them likelier, as SwissArmyTransformer
+    does."""
     index = torch.tensor(sorted(set(seen)), dtype=torch.int64, device=logits.device)
     values = logits[index]
     values = torch.where((values > 0) | always_divide, values / penalty, values * penalty)
@@ -239,15 +286,15 @@ def generate(
 ) -> list[list[int]]:
     """New token ids of each request, a stop word included as it came.
 
-    A request: input_ids (T,), image_starts (positions of the pictures' first slots), pixel_values (list of (3, H, W)),
-    and what data.collate takes besides. temperature 0 is greedy. A sequence ends where all its ids, prompt included,
-    end with one of `stop_words`, or where `stopped` says so of the ids of its answer. Stop words of one token can't
-    come before min_length ids, those of the prompt (of an encoder-decoder: of the decoder's prompt) included.
-    Draws of a request depend on (seed, its "id") alone: a batch gives what its requests give alone.
-    penalty_rule: whose repetition penalty. "hf": of the prompt's tokens (`seen`, by default those outside pictures) and
-    the answer's; "sat": of the answer's alone, always divided.
+    A request: input_ids (T,), image_starts (positions of the pictures' first slots), pixel_values (list of
+    (3, H, W)), and what data.collate takes besides. temperature 0 is greedy. A sequence ends where all its
+    ids, prompt included, end with one of `stop_words`, or where `stopped` says so of the ids of its answer.
+    Stop words of one token can't come before min_length ids, those of the prompt (of an encoder-decoder: of
+    the decoder's prompt) included. Draws of a request depend on (seed, its "id") alone: a batch gives what
+    its requests give alone. penalty_rule: whose repetition penalty. "hf": of the prompt's tokens (`seen`, by
+    default those outside pictures) and the answer's; "sat": of the answer's alone, always divided.
     `on_token(request, token)` sees each token as it comes.
-    """  # fmt: skip
+    """
     model.eval()
     prompts, seen, cache, batch = prefill(model, requests, max_new_tokens)
     generators = [random_stream(seed, r.get("id", "")) for r in requests]
@@ -262,7 +309,9 @@ def generate(
         still = []
         for row, i in zip(logits, cache.active, strict=True):
             if repetition_penalty != 1.0:
-                row = penalise_repetition(row, seen[i], repetition_penalty, always_divide=penalty_rule == "sat")
+                row = penalise_repetition(
+                    row, seen[i], repetition_penalty, always_divide=penalty_rule == "sat"
+                )
             made = len(outputs[i])
             if ends and (made < min_new_tokens or given[i] + made < min_length):
                 row = row.index_fill(0, torch.tensor(ends, device=row.device), float("-inf"))
@@ -276,11 +325,16 @@ def generate(
             if on_token:
                 on_token(i, token)
             text = prompts[i] + outputs[i]
-            ended = any(text[-len(word) :] == word for word in stop_words) or bool(stopped and stopped(outputs[i]))
+            ended = any(text[-len(word) :] == word for word in stop_words) or bool(
+                stopped and stopped(outputs[i])
+            )
             if not ended and len(outputs[i]) < room[i]:
                 still.append(i)
             elif not ended and room[i] < max_new_tokens:
-                print(f"warning: an answer ends after {room[i]} tokens, at the model's last position", file=sys.stderr)
+                print(
+                    f"warning: an answer ends after {room[i]} tokens, at the model's last position",
+                    file=sys.stderr,
+                )
         if not still:
             return outputs
         cache.active = still
@@ -289,17 +343,26 @@ def generate(
 
 @torch.no_grad()
 def beam_search(
-    model: nn.Module, requests: list[dict], max_new_tokens: int, stop_words: list[list[int]], num_beams: int,
-    length_penalty: float = 1.0, repetition_penalty: float = 1.0, min_new_tokens: int = 0, rule: str = "transformers",
-    min_length: int = 0, stopped: Callable[[list[int]], bool] | None = None,
+    model: nn.Module,
+    requests: list[dict],
+    max_new_tokens: int,
+    stop_words: list[list[int]],
+    num_beams: int,
+    length_penalty: float = 1.0,
+    repetition_penalty: float = 1.0,
+    min_new_tokens: int = 0,
+    rule: str = "transformers",
+    min_length: int = 0,
+    stopped: Callable[[list[int]], bool] | None = None,
 ) -> list[list[tuple[float, list[int]]]]:
     """The num_beams best answers of each request as (score, new token ids), best first.
 
-    A score is the sum of log-probabilities (after the repetition penalty, which acts on them) / number of tokens **
-    length_penalty. An answer ends with one of the one-token `stop_words`, where `stopped` says so of its ids, or at
-    max_new_tokens. `rule`: when a request is closed, and how an answer that the limit cuts is scored: "transformers"
-    (5.x) or "lavis" (transformers 4.x fed with embeddings: it counts the start token as one more, and knows that token
-    alone of the prompt, also for the repetition penalty and min_length).
+    A score is the sum of log-probabilities (after the repetition penalty, which acts on them) / number of
+    tokens ** length_penalty. An answer ends with one of the one-token `stop_words`, where `stopped` says so
+    of its ids, or at max_new_tokens. `rule`: when a request is closed, and how an answer that the limit cuts
+    is scored: "transformers" (5.x) or "lavis" (transformers 4.x fed with embeddings: it counts the start
+    token as one more, and knows that token alone of the prompt, also for the repetition penalty and
+    min_length).
     """
     model.eval()
     K, ends, lavis = num_beams, {word[0] for word in stop_words if len(word) == 1}, rule == "lavis"
@@ -316,7 +379,9 @@ def beam_search(
     finished: list[list[tuple[float, list[int]]]] = [[] for _ in requests]
 
     def finish(i: int, total: float, tokens: list[int], length: int) -> None:
-        finished[i] = sorted([*finished[i], (total / length**length_penalty, tokens)], key=lambda h: -h[0])[:K]
+        finished[i] = sorted([*finished[i], (total / length**length_penalty, tokens)], key=lambda h: -h[0])[
+            :K
+        ]
 
     for n in range(1, max(room) + 1):
         logits = next_logits(model, batch, cache)
@@ -327,10 +392,12 @@ def beam_search(
             if K > V // 2:
                 raise ValueError(f"num_beams={K}; expected at most {V // 2}, half of the vocabulary")
             if repetition_penalty != 1.0:
-                rows = torch.stack([
-                    penalise_repetition(row, seen[i] + tokens, repetition_penalty)
-                    for row, (_, tokens) in zip(rows, beams[i], strict=True)
-                ])  # fmt: skip
+                rows = torch.stack(
+                    [
+                        penalise_repetition(row, seen[i] + tokens, repetition_penalty)
+                        for row, (_, tokens) in zip(rows, beams[i], strict=True)
+                    ]
+                )
             if n <= min_new_tokens or given[i] + n - 1 < min_length:
                 rows = rows.index_fill(1, torch.tensor(sorted(ends), device=rows.device), float("-inf"))
             totals = rows + torch.tensor([total for total, _ in beams[i]], device=rows.device)[:, None]
@@ -348,11 +415,16 @@ def beam_search(
                     running.append((total, tokens))
                     sources.append(offset + at // V)
             offset += len(beams[i])
-            reachable = (float(best[0]) / (n + 1) ** length_penalty) if lavis else (
-                running[0][0] / n**length_penalty if running else float("-inf"))  # fmt: skip
+            reachable = (
+                (float(best[0]) / (n + 1) ** length_penalty)
+                if lavis
+                else (running[0][0] / n**length_penalty if running else float("-inf"))
+            )
             closed = len(finished[i]) == K and finished[i][-1][0] >= reachable
             if n == room[i] < max_new_tokens and not closed:
-                print(f"warning: an answer ends after {n} tokens, at the model's last position", file=sys.stderr)
+                print(
+                    f"warning: an answer ends after {n} tokens, at the model's last position", file=sys.stderr
+                )
             if n == room[i] and lavis and not closed:
                 for total, tokens in running:
                     finish(i, total, tokens, n + 1)
@@ -376,7 +448,8 @@ def random_stream(seed: int, id: str) -> torch.Generator:
 
 
 def given_tokens(model: nn.Module, prompt: list[int]) -> int:
-    """Tokens before the answer that min_length counts: of an encoder-decoder, the one that its decoder begins with."""
+    """Tokens before the answer that min_length counts: of an encoder-decoder, the one that its decoder begins
+    with."""
     return 1 if getattr(getattr(model, "config", None), "is_t5", False) else len(prompt)
 
 
@@ -389,24 +462,31 @@ def check_minimum(given: list[int], max_new_tokens: int, min_length: int) -> Non
 
 
 def room_for(model: nn.Module, prompt: list[int], max_new_tokens: int) -> int:
-    """New tokens that fit: fewer than max_new_tokens where the model's learned positions end before. ValueError for
-    none."""
+    """New tokens that fit: fewer than max_new_tokens where the model's learned positions end before.
+    ValueError for none."""
     limit = getattr(getattr(model, "config", None), "max_positions", None)
     if limit is not None and len(prompt) >= limit:
-        raise ValueError(f"the prompt has {len(prompt)} tokens, but the model has {limit} positions; shorten it")
+        raise ValueError(
+            f"the prompt has {len(prompt)} tokens, but the model has {limit} positions; shorten it"
+        )
     return max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
 
 
 def prefill(model: nn.Module, requests: list[dict], max_new_tokens: int) -> tuple[list, list, KVCache, dict]:
-    """-> (prompts, the tokens of each that the repetition penalty sees, an empty cache, the prompts as one stream)"""
+    """-> (prompts, the tokens of each that the repetition penalty sees, an empty cache, the prompts as one
+    stream)"""
     prompts = [[int(t) for t in r["input_ids"]] for r in requests]
     for p in prompts:
         room_for(model, p, max_new_tokens)
     Q = model.num_image_tokens
-    batch = data.collate([{"labels": p, "num_image_tokens": Q, **r} for p, r in zip(prompts, requests, strict=True)])
+    batch = data.collate(
+        [{"labels": p, "num_image_tokens": Q, **r} for p, r in zip(prompts, requests, strict=True)]
+    )
     seen = []
     for r, p in zip(requests, prompts, strict=True):
-        slots = {i for s in r["image_starts"] for i in range(s, s + Q)}  # a picture's slots are no tokens of the text
+        slots = {
+            i for s in r["image_starts"] for i in range(s, s + Q)
+        }  # a picture's slots are no tokens of the text
         seen.append(list(map(int, r.get("seen", (t for i, t in enumerate(p) if i not in slots)))))
     cache = KVCache([len(p) + room_for(model, p, max_new_tokens) for p in prompts])
     cache.positions = batch["position_ids"][..., batch["cu_seqlens"][1:].long() - 1]
@@ -414,27 +494,36 @@ def prefill(model: nn.Module, requests: list[dict], max_new_tokens: int) -> tupl
 
 
 def next_logits(model: nn.Module, batch: dict, cache: KVCache) -> Tensor:
-    """(B, V) fp32 of each segment's last position; the cache grows by the batch. ValueError unless all are finite."""
+    """(B, V) fp32 of each segment's last position; the cache grows by the batch. ValueError unless all are
+    finite."""
     device = next(model.parameters()).device
-    batch = {k: v.to(device) if torch.is_tensor(v) and k not in data.HOST_TENSORS else v for k, v in batch.items()}
+    batch = {
+        k: v.to(device) if torch.is_tensor(v) and k not in data.HOST_TENSORS else v for k, v in batch.items()
+    }
     logits = model({**batch, "cache": cache}, output="logits").float()
     cache.advance()
     if not bool(logits.isfinite().all()):
         raise ValueError(
-            "the model's logits are not finite (NaN or infinity): its weights are damaged, or 16 bits overflow; fetch "
+            "the model's logits are not finite (NaN or infinity): its weights are "
+            "damaged, or 16 bits overflow; fetch "
             "the checkpoint again, or use --dtype float32"
         )
     return logits
 
 
 def step_batch(model: nn.Module, cache: KVCache, tokens: list[int], prompt_lengths: list[int]) -> dict:
-    """One token more for each active sequence; its position is the last one plus the model's own step (default 1)."""
+    """One token more for each active sequence; its position is the last one plus the model's own step
+    (default 1)."""
     cache.positions[..., cache.active] += getattr(model, "position_step", 1)
     return {
-        "input_ids": torch.tensor(tokens), "position_ids": cache.positions[..., cache.active],
-        "cu_seqlens": torch.arange(len(tokens) + 1, dtype=torch.int32), "max_len": 1,
-        "rope_lengths": torch.tensor(prompt_lengths),  # the cached keys were turned with the prompt's NTK base
-    }  # fmt: skip
+        "input_ids": torch.tensor(tokens),
+        "position_ids": cache.positions[..., cache.active],
+        "cu_seqlens": torch.arange(len(tokens) + 1, dtype=torch.int32),
+        "max_len": 1,
+        "rope_lengths": torch.tensor(
+            prompt_lengths
+        ),  # the cached keys were turned with the prompt's NTK base
+    }
 
 
 def base_of(model_name_or_path: str | None, lora_path: str | None) -> str:
@@ -445,11 +534,14 @@ def base_of(model_name_or_path: str | None, lora_path: str | None) -> str:
 
 
 def load_model(
-    directory: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
-    lora_path: str | Path | None = None, world: parallel.World | None = None,
-) -> nn.Module:  # fmt: skip
-    """A model for inference from a checkpoint directory, optionally with an adapter (not merged); in a tensor-parallel
-    `world` this rank's part of it."""
+    directory: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    lora_path: str | Path | None = None,
+    world: parallel.World | None = None,
+) -> nn.Module:
+    """A model for inference from a checkpoint directory, optionally with an adapter (not merged); in a
+    tensor-parallel `world` this rank's part of it."""
     config = checkpoint.read_config(directory)
     module = importlib.import_module("model_" + checkpoint.model_kind(config))
     if hasattr(module, "check_dtype"):
@@ -486,16 +578,20 @@ def read_requests(args) -> tuple[list[Conversation], list[tuple[str, str]]]:
 
 
 def cut_at_stop(processor, ids: list[int], stop_texts: list[str]) -> tuple[str, bool]:
-    """The answer's text before the first stop text, and whether there was one, wherever the borders of tokens lie."""
+    """The answer's text before the first stop text, and whether there was one, wherever the borders of tokens
+    lie."""
     shown = processor.decode(ids)
-    for text in (shown, processor.tokenizer.decode(ids)) if stop_texts else ():  # blanks at the ends are in the second
+    for text in (
+        (shown, processor.tokenizer.decode(ids)) if stop_texts else ()
+    ):  # blanks at the ends are in the second
         if found := [text.index(stop) for stop in stop_texts if stop in text]:
             return text[: min(found)].strip(), True
     return shown, False
 
 
 class Printer:
-    """Shows the answer to one request while its tokens come, whole characters only and no part of a stop text."""
+    """Shows the answer to one request while its tokens come, whole characters only and no part of a stop
+    text."""
 
     def __init__(self, processor, stop_texts: list[str] = ()):
         self.processor, self.stop_texts, self.tokens, self.shown = processor, stop_texts, [], ""
@@ -518,14 +614,19 @@ class Printer:
 
 
 def answer(
-    model: nn.Module, processor, conversations: list[Conversation], stop_words: list[list[int]], how: Decoding,
-    on_token: Callable[[int, int], None] | None = None, stop_texts: list[str] = (),
+    model: nn.Module,
+    processor,
+    conversations: list[Conversation],
+    stop_words: list[list[int]],
+    how: Decoding,
+    on_token: Callable[[int, int], None] | None = None,
+    stop_texts: list[str] = (),
     bad: list[tuple[str, str]] | None = None,
-) -> list[str | None]:  # fmt: skip
+) -> list[str | None]:
     """The answers, searched for as `how` says, each up to the first of `stop_texts`.
 
-    A conversation whose prompt or images cannot be read is listed in `bad` as (where, reason) and has the answer None;
-    without that list it raises its ValueError.
+    A conversation whose prompt or images cannot be read is listed in `bad` as (where, reason) and has the
+    answer None; without that list it raises its ValueError.
     """
     d, dtype = how, next(p.dtype for p in model.parameters())
     requests = {}
@@ -534,7 +635,9 @@ def answer(
             with one_record(c.where):
                 request = {**processor.prompt(c), "id": c.id}
                 room_for(model, request["input_ids"], d.max_new_tokens)
-                request["pixel_values"] = [processor.load_image(image).to(dtype) for image in request["images"]]
+                request["pixel_values"] = [
+                    processor.load_image(image).to(dtype) for image in request["images"]
+                ]
                 requests[n] = request
         except BadRecord as e:
             if bad is None:
@@ -545,15 +648,36 @@ def answer(
         found = []
     elif d.num_beams > 1:
         beams = beam_search(
-            model, list(requests.values()), d.max_new_tokens, stop_words, d.num_beams, d.length_penalty,
-            d.repetition_penalty, d.min_new_tokens, d.beam_rule, d.min_length, stopped,
-        )  # fmt: skip
+            model,
+            list(requests.values()),
+            d.max_new_tokens,
+            stop_words,
+            d.num_beams,
+            d.length_penalty,
+            d.repetition_penalty,
+            d.min_new_tokens,
+            d.beam_rule,
+            d.min_length,
+            stopped,
+        )
         found = [ids for ((_, ids), *_) in beams]
     else:
         found = generate(
-            model, list(requests.values()), d.max_new_tokens, stop_words, d.temperature, d.top_k, d.top_p,
-            d.repetition_penalty, d.seed, on_token, d.min_new_tokens, d.min_length, d.penalty_rule, stopped,
-        )  # fmt: skip
+            model,
+            list(requests.values()),
+            d.max_new_tokens,
+            stop_words,
+            d.temperature,
+            d.top_k,
+            d.top_p,
+            d.repetition_penalty,
+            d.seed,
+            on_token,
+            d.min_new_tokens,
+            d.min_length,
+            d.penalty_rule,
+            stopped,
+        )
     texts = dict(zip(requests, (cut_at_stop(processor, ids, stop_texts)[0] for ids in found), strict=True))
     return [texts.get(n) for n in range(len(conversations))]
 
@@ -576,7 +700,8 @@ def check_bad(bad: list[tuple[str, str]], total: int, share: float, what: str) -
 def chat(
     model: nn.Module, processor, stop_texts: list[str], how: Decoding, system: str | None, images: list[str]
 ) -> None:
-    """Questions from standard input, one a line, each after all the rounds before; the images belong to the first."""
+    """Questions from standard input, one a line, each after all the rounds before; the images belong to the
+    first."""
     turns = [("system", system)] if system else []
     while True:
         if sys.stdin.isatty():
@@ -606,9 +731,17 @@ def main(argv: list[str] | None = None) -> int:
     add("--prompt", default=None)
     add("--system", default=None, help="system text instead of the model's own")
     add("--chat", action="store_true", help="several rounds: questions from standard input, one a line")
-    add("--requests", default=None, help='JSONL: {"prompt": ..., "image": path or list} or any chat record, one a line')
+    add(
+        "--requests",
+        default=None,
+        help='JSONL: {"prompt": ..., "image": path or list} or any chat record, one a line',
+    )
     add("--output", default=None, help="write answers as JSONL here")
-    add("--draw", default="boxes.png", help="where a copy of the picture with the answer's boxes goes, if it has any")
+    add(
+        "--draw",
+        default="boxes.png",
+        help="where a copy of the picture with the answer's boxes goes, if it has any",
+    )
     add("--stage", default="sft", choices=("sft", "pretrain", "pretrain1", "pretrain2"), help="prompt format")
     Decoding.add_arguments(parser)
     add("--stop", action="append", default=[], help="end before this text too; may be repeated")
@@ -619,9 +752,16 @@ def main(argv: list[str] | None = None) -> int:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     degree = "processes (torchrun --nproc_per_node N) that hold the model together"
     add("--tensor_parallel_degree", type=int, default=1, help=degree)
-    add("--quantize", default=None, choices=BITS, help="weights of the language model's blocks in 8 or 4 bits")
+    add(
+        "--quantize", default=None, choices=BITS, help="weights of the language model's blocks in 8 or 4 bits"
+    )
     choices = ("auto", "true", "false")
-    add("--use_flash_attention", default="auto", choices=choices, help="Triton kernels; auto: where there is a GPU")
+    add(
+        "--use_flash_attention",
+        default="auto",
+        choices=choices,
+        help="Triton kernels; auto: where there is a GPU",
+    )
     args = parser.parse_args(argv)
     how = Decoding.of(args)
     check_arguments(args)
@@ -632,7 +772,9 @@ def main(argv: list[str] | None = None) -> int:
             f"torchrun --nproc_per_node {degree} generate.py --tensor_parallel_degree {degree} ..."
         )
     if degree == 1:
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: what is answered is kept
+        before = signal.signal(
+            signal.SIGTERM, signal.default_int_handler
+        )  # like Ctrl-C: what is answered is kept
         try:
             return run(args, how)
         finally:
@@ -663,7 +805,9 @@ def check_arguments(args) -> None:
     for name, others in (("requests", ("prompt", "image", "system", "chat")), ("chat", ("prompt", "output"))):
         for other in others if getattr(args, name) else ():
             if getattr(args, other):
-                remedy = "leave one out" if name == "chat" or other == "chat" else "put it into the file's records"
+                remedy = (
+                    "leave one out" if name == "chat" or other == "chat" else "put it into the file's records"
+                )
                 raise ValueError(f"--{name} and --{other} are both given, and only one can be used; {remedy}")
 
 
@@ -674,7 +818,9 @@ def run(args, how: Decoding, world: parallel.World | None = None) -> int:
     conversations, bad = ([], []) if args.chat else read_requests(args)
     total = len(conversations) + len(bad)
     # quantised on the CPU, so that the device never holds the whole weights
-    model = load_model(directory, DTYPES[args.dtype], "cpu" if args.quantize else args.device, args.lora_path, world)
+    model = load_model(
+        directory, DTYPES[args.dtype], "cpu" if args.quantize else args.device, args.lora_path, world
+    )
     if args.quantize:
         probe = importlib.import_module(type(model).__module__).probe_batch(processor)
         print(f"{quantize(model, args.quantize, probe)} (against {args.dtype})", file=sys.stderr)
@@ -704,8 +850,16 @@ def run(args, how: Decoding, world: parallel.World | None = None) -> int:
                 else:
                     record = {"id": conversation.id, "answer": text}
                     print(json.dumps(record, ensure_ascii=False), file=sink, flush=True)
-                out = Path(args.draw) if drawn == 0 else Path(args.draw).with_stem(f"{Path(args.draw).stem}-{drawn}")
-                if main_rank and conversation.images and (boxes := draw_boxes(conversation.images[-1], text, out)):
+                out = (
+                    Path(args.draw)
+                    if drawn == 0
+                    else Path(args.draw).with_stem(f"{Path(args.draw).stem}-{drawn}")
+                )
+                if (
+                    main_rank
+                    and conversation.images
+                    and (boxes := draw_boxes(conversation.images[-1], text, out))
+                ):
                     print(f"{boxes} boxes drawn: {out}", file=sys.stderr)
                     drawn += 1
     check_bad(bad, total, args.max_bad_samples, "requests")
@@ -714,8 +868,8 @@ def run(args, how: Decoding, world: parallel.World | None = None) -> int:
 
 @contextlib.contextmanager
 def answer_file(path: str | None):
-    """The file that answers go to, or None. They gather beside it and replace what is there when all are answered, or
-    when the command stops: what it has by then is kept."""
+    """The file that answers go to, or None. They gather beside it and replace what is there when all are
+    answered, or when the command stops: what it has by then is kept."""
     if path is None or (os.path.exists(path) and not os.path.isfile(path)):  # a device, say
         with open(path, "w", encoding="utf-8") if path else contextlib.nullcontext() as file:
             yield file

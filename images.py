@@ -3,9 +3,9 @@
     image = open_image("photo.jpg")        # PIL, mode RGB, upright, on white
     image = open_image("data:image/png;base64,iVBOR...")
 
-What a viewer shows is what a model sees: EXIF orientation is applied, a transparent ground becomes white, and numbers
-of more than 8 bits are scaled by their range instead of clipped. 8-bit RGB passes through untouched, so the models'
-own resizing stays bit-equal to the originals'.
+What a viewer shows is what a model sees: EXIF orientation is applied, a transparent ground becomes white, and
+numbers of more than 8 bits are scaled by their range instead of clipped. 8-bit RGB passes through untouched,
+so the models' own resizing stays bit-equal to the originals'.
 """
 
 import base64
@@ -73,7 +73,8 @@ def content_key(source: str) -> str:
 
 
 def open_image(source: str | os.PathLike) -> Image.Image:
-    """An image file or data URL as 8-bit RGB. ValueError naming it for anything that is no whole image of sane size.
+    """An image file or data URL as 8-bit RGB. ValueError naming it for anything that is no whole image of
+    sane size.
 
     Of an animation the first frame is taken.
     """
@@ -120,8 +121,9 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """Grey numbers of 16 or 32 bits or floats, scaled by their range: that of the 16-bit format; of numbers that say
-    nothing themselves 0..1 (floats), 0..255 or 0..65535 if they lie within, else from their least to their largest."""
+    """Grey numbers of 16 or 32 bits or floats, scaled by their range: that of the 16-bit format; of numbers
+    that say nothing themselves 0..1 (floats), 0..255 or 0..65535 if they lie within, else from their least to
+    their largest."""
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
         raise ValueError("NaN or infinity among its pixels")

@@ -1,12 +1,12 @@
 """LoRA adapters: low-rank updates beside frozen linear layers, in PEFT's file format.
 
     names = inject(model, LORA_TARGETS, rank=8, alpha=16, dropout=0.05)   # nn.Linear -> LoraLinear, in place
-    with dropout_rows(batch["dropout_keys"]): ...                         # the model says whose rows adapters see
+    with dropout_rows(batch["dropout_keys"]): ...  # the model says whose rows adapters see
     save_adapter("output", model, base, 8, 16, 0.05, names, extra_trained={}, tensors=get)
     load_adapter(model, "output")                                         # ours or PEFT's
 
-y = W x + b + (alpha / rank) B A x; A (rank, in) starts random and B (out, rank) zero (arXiv:2106.09685 sec. 4.1).
-File format: https://huggingface.co/docs/peft/developer_guides/checkpoint
+y = W x + b + (alpha / rank) B A x; A (rank, in) starts random and B (out, rank) zero (arXiv:2106.09685 sec.
+4.1). File format: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
 import difflib
@@ -32,13 +32,16 @@ PREFIX = "base_model.model."  # PEFT puts it before every name
 
 
 class LoraLinear(nn.Linear):
-    """A linear layer plus scaling * B A, made by `inject` out of an nn.Linear; weight and bias keep their names."""
+    """A linear layer plus scaling * B A, made by `inject` out of an nn.Linear; weight and bias keep their
+    names."""
 
     rank: int
     scaling: float
     dropout: float
     seed: int  # from the module's name: dropout masks differ between modules
-    parts: tuple[int, int] | None  # (G, P): output rows are G groups of P parts, each part with an A and a B of its own
+    parts: (
+        tuple[int, int] | None
+    )  # (G, P): output rows are G groups of P parts, each part with an A and a B of its own
     first_channel: int  # tensor parallelism sets it where a rank has a slice of the input channels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -57,12 +60,14 @@ class LoraLinear(nn.Linear):
         return (self.lora_B(z) if self.parts is None else self.split_B(z)) * scaling
 
     def split_B(self, z: torch.Tensor) -> torch.Tensor:
-        """lora_B(z), of whose weight only the blocks (part j of the rows, part j of the columns) count; the others stay
-        zero. So the file is an ordinary adapter of P times the rank, and merges as one."""
+        """lora_B(z), of whose weight only the blocks (part j of the rows, part j of the columns) count; the
+        others stay zero. So the file is an ordinary adapter of P times the rank, and merges as one."""
         G, P = self.parts
         D = self.out_features // (G * P)  # of a tensor-parallel rank too, which has some of the groups
         blocks = self.lora_B.weight.unflatten(1, (P, -1)).unflatten(0, (-1, P, D))  # (G, P, D, P, r)
-        y = [F.linear(part, blocks[:, j, :, j].flatten(0, 1)) for j, part in enumerate(z.chunk(P, -1))]  # P x (T, G*D)
+        y = [
+            F.linear(part, blocks[:, j, :, j].flatten(0, 1)) for j, part in enumerate(z.chunk(P, -1))
+        ]  # P x (T, G*D)
         return torch.stack([part.unflatten(-1, (-1, D)) for part in y], -2).flatten(-3)
 
 
@@ -70,14 +75,20 @@ class LoraLinear(nn.Linear):
 
 
 def inject(
-    model: nn.Module, target_patterns: list[str], rank: int, alpha: float, dropout: float, parts: dict | None = None,
+    model: nn.Module,
+    target_patterns: list[str],
+    rank: int,
+    alpha: float,
+    dropout: float,
+    parts: dict | None = None,
     tower: list[str] | None = None,
 ) -> list[str]:
     """Turn each nn.Linear whose name fully matches a pattern into a LoraLinear; returns the names.
 
-    Freezes nothing. Works on the meta device: fill the new parameters with `init_lora` then.
-    parts {name pattern: (G, P)}: packed weights whose P parts get a pair of this rank each (see LoraLinear.split_B).
-    tower (fnmatch on parameter names): a pattern that hits modules in and outside of it means those outside alone.
+    Freezes nothing. Works on the meta device: fill the new parameters with `init_lora` then. parts {name
+    pattern: (G, P)}: packed weights whose P parts get a pair of this rank each (see LoraLinear.split_B).
+    tower (fnmatch on parameter names): a pattern that hits modules in and outside of it means those outside
+    alone.
     """
     if rank < 1:
         raise ValueError(f"lora_rank={rank}; expected at least 1")
@@ -129,7 +140,8 @@ def init_lora(name: str, tensor: torch.Tensor, generator: torch.Generator | None
 # ---- files
 
 
-# Every key of adapter_config.json is known, by PEFT's LoraConfig (0.21): those that count here, with their types;
+# Every key of adapter_config.json is known, by PEFT's LoraConfig (0.21): those that count here, with their
+# types;
 Rank, Alpha = Annotated[int, 1, 1 << 16], Annotated[float, 1e-6, 1e6]
 USED = {
     "peft_type": Literal["LORA"],
@@ -153,12 +165,14 @@ REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
 # those that must have the value of a plain adapter, since they compute something else;
 PLAIN = {"bias": "none"} | dict.fromkeys(("fan_in_fan_out", "use_dora", "use_qalora", "lora_bias"), False)
 PLAIN |= dict.fromkeys(
-    "megatron_config trainable_token_indices alora_invocation_tokens layer_replication target_parameters use_bdlora "
+    "megatron_config trainable_token_indices alora_invocation_tokens "
+    "layer_replication target_parameters use_bdlora "
     "arrow_config kasa_config velora_config monteclora_config".split()
 )
 # and those that say nothing about the result of a plain one. Any other key is refused.
 SAID = (
-    "task_type auto_mapping peft_version revision inference_mode runtime_config megatron_core loftq_config eva_config "
+    "task_type auto_mapping peft_version revision inference_mode runtime_config "
+    "megatron_core loftq_config eva_config "
     "corda_config lora_ga_config qalora_group_size".split()
 )
 
@@ -179,15 +193,24 @@ def base_sample(directory: str | Path) -> str | None:
 
 
 def save_adapter(
-    directory, model: nn.Module, base_name, rank: int, alpha: float, dropout: float, module_names: list[str],
-    extra_trained, tensors, write: bool = True,
-) -> None:  # fmt: skip
+    directory,
+    model: nn.Module,
+    base_name,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    module_names: list[str],
+    extra_trained,
+    tensors,
+    write: bool = True,
+) -> None:
     """adapter_config.json and adapter_model.safetensors, which PEFT reads too.
 
-    extra_trained: names of other parameters that were trained. Leaf modules are saved with all their parameters and
-    listed in modules_to_save, as PEFT expects; it loads the others too. Tied weights are saved under all their names,
-    since PEFT unties what it saves, and an adapted layer's own weight or bias under its name in PEFT.
-    tensors(name) gives a full CPU tensor; it may gather, so all ranks call this, and those with write=True write.
+    extra_trained: names of other parameters that were trained. Leaf modules are saved with all their
+    parameters and listed in modules_to_save, as PEFT expects; it loads the others too. Tied weights are saved
+    under all their names, since PEFT unties what it saves, and an adapted layer's own weight or bias under
+    its name in PEFT. tensors(name) gives a full CPU tensor; it may gather, so all ranks call this, and those
+    with write=True write.
     """
     rank_pattern, alpha_pattern, state = {}, {}, {}
     for name in module_names:
@@ -200,7 +223,9 @@ def save_adapter(
     owners = [name for name in owners if not list(model.get_submodule(name).children())]
     names = [f"{name}.lora_{side}.weight" for name in module_names for side in "AB"]
     names += extra_trained
-    names += [f"{owner}.{name}" for owner in owners for name, _ in model.get_submodule(owner).named_parameters()]
+    names += [
+        f"{owner}.{name}" for owner in owners for name, _ in model.get_submodule(owner).named_parameters()
+    ]
     for name in dict.fromkeys(names):
         tensor = tensors(name)
         if write:
@@ -215,16 +240,26 @@ def save_adapter(
             owners.append(alias.rpartition(".")[0])
     targets = list(module_names)
     others = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding | nn.Conv2d)}
-    if any(other.endswith("." + name) for other in others for name in targets):  # so a list would name those too
+    if any(
+        other.endswith("." + name) for other in others for name in targets
+    ):  # so a list would name those too
         targets = "|".join(map(re.escape, targets))
     sample = base_sample(base_name)
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": os.path.abspath(base_name) if sample else str(base_name), "r": rank,
-        "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": targets, "bias": "none",
-        "fan_in_fan_out": False, "modules_to_save": owners or None, "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern, "inference_mode": True,
-    }  # fmt: skip
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": os.path.abspath(base_name) if sample else str(base_name),
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "target_modules": targets,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": owners or None,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "inference_mode": True,
+    }
     metadata = {"format": "pt"} | ({"base": sample} if sample else {})
     checkpoint.save_tensors(state, Path(directory) / "adapter_model.safetensors", metadata)
     checkpoint.write_json(Path(directory) / "adapter_config.json", config)
@@ -245,8 +280,12 @@ def read_adapter_config(directory) -> dict:
             if value != PLAIN[key] and (value or key == "bias"):
                 raise ValueError(f"{path}: {key}={value!r} is not supported; expected {PLAIN[key]!r}")
         elif key not in SAID:
-            raise ValueError(f"{path}: the key {key!r} is not known, and may change what is computed; remove it if not")
-    expressions = [(k, v) for k in ("target_modules", "exclude_modules") if isinstance(v := config.get(k), str)]
+            raise ValueError(
+                f"{path}: the key {key!r} is not known, and may change what is computed; remove it if not"
+            )
+    expressions = [
+        (k, v) for k in ("target_modules", "exclude_modules") if isinstance(v := config.get(k), str)
+    ]
     for key in ("rank_pattern", "alpha_pattern", "layers_pattern", "modules_to_save"):
         value = config.get(key)
         expressions += [(key, v) for v in ([value] if isinstance(value, str) else value or ())]
@@ -276,8 +315,8 @@ def contents(directory) -> tuple[list[str], list[str]]:
 def read_adapter(directory, aliases: dict[str, str] | None = None) -> tuple[dict, dict]:
     """-> (adapter_config.json, {name in the base model: tensor}); refuses what this file does not compute.
 
-    aliases {name: name}: the base's tied weights. In PEFT a tied weight that is trained whole is tied no longer, so all
-    of its names must be there, with one value.
+    aliases {name: name}: the base's tied weights. In PEFT a tied weight that is trained whole is tied no
+    longer, so all of its names must be there, with one value.
     """
     config, weights = read_adapter_config(directory), _open_adapter(directory)
     tensors = {}
@@ -285,7 +324,9 @@ def read_adapter(directory, aliases: dict[str, str] | None = None) -> tuple[dict
         if not file_name.startswith(PREFIX) or re.search(r"\.lora_(?!(A|B)\.weight$)", file_name):
             raise ValueError(f"{directory}: {file_name!r} is not a LoRA weight of a linear layer")
         if not weights.dtype(file_name).is_floating_point:
-            raise ValueError(f"{directory}: {file_name!r} is {weights.dtype(file_name)}; expected floating point")
+            raise ValueError(
+                f"{directory}: {file_name!r} is {weights.dtype(file_name)}; expected floating point"
+            )
         tensor, name = weights.read(file_name), file_name.removeprefix(PREFIX).replace(".base_layer.", ".")
         checkpoint.largest(tensor, f"{directory}: {name}")
         tensors[name] = tensor
@@ -295,9 +336,9 @@ def read_adapter(directory, aliases: dict[str, str] | None = None) -> tuple[dict
         whole = len(held) == len(group)
         if held and not (whole and all(torch.equal(tensors[n], tensors[held[0]]) for n in held)):
             raise ValueError(
-                f"{directory}: {' and '.join(group)} are one tied tensor in this model, but the adapter holds "
-                f"{'different values of them' if whole else 'only ' + ' and '.join(held)}: in PEFT they are untied, "
-                "which is not supported; save equal values of all of them (modules_to_save)"
+                f"{directory}: {' and '.join(group)} are one tied tensor in this model, the adapter holds "
+                f"{'different values of them' if whole else 'only ' + ' and '.join(held)}: in PEFT they are "
+                "untied, which is not supported; save equal values of all of them (modules_to_save)"
             )
         if held:
             for alias in group[1:]:
@@ -306,9 +347,9 @@ def read_adapter(directory, aliases: dict[str, str] | None = None) -> tuple[dict
 
 
 def open_base(directory, adapter, module) -> tuple[dict, checkpoint.Weights]:
-    """-> (config.json's contents, weights) of an adapter's base, as the adapter takes it: where it holds a tied weight
-    under some of its names alone, or with several values, each name has a value of its own, as in PEFT. ValueError if
-    the adapter says that it was trained on other weights."""
+    """-> (config.json's contents, weights) of an adapter's base, as the adapter takes it: where it holds a
+    tied weight under some of its names alone, or with several values, each name has a value of its own, as in
+    PEFT. ValueError if the adapter says that it was trained on other weights."""
     config, own = checkpoint.read_config(directory), _open_adapter(adapter)
     weights = checkpoint.open_model(directory, module)
     check_base(adapter, weights)
@@ -316,7 +357,9 @@ def open_base(directory, adapter, module) -> tuple[dict, checkpoint.Weights]:
     for name in {*aliases.values()}:
         group = [PREFIX + n for n in (name, *(a for a, original in aliases.items() if original == name))]
         held = [n for n in group if n in own.names]
-        apart |= 0 < len(held) < len(group) or not all(torch.equal(own.read(n), own.read(held[0])) for n in held)
+        apart |= 0 < len(held) < len(group) or not all(
+            torch.equal(own.read(n), own.read(held[0])) for n in held
+        )
     theirs = "auto_mapping" in read_adapter_config(adapter)  # PEFT's, which unties; else ours, incomplete
     if apart and theirs and (untied := module.untied(config)) is not None:
         weights.untie(aliases)
@@ -325,11 +368,13 @@ def open_base(directory, adapter, module) -> tuple[dict, checkpoint.Weights]:
 
 
 def check_base(directory, weights: checkpoint.Weights) -> None:
-    """ValueError if the adapter says that it was trained on other weights than these; one from elsewhere can't say."""
+    """ValueError if the adapter says that it was trained on other weights than these; one from elsewhere
+    can't say."""
     sample = _open_adapter(directory).metadata.get("base")
     if sample is not None and not weights.fits_sample(sample):
         raise ValueError(
-            f"the adapter in {directory} was trained on other weights than those of {weights.directory}; give its own "
+            f"the adapter in {directory} was trained on other weights than those "
+            f"of {weights.directory}; give its own "
             "base with --model_name_or_path"
         )
 
@@ -340,15 +385,23 @@ def says_base(directory) -> bool:
 
 
 def find_base(directory) -> str:
-    """Where the base of an adapter is: the path that it names, from here, from the project, or beside the adapter."""
+    """Where the base of an adapter is: the path that it names, from here, from the project, or beside the
+    adapter."""
     name = read_adapter_config(directory).get("base_model_name_or_path") or ""
     root = Path(__file__).resolve().parent
     beside = Path(directory).resolve().parent / Path(name).name
-    for place in (Path(name), root / name, Path(directory) / name, beside, root / "samples" / Path(name).name):
+    for place in (
+        Path(name),
+        root / name,
+        Path(directory) / name,
+        beside,
+        root / "samples" / Path(name).name,
+    ):
         if name and "\0" not in name and (place / "config.json").is_file():
             return str(place)
     raise ValueError(
-        f"the adapter in {directory} names the base model {name!r}, which is no checkpoint directory here; give the "
+        f"the adapter in {directory} names the base model {name!r}, which is no "
+        "checkpoint directory here; give the "
         "path of its base with --model_name_or_path"
     )
 
@@ -368,8 +421,8 @@ def rank_and_scaling(config: dict, module_name: str) -> tuple[int, float]:
 def adapter_updates(config: dict, tensors: dict, shapes: dict) -> tuple[dict, list]:
     """Check an adapter against a model {name: shape} -> ({module: scaling}, [other saved names]).
 
-    Every tensor belongs to the model, every module has both sides in the right shape and is a target, every target has
-    its pair, every module to save its tensors.
+    Every tensor belongs to the model, every module has both sides in the right shape and is a target, every
+    target has its pair, every module to save its tensors.
     """
     modules = sorted({name.partition(".lora_")[0] for name in tensors if ".lora_" in name})
     if not modules:
@@ -377,12 +430,19 @@ def adapter_updates(config: dict, tensors: dict, shapes: dict) -> tuple[dict, li
     scalings, expected = {}, {}
     for module in modules:
         if len(shapes.get(f"{module}.weight", ())) != 2:
-            raise ValueError(f"the adapter changes {module!r}, which is no linear layer of this model: wrong base?")
+            raise ValueError(
+                f"the adapter changes {module!r}, which is no linear layer of this model: wrong base?"
+            )
         if not is_target(config, module):
-            raise ValueError(f"the adapter holds {module}.lora_A.weight, which its adapter_config.json does not name")
+            raise ValueError(
+                f"the adapter holds {module}.lora_A.weight, which its adapter_config.json does not name"
+            )
         out_features, in_features = shapes[f"{module}.weight"]
         rank, scalings[module] = rank_and_scaling(config, module)
-        expected |= {f"{module}.lora_A.weight": (rank, in_features), f"{module}.lora_B.weight": (out_features, rank)}
+        expected |= {
+            f"{module}.lora_A.weight": (rank, in_features),
+            f"{module}.lora_B.weight": (out_features, rank),
+        }
     extra = [name for name in tensors if ".lora_" not in name]
     for name in extra:
         if name not in shapes:
@@ -392,22 +452,26 @@ def adapter_updates(config: dict, tensors: dict, shapes: dict) -> tuple[dict, li
         if name not in tensors:
             raise ValueError(f"the adapter lacks {name!r}; its file is incomplete")
         if tuple(tensors[name].shape) != tuple(shape):
-            raise ValueError(f"the adapter's {name!r} is {tuple(tensors[name].shape)}, expected {tuple(shape)}")
+            raise ValueError(
+                f"the adapter's {name!r} is {tuple(tensors[name].shape)}, expected {tuple(shape)}"
+            )
     owners = {name: name.rpartition(".")[0] for name in shapes if ".lora_" not in name}
     for name, module in owners.items():
         linear = name.endswith(".weight") and len(shapes[name]) == 2
         if linear and module not in scalings and is_target(config, module):
             raise ValueError(f"the adapter lacks {module}.lora_A.weight, which its target_modules name")
     for saved in config.get("modules_to_save") or ():
-        meant = [n for n, m in owners.items() if m == saved] or [n for n, m in owners.items() if m.endswith(saved)]
+        meant = [n for n, m in owners.items() if m == saved] or [
+            n for n, m in owners.items() if m.endswith(saved)
+        ]
         if lost := next((name for name in meant if name not in tensors), None):
             raise ValueError(f"the adapter lacks {lost}, which its modules_to_save name")
     return scalings, extra
 
 
 def is_target(config: dict, module: str) -> bool:
-    """PEFT's rule. target_modules and exclude_modules: a regular expression, or a list of full names or their last
-    parts; in a list, layers_to_transform and layers_pattern narrow the last parts down."""
+    """PEFT's rule. target_modules and exclude_modules: a regular expression, or a list of full names or their
+    last parts; in a list, layers_to_transform and layers_pattern narrow the last parts down."""
 
     def named(names) -> bool:
         if isinstance(names, str):
@@ -429,15 +493,18 @@ def is_target(config: dict, module: str) -> bool:
 
 @torch.no_grad()
 def load_adapter(
-    model: nn.Module, directory, copy=lambda param, full: param.copy_(full), shape=lambda param: param.shape,
+    model: nn.Module,
+    directory,
+    copy=lambda param, full: param.copy_(full),
+    shape=lambda param: param.shape,
     whole: nn.Module | None = None,
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """Inject what the adapter needs and copy every tensor of it into the model; returns the module names.
 
-    copy(parameter, full tensor), shape(parameter): pass checkpoint.copy_full_ and parallel.whole_shape for sharded
-    parameters. On the meta device nothing is copied: call again once the parameters are real. If modules are injected
-    already, they must be the adapter's. whole: what `model` is a pipeline stage of, injected like it, without memory;
-    then only the stage's own tensors are copied.
+    copy(parameter, full tensor), shape(parameter): pass checkpoint.copy_full_ and parallel.whole_shape for
+    sharded parameters. On the meta device nothing is copied: call again once the parameters are real. If
+    modules are injected already, they must be the adapter's. whole: what `model` is a pipeline stage of,
+    injected like it, without memory; then only the stage's own tensors are copied.
     """
     config, tensors = read_adapter(directory, aliases_of(model))
     if whole is not None:
@@ -450,19 +517,26 @@ def load_adapter(
     injected = {n for n, m in model.named_modules() if isinstance(m, LoraLinear)}
     if injected and injected != scalings.keys():
         here, there = sorted(injected - scalings.keys()), sorted(scalings.keys() - injected)
-        less = f"no tensors for {here[0]} ({len(here)} such modules), which has an adapter here" if here else ""
-        more = f"tensors for {there[0]} ({len(there)} such modules), which has no adapter here" if there else ""
+        less = (
+            f"no tensors for {here[0]} ({len(here)} such modules), which has an adapter here" if here else ""
+        )
+        more = (
+            f"tensors for {there[0]} ({len(there)} such modules), which has no adapter here" if there else ""
+        )
         problem = " and ".join(filter(None, (less, more)))
         raise ValueError(f"{directory} has {problem}; leave lora_target_modules out to continue with its own")
     for name, scaling in scalings.items():
         rank, module = tensors[f"{name}.lora_A.weight"].shape[0], model.get_submodule(name)
         if not isinstance(module, LoraLinear):
             if type(module) is not nn.Linear:
-                raise ValueError(f"the adapter changes {name!r}, a {type(module).__name__}; expected a linear layer")
+                raise ValueError(
+                    f"the adapter changes {name!r}, a {type(module).__name__}; expected a linear layer"
+                )
             _to_lora(model, name, rank, scaling, config.get("lora_dropout", 0.0))
         elif module.rank != rank or not math.isclose(module.scaling, scaling):
             raise ValueError(
-                f"{directory}: {name} has rank {rank} and scaling {scaling:g}, but lora_rank and lora_alpha give "
+                f"{directory}: {name} has rank {rank} and scaling {scaling:g}, "
+                "but lora_rank and lora_alpha give "
                 f"rank {module.rank} and scaling {module.scaling:g}; set them to the adapter's"
             )
     params = dict(model.named_parameters())

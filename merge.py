@@ -2,9 +2,10 @@
 
     python merge.py --lora_path output --merge_model_path merged
 
-Writes a whole checkpoint directory: weights W + scaling * B A (added in fp32, rounded once), config.json, tokenizer.
-Before it appears under its name, every tensor is read back and compared, and the logits of base + adapter, merged and
-base are compared on one short prompt with a picture. Memory: one file of up to 5 GB while merging, then one fp32 model.
+Writes a whole checkpoint directory: weights W + scaling * B A (added in fp32, rounded once), config.json,
+tokenizer. Before it appears under its name, every tensor is read back and compared, and the logits of base +
+adapter, merged and base are compared on one short prompt with a picture. Memory: one file of up to 5 GB while
+merging, then one fp32 model.
 """
 
 import python_version  # noqa: F401  (first: it says which Python is needed)
@@ -26,21 +27,30 @@ from lora import adapter_updates, find_base, open_base, read_adapter, says_base
 
 
 def merge(base: Path | None, adapter: Path, output: Path, dtype: torch.dtype | None = None) -> dict:
-    """Merge `adapter` into `base` (None: the one the adapter names) and write `output`; returns merge_info.json."""
+    """Merge `adapter` into `base` (None: the one the adapter names) and write `output`; returns
+    merge_info.json."""
     adapter, output = Path(adapter), Path(output)
     if not (adapter / "adapter_config.json").is_file():
         inside = sorted(adapter.glob("checkpoint-*/adapter_config.json"), key=lambda p: p.stat().st_mtime)
-        hint = f"; {inside[-1].parent} does: pass it as --lora_path" if inside else "; train one with lora=true"
+        hint = (
+            f"; {inside[-1].parent} does: pass it as --lora_path" if inside else "; train one with lora=true"
+        )
         raise ValueError(f"{adapter} holds no LoRA adapter (adapter_config.json){hint}")
     base = Path(base or find_base(adapter))
     if not (base / "config.json").is_file():
-        raise ValueError(f"the base model {str(base)!r} is no checkpoint directory; name it with --model_name_or_path")
+        raise ValueError(
+            f"the base model {str(base)!r} is no checkpoint directory; name it with --model_name_or_path"
+        )
     if output.exists():  # it will be replaced as a whole
         for what, path in (("base model", base.resolve()), ("adapter", adapter.resolve())):
             if output.resolve() in (path, *path.parents):
-                raise ValueError(f"--merge_model_path {output} is or holds the {what}; choose another directory")
+                raise ValueError(
+                    f"--merge_model_path {output} is or holds the {what}; choose another directory"
+                )
         if not output.is_dir() or (any(output.iterdir()) and not (output / "merge_info.json").is_file()):
-            raise ValueError(f"--merge_model_path {output} exists and is no earlier merge; choose another directory")
+            raise ValueError(
+                f"--merge_model_path {output} exists and is no earlier merge; choose another directory"
+            )
 
     model_config = checkpoint.read_config(base)
     kind = checkpoint.model_kind(model_config)
@@ -51,13 +61,23 @@ def merge(base: Path | None, adapter: Path, output: Path, dtype: torch.dtype | N
     checkpoint.check_names(shapes, weights)
     config, lora = read_adapter(adapter, module.aliases(model_config))
     if not says_base(adapter):
-        print(f"note: {adapter} does not say which weights it was trained on; whether they are {base}'s is not checked")
+        print(
+            f"note: {adapter} does not say which weights it was trained on; "
+            f"whether they are {base}'s is not checked"
+        )
     scalings, replaced = adapter_updates(config, lora, shapes)
     if not any(is_changed(name, weights, scalings, lora) for name in weights):
-        raise ValueError(f"the adapter in {adapter} changes nothing (all updates are zero): it was not trained")
+        raise ValueError(
+            f"the adapter in {adapter} changes nothing (all updates are zero): it was not trained"
+        )
 
-    info = {"base": str(base), "adapter": str(adapter), "dtype": str(dtype or "as the base"), "modules": len(scalings),
-            "replaced": replaced}  # fmt: skip
+    info = {
+        "base": str(base),
+        "adapter": str(adapter),
+        "dtype": str(dtype or "as the base"),
+        "modules": len(scalings),
+        "replaced": replaced,
+    }
     with checkpoint.atomic_dir(output) as directory:
         tensors = ((name, merged_tensor(name, weights, scalings, lora, dtype)) for name in weights)
         checkpoint.save_weights(directory, tensors)
@@ -85,7 +105,9 @@ def lora_module(name: str, scalings: dict) -> str | None:
     return module if module != name and module in scalings else None
 
 
-def merged_tensor(name: str, weights: Weights, scalings: dict, lora: dict, dtype: torch.dtype | None) -> torch.Tensor:
+def merged_tensor(
+    name: str, weights: Weights, scalings: dict, lora: dict, dtype: torch.dtype | None
+) -> torch.Tensor:
     tensor = weights.read(name)
     if not tensor.is_floating_point():
         return tensor
@@ -99,8 +121,11 @@ def merged_tensor(name: str, weights: Weights, scalings: dict, lora: dict, dtype
     return tensor.to(rounded)
 
 
-def check_tensors(directory: Path, weights: Weights, scalings: dict, lora: dict, dtype: torch.dtype | None) -> int:
-    """Read every tensor back: exactly as computed, changed only where the adapter says, finite. -> number changed."""
+def check_tensors(
+    directory: Path, weights: Weights, scalings: dict, lora: dict, dtype: torch.dtype | None
+) -> int:
+    """Read every tensor back: exactly as computed, changed only where the adapter says, finite. -> number
+    changed."""
     merged, changed = open_weights(directory), 0
     if merged.names != weights.names:
         raise ValueError("self-check failed: the merged file holds other tensors than the base; report this")
@@ -112,9 +137,13 @@ def check_tensors(directory: Path, weights: Weights, scalings: dict, lora: dict,
             expected = merged_tensor(name, weights, scalings, lora, dtype)
             changed += 1
             if lora_module(name, scalings) and torch.equal(now, base):
-                raise ValueError(f"the update of {name} is lost in rounding to {now.dtype}; use --dtype float32")
+                raise ValueError(
+                    f"the update of {name} is lost in rounding to {now.dtype}; use --dtype float32"
+                )
         if now.dtype != expected.dtype or not torch.equal(bits(now), bits(expected)):
-            raise ValueError(f"self-check failed: {name} read back differs from what was computed; check the disk")
+            raise ValueError(
+                f"self-check failed: {name} read back differs from what was computed; check the disk"
+            )
         if finite and not now.isfinite().all():
             raise ValueError(f"{name} is too large for {now.dtype}; use --dtype bfloat16 or float32")
     return changed
@@ -144,12 +173,15 @@ def check_logits(kind: str, base: Path, adapter: Path, merged: Path) -> dict:
     else:  # root mean square: the largest of millions of rounding errors is several times that
         error, limit = float(difference.square().mean().sqrt()), 0.05 * float(expected.std())
     if not error <= limit:
-        raise ValueError(f"self-check failed: logits are off by {error:.2g}, allowed {limit:.2g}; nothing was written")
+        raise ValueError(
+            f"self-check failed: logits are off by {error:.2g}, allowed {limit:.2g}; nothing was written"
+        )
     return {"logits_vs_adapter": largest, "logits_vs_base": from_base}
 
 
 def example(adapter: Path) -> str:
-    """A question that the adapter was trained on, as options of generate.py; a plain one if that is not known."""
+    """A question that the adapter was trained on, as options of generate.py; a plain one if that is not
+    known."""
     for directory in (adapter, adapter.parent):  # a run, or its checkpoint-N
         with contextlib.suppress(ValueError, OSError, TypeError, AttributeError, KeyError):
             config = checkpoint.read_json(directory / "train_config.json", "")
@@ -161,11 +193,16 @@ def example(adapter: Path) -> str:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = terminal.Parser(description=__doc__)
-    parser.add_argument("--model_name_or_path", help="base checkpoint directory (default: the one the adapter names)")
+    parser.add_argument(
+        "--model_name_or_path", help="base checkpoint directory (default: the one the adapter names)"
+    )
     parser.add_argument("--lora_path", default="output", help="directory of the adapter")
     parser.add_argument("--merge_model_path", default="merged", help="directory to write")
     parser.add_argument(
-        "--dtype", default="keep", choices=["keep", "float32", "bfloat16", "float16"], help="of the merged weights"
+        "--dtype",
+        default="keep",
+        choices=["keep", "float32", "bfloat16", "float16"],
+        help="of the merged weights",
     )
     args = parser.parse_args(argv)
     if not argv and not (Path(args.lora_path) / "adapter_config.json").is_file():
@@ -175,7 +212,9 @@ def main(argv: list[str] | None = None) -> int:
     merge(args.model_name_or_path, args.lora_path, args.merge_model_path, dtype)
     print(f"merged model: {args.merge_model_path}")
     place = shlex.quote(args.merge_model_path)
-    print(f"next: {terminal.script('generate.py')} --model_name_or_path {place} {example(Path(args.lora_path))}")
+    print(
+        f"next: {terminal.script('generate.py')} --model_name_or_path {place} {example(Path(args.lora_path))}"
+    )
     return 0
 
 

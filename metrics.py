@@ -1,9 +1,9 @@
 """Scores of captions and answers: BLEU-1..4, ROUGE-L, CIDEr-D, VQA accuracy, exact match.
 
-Captions are scored as by the COCO caption evaluation (arXiv:1504.00325; CIDEr-D: arXiv:1411.5726) on tokens as the
-Penn Treebank tokenizer of Stanford CoreNLP 3.4.1 makes them when called as there (-preserveLines -lowerCase); answers
-as by the official VQA evaluation (arXiv:1505.00468). Chinese and Japanese text, which that tokenizer leaves whole, is
-scored by character.
+Captions are scored as by the COCO caption evaluation (arXiv:1504.00325; CIDEr-D: arXiv:1411.5726) on tokens
+as the Penn Treebank tokenizer of Stanford CoreNLP 3.4.1 makes them when called as there (-preserveLines
+-lowerCase); answers as by the official VQA evaluation (arXiv:1505.00468). Chinese and Japanese text, which
+that tokenizer leaves whole, is scored by character.
 """
 
 import math
@@ -13,14 +13,16 @@ from collections import Counter
 
 VERSION = "2"  # changes whenever the same answers could get other scores
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Caption tokens. Each rule's first matching group is the token; what follows the group is context that must stand
-# there. At each position the rule with the longest match wins, context included; the first of equals.
+# --------------------------------------------------------------------------------------------------
+# Caption tokens. Each rule's first matching group is the token; what follows the group is context that must
+# stand there. At each position the rule with the longest match wins, context included; the first of equals.
 
 APOS = "['\u2019\u00b4]"
 ANY_APOS = "['\u2019\u00b4`\u2018\u201b]"
 LETTER, ALNUM = r"[^\W\d_]", r"[^\W_]"
-WORD = rf"{LETTER}{ALNUM}*(?:[.!?]{LETTER}{ALNUM}*)*"  # sentences without a blank between them stay in one piece
+WORD = (
+    rf"{LETTER}{ALNUM}*(?:[.!?]{LETTER}{ALNUM}*)*"  # sentences without a blank between them stay in one piece
+)
 NUM = r"(?:\d*(?:[.,]\d+)+|\d+(?:[.:,]\d+)*)"
 CLITIC = rf"{ANY_APOS}(?:m|s|d|re|ve|ll)(?!{LETTER})"
 ACRONYM = r"[a-z](?:\.[a-z])+\."
@@ -31,47 +33,55 @@ ABBREVIATIONS = (
     r"bancorp|bhd|assn|univ|intl|sys|tel|est|ext|sq|jr|sr|bros|(?:ed|ph)\.d|blvd|rd|esq|etc|al|seq|invt|elec|natl|"
     "m[ft]g|dept|mr|mrs|ms|drs?|profs?|sens?|reps?|attys?|lt|col|gen|messrs|govs?|adm|rev|maj|sgt|cpl|pvt|capt|ste?|"
     "ave|pres|lieut|hon|brig|co?mdr|pfc|spc|supts?|det|mt|ft|adj|adv|asst|assoc|ens|insp|mlle|mme|msgr|sfc|"
-    r"[a-z](?:\.[a-z])*|(?-i:Az|Ark|Del|Ill|La|Mass|Miss|Ore|Pa|Tex|Wash)"  # the last are words without a capital
+    # the last are words without a capital
+    r"[a-z](?:\.[a-z])*|(?-i:Az|Ark|Del|Ill|La|Mass|Miss|Ore|Pa|Tex|Wash)"
 )
-RULES = [re.compile(rule, re.IGNORECASE) for rule in (
-    rf"({APOS}t)(?:is|was)(?!{LETTER})|(can)not|(gon|wan)na(?!{LETTER})|(got)ta(?!{LETTER})|(lem|gim)me(?!{LETTER})",
-    rf"({LETTER}*[a-mo-z])n{ANY_APOS}t(?!{LETTER})",  # do n't, ca n't: the word does not end in n
-    rf"({WORD}){CLITIC}",  # dog 's, they 've
-    rf"(n{ANY_APOS}t|{CLITIC})(?:[^a-z]|$)",
-    rf"({WORD})",
-    # 'n', 'em, '60s, '98, l'Avion, somethin', O'Brien, Qur'an, c'mon; y'all -> y' all
-    rf"({APOS}n{APOS}?|{APOS}(?:em|till?|cause|[1-9]0s|\d\d)(?!{ALNUM})|(?:[ldj]|dunkin|somethin|ol){APOS})",
-    rf"((?-i:[A-HJ-XZn]){ANY_APOS}{LETTER}{{2,}}|{LETTER}*[aeiouy]{ANY_APOS}(?-i:[aeiouA-Z]){LETTER}*)",
-    rf"((?:c{APOS}mon|e{APOS}er|s{APOS}mores|ev{APOS}ry|li{APOS}l|nor{APOS}easter)(?!{LETTER}))|(y{APOS}){LETTER}",
-    r"((?:ftp|https?)://[^\s<>|`()\[\]{}]+[^\s<>|.!?,;:&`\"'*()\[\]{}-])",
-    r"((?:www\.(?:[^\s`<>|.!?,()\[\]{}]+\.)+[a-z]{2,4}|(?:[^\s`<>|.!?,:/$()\[\]{}]+\.)+(?:com|net|org|edu))"
-    r"(?:/[^\s`<>|]+[^\s`<>|.!?,;:&()\[\]{}-])?)(?![a-z])",
-    r"([\w.%+-]+@[a-z0-9][a-z0-9.-]*[a-z0-9])",
-    rf"(@[a-z_][a-z0-9_]*|\#{LETTER}\w*{ALNUM})",
-    r"(\d{1,2}[-/]\d{1,2}[-/]\d{2,4}|\d{4}[-/]\d{1,2}[-/]\d{1,2})",  # dates
-    rf"([-+]?{NUM})",
-    "((?:\\d{1,4}[- \u00a0])?\\d{1,4}/\\d{1,4}|[\u00bc\u00bd\u00be\u2153-\u215e])",  # fractions
-    r"((?a:[^\W_]+(?:-[^\W\d_]+){0,2}(?:/[^\W_]+(?:-[^\W\d_]+){0,2}){1,2}))",  # and/or
-    "((?-i:[A-Z])*\\$|\\#|[\u00a2-\u00a5\u20a0-\u20bf])",
-    rf"((?:{ABBREVIATIONS})\.|vs\.)(?!{ALNUM})",
-    r"((?:ca|figs?|prop|nos?|vols?|arts?|pp|op)\.)\s?\d",
-    rf"({WORD}\.)[,;:]",
-    rf"({ALNUM}(?:{ALNUM}|[.,])*(?:[-_](?:{ALNUM}+|{ACRONYM}))+)",  # t-shirt, 3,000-pound
-    rf"({ELIDED}(?:{ALNUM}+|[-+]?{NUM})(?:[-\u2010-\u2012]{ELIDED}(?:{ALNUM}+|{NUM}))*)",  # 1st, o'clock
-    r"((?-i:[A-Z])+(?:[+&](?-i:[A-Z])+)+)",  # AT&T
-    r"([<>]?[:;=][-o*']?[()DPO\\{@|\[\]])(?![^\W_])",  # smileys
-    r"(</?[a-z][^<>\r\n]*>)",
-    "(\\.\\.\\.+|\u2026|\\.(?:[ \u00a0]\\.){2,}|[-\u2010-\u2012]+|[\u2013-\u2015]|@+|\\#+|_+|\\*+|=+|[?!]+)",
-    f"({APOS}){LETTER}\\S|([`\u2018-\u201f\u00ab\u00bb\u2039\u203a]{{1,2}}|\"|[`']'|{APOS})",
-    r"(\S)",
-)]  # fmt: skip
+RULES = [
+    re.compile(rule, re.IGNORECASE)
+    for rule in (
+        rf"({APOS}t)(?:is|was)(?!{LETTER})|(can)not|(gon|wan)na(?!{LETTER})|(got)ta(?!{LETTER})|(lem|gim)me(?!{LETTER})",
+        rf"({LETTER}*[a-mo-z])n{ANY_APOS}t(?!{LETTER})",  # do n't, ca n't: the word does not end in n
+        rf"({WORD}){CLITIC}",  # dog 's, they 've
+        rf"(n{ANY_APOS}t|{CLITIC})(?:[^a-z]|$)",
+        rf"({WORD})",
+        # 'n', 'em, '60s, '98, l'Avion, somethin', O'Brien, Qur'an, c'mon; y'all -> y' all
+        rf"({APOS}n{APOS}?|{APOS}(?:em|till?|cause|[1-9]0s|\d\d)(?!{ALNUM})|(?:[ldj]|dunkin|somethin|ol){APOS})",
+        rf"((?-i:[A-HJ-XZn]){ANY_APOS}{LETTER}{{2,}}|{LETTER}*[aeiouy]{ANY_APOS}(?-i:[aeiouA-Z]){LETTER}*)",
+        rf"((?:c{APOS}mon|e{APOS}er|s{APOS}mores|ev{APOS}ry|li{APOS}l|nor{APOS}easter)(?!{LETTER}))|(y{APOS}){LETTER}",
+        r"((?:ftp|https?)://[^\s<>|`()\[\]{}]+[^\s<>|.!?,;:&`\"'*()\[\]{}-])",
+        r"((?:www\.(?:[^\s`<>|.!?,()\[\]{}]+\.)+[a-z]{2,4}|(?:[^\s`<>|.!?,:/$()\[\]{}]+\.)+(?:com|net|org|edu))"
+        r"(?:/[^\s`<>|]+[^\s`<>|.!?,;:&()\[\]{}-])?)(?![a-z])",
+        r"([\w.%+-]+@[a-z0-9][a-z0-9.-]*[a-z0-9])",
+        rf"(@[a-z_][a-z0-9_]*|\#{LETTER}\w*{ALNUM})",
+        r"(\d{1,2}[-/]\d{1,2}[-/]\d{2,4}|\d{4}[-/]\d{1,2}[-/]\d{1,2})",  # dates
+        rf"([-+]?{NUM})",
+        "((?:\\d{1,4}[- \u00a0])?\\d{1,4}/\\d{1,4}|[\u00bc\u00bd\u00be\u2153-\u215e])",  # fractions
+        r"((?a:[^\W_]+(?:-[^\W\d_]+){0,2}(?:/[^\W_]+(?:-[^\W\d_]+){0,2}){1,2}))",  # and/or
+        "((?-i:[A-Z])*\\$|\\#|[\u00a2-\u00a5\u20a0-\u20bf])",
+        rf"((?:{ABBREVIATIONS})\.|vs\.)(?!{ALNUM})",
+        r"((?:ca|figs?|prop|nos?|vols?|arts?|pp|op)\.)\s?\d",
+        rf"({WORD}\.)[,;:]",
+        rf"({ALNUM}(?:{ALNUM}|[.,])*(?:[-_](?:{ALNUM}+|{ACRONYM}))+)",  # t-shirt, 3,000-pound
+        rf"({ELIDED}(?:{ALNUM}+|[-+]?{NUM})(?:[-\u2010-\u2012]{ELIDED}(?:{ALNUM}+|{NUM}))*)",  # 1st, o'clock
+        r"((?-i:[A-Z])+(?:[+&](?-i:[A-Z])+)+)",  # AT&T
+        r"([<>]?[:;=][-o*']?[()DPO\\{@|\[\]])(?![^\W_])",  # smileys
+        r"(</?[a-z][^<>\r\n]*>)",
+        "(\\.\\.\\.+|\u2026|\\.(?:[ "
+        "\u00a0]\\.){2,}|[-\u2010-\u2012]+|[\u2013-\u2015]|@+|\\#+|_+|\\*+|=+|[?!]+)",
+        f"({APOS}){LETTER}\\S|([`\u2018-\u201f\u00ab\u00bb\u2039\u203a]{{1,2}}|\"|[`']'|{APOS})",
+        r"(\S)",
+    )
+]
 QUOTES = set("'\u2019\u00b4`\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f\u00ab\u00bb\u2039\u203a\"")
 BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 CURRENCIES = {"\u00a3": "#", "\u00a2": "cents", "#": "#"}  # the others count as $
 SPLIT = {"cannot", "gonna", "wanna", "gotta", "lemme", "gimme"}
-# Thrown away, as the COCO evaluation does. Its list has the brackets in capitals, so those of lower-cased text stay.
+# Thrown away, as the COCO evaluation does. Its list has the brackets in capitals, so those of lower-cased
+# text stay.
 DROPPED = {"'", "''", "``", "`", ".", "?", "!", ",", ":", ";", "-", "--", "..."}
-DROPPED |= set("\uff0c\u3002\u3001\uff1b\uff1a\uff1f\uff01\uff08\uff09\u300a\u300b\u300c\u300d\u3010\u3011\u00b7")
+DROPPED |= set(
+    "\uff0c\u3002\u3001\uff1b\uff1a\uff1f\uff01\uff08\uff09\u300a\u300b\u300c\u300d\u3010\u3011\u00b7"
+)
 BY_CHARACTER = re.compile("([\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])")
 
 
@@ -110,18 +120,22 @@ def ptb_tokens(text: str) -> list[str]:
     return [token for token in tokens if token not in DROPPED]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Caption scores. Candidates are N token lists, references N lists of token lists; each returns the corpus' score and
-# the N captions' own.
+# --------------------------------------------------------------------------------------------------
+# Caption scores. Candidates are N token lists, references N lists of token lists; each returns the corpus'
+# score and the N captions' own.
 
 
 def ngrams(tokens: list[str], longest: int = 4) -> Counter:
-    return Counter(tuple(tokens[i : i + n]) for n in range(1, longest + 1) for i in range(len(tokens) - n + 1))
+    return Counter(
+        tuple(tokens[i : i + n]) for n in range(1, longest + 1) for i in range(len(tokens) - n + 1)
+    )
 
 
-def bleu(candidates: list[list[str]], references: list[list[list[str]]]) -> tuple[list[float], list[list[float]]]:
-    """BLEU-1..4 (Papineni et al., 2002): clipped precisions' geometric mean, times the penalty for a text shorter than
-    the reference closest in length (the shorter of two)."""
+def bleu(
+    candidates: list[list[str]], references: list[list[list[str]]]
+) -> tuple[list[float], list[list[float]]]:
+    """BLEU-1..4 (Papineni et al., 2002): clipped precisions' geometric mean, times the penalty for a text
+    shorter than the reference closest in length (the shorter of two)."""
 
     def score(correct: list[int], guessed: list[int], length: int, reference_length: int) -> list[float]:
         ratio = (length + 1e-15) / (reference_length + 1e-9)
@@ -144,9 +158,11 @@ def bleu(candidates: list[list[str]], references: list[list[list[str]]]) -> tupl
         closest = min((abs(len(ref) - len(candidate)), len(ref)) for ref in refs)[1]
         facts.append((correct, guessed, len(candidate), closest))
     corpus = score(
-        [sum(f[0][n] for f in facts) for n in range(4)], [sum(f[1][n] for f in facts) for n in range(4)],
-        sum(f[2] for f in facts), sum(f[3] for f in facts),
-    )  # fmt: skip
+        [sum(f[0][n] for f in facts) for n in range(4)],
+        [sum(f[1][n] for f in facts) for n in range(4)],
+        sum(f[2] for f in facts),
+        sum(f[3] for f in facts),
+    )
     return corpus, [score(*f) for f in facts]
 
 
@@ -173,9 +189,9 @@ def rouge_l(candidates: list[list[str]], references: list[list[list[str]]]) -> t
 
 
 def cider_d(candidates: list[list[str]], references: list[list[list[str]]]) -> tuple[float, list[float]]:
-    """CIDEr-D: 10 x the mean over n = 1..4 and the references of the clipped tf-idf cosine, with a Gaussian penalty
-    (sigma 6) on the difference of lengths. Document frequencies are those of these references: a corpus of one picture
-    has 0."""
+    """CIDEr-D: 10 x the mean over n = 1..4 and the references of the clipped tf-idf cosine, with a Gaussian
+    penalty (sigma 6) on the difference of lengths. Document frequencies are those of these references: a
+    corpus of one picture has 0."""
     counted = [[ngrams(ref) for ref in refs] for refs in references]
     frequency = Counter(gram for refs in counted for gram in set().union(*refs))
     log_total = math.log(len(references))
@@ -204,11 +220,13 @@ def cider_d(candidates: list[list[str]], references: list[list[list[str]]]) -> t
     return sum(scores) / len(scores), scores
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Answers
 
-VQA_PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
-VQA_NUMBERS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
+VQA_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+VQA_NUMBERS = {
+    word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())
+}
 VQA_NUMBERS["none"] = "0"
 # Written without one of their apostrophes, these get it back
 VQA_CONTRACTIONS = """
@@ -226,13 +244,15 @@ VQA_WORDS = {
 
 
 def vqa_punctuation(text: str) -> str:
-    """Marks go where one of their kind stands beside a blank or a comma inside a number, else they become blanks; full
-    stops go, unless a digit follows."""
+    """Marks go where one of their kind stands beside a blank or a comma inside a number, else they become
+    blanks; full stops go, unless a digit follows."""
     out, in_number = text, re.search(r"\d,\d", text)
     for mark in VQA_PUNCTUATION:
         beside_blank = f"{mark} " in text or f" {mark}" in text
         out = out.replace(mark, "" if beside_blank or in_number else " ")
-    return re.sub(r"\.(?!\d)", "", out, count=32)  # the official code stops at 32, by an argument in the wrong place
+    return re.sub(
+        r"\.(?!\d)", "", out, count=32
+    )  # the official code stops at 32, by an argument in the wrong place
 
 
 def vqa_words(text: str) -> str:
@@ -246,8 +266,8 @@ def vqa_normalise(text: str) -> str:
 
 
 def vqa_accuracy(prediction: str, answers: list[str]) -> float:
-    """min(1, matches / 3), the mean over leaving out each of the ten answers, equal ones among them counted each.
-    Nothing but blanks and line breaks is normalised where all answers are the same.
+    """min(1, matches / 3), the mean over leaving out each of the ten answers, equal ones among them counted
+    each. Nothing but blanks and line breaks is normalised where all answers are the same.
 
     Fewer than ten stand for ten in the same shares, in whatever order: one alone is worth everything.
     """
@@ -259,12 +279,15 @@ def vqa_accuracy(prediction: str, answers: list[str]) -> float:
     return (matches * min(1.0, (matches - 1) / 3) + (people - matches) * min(1.0, matches / 3)) / people
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sets of answers. A name scores (answers, references of each) as {name: (whole set's, each answer's)}.
 
 
 def caption_scores(answers: list[str], references: list[list[str]]) -> dict[str, tuple[float, list[float]]]:
-    candidates, refs = [ptb_tokens(a) for a in answers], [[ptb_tokens(r) for r in some] for some in references]
+    candidates, refs = (
+        [ptb_tokens(a) for a in answers],
+        [[ptb_tokens(r) for r in some] for some in references],
+    )
     result = {"cider": cider_d(candidates, refs)}
     corpus, each = bleu(candidates, refs)
     for n in range(4):
@@ -277,21 +300,30 @@ def mean_score(name: str, scores: list[float]) -> dict[str, tuple[float, list[fl
 
 
 def vqa_scores(answers: list[str], references: list[list[str]]) -> dict[str, tuple[float, list[float]]]:
-    return mean_score("vqa_accuracy", [vqa_accuracy(a, some) for a, some in zip(answers, references, strict=True)])
+    return mean_score(
+        "vqa_accuracy", [vqa_accuracy(a, some) for a, some in zip(answers, references, strict=True)]
+    )
 
 
-def exact_match_scores(answers: list[str], references: list[list[str]]) -> dict[str, tuple[float, list[float]]]:
+def exact_match_scores(
+    answers: list[str], references: list[list[str]]
+) -> dict[str, tuple[float, list[float]]]:
     """Equal to one of the references, blanks at both ends aside."""
     pairs = zip(answers, references, strict=True)
     return mean_score("accuracy", [float(a.strip() in {r.strip() for r in some}) for a, some in pairs])
 
 
 METRICS = {"caption": caption_scores, "vqa_accuracy": vqa_scores, "exact_match": exact_match_scores}
-OF_KIND = {"caption": ["caption"], "vqa": ["vqa_accuracy", "exact_match"], "chat": ["exact_match"]}  # of a conversation
+OF_KIND = {
+    "caption": ["caption"],
+    "vqa": ["vqa_accuracy", "exact_match"],
+    "chat": ["exact_match"],
+}  # of a conversation
 SCORES = {  # of each metric
-    "caption": ("cider", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l"), "vqa_accuracy": ("vqa_accuracy",),
+    "caption": ("cider", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l"),
+    "vqa_accuracy": ("vqa_accuracy",),
     "exact_match": ("accuracy",),
-}  # fmt: skip
+}
 
 
 def scores_of_kinds(kinds: set[str]) -> list[str]:

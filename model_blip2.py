@@ -1,19 +1,16 @@
 """BLIP-2 (arXiv:2301.12597): EVA ViT-g, Q-Former, OPT or Flan-T5, and everything about its data format.
 
-    python generate.py --model_name_or_path blip2-opt-2.7b --image a.png --prompt "Question: what is this? Answer:"
-    python model_blip2.py import blip2_pretrained.pth --config config.json --out stage1    # LAVIS checkpoints, and back
-    python model_blip2.py init bert-base-uncased --tower eva_vit_g.pth --out stage1        # what stage 1 begins with
+    python generate.py --model_name_or_path blip2-opt-2.7b --image a.png --prompt "a photo of"
+    python model_blip2.py import blip2_pretrained.pth --config config.json --out stage1  # LAVIS, and back
+    python model_blip2.py init bert-base-uncased --tower eva_vit_g.pth --out stage1  # begins stage 1
     python model_blip2.py resize blip2-opt-2.7b blip2-opt-2.7b-364 --image_size 364
 
-Two models: `Blip2` reads a picture and writes text; `Blip2Qformer` is stage 1 of pre-training and retrieval (a
-config.json
-whose Q-Former takes text: `use_qformer_text_input`). Text has no batch dimension: a micro-batch is one stream of T
-tokens,
-cut into segments (samples) by `cu_seqlens`. Parameter names are those of the published Hugging Face checkpoints.
-Numerics follow LAVIS (2023) and transformers; where this file differs on purpose, it says so. Dropout acts on hidden
-states
-only (the originals drop attention probabilities too) and is a pure function of the sample, so that no layout changes
-it.
+Two models: `Blip2` reads a picture and writes text; `Blip2Qformer` is stage 1 of pre-training and retrieval
+(a config.json whose Q-Former takes text: `use_qformer_text_input`). Text has no batch dimension: a
+micro-batch is one stream of T tokens, cut into segments (samples) by `cu_seqlens`. Parameter names are those
+of the published Hugging Face checkpoints. Numerics follow LAVIS (2023) and transformers; where this file
+differs on purpose, it says so. Dropout acts on hidden states only (the originals drop attention probabilities
+too) and is a pure function of the sample, so that no layout changes it.
 """
 
 import python_version  # noqa: F401  (first: it says which Python is needed)
@@ -46,8 +43,9 @@ from kernels.linear_cross_entropy import IGNORE_INDEX
 from kernels.norm import rms_norm
 from records import front_image, text_of
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Configuration: the fields of the published config.json that change what is computed, with that file's defaults
+# --------------------------------------------------------------------------------------------------
+# Configuration: the fields of the published config.json that change what is computed, with that file's
+# defaults
 
 
 @dataclass
@@ -59,8 +57,8 @@ class VisionConfig:
     image_size: Pixels = 224
     patch_size: Pixels = 14
     layer_norm_eps: Epsilon = 1e-6
-    # LAVIS normalises the features with 1e-5, the published Hugging Face models with the blocks' eps; ours alone has
-    # the key
+    # LAVIS normalises the features with 1e-5, the published Hugging Face models with the blocks' eps; ours
+    # alone has the key
     post_layernorm_eps: Epsilon | None = None
 
 
@@ -136,12 +134,25 @@ class Blip2Config:
             checkpoint.check(values, dict, f"config.json: {part}_config")
         kind = parts["text"].get("model_type")
         checkpoint.check(kind, Literal["opt", "t5"], "config.json: text_config.model_type")
-        text = checkpoint.from_json({"opt": OPTConfig, "t5": T5Config}[kind], parts["text"], "config.json: text_config")
+        text = checkpoint.from_json(
+            {"opt": OPTConfig, "t5": T5Config}[kind], parts["text"], "config.json: text_config"
+        )
         vision = checkpoint.from_json(VisionConfig, parts["vision"], "config.json: vision_config")
         qformer = checkpoint.from_json(QFormerConfig, parts["qformer"], "config.json: qformer_config")
-        config = checkpoint.from_json(cls, raw, "config.json", vision=vision, qformer=qformer, text=text, raw=raw)
-        text_only = {"do_layer_norm_before": True, "activation_function": "relu", "enable_bias": True, "layerdrop": 0}
-        text_only |= {"layer_norm_elementwise_affine": True, "_remove_final_layer_norm": False, "attention_dropout": 0}
+        config = checkpoint.from_json(
+            cls, raw, "config.json", vision=vision, qformer=qformer, text=text, raw=raw
+        )
+        text_only = {
+            "do_layer_norm_before": True,
+            "activation_function": "relu",
+            "enable_bias": True,
+            "layerdrop": 0,
+        }
+        text_only |= {
+            "layer_norm_elementwise_affine": True,
+            "_remove_final_layer_norm": False,
+            "attention_dropout": 0,
+        }
         only = {
             "vision": {"hidden_act": "gelu", "qkv_bias": True, "attention_dropout": 0},
             "qformer": {"hidden_act": "gelu", "position_embedding_type": "absolute"},
@@ -154,29 +165,47 @@ class Blip2Config:
             checkpoint.require(parts[part], f"config.json: {part}_config", **values)
         v, q = config.vision, config.qformer
         checks = [
-            (v.hidden_size % v.num_attention_heads == 0, "vision_config: num_attention_heads must divide hidden_size"),
-            (v.image_size % v.patch_size == 0, f"patch_size={v.patch_size} does not divide image_size={v.image_size}"),
-            (q.hidden_size % q.num_attention_heads == 0, "qformer_config: num_attention_heads must divide hidden_size"),
-            (q.encoder_hidden_size == v.hidden_size,
-             f"qformer_config.encoder_hidden_size={q.encoder_hidden_size} must be the vision tower's {v.hidden_size}"),
-            ((config.image_token_index or 0) < text.vocab_size,
-             f"image_token_index={config.image_token_index} must be below text_config.vocab_size={text.vocab_size}"),
-        ]  # fmt: skip
+            (
+                v.hidden_size % v.num_attention_heads == 0,
+                "vision_config: num_attention_heads must divide hidden_size",
+            ),
+            (
+                v.image_size % v.patch_size == 0,
+                f"patch_size={v.patch_size} does not divide image_size={v.image_size}",
+            ),
+            (
+                q.hidden_size % q.num_attention_heads == 0,
+                "qformer_config: num_attention_heads must divide hidden_size",
+            ),
+            (
+                q.encoder_hidden_size == v.hidden_size,
+                f"qformer_config.encoder_hidden_size={q.encoder_hidden_size} must be "
+                f"the vision tower's {v.hidden_size}",
+            ),
+            (
+                (config.image_token_index or 0) < text.vocab_size,
+                f"image_token_index={config.image_token_index} must be below "
+                f"text_config.vocab_size={text.vocab_size}",
+            ),
+        ]
         if isinstance(text, OPTConfig):
             checks += [
                 (
                     text.hidden_size % text.num_attention_heads == 0,
                     "text_config: num_attention_heads must divide hidden_size",
-                ),
+                )
             ]
         else:
             text.num_decoder_layers = text.num_decoder_layers or text.num_layers
             checks += [
                 (
-                    # transformers 5 saves tie_word_embeddings true for every T5, and what it means in the other key
-                    not parts["text"].get("scale_decoder_outputs", parts["text"].get("tie_word_embeddings", False)),
+                    # transformers 5 saves tie_word_embeddings true for every T5, and what it means in the
+                    # other key
+                    not parts["text"].get(
+                        "scale_decoder_outputs", parts["text"].get("tie_word_embeddings", False)
+                    ),
                     "text_config.tie_word_embeddings must be false: Flan-T5 has its own lm_head",
-                ),
+                )
             ]
         for ok, message in checks:
             if not ok:
@@ -190,7 +219,8 @@ class Blip2Config:
     # what train.py asks of every model's config
     @property
     def max_positions(self) -> int | None:
-        """Tokens of a sequence, a picture's slots included, that have a learned position; None: no table that ends."""
+        """Tokens of a sequence, a picture's slots included, that have a learned position; None: no table that
+        ends."""
         if self.qformer.use_qformer_text_input:  # text counts from the end of the slots
             return self.num_query_tokens + self.qformer.max_position_embeddings
         return None if self.is_t5 else self.text.max_position_embeddings
@@ -205,7 +235,9 @@ class Blip2Config:
 
     @property
     def num_hidden_layers(self) -> int:
-        return self.text.num_layers + self.text.num_decoder_layers if self.is_t5 else self.text.num_hidden_layers
+        return (
+            self.text.num_layers + self.text.num_decoder_layers if self.is_t5 else self.text.num_hidden_layers
+        )
 
     @property
     def mlp_width(self) -> int:
@@ -214,29 +246,57 @@ class Blip2Config:
 
 def _preset(text: dict, image_token_index: int, **qformer) -> dict:
     return {
-        "architectures": ["Blip2ForConditionalGeneration"], "model_type": "blip-2", "num_query_tokens": 32,
-        "image_token_index": image_token_index, "image_text_hidden_size": 256, "initializer_range": 0.02,
-        "use_decoder_only_language_model": text["model_type"] == "opt", "torch_dtype": "float32",
+        "architectures": ["Blip2ForConditionalGeneration"],
+        "model_type": "blip-2",
+        "num_query_tokens": 32,
+        "image_token_index": image_token_index,
+        "image_text_hidden_size": 256,
+        "initializer_range": 0.02,
+        "use_decoder_only_language_model": text["model_type"] == "opt",
+        "torch_dtype": "float32",
         "vision_config": {"model_type": "blip_2_vision_model"},
-        "qformer_config": {"model_type": "blip_2_qformer", "vocab_size": 30522, **qformer}, "text_config": text,
-    }  # fmt: skip
+        "qformer_config": {"model_type": "blip_2_qformer", "vocab_size": 30522, **qformer},
+        "text_config": text,
+    }
 
 
 def _opt(hidden_size: int) -> dict:
     return {
-        "model_type": "opt", "vocab_size": 50304, "hidden_size": hidden_size, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "ffn_dim": 4 * hidden_size, "word_embed_proj_dim": hidden_size,
-        "max_position_embeddings": 2048, "dropout": 0.1, "eos_token_id": 50118, "bos_token_id": 2, "pad_token_id": 1,
-    }  # fmt: skip
+        "model_type": "opt",
+        "vocab_size": 50304,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "ffn_dim": 4 * hidden_size,
+        "word_embed_proj_dim": hidden_size,
+        "max_position_embeddings": 2048,
+        "dropout": 0.1,
+        "eos_token_id": 50118,
+        "bos_token_id": 2,
+        "pad_token_id": 1,
+    }
 
 
 def _flan_t5(d_model: int, d_ff: int, num_heads: int) -> dict:
     return {
-        "model_type": "t5", "vocab_size": 32128, "d_model": d_model, "d_kv": 64, "d_ff": d_ff, "num_heads": num_heads,
-        "num_layers": 24, "num_decoder_layers": 24, "dropout_rate": 0.1, "layer_norm_epsilon": 1e-6,
-        "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu", "tie_word_embeddings": False, "bos_token_id": 1,
-        "eos_token_id": 1, "pad_token_id": 0, "decoder_start_token_id": 0,
-    }  # fmt: skip
+        "model_type": "t5",
+        "vocab_size": 32128,
+        "d_model": d_model,
+        "d_kv": 64,
+        "d_ff": d_ff,
+        "num_heads": num_heads,
+        "num_layers": 24,
+        "num_decoder_layers": 24,
+        "dropout_rate": 0.1,
+        "layer_norm_epsilon": 1e-6,
+        "feed_forward_proj": "gated-gelu",
+        "dense_act_fn": "gelu",
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "decoder_start_token_id": 0,
+    }
 
 
 PRESETS = {
@@ -245,10 +305,15 @@ PRESETS = {
     "blip2-flan-t5-xl": _preset(_flan_t5(2048, 5120, 32), 32100),
     "blip2-flan-t5-xxl": _preset(_flan_t5(4096, 10240, 64), 32100),
     "blip2-itm-vit-g": {
-        **_preset(_opt(2560), None, use_qformer_text_input=True), "architectures": ["Blip2ForImageTextRetrieval"],
-        "qformer_config": {"model_type": "blip_2_qformer", "vocab_size": 30523, "use_qformer_text_input": True},
+        **_preset(_opt(2560), None, use_qformer_text_input=True),
+        "architectures": ["Blip2ForImageTextRetrieval"],
+        "qformer_config": {
+            "model_type": "blip_2_qformer",
+            "vocab_size": 30523,
+            "use_qformer_text_input": True,
+        },
     },
-}  # fmt: skip
+}
 PRESETS["blip2-stage1"] = {**PRESETS["blip2-itm-vit-g"], "stage1_heads": True}
 
 
@@ -283,7 +348,7 @@ def segments(lengths: Tensor) -> Tensor:
     return F.pad(lengths.cpu().cumsum(0), (1, 0)).int()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Vision: pictures are a plain batch; inside, their patches are one stream of N*P rows
 
 
@@ -353,7 +418,8 @@ class VisionBlock(nn.Module):
 
 
 class VisionModel(nn.Module):
-    """EVA-CLIP-g without its last block. Only post_layernorm (LAVIS: ln_vision) belongs to what is always trained."""
+    """EVA-CLIP-g without its last block. Only post_layernorm (LAVIS: ln_vision) belongs to what is always
+    trained."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -373,7 +439,7 @@ class VisionModel(nn.Module):
         return self.post_layernorm(x).unflatten(0, (N, P))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Q-Former: a stream whose segments hold queries, or text, or queries and then text
 
 
@@ -383,10 +449,14 @@ class QFormerContext:
 
     cu_seqlens: Tensor  # (S+1,) int32, host
     max_len: int
-    query_rows: Tensor | None  # (N*Q,) rows of the stream that hold queries, picture by picture; None: all text
+    query_rows: (
+        Tensor | None
+    )  # (N*Q,) rows of the stream that hold queries, picture by picture; None: all text
     text_rows: Tensor | None  # the other rows; None: all queries
     image: Tensor | None  # (N, P, W): picture n is seen by queries n*Q .. n*Q+Q-1
-    prefix_lens: Tensor | None = None  # language modelling: text is causal, and sees this many queries before it
+    prefix_lens: Tensor | None = (
+        None  # language modelling: text is causal, and sees this many queries before it
+    )
     keys: Tensor | None = None  # (R,) dropout keys of the rows
     image_keys: Tensor | None = None  # (N,) of the pictures
     cache: object | None = None  # generate.KVCache
@@ -401,14 +471,18 @@ class QFormerContext:
 
 
 def interleave(Q: int, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of queries (N*Q,) and of text, and cu_seqlens, of N segments with Q queries and then lengths[n] text
-    tokens."""
+    """Rows of queries (N*Q,) and of text, and cu_seqlens, of N segments with Q queries and then lengths[n]
+    text tokens."""
     device, N = lengths.device, len(lengths)
     cu_seqlens = segments(lengths + Q)
     starts = cu_seqlens[:-1].to(device).long()
     query_rows = (starts[:, None] + torch.arange(Q, device=device)).flatten()
     text_rows = torch.arange(int(lengths.sum()), device=device)
-    return query_rows, text_rows + Q * (1 + torch.arange(N, device=device)).repeat_interleave(lengths), cu_seqlens
+    return (
+        query_rows,
+        text_rows + Q * (1 + torch.arange(N, device=device)).repeat_interleave(lengths),
+        cu_seqlens,
+    )
 
 
 class QFormerOutput(nn.Module):
@@ -438,7 +512,8 @@ class QFormerAttention(nn.Module):
         self.output = QFormerOutput(config, C)
 
     def forward(self, x: Tensor, ctx: QFormerContext, image: Tensor | None = None) -> Tensor:
-        """Self-attention of the stream, or with an image (N, P, W) cross-attention of the queries (N*Q, C)."""
+        """Self-attention of the stream, or with an image (N, P, W)
+        cross-attention of the queries (N*Q, C)."""
         a = self.attention
         y = parallel.copy_to_tp(x, a.query)
         kv = y if image is None else parallel.copy_to_tp(image.flatten(0, 1), a.key)
@@ -452,10 +527,14 @@ class QFormerAttention(nn.Module):
             Q = len(x) // N
             o = attention(q, k, v, even_segments(N, Q), even_segments(N, P), max(Q, P), causal=False)
         elif ctx.cache is not None:
-            o = ctx.cache.attend(self.layer, q, k, v, ctx.cu_seqlens, ctx.max_len, prefix_lens=ctx.prefix_lens)
+            o = ctx.cache.attend(
+                self.layer, q, k, v, ctx.cu_seqlens, ctx.max_len, prefix_lens=ctx.prefix_lens
+            )
         else:
             causal = ctx.prefix_lens is not None
-            o = attention(q, k, v, ctx.cu_seqlens, ctx.cu_seqlens, ctx.max_len, causal, prefix_lens=ctx.prefix_lens)
+            o = attention(
+                q, k, v, ctx.cu_seqlens, ctx.cu_seqlens, ctx.max_len, causal, prefix_lens=ctx.prefix_lens
+            )
         return self.output(o.flatten(1), x, rows)
 
 
@@ -483,8 +562,8 @@ class QFormerLayer(nn.Module):
             self.output = QFormerOutput(config, config.intermediate_size)
 
     def forward(self, x: Tensor, ctx: QFormerContext) -> Tensor:
-        """(R, C) -> (R, C). Queries look at the picture and have a feed-forward of their own; text never sees it
-        directly."""
+        """(R, C) -> (R, C). Queries look at the picture and have a feed-forward of their own; text never sees
+        it directly."""
         x = self.attention(x, ctx)
         parts = []
         if ctx.query_rows is not None:
@@ -525,11 +604,13 @@ def encode_queries(model: nn.Module, image: Tensor, keys: Tensor | None = None) 
     """Image features (N, P, W) -> query outputs (N, Q, C); `keys` (N,) for dropout."""
     N, Q = len(image), model.query_tokens.shape[1]
     rows = torch.arange(N * Q, device=image.device)
-    ctx = QFormerContext(even_segments(N, Q), Q, rows, None, image, keys=spread_keys(keys, Q), image_keys=keys)
+    ctx = QFormerContext(
+        even_segments(N, Q), Q, rows, None, image, keys=spread_keys(keys, Q), image_keys=keys
+    )
     return model.qformer(model.query_tokens.expand(N, -1, -1).flatten(0, 1), ctx).unflatten(0, (N, Q))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # OPT (arXiv:2205.01068)
 
 
@@ -542,10 +623,13 @@ class Context:
     keys: Tensor | None  # (T,) dropout keys of the rows
     cache: object | None = None  # generate.KVCache
     # T5 only
-    memory: Tensor | None = None  # (Te, C) encoder output; None in a decoding step: its keys and values are cached
+    memory: Tensor | None = (
+        None  # (Te, C) encoder output; None in a decoding step: its keys and values are cached
+    )
     memory_cu_seqlens: Tensor | None = None
     memory_keys: Tensor | None = None  # (Te,)
-    # .bias (H, Lq, Lk), made by a stack's first block for all of them; fully_shard copies a dataclass, but not this
+    # .bias (H, Lq, Lk), made by a stack's first block for all of them; fully_shard copies a dataclass, but
+    # not this
     shared: SimpleNamespace = field(default_factory=SimpleNamespace)
 
 
@@ -561,7 +645,9 @@ class OPTAttention(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         x = parallel.copy_to_tp(x, self.q_proj)
-        q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )
         if ctx.cache is None:
             o = attention(q, k, v, ctx.cu_seqlens, ctx.cu_seqlens, ctx.max_len, causal=True)
         else:
@@ -634,10 +720,10 @@ class OPT(nn.Module):
         return self.lm_head.weight if hasattr(self, "lm_head") else self.model.decoder.embed_tokens.weight
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Flan-T5 (arXiv:1910.10683, arXiv:2210.11416). In the stream a segment holds the encoder's tokens, then the decoder's,
-# which
-# begin with its start token (id 0); that token stands nowhere else, so it is where the stream is divided.
+# --------------------------------------------------------------------------------------------------
+# Flan-T5 (arXiv:1910.10683, arXiv:2210.11416). In the stream a segment holds the encoder's tokens, then the
+# decoder's, which begin with its start token (id 0); that token stands nowhere else, so it is where the
+# stream is divided.
 
 T5_ACTIVATIONS = {"gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh")}
 
@@ -653,8 +739,8 @@ class T5Norm(nn.Module):
 
 
 def t5_buckets(distance: Tensor, bidirectional: bool, num_buckets: int, max_distance: int) -> Tensor:
-    """Distance key - query -> bucket: exact when near, logarithmic up to max_distance; half of them for each sign
-    if both are seen."""
+    """Distance key - query -> bucket: exact when near, logarithmic up to max_distance; half of them for each
+    sign if both are seen."""
     bucket = torch.zeros_like(distance)
     if bidirectional:
         num_buckets //= 2
@@ -663,7 +749,11 @@ def t5_buckets(distance: Tensor, bidirectional: bool, num_buckets: int, max_dist
     else:
         distance = (-distance).clamp(min=0)
     exact = num_buckets // 2
-    far = torch.log(distance.float().clamp(min=1) / exact) / math.log(max_distance / exact) * (num_buckets - exact)
+    far = (
+        torch.log(distance.float().clamp(min=1) / exact)
+        / math.log(max_distance / exact)
+        * (num_buckets - exact)
+    )
     far = (exact + far.long()).clamp(max=num_buckets - 1)
     return bucket + torch.where(distance < exact, distance, far)
 
@@ -684,7 +774,8 @@ class T5Attention(nn.Module):
         self.relative_attention_bias = nn.Embedding(self.num_buckets, config.num_heads) if with_bias else None
 
     def bias(self, first: int, length: int, device: torch.device) -> Tensor:
-        """(H, length - first, length), queries from position `first` on; -inf on what a decoder may not see."""
+        """(H, length - first, length), queries from position `first`
+        on; -inf on what a decoder may not see."""
         key = torch.arange(length, device=device)
         distance = key - key[first:, None]
         buckets = t5_buckets(distance, not self.decoder, self.num_buckets, self.max_distance)
@@ -749,7 +840,9 @@ class T5Sublayer(nn.Module):
 class T5Block(nn.Module):
     def __init__(self, config: T5Config, layer: int, decoder: bool):
         super().__init__()
-        sublayers = [T5Sublayer(config, "SelfAttention", T5Attention(config, layer, decoder, with_bias=layer == 0))]
+        sublayers = [
+            T5Sublayer(config, "SelfAttention", T5Attention(config, layer, decoder, with_bias=layer == 0))
+        ]
         if decoder:
             sublayers.append(T5Sublayer(config, "EncDecAttention", T5Attention(config, layer, decoder)))
         self.layer = nn.ModuleList([*sublayers, T5Sublayer(config, "DenseReluDense", T5MLP(config))])
@@ -823,7 +916,8 @@ class T5(nn.Module):
         return batch["targets"][self.decoder_rows(batch)]
 
     def last_rows(self, batch: dict) -> Tensor:
-        """Rows of hidden()'s result: in a prompt and in a step the decoder holds one token of each segment."""
+        """Rows of hidden()'s result: in a prompt and in a step the
+        decoder holds one token of each segment."""
         return torch.arange(len(batch["cu_seqlens"]) - 1)
 
     def norm(self, x: Tensor) -> Tensor:
@@ -834,7 +928,7 @@ class T5(nn.Module):
         return self.lm_head.weight
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Picture -> text: stage 2, fine-tuning, captioning, questions
 
 
@@ -873,8 +967,8 @@ class Blip2(nn.Module):
     def embed(self, batch: dict) -> Tensor:
         """Word embeddings (T, C), those of the picture slots replaced by features, and positions.
 
-        More pictures than slots: the others (a blank one, so that every rank of a sharded run enters the tower) count
-        nothing.
+        More pictures than slots: the others (a blank one, so that every rank of a sharded run enters the
+        tower) count nothing.
         """
         x = self.language_model.embed(batch["input_ids"])
         features = batch.get("image_features")
@@ -889,7 +983,8 @@ class Blip2(nn.Module):
         return self.language_model.add_positions(x, batch)
 
     def hidden(self, batch: dict, x: Tensor | None = None, blocks=None) -> Tensor:
-        """(T, C) behind the blocks. A pipeline stage gives what it received, `x` (T, C), and its own `blocks`."""
+        """(T, C) behind the blocks. A pipeline stage gives what it received, `x` (T, C), and its own
+        `blocks`."""
         x, keys = self.embed(batch) if x is None else x, batch.get("dropout_keys") if self.training else None
         return self.language_model.hidden(x, batch, keys, blocks)
 
@@ -904,8 +999,8 @@ class Blip2(nn.Module):
         return parallel.vocab_cross_entropy(x, self.language_model.head_weight, targets[rows])
 
     def forward(self, batch: dict, output: str = "loss", x: Tensor | None = None, blocks=None):
-        """The one entrance of a sharded model. `output`: "loss" as head(); "logits" (S, V) of each segment's last
-        position; "features" (N, Q, C) of the pictures; "hidden" (T, C). `x`, `blocks`: as hidden()."""
+        """The one entrance of a sharded model. `output`: "loss" as head(); "logits" (S, V) of each segment's
+        last position; "features" (N, Q, C) of the pictures; "hidden" (T, C). `x`, `blocks`: as hidden()."""
         if output == "features":
             return self.encode_images(batch["pixel_values"])
         x = self.hidden(batch, x, blocks)
@@ -919,7 +1014,7 @@ class Blip2(nn.Module):
         init_weights(self.config, name, tensor, generator)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Stage 1 and retrieval. A segment of the stream is Q slots (queries) and then [CLS] text [SEP].
 
 
@@ -961,7 +1056,9 @@ class Blip2Qformer(nn.Module):
         self.text_projection = nn.Linear(C, config.image_text_hidden_size)
         self.itm_head = nn.Linear(C, 2)
         if config.stage1_heads:
-            self.temp = nn.Parameter(torch.full((1,), 0.07))  # LAVIS's has no dimension, which fully_shard can't take
+            self.temp = nn.Parameter(
+                torch.full((1,), 0.07)
+            )  # LAVIS's has no dimension, which fully_shard can't take
             self.cls = nn.Module()
             self.cls.predictions = LMPredictions(q)
         name_dropouts(self)
@@ -976,7 +1073,8 @@ class Blip2Qformer(nn.Module):
 
     @property
     def blocks(self) -> list:
-        return []  # a layer is used by three passes a step: it is sharded and recomputed with the whole, not alone
+        # a layer is used by three passes a step: it is sharded and recomputed with the whole, not alone
+        return []
 
     @property
     def vision_blocks(self) -> nn.ModuleList:
@@ -990,13 +1088,20 @@ class Blip2Qformer(nn.Module):
         x = self.embed_text(batch["input_ids"], (batch["position_ids"] - self.num_image_tokens).clamp(min=0))
         slots = batch.get("image_positions")
         if slots is not None and len(slots):
-            x = x.index_copy(0, slots.flatten(), self.query_tokens.expand(len(slots), -1, -1).flatten(0, 1).to(x.dtype))
+            x = x.index_copy(
+                0, slots.flatten(), self.query_tokens.expand(len(slots), -1, -1).flatten(0, 1).to(x.dtype)
+            )
         return x
 
     def hidden(self, batch: dict, image: Tensor | None = None) -> Tensor:
-        """The language-modelling pass: queries see queries, text sees queries and the text before it. (T, C)"""
+        """The language-modelling pass: queries see queries, text sees
+        queries and the text before it. (T, C)"""
         slots, Q, cu_seqlens = batch.get("image_positions"), self.num_image_tokens, batch["cu_seqlens"]
-        query_rows, text_rows, prefix = None, torch.arange(len(batch["input_ids"]), device=batch["input_ids"].device), 0
+        query_rows, text_rows, prefix = (
+            None,
+            torch.arange(len(batch["input_ids"]), device=batch["input_ids"].device),
+            0,
+        )
         if slots is not None and len(slots):
             if image is None:
                 with dropout_rows(batch.get("image_dropout_keys"), per_image=True):
@@ -1009,9 +1114,16 @@ class Blip2Qformer(nn.Module):
         keys = batch.get("dropout_keys") if self.training else None
         image_keys = None if keys is None else batch["image_dropout_keys"]
         ctx = QFormerContext(
-            cu_seqlens, batch["max_len"], query_rows, text_rows, image, prefix_lens, keys, image_keys,
+            cu_seqlens,
+            batch["max_len"],
+            query_rows,
+            text_rows,
+            image,
+            prefix_lens,
+            keys,
+            image_keys,
             batch.get("cache"),
-        )  # fmt: skip
+        )
         return self.qformer(self.embed(batch), ctx)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -1027,7 +1139,8 @@ class Blip2Qformer(nn.Module):
         return self.qformer(self.embed_text(ids, positions), ctx)
 
     def match(self, image: Tensor, ids: Tensor, lengths: Tensor, keys: Tensor | None = None) -> Tensor:
-        """Matching logits (S, 2) of picture s (S, P, W) with text s: the mean over the queries, who see both."""
+        """Matching logits (S, 2) of picture s (S, P, W) with text s:
+        the mean over the queries, who see both."""
         queries = self.multimodal(image, ids, lengths, keys)
         with dropout_rows(keys, per_image=True):
             return self.itm_head(queries).mean(1)
@@ -1045,7 +1158,9 @@ class Blip2Qformer(nn.Module):
         if keys is not None:  # (S,) -> one per row: the longest segment's worth, cut to each
             table = spread_keys(keys, longest, salt=3).view(S, longest)
             keys = table[torch.arange(longest, device=ids.device) < (lengths + Q)[:, None]]
-        ctx = QFormerContext(cu_seqlens, longest, query_rows, text_rows, image, keys=keys, image_keys=pair_keys)
+        ctx = QFormerContext(
+            cu_seqlens, longest, query_rows, text_rows, image, keys=keys, image_keys=pair_keys
+        )
         return self.qformer(x, ctx)[query_rows].unflatten(0, (S, Q))
 
     def image_features(self, queries: Tensor) -> Tensor:
@@ -1077,7 +1192,8 @@ class Blip2Qformer(nn.Module):
     def draw(self, scores: Tensor, rows: Tensor, columns: Tensor, purpose: int) -> Tensor:
         """(B,) one column a row, drawn with probabilities softmax(scores) (B, M).
 
-        By adding Gumbel noise that is a hash of the two samples' keys: no number of ranks or their order changes it.
+        By adding Gumbel noise that is a hash of the two samples' keys: no number of ranks or their order
+        changes it.
         """
         rows, columns = (mix((k ^ (k >> 32)).to(torch.int32)) for k in (rows, columns))
         bits = mix(mix(rows[:, None] + purpose) ^ columns)  # int32 (B, M)
@@ -1087,9 +1203,8 @@ class Blip2Qformer(nn.Module):
     def losses(self, batch: dict) -> tuple[Tensor, Tensor]:
         """Summed losses (3,) as in LOSSES, and (S, 3, 2): sum and count of each segment (detached). all ranks
 
-        The batch of all ranks is what pictures and texts are contrasted in. `image_ids` (S,), optional: pairs of the
-        same
-        picture are positives of each other and never negatives.
+        The batch of all ranks is what pictures and texts are contrasted in. `image_ids` (S,), optional: pairs
+        of the same picture are positives of each other and never negatives.
         """
         weight = 1.0
         if not len(
@@ -1104,9 +1219,11 @@ class Blip2Qformer(nn.Module):
         with dropout_rows(dropout, per_image=True):
             image = self.vision_model(batch["pixel_values"])
 
-        # a caption begins with [DEC] where it is generated; queries don't see it, so this pass gives them what one
-        # without text would
-        started = batch["input_ids"].index_fill(0, rows[segments(lengths)[:-1].to(device).long()], self.decoder_start)
+        # a caption begins with [DEC] where it is generated; queries don't see it, so this pass gives them
+        # what one without text would
+        started = batch["input_ids"].index_fill(
+            0, rows[segments(lengths)[:-1].to(device).long()], self.decoder_start
+        )
         x = self.hidden({**batch, "input_ids": started}, image)
         with dropout_rows(dropout, per_image=True):
             image_feats = self.image_features(x[batch["image_positions"]])  # (B, Q, E)
@@ -1115,7 +1232,8 @@ class Blip2Qformer(nn.Module):
         with dropout_rows(dropout, per_image=True):
             text_feats = self.text_features(encoded, lengths)  # (B, E)
 
-        # contrast: the gathered side is detached, also in one process, as in LAVIS: each direction trains one side
+        # contrast: the gathered side is detached, also in one process, as in LAVIS: each direction trains one
+        # side
         all_images, first = parallel.gather_rows(image_feats[:real].detach())
         all_texts, _ = parallel.gather_rows(text_feats[:real].detach())
         sim_i2t = torch.einsum("bqe,me->bmq", image_feats, all_texts).amax(-1) / self.temp  # (B, M)
@@ -1128,7 +1246,9 @@ class Blip2Qformer(nn.Module):
         else:
             same = image_ids[:, None] == parallel.gather_rows(image_ids[:real])[0]
         targets = same / same.sum(1, keepdim=True) * (1 - self.SMOOTHING) + self.SMOOTHING / M
-        itc = -(targets * (sim_i2t.float().log_softmax(-1) + sim_t2i.float().log_softmax(-1))).sum(1) / 2  # (B,)
+        itc = (
+            -(targets * (sim_i2t.float().log_softmax(-1) + sim_t2i.float().log_softmax(-1))).sum(1) / 2
+        )  # (B,)
 
         # matching: true pairs, hard negative pictures, hard negative texts
         all_keys, _ = parallel.gather_rows(keys[:real])
@@ -1148,24 +1268,24 @@ class Blip2Qformer(nn.Module):
         labels = torch.ones(3 * B, dtype=torch.long, device=device)
         labels[B:] = 0
         itm = F.cross_entropy(matched.float(), labels, reduction="none").view(3, B)
-        # a pair that is alone, or among pairs of its own picture, has no negative: what was drawn is its positive
+        # a pair that is alone, or among pairs of its own picture, has no negative: what was drawn is its
+        # positive
         itm = itm[0] + itm[1:].sum(0) * (~same).any(1)  # (B,)
 
         predicted = (batch["targets"] != IGNORE_INDEX).nonzero()[:, 0]
         with dropout_rows(None if dropout is None else batch["dropout_keys"][predicted]):
             predictions = self.logits(x[predicted]).float()
         lm = F.cross_entropy(
-            predictions,
-            batch["targets"][predicted],
-            reduction="none",
-            label_smoothing=self.SMOOTHING,
+            predictions, batch["targets"][predicted], reduction="none", label_smoothing=self.SMOOTHING
         )
         segment = torch.bucketize(predicted, batch["cu_seqlens"][1:].to(device), right=True)
         lm_sums, lm_counts = torch.zeros(2, B, device=device)
         lm_sums = lm_sums.index_add(0, segment, lm)
         lm_counts = lm_counts.index_add(0, segment, torch.ones_like(lm))
         sums = torch.stack((itc, itm, lm_sums), dim=1)  # (B, 3)
-        counts = torch.stack((torch.ones(B, device=device), torch.full((B,), 3.0, device=device), lm_counts), dim=1)
+        counts = torch.stack(
+            (torch.ones(B, device=device), torch.full((B,), 3.0, device=device), lm_counts), dim=1
+        )
         return sums.sum(0) * weight, torch.stack((sums.detach(), counts), dim=-1) * weight
 
     def blank(self, batch: dict) -> dict:
@@ -1194,9 +1314,9 @@ class Blip2Qformer(nn.Module):
         return parallel.gather_rows(padded[:real])[0], parallel.gather_rows(lengths[:real])[0]
 
     def forward(self, batch: dict, output: str = "loss", x: None = None, blocks: None = None):
-        """`output`: "loss" as losses(); "logits" (S, V) of each segment's last position (captioning with stage 1
-        alone); "itc" (S, S) similarities of every picture with every text; "itm" (S,) probability that picture and text
-        match. `x`, `blocks`: a pipeline's, for which this model has no stages."""
+        """`output`: "loss" as losses(); "logits" (S, V) of each segment's last position (captioning with
+        stage 1 alone); "itc" (S, S) similarities of every picture with every text; "itm" (S,) probability
+        that picture and text match. `x`, `blocks`: a pipeline's, for which this model has no stages."""
         assert x is None and blocks is None, "stage 1 has no pipeline stages"
         if output == "logits":
             x = self.hidden(batch)
@@ -1240,7 +1360,8 @@ def init_weights(config: Blip2Config, name: str, tensor: Tensor, generator: torc
 
 
 def build_model(config: dict) -> Blip2 | Blip2Qformer:
-    """The model for a config.json's contents; create it under `torch.device("meta")` and load the weights after."""
+    """The model for a config.json's contents; create it under `torch.device("meta")` and load the weights
+    after."""
     config = Blip2Config.from_dict(config)
     return Blip2Qformer(config) if config.qformer.use_qformer_text_input else Blip2(config)
 
@@ -1265,9 +1386,14 @@ def aliases(config: dict) -> dict[str, str]:
 
 
 def untied(config: dict) -> dict | None:
-    """The same with a vocabulary projection of its own; None for Flan-T5, whose encoder and decoder share words."""
+    """The same with a vocabulary projection of its own; None for Flan-T5, whose encoder and decoder share
+    words."""
     text = config["text_config"]
-    return {**config, "text_config": {**text, "tie_word_embeddings": False}} if text["model_type"] == "opt" else None
+    return (
+        {**config, "text_config": {**text, "tie_word_embeddings": False}}
+        if text["model_type"] == "opt"
+        else None
+    )
 
 
 # Parameters of each part, for the start-up table: the first pattern that matches
@@ -1282,14 +1408,19 @@ PARTS = {
 IMAGE_PARAMETERS = ["vision_model.*", "q*", "language_projection.*"]  # what a picture's features depend on
 STAGES = ("sft", "pretrain1", "pretrain2")
 IGNORED_WEIGHTS: list[str] = []  # names that files hold but this file recomputes
-# Frozen by stage: not the tower's last norm, which both stages train. What fine-tuning freezes is the configuration's
-# choice.
+# Frozen by stage: not the tower's last norm, which both stages train. What fine-tuning freezes is the
+# configuration's choice.
 _TOWER = ["vision_model.embeddings.*", "vision_model.encoder.*"]
 PRETRAIN_FREEZE = {"pretrain1": _TOWER, "pretrain2": [*_TOWER, "language_model.*"]}
 LORA_TARGETS = [r"language_model\.(model\.decoder\.layers.*\.(q_proj|v_proj)|.*Attention\.(q|v))"]
 # Names of the toolkit PaddleMIX inside patterns of the configuration -> ours
-LEGACY_NAMES = {"language_model.opt.": "language_model.model.", "visual_encoder": "vision_model", "Qformer": "qformer"}
-# How a weight is cut over tensor-parallel ranks: (kind, number of equal blocks packed along the cut dimension)
+LEGACY_NAMES = {
+    "language_model.opt.": "language_model.model.",
+    "visual_encoder": "vision_model",
+    "Qformer": "qformer",
+}
+# How a weight is cut over tensor-parallel ranks: (kind, number of equal blocks packed along the cut
+# dimension)
 TP_PLAN = {
     "vision_model.encoder.layers.*.self_attn.qkv": ("column", 3),
     "vision_model.encoder.layers.*.self_attn.projection": ("row", 1),
@@ -1313,13 +1444,15 @@ TP_PLAN = {
     "language_model.*DenseReluDense.wo": ("row", 1),
     "language_model.lm_head": ("vocab", 1),
 }
-# Which pipeline stages have a parameter: a block's own stage; the first or last one (OPT's word embedding is its
-# vocabulary projection too). Stage 1 of pre-training and Flan-T5 are not cut: their passes cross all of the layers.
+# Which pipeline stages have a parameter: a block's own stage; the first or last one (OPT's word embedding is
+# its vocabulary projection too). Stage 1 of pre-training and Flan-T5 are not cut: their passes cross all of
+# the layers.
 PIPELINE = {
     "blocks": "language_model.model.decoder.layers",
     "first": ["vision_model.*", "q*", "language_projection.*", "language_model.model.decoder.embed_*"],
     "last": [
-        f"language_model.{n}.*" for n in ("model.decoder.final_layer_norm", "model.decoder.embed_tokens", "lm_head")
+        f"language_model.{n}.*"
+        for n in ("model.decoder.final_layer_norm", "model.decoder.embed_tokens", "lm_head")
     ],
 }
 
@@ -1345,15 +1478,27 @@ def forward_flops(
     """FLOPs of one forward pass by part (a multiply-add counts two): tokens in the stream, supervised tokens,
     pictures."""
     v, q, C, N = config.vision, config.qformer, config.hidden_size, config.num_hidden_layers
-    W, P, Q, E = v.hidden_size, (v.image_size // v.patch_size) ** 2 + 1, config.num_query_tokens, q.hidden_size
+    W, P, Q, E = (
+        v.hidden_size,
+        (v.image_size // v.patch_size) ** 2 + 1,
+        config.num_query_tokens,
+        q.hidden_size,
+    )
     tower = v.num_hidden_layers * (2 * P * (4 * W * W + 2 * W * v.intermediate_size) + 4 * P * P * W)
     cross = -(-q.num_hidden_layers // q.cross_attention_frequency)
     qformer = q.num_hidden_layers * (2 * Q * (4 * E * E + 2 * E * q.intermediate_size) + 4 * Q * Q * E)
     qformer += cross * (2 * (2 * Q * E * E + 2 * P * W * E) + 4 * Q * P * E)
-    result = {"vision": float(images * (tower + 2 * 3 * v.patch_size**2 * W * P)), "resampler": float(images * qformer)}
+    result = {
+        "vision": float(images * (tower + 2 * 3 * v.patch_size**2 * W * P)),
+        "resampler": float(images * qformer),
+    }
     if q.use_qformer_text_input:  # three passes over the text, and queries in two more
         text = tokens * 2 * (4 * E * E + 2 * E * q.intermediate_size) * q.num_hidden_layers
-        return {**result, "resampler": images * 4 * qformer + 5.0 * text, "head": 2.0 * supervised * E * q.vocab_size}
+        return {
+            **result,
+            "resampler": images * 4 * qformer + 5.0 * text,
+            "head": 2.0 * supervised * E * q.vocab_size,
+        }
     inner, mlp = (config.text.num_heads * config.text.d_kv, 3) if config.is_t5 else (C, 2)
     block = 2 * (4 * C * inner + mlp * C * config.mlp_width)
     if config.is_t5:  # a token passes one of the two stacks
@@ -1362,7 +1507,7 @@ def forward_flops(
     return {**result, "head": 2.0 * supervised * C * config.vocab_size}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # LAVIS's names. {} is a layer number.
 
 LAVIS_NAMES = {
@@ -1412,9 +1557,8 @@ def translate(name: str, table: dict[str, str]) -> str:
 
 
 def from_lavis(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A LAVIS checkpoint's "model" (or the bare eva_vit_g.pth) under our names. It holds what LAVIS trained, so
-    stage-2 files
-    lack the tower and the language model."""
+    """A LAVIS checkpoint's "model" (or the bare eva_vit_g.pth) under our names. It holds what LAVIS trained,
+    so stage-2 files lack the tower and the language model."""
     if (
         "cls_token" in state
     ):  # bare tower; its own norm and head, and the block that BLIP-2 leaves out, belong to EVA-CLIP
@@ -1442,16 +1586,22 @@ def from_lavis(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_bert(state: dict[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
-    """A BERT checkpoint under the Q-Former's names, as stage 1 begins: the queries' feed-forwards are copies of the
-    text's, one row for [DEC] is added to the vocabulary."""
+    """A BERT checkpoint under the Q-Former's names, as stage 1 begins: the queries' feed-forwards are copies
+    of the text's, one row for [DEC] is added to the vocabulary."""
     dropped = ("pooler", "token_type_embeddings", "seq_relationship", "position_ids", "predictions.decoder")
     words, decoder = (
         next((t for n, t in state.items() if n.endswith(end)), None)
         for end in ("embeddings.word_embeddings.weight", "predictions.decoder.weight")
     )
     if words is not None and decoder is not None and not torch.equal(words, decoder):
-        raise ValueError("BERT's predictions.decoder.weight differs from its word embedding, to which it is tied here")
-    names = {n: n.replace("gamma", "weight").replace("beta", "bias") for n in state if not any(d in n for d in dropped)}
+        raise ValueError(
+            "BERT's predictions.decoder.weight differs from its word embedding, to which it is tied here"
+        )
+    names = {
+        n: n.replace("gamma", "weight").replace("beta", "bias")
+        for n in state
+        if not any(d in n for d in dropped)
+    }
     names = {n: m if m.startswith(("bert.", "cls.")) else f"bert.{m}" for n, m in names.items()}
     out = from_lavis({f"Qformer.{m}": state[n] for n, m in names.items()})
     for name in list(out):
@@ -1466,7 +1616,8 @@ def from_bert(state: dict[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
 
 
 def fill_stage1(config: dict, state: dict[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
-    """`state` with what stage 1 begins anew: queries, cross-attention, heads; projections as nn.Linear's default."""
+    """`state` with what stage 1 begins anew: queries, cross-attention, heads; projections as nn.Linear's
+    default."""
     with torch.device("meta"):
         model = build_model(config)
     for name, p in model.named_parameters():
@@ -1483,8 +1634,8 @@ def fill_stage1(config: dict, state: dict[str, Tensor], seed: int = 0) -> dict[s
 
 
 def to_lavis(state: dict[str, Tensor], max_positions: int = 512) -> dict[str, Tensor]:
-    """The inverse, with LAVIS's aliases and its buffer of text positions. The k third of the towers' biases has no
-    place there."""
+    """The inverse, with LAVIS's aliases and its buffer of text positions. The k third of the towers' biases
+    has no place there."""
     lm = "t5" if any(n.startswith("language_model.shared") for n in state) else "opt"
     if lm == "opt" and "language_model.lm_head.weight" in state:
         raise ValueError("an OPT with a vocabulary projection of its own has no counterpart in LAVIS's files")
@@ -1505,13 +1656,13 @@ def to_lavis(state: dict[str, Tensor], max_positions: int = 512) -> dict[str, Te
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tokenizers
 
 
 def check_merges(path: Path, vocab: dict[str, int]) -> None:
-    """ValueError unless merges.txt is whole and in order: a line joins characters or what earlier lines made, and all
-    longer tokens of the vocabulary are made by one, but for some added ones."""
+    """ValueError unless merges.txt is whole and in order: a line joins characters or what earlier lines made,
+    and all longer tokens of the vocabulary are made by one, but for some added ones."""
     made: set[str] = set()
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
         if number == 1 and line.startswith("#version"):
@@ -1530,12 +1681,11 @@ def check_merges(path: Path, vocab: dict[str, int]) -> None:
 
 
 class Blip2Tokenizer:
-    """OPT's byte-level BPE, T5's Unigram or BERT's WordPiece, from tokenizer.json, vocab.json + merges.txt, or
-    vocab.txt.
+    """OPT's byte-level BPE, T5's Unigram or BERT's WordPiece, from tokenizer.json, vocab.json + merges.txt,
+    or vocab.txt.
 
-    encode() adds no special token: the processor does. Those inside a text are read, but for T5's padding token, which
-    begins
-    the decoder's part of a sample: it is left out.
+    encode() adds no special token: the processor does. Those inside a text are read, but for T5's padding
+    token, which begins the decoder's part of a sample: it is left out.
     """
 
     def __init__(self, directory: str | Path, kind: str):
@@ -1594,7 +1744,7 @@ class Blip2Tokenizer:
         return self.model.decode([int(i) for i in ids if i < self.vocab_size], skip_special_tokens=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pictures, text, prompt format, label mask
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
@@ -1602,11 +1752,12 @@ STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 
 
 def preprocess_image(image: Image.Image, size: int) -> Tensor:
-    """(3, size, size) fp32, normalised: alpha dropped (as LAVIS; transformers 5 puts it on white), aspect ratio not
-    kept, PIL's
-    antialiased bicubic rounded to 8 bits."""
+    """(3, size, size) fp32, normalised: alpha dropped (as LAVIS; transformers 5 puts it on white), aspect
+    ratio not kept, PIL's antialiased bicubic rounded to 8 bits."""
     pixels = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32)
-    return torch.from_numpy(np.ascontiguousarray(((pixels / np.float32(255) - MEAN) / STD).transpose(2, 0, 1)))
+    return torch.from_numpy(
+        np.ascontiguousarray(((pixels / np.float32(255) - MEAN) / STD).transpose(2, 0, 1))
+    )
 
 
 def _words(text: str, limit: int) -> str:
@@ -1627,15 +1778,17 @@ def question_text(question: str, max_words: int = 50) -> str:
 
 
 class Blip2Processor:
-    """Conversations and pictures -> what the model takes. Stage "sft" captions after "a photo of", pre-training
-    without a prompt."""
+    """Conversations and pictures -> what the model takes. Stage "sft" captions after "a photo of",
+    pre-training without a prompt."""
 
     CAPTION_PROMPT = "a photo of"
     QUESTION_PROMPT = "Question: {} Short answer:"
 
     def __init__(self, config: Blip2Config, tokenizer: Blip2Tokenizer, stage: str = "sft"):
         stage1, text = config.qformer.use_qformer_text_input, config.text
-        room = config.qformer.vocab_size - 1 if stage1 else config.vocab_size  # stage 1 adds [DEC] behind BERT's words
+        room = (
+            config.qformer.vocab_size - 1 if stage1 else config.vocab_size
+        )  # stage 1 adds [DEC] behind BERT's words
         if tokenizer.vocab_size > room:
             raise ValueError(
                 f"tokenizer and config.json do not belong together: {tokenizer.vocab_size} tokens, "
@@ -1646,29 +1799,36 @@ class Blip2Processor:
                 f"tokenizer and config.json do not belong together: <pad> is token {tokenizer.pad}, "
                 f"text_config.pad_token_id is {text.pad_token_id}"
             )
-        begin, eos = (text.pad_token_id, text.eos_token_id) if config.is_t5 else (text.bos_token_id, tokenizer.eos)
+        begin, eos = (
+            (text.pad_token_id, text.eos_token_id) if config.is_t5 else (text.bos_token_id, tokenizer.eos)
+        )
         if not stage1 and (tokenizer.begin, tokenizer.eos) != (begin, eos):
             raise ValueError(
-                f"tokenizer and config.json do not belong together: texts begin and end with tokens {tokenizer.begin} "
+                "tokenizer and config.json do not belong together: texts begin and "
+                f"end with tokens {tokenizer.begin} "
                 f"and {tokenizer.eos}; by text_config with {begin} and {eos}"
             )
         if (stage == "pretrain1") != config.qformer.use_qformer_text_input:
             kind = "a stage-1" if config.qformer.use_qformer_text_input else "a captioning"
             raise ValueError(
-                f"stage={stage} and {kind} checkpoint do not go together: pretrain1 takes a stage-1 checkpoint, "
+                f"stage={stage} and {kind} checkpoint do not go together: "
+                "pretrain1 takes a stage-1 checkpoint, "
                 "the others don't"
             )
         self.config, self.tokenizer, self.stage = config, tokenizer, stage
         self.image_size, self.num_image_tokens = config.vision.image_size, config.num_query_tokens
         self.kind = "bert" if stage == "pretrain1" else "t5" if config.is_t5 else "opt"
         self.slot = config.image_token_index
-        if self.slot is None:  # any token but the one that T5's decoder starts with: features replace its embedding
+        if (
+            self.slot is None
+        ):  # any token but the one that T5's decoder starts with: features replace its embedding
             self.slot = config.text.eos_token_id if config.is_t5 else config.text.pad_token_id
         self.decoder_start = config.qformer.vocab_size - 1  # stage 1, as in Blip2Qformer
         # OPT ends at a line break; </s>, which stands in front of every text, ends nothing
         self.end = tokenizer.encode("\n") if self.kind == "opt" else [tokenizer.eos]
         self.eos, self.stop_words = self.end[-1], [self.end]
-        # what a rank without a sample computes on: both of T5's stacks have a row, so that all ranks do the same
+        # what a rank without a sample computes on: both of T5's stacks have a row, so that all ranks do the
+        # same
         self.blank_ids = (tokenizer.eos, tokenizer.begin) if self.kind == "t5" else (0,)
 
     def fingerprint(self) -> str:
@@ -1684,7 +1844,8 @@ class Blip2Processor:
     def check_length(self, length: int) -> None:
         if (limit := self.config.max_positions) is not None and length > limit:
             raise ValueError(
-                f"{length} tokens with the picture's, but the model has {limit} positions; shorten the text, or let "
+                f"{length} tokens with the picture's, but the model has {limit} "
+                "positions; shorten the text, or let "
                 f"max_length={limit} cut it"
             )
 
@@ -1713,13 +1874,15 @@ class Blip2Processor:
         return prompt, answer
 
     def encode(self, conversation, max_length: int) -> dict:
-        """One training sample: ids, unshifted labels, slots. Text is cut from the end (an end token that LAVIS
-        keeps is kept)."""
+        """One training sample: ids, unshifted labels, slots. Text is cut from the end (an end token that
+        LAVIS keeps is kept)."""
         tk, Q = self.tokenizer, self.num_image_tokens
         prompt, answer = self.texts(conversation)
         room = max_length - Q
         if room < 4:
-            raise ValueError(f"max_length={max_length} leaves no room for text behind the picture's {Q} slots")
+            raise ValueError(
+                f"max_length={max_length} leaves no room for text behind the picture's {Q} slots"
+            )
         if self.kind == "bert":  # [CLS] text [SEP]
             text = tk.encode(f"{prompt} {answer}".strip())
             ids = [tk.begin, *text[: room - 2], tk.eos]
@@ -1737,13 +1900,16 @@ class Blip2Processor:
         self.check_length(Q + len(ids))
         labels = [IGNORE_INDEX] * (Q + len(ids) - len(supervised)) + supervised
         return {
-            "input_ids": np.array([self.slot] * Q + ids, dtype=np.int32), "labels": np.array(labels, dtype=np.int32),
-            "image_starts": [0], "images": conversation.images, "truncated": truncated,
-        }  # fmt: skip
+            "input_ids": np.array([self.slot] * Q + ids, dtype=np.int32),
+            "labels": np.array(labels, dtype=np.int32),
+            "image_starts": [0],
+            "images": conversation.images,
+            "truncated": truncated,
+        }
 
     def prompt(self, conversation) -> dict:
-        """The ids that generation starts from; a trailing answer is left out. `seen`: what the repetition penalty
-        counts."""
+        """The ids that generation starts from; a trailing answer is left out. `seen`: what the repetition
+        penalty counts."""
         tk, (prompt, _) = self.tokenizer, self.texts(conversation)
         if self.kind == "bert":
             ids = seen = [self.decoder_start]
@@ -1754,9 +1920,13 @@ class Blip2Processor:
         ids = [self.slot] * self.num_image_tokens + ids
         self.check_length(len(ids))
         return {
-            "input_ids": np.array(ids, dtype=np.int32), "labels": np.full(len(ids), IGNORE_INDEX, dtype=np.int32),
-            "image_starts": [0], "images": conversation.images, "truncated": False, "seen": seen,
-        }  # fmt: skip
+            "input_ids": np.array(ids, dtype=np.int32),
+            "labels": np.full(len(ids), IGNORE_INDEX, dtype=np.int32),
+            "image_starts": [0],
+            "images": conversation.images,
+            "truncated": False,
+            "seen": seen,
+        }
 
     def decode(self, ids: list[int]) -> str:
         """The reply: cut at the first end token, blanks at both ends removed."""
@@ -1772,22 +1942,32 @@ def probe_batch(processor: Blip2Processor) -> dict:
     ids = torch.tensor([processor.slot] * Q + text)
     ramp = torch.linspace(-1, 1, size)
     return {
-        "input_ids": ids, "position_ids": torch.arange(len(ids)), "max_len": len(ids),
-        "cu_seqlens": torch.tensor([0, len(ids)], dtype=torch.int32), "image_positions": torch.arange(Q)[None],
-        "pixel_values": torch.stack((ramp[:, None] + 0 * ramp, ramp + 0 * ramp[:, None], ramp[:, None] * ramp))[None],
-    }  # fmt: skip
+        "input_ids": ids,
+        "position_ids": torch.arange(len(ids)),
+        "max_len": len(ids),
+        "cu_seqlens": torch.tensor([0, len(ids)], dtype=torch.int32),
+        "image_positions": torch.arange(Q)[None],
+        "pixel_values": torch.stack(
+            (ramp[:, None] + 0 * ramp, ramp + 0 * ramp[:, None], ramp[:, None] * ramp)
+        )[None],
+    }
 
 
 def load_processor(directory: str | Path, stage: str = "sft") -> Blip2Processor:
     """The processor of a checkpoint directory (config.json and tokenizer)."""
     config = Blip2Config.from_dict(checkpoint.read_config(directory))
-    side, bert = config.vision.image_size, {"do_lower_case": True} if config.qformer.use_qformer_text_input else {}
-    checkpoint.check_side_files(directory, side, side, add_prefix_space=False, tokenize_chinese_chars=True, **bert)
+    side, bert = (
+        config.vision.image_size,
+        {"do_lower_case": True} if config.qformer.use_qformer_text_input else {},
+    )
+    checkpoint.check_side_files(
+        directory, side, side, add_prefix_space=False, tokenize_chinese_chars=True, **bert
+    )
     kind = "bert" if config.qformer.use_qformer_text_input else "t5" if config.is_t5 else "opt"
     return Blip2Processor(config, Blip2Tokenizer(directory, kind), stage)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Commands: LAVIS checkpoints in and out, another resolution
 
 
@@ -1796,17 +1976,24 @@ def read_lavis(path: str | Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # damaged pickles raise all sorts of errors
         reason = (str(e).splitlines() or ["cut short"])[0][:200]
-        raise ValueError(f"{path} can't be read ({type(e).__name__}: {reason}); expected a LAVIS .pth file") from None
+        raise ValueError(
+            f"{path} can't be read ({type(e).__name__}: {reason}); expected a LAVIS .pth file"
+        ) from None
     state = state.get("model", state) if isinstance(state, dict) else state
     checkpoint.check_state(state, path)
     for alias, name in LAVIS_REDUNDANT.items():
         if alias in state and name in state and not torch.equal(state[alias], state[name]):
-            raise ValueError(f"{path}: {alias} and {name} are one tied tensor in this model, but their values differ")
+            raise ValueError(
+                f"{path}: {alias} and {name} are one tied tensor in this model, but their values differ"
+            )
     return from_lavis(state)
 
 
-def write_model(out: str | Path, config: dict, state: dict[str, Tensor], side_files: str | Path | None) -> None:
-    """A whole checkpoint directory; positions are interpolated where the files' and the config's resolutions differ."""
+def write_model(
+    out: str | Path, config: dict, state: dict[str, Tensor], side_files: str | Path | None
+) -> None:
+    """A whole checkpoint directory; positions are interpolated where the files' and the config's resolutions
+    differ."""
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in build_model(config).named_parameters()}
     name = "vision_model.embeddings.position_embedding"
@@ -1818,10 +2005,15 @@ def write_model(out: str | Path, config: dict, state: dict[str, Tensor], side_fi
     if missing or unknown:
         raise ValueError(
             f"{len(missing)} tensors are missing ({', '.join(missing[:3])}), {len(unknown)} have no place "
-            f"({', '.join(unknown[:3])}); give the other files too (eva_vit_g.pth, --base with the language model) and "
+            f"({', '.join(unknown[:3])}); give the other files too (eva_vit_g.pth, "
+            "--base with the language model) and "
             "the config.json that belongs to them"
         )
-    wrong = [f"{n} is {tuple(state[n].shape)}, expected {tuple(s)}" for n, s in shapes.items() if state[n].shape != s]
+    wrong = [
+        f"{n} is {tuple(state[n].shape)}, expected {tuple(s)}"
+        for n, s in shapes.items()
+        if state[n].shape != s
+    ]
     if wrong:
         raise ValueError(f"{'; '.join(wrong[:3])}; use the config.json that belongs to these weights")
     for n, tensor in state.items():
@@ -1836,7 +2028,9 @@ def write_model(out: str | Path, config: dict, state: dict[str, Tensor], side_fi
         file = temporary / "preprocessor_config.json"
         if file.is_file():  # it may be another resolution's
             side = Blip2Config.from_dict(config).vision.image_size
-            checkpoint.write_json(file, {**checkpoint.read_json(file, ""), "size": {"height": side, "width": side}})
+            checkpoint.write_json(
+                file, {**checkpoint.read_json(file, ""), "size": {"height": side, "width": side}}
+            )
 
 
 def without_last_block(config: dict, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -1859,10 +2053,14 @@ def main() -> int:
     add = commands.add_parser("import", help="LAVIS .pth files -> a checkpoint directory").add_argument
     add("files", nargs="+", help="later files win; parts that none has come from --base")
     add("--config", help="config.json of the model; default: the base's")
-    add("--base", help="checkpoint directory with the missing parts (tower, language model) and the tokenizer")
+    add(
+        "--base", help="checkpoint directory with the missing parts (tower, language model) and the tokenizer"
+    )
     add("--tokenizer", help="directory of tokenizer files, if not --base")
     add("--out", required=True)
-    add = commands.add_parser("init", help="BERT and the tower -> the checkpoint that stage 1 begins with").add_argument
+    add = commands.add_parser(
+        "init", help="BERT and the tower -> the checkpoint that stage 1 begins with"
+    ).add_argument
     add("bert", help="directory of bert-base-uncased: weights, vocab.txt or tokenizer.json")
     add("--tower", required=True, help="eva_vit_g.pth")
     add("--config", help="config.json of the model; default: the published sizes")
@@ -1876,7 +2074,9 @@ def main() -> int:
         help="leave out the tower and the language model, as LAVIS does when they are frozen",
     )
     add("--out", required=True)
-    add = commands.add_parser("resize", help="interpolate the position embedding to another resolution").add_argument
+    add = commands.add_parser(
+        "resize", help="interpolate the position embedding to another resolution"
+    ).add_argument
     add("directory")
     add("out")
     add("--image_size", type=int, required=True)
@@ -1902,20 +2102,35 @@ def main() -> int:
                 n: t for n, t in state.items() if n in wanted
             }  # a stage-1 file for a stage-2 model: the text branch goes
         elif "language_model" in {n.split(".")[0] for n in state}:
-            state = {n: t for n, t in state.items() if n in wanted or not n.startswith("vision_model.encoder.layers.")}
+            state = {
+                n: t
+                for n, t in state.items()
+                if n in wanted or not n.startswith("vision_model.encoder.layers.")
+            }
         write_model(args.out, config, without_last_block(config, state), args.tokenizer or args.base)
     elif args.command == "init":
-        config = checkpoint.read_json(args.config, "give --config") if args.config else PRESETS["blip2-stage1"]
+        config = (
+            checkpoint.read_json(args.config, "give --config") if args.config else PRESETS["blip2-stage1"]
+        )
         config = {**config, "vision_config": {**config["vision_config"], "post_layernorm_eps": 1e-5}}
         config["qformer_config"] = {**asdict(QFormerConfig()), **config["qformer_config"]}
-        state = {**read_lavis(args.tower), **from_bert(read_all(checkpoint.open_weights(args.bert)), args.seed)}
+        state = {
+            **read_lavis(args.tower),
+            **from_bert(read_all(checkpoint.open_weights(args.bert)), args.seed),
+        }
         state = fill_stage1(config, without_last_block(config, state), args.seed)
         write_model(args.out, config, state, args.bert)
     elif args.command == "export":
         state = read_model(args.directory)
         if args.trained_only:
-            state = {n: t for n, t in state.items() if not n.startswith((*(p[:-1] for p in _TOWER), "language_model."))}
-        positions = Blip2Config.from_dict(checkpoint.read_config(args.directory)).qformer.max_position_embeddings
+            state = {
+                n: t
+                for n, t in state.items()
+                if not n.startswith((*(p[:-1] for p in _TOWER), "language_model."))
+            }
+        positions = Blip2Config.from_dict(
+            checkpoint.read_config(args.directory)
+        ).qformer.max_position_embeddings
         with checkpoint.atomic_file(args.out) as file:
             torch.save({"model": to_lavis(state, positions)}, file)
     else:

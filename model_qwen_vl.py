@@ -1,12 +1,12 @@
-"""Qwen-VL 7B (arXiv:2308.12966): ViT-bigG, one cross-attention resampler, Qwen-7B, and everything about its data
-format.
+"""Qwen-VL 7B (arXiv:2308.12966): ViT-bigG, one cross-attention resampler, Qwen-7B, and everything about its
+data format.
 
     python train.py --model qwen_vl --lora
     python generate.py --image picture.png --prompt "What is this?"
 
-Text has no batch dimension: a micro-batch is one stream of T tokens, cut into segments (samples) by `cu_seqlens`.
-Numerics follow the original modeling_qwen.py and visual.py (2023); where this file differs on purpose, it says so.
-Parameter names are those of the published checkpoint.
+Text has no batch dimension: a micro-batch is one stream of T tokens, cut into segments (samples) by
+`cu_seqlens`. Numerics follow the original modeling_qwen.py and visual.py (2023); where this file differs on
+purpose, it says so. Parameter names are those of the published checkpoint.
 """
 
 import base64
@@ -38,7 +38,7 @@ from kernels.rotary import rotary
 from kernels.swiglu import swiglu
 from records import text_of
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Configuration
 
 
@@ -57,9 +57,8 @@ class VisualConfig:
 
 @dataclass
 class QwenVLConfig:
-    """The fields of the published config.json that change what is computed; other fields of the file are kept and
-    ignored.
-    """
+    """The fields of the published config.json that change what is computed; other fields of the file are kept
+    and ignored."""
 
     hidden_size: Size
     num_hidden_layers: Depth
@@ -78,7 +77,9 @@ class QwenVLConfig:
     tie_word_embeddings: bool = False
     initializer_range: Scale = 0.02
     raw: dict = field(default_factory=dict)  # config.json as it was read, written back with the weights
-    max_positions: ClassVar[int | None] = None  # tokens of a sequence: rotary positions have no table that ends
+    max_positions: ClassVar[int | None] = (
+        None  # tokens of a sequence: rotary positions have no table that ends
+    )
 
     @property
     def mlp_width(self) -> int:
@@ -86,27 +87,43 @@ class QwenVLConfig:
 
     @classmethod
     def from_dict(cls, raw: dict) -> "QwenVLConfig":
-        """Raises ValueError for a missing field, a wrong type or a shape that the architecture cannot have."""
+        """Raises ValueError for a missing field, a wrong type or a
+        shape that the architecture cannot have."""
         visual = checkpoint.from_json(VisualConfig, raw.get("visual"), "config.json: visual")
         config = checkpoint.from_json(cls, raw, "config.json", visual=visual, raw=raw)
-        checkpoint.require(raw, "config.json", attn_dropout_prob=0, emb_dropout_prob=0, scale_attn_weights=True)
+        checkpoint.require(
+            raw, "config.json", attn_dropout_prob=0, emb_dropout_prob=0, scale_attn_weights=True
+        )
         c, v = config, config.visual
         for ok, message in (
             (
                 c.kv_channels * c.num_attention_heads == c.hidden_size,
-                f"kv_channels={c.kv_channels} x num_attention_heads={c.num_attention_heads} is not the hidden_size",
+                f"kv_channels={c.kv_channels} x "
+                f"num_attention_heads={c.num_attention_heads} is not the hidden_size",
             ),
-            (c.kv_channels % 2 == 0, f"kv_channels={c.kv_channels} must be even (rotary positions turn pairs)"),
+            (
+                c.kv_channels % 2 == 0,
+                f"kv_channels={c.kv_channels} must be even (rotary positions turn pairs)",
+            ),
             (c.intermediate_size % 2 == 0, f"intermediate_size={c.intermediate_size} must be even"),
-            (v.output_dim == c.hidden_size, f"visual.output_dim={v.output_dim} must be hidden_size={c.hidden_size}"),
-            (v.output_dim % 128 == 0, f"visual.output_dim={v.output_dim} must be a multiple of 128 (resampler heads)"),
+            (
+                v.output_dim == c.hidden_size,
+                f"visual.output_dim={v.output_dim} must be hidden_size={c.hidden_size}",
+            ),
+            (
+                v.output_dim % 128 == 0,
+                f"visual.output_dim={v.output_dim} must be a multiple of 128 (resampler heads)",
+            ),
             (v.width % v.heads == 0, f"visual.heads={v.heads} does not divide visual.width={v.width}"),
             (
                 v.image_size % v.patch_size == 0,
                 f"visual.patch_size={v.patch_size} does not divide image_size={v.image_size}",
             ),
             (math.isqrt(v.n_queries) ** 2 == v.n_queries, f"visual.n_queries={v.n_queries} must be a square"),
-            (c.rotary_pct == 1.0, f"rotary_pct={c.rotary_pct} is not supported; every published Qwen-VL has 1.0"),
+            (
+                c.rotary_pct == 1.0,
+                f"rotary_pct={c.rotary_pct} is not supported; every published Qwen-VL has 1.0",
+            ),
         ):
             if not ok:
                 raise ValueError(f"config.json: {message}")
@@ -115,18 +132,40 @@ class QwenVLConfig:
 
 PRESETS = {
     "qwen-vl-7b": {
-        "architectures": ["QWenLMHeadModel"], "model_type": "qwen", "hidden_size": 4096, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "kv_channels": 128, "intermediate_size": 22016, "vocab_size": 151936,
-        "layer_norm_epsilon": 1e-6, "rotary_emb_base": 10000, "rotary_pct": 1.0, "seq_length": 2048,
-        "use_dynamic_ntk": True, "use_logn_attn": True, "no_bias": True, "tie_word_embeddings": False,
-        "initializer_range": 0.02, "torch_dtype": "bfloat16",
-        "visual": {"image_size": 448, "patch_size": 14, "width": 1664, "layers": 48, "heads": 16, "mlp_ratio": 4.9231,
-                   "output_dim": 4096, "image_start_id": 151857, "n_queries": 256},
-    },
-}  # fmt: skip
+        "architectures": ["QWenLMHeadModel"],
+        "model_type": "qwen",
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "kv_channels": 128,
+        "intermediate_size": 22016,
+        "vocab_size": 151936,
+        "layer_norm_epsilon": 1e-6,
+        "rotary_emb_base": 10000,
+        "rotary_pct": 1.0,
+        "seq_length": 2048,
+        "use_dynamic_ntk": True,
+        "use_logn_attn": True,
+        "no_bias": True,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.02,
+        "torch_dtype": "bfloat16",
+        "visual": {
+            "image_size": 448,
+            "patch_size": 14,
+            "width": 1664,
+            "layers": 48,
+            "heads": 16,
+            "mlp_ratio": 4.9231,
+            "output_dim": 4096,
+            "image_start_id": 151857,
+            "n_queries": 256,
+        },
+    }
+}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Language model
 
 
@@ -209,7 +248,7 @@ class LMHead(nn.Linear):
         return parallel.vocab_cross_entropy(x, self.weight, targets)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Vision: pictures are a plain batch; inside, their patches are one stream of N*P rows
 
 VISUAL_EPS = 1e-6  # fixed in the original, whatever layer_norm_epsilon says
@@ -280,9 +319,13 @@ class CrossAttention(nn.Module):
         q, k, v = (parallel.copy_to_tp(x, self) for x in (q, k, v))
         (wq, wk, wv), (bq, bk, bv) = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         q = F.linear(q, wq, bq).repeat(num_images, 1)
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, F.linear(k, wk, bk), F.linear(v, wv, bv)))
+        q, k, v = (
+            x.unflatten(-1, (-1, self.head_dim)) for x in (q, F.linear(k, wk, bk), F.linear(v, wv, bv))
+        )
         Q, P = q.shape[0] // num_images, k.shape[0] // num_images
-        o = attention(q, k, v, even_segments(num_images, Q), even_segments(num_images, P), max(Q, P), causal=False)
+        o = attention(
+            q, k, v, even_segments(num_images, Q), even_segments(num_images, P), max(Q, P), causal=False
+        )
         return self.out_proj(o.flatten(1))
 
 
@@ -335,7 +378,7 @@ class Visual(nn.Module):
         return x.unflatten(0, (N, -1))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The whole model
 
 
@@ -374,8 +417,8 @@ class QwenVL(nn.Module):
     def embed(self, batch: dict) -> Tensor:
         """Word embeddings (T, C), those of the picture slots replaced by features, in the order of the slots.
 
-        More pictures than slots: the others (a blank one, so that every rank of a sharded run enters the tower) count
-        nothing.
+        More pictures than slots: the others (a blank one, so that every rank of a sharded run enters the
+        tower) count nothing.
         """
         x = self.transformer.wte(batch["input_ids"])
         features = batch.get("image_features")
@@ -393,8 +436,8 @@ class QwenVL(nn.Module):
     def context(self, batch: dict) -> Context:
         """Rotary angles and log-n factors. Both extrapolations act in evaluation only, as in the original.
 
-        `rope_lengths` (S,), host, optional: the length that decides a segment's NTK base, if it is not the segment's
-        own (while decoding: the prompt's; the cached keys were turned with it).
+        `rope_lengths` (S,), host, optional: the length that decides a segment's NTK base, if it is not the
+        segment's own (while decoding: the prompt's; the cached keys were turned with it).
         """
         c, positions, cu_seqlens = self.config, batch["position_ids"], batch["cu_seqlens"]
         half = torch.arange(0, c.kv_channels, 2, device=positions.device, dtype=torch.float32) / c.kv_channels
@@ -407,14 +450,17 @@ class QwenVL(nn.Module):
             base = c.rotary_emb_base * alpha ** (c.kv_channels / (c.kv_channels - 2))
             inv_freq = 1.0 / base.to(positions.device, torch.float32)[:, None] ** half  # (S, D/2)
             inv_freq = inv_freq.repeat_interleave(lengths.to(positions.device), dim=0)
-        angles = positions[:, None].float() * inv_freq  # (T, D/2), fp32: 16-bit angles lose the position past 256
+        angles = (
+            positions[:, None].float() * inv_freq
+        )  # (T, D/2), fp32: 16-bit angles lose the position past 256
         logn = None
         if c.use_logn_attn and not self.training:
             logn = (torch.log((positions + 1).float()) / math.log(c.seq_length)).clamp(min=1.0)[:, None, None]
         return Context(cu_seqlens, batch["max_len"], angles.cos(), angles.sin(), logn, batch.get("cache"))
 
     def hidden(self, batch: dict, x: Tensor | None = None, blocks=None) -> Tensor:
-        """(T, C) behind the blocks. A pipeline stage gives what it received, `x` (T, C), and its own `blocks`."""
+        """(T, C) behind the blocks. A pipeline stage gives what it received, `x` (T, C), and its own
+        `blocks`."""
         x, ctx = self.embed(batch) if x is None else x, self.context(batch)
         with dropout_rows(batch.get("dropout_keys")):
             for block in self.blocks if blocks is None else blocks:
@@ -436,8 +482,8 @@ class QwenVL(nn.Module):
         return self.lm_head(x, targets)
 
     def forward(self, batch: dict, output: str = "loss", x: Tensor | None = None, blocks=None):
-        """The one entrance of a sharded model. `output`: "loss" as head(); "logits" (S, V) of each segment's last
-        position; "features" (N, Q, C) of the pictures; "hidden" (T, C). `x`, `blocks`: as hidden()."""
+        """The one entrance of a sharded model. `output`: "loss" as head(); "logits" (S, V) of each segment's
+        last position; "features" (N, Q, C) of the pictures; "hidden" (T, C). `x`, `blocks`: as hidden()."""
         if output == "features":
             return self.encode_images(batch["pixel_values"])
         x = self.hidden(batch, x, blocks)
@@ -469,7 +515,8 @@ class QwenVL(nn.Module):
 
 
 def sincos_positions(grid: int, width: int) -> Tensor:
-    """(grid*grid, width) fixed 2-D table: first half the column, last half the row, each [sines | cosines]."""
+    """(grid*grid, width) fixed 2-D table: first half the column, last
+    half the row, each [sines | cosines]."""
     frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
     line = torch.cat((angles.sin(), angles.cos()), dim=1).float()  # (grid, width/2)
@@ -477,7 +524,8 @@ def sincos_positions(grid: int, width: int) -> Tensor:
 
 
 def build_model(config: dict) -> QwenVL:
-    """The model for a config.json's contents; create it under `torch.device("meta")` and load the weights after."""
+    """The model for a config.json's contents; create it under `torch.device("meta")` and load the weights
+    after."""
     return QwenVL(QwenVLConfig.from_dict(config))
 
 
@@ -506,7 +554,8 @@ PRETRAIN_FREEZE = {"pretrain": ["transformer.wte.*", "transformer.h.*", "transfo
 # The official targets. By name they exist in the language model only: the vision tower's linears are in_proj,
 # out_proj, c_fc.
 LORA_TARGETS = [r".*\.attn\.c_attn", r".*\.attn\.c_proj", r".*\.mlp\.w1", r".*\.mlp\.w2"]
-# How a weight is cut over tensor-parallel ranks: (kind, number of equal blocks packed along the cut dimension)
+# How a weight is cut over tensor-parallel ranks: (kind, number of equal blocks packed along the cut
+# dimension)
 TP_PLAN = {
     "transformer.wte": ("vocab", 1),
     "transformer.h.*.attn.c_attn": ("column", 3),
@@ -514,7 +563,10 @@ TP_PLAN = {
     "transformer.h.*.mlp.w1": ("column", 1),
     "transformer.h.*.mlp.w2": ("column", 1),
     "transformer.h.*.mlp.c_proj": ("row", 1),
-    "transformer.visual.transformer.resblocks.*.attn.in_proj": ("column", 1),  # grouped by head: they stay whole
+    "transformer.visual.transformer.resblocks.*.attn.in_proj": (
+        "column",
+        1,
+    ),  # grouped by head: they stay whole
     "transformer.visual.transformer.resblocks.*.attn.out_proj": ("row", 1),
     "transformer.visual.transformer.resblocks.*.mlp.c_fc": ("column", 1),
     "transformer.visual.transformer.resblocks.*.mlp.c_proj": ("row", 1),
@@ -522,7 +574,8 @@ TP_PLAN = {
     "transformer.visual.attn_pool.attn.out_proj": ("row", 1),
     "lm_head": ("vocab", 1),
 }
-# Which pipeline stages have a parameter: a block's own stage; the first or last one; all of them where nothing matches
+# Which pipeline stages have a parameter: a block's own stage; the first or last one; all of them where
+# nothing matches
 PIPELINE = {
     "blocks": "transformer.h",
     "first": ["transformer.wte.*", "transformer.visual.*"],
@@ -533,10 +586,16 @@ PIPELINE = {
 def tp_plan(config: QwenVLConfig, degree: int) -> dict[str, tuple[str, int]]:
     """TP_PLAN for a degree, ValueError where it does not fit. A resampler with too few heads stays whole."""
     v = config.visual
-    parallel.check_degree(degree, {
-        "num_attention_heads": config.num_attention_heads, "intermediate_size / 2": config.mlp_width,
-        "vocab_size": config.vocab_size, "visual.heads": v.heads, "visual's MLP width": int(v.width * v.mlp_ratio),
-    })  # fmt: skip
+    parallel.check_degree(
+        degree,
+        {
+            "num_attention_heads": config.num_attention_heads,
+            "intermediate_size / 2": config.mlp_width,
+            "vocab_size": config.vocab_size,
+            "visual.heads": v.heads,
+            "visual's MLP width": int(v.width * v.mlp_ratio),
+        },
+    )
     whole = v.output_dim // 128 % degree != 0
     return {name: cut for name, cut in TP_PLAN.items() if not (whole and ".attn_pool." in name)}
 
@@ -561,11 +620,11 @@ def forward_flops(
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tokenizer
 
-# tiktoken's pattern: contractions | one non-letter + letters | ONE digit | blank + punctuation + line ends | white
-# space
+# tiktoken's pattern: contractions | one non-letter + letters | ONE digit | blank + punctuation + line ends |
+# white space
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -587,9 +646,8 @@ CHAR_TO_BYTE = {c: b for b, c in enumerate(BYTE_TO_CHAR)}
 
 
 def read_tiktoken(path: Path) -> Tokenizer:
-    """A byte-level BPE from a file of `base64(token) rank` lines. A merge is any pair of tokens that makes a token,
-    by its rank.
-    """
+    """A byte-level BPE from a file of `base64(token) rank` lines. A merge is any pair of tokens that makes a
+    token, by its rank."""
     ranks, lines = {}, path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
     try:
         for text, rank in (line.split() for line in lines if line):
@@ -603,7 +661,9 @@ def read_tiktoken(path: Path) -> Tokenizer:
     to_text = {token: "".join(BYTE_TO_CHAR[b] for b in token) for token in ranks}
     merges = []
     for token in sorted(ranks, key=ranks.get):
-        pairs = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+        pairs = [
+            (token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks
+        ]
         pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
         merges += [(to_text[a], to_text[b]) for a, b in pairs]
     tokenizer = Tokenizer(models.BPE({to_text[t]: r for t, r in ranks.items()}, merges))
@@ -612,16 +672,17 @@ def read_tiktoken(path: Path) -> Tokenizer:
 
 
 def byte_level_split() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PATTERN), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])  # fmt: skip
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
 
 
 class QwenTokenizer:
-    """Qwen's tokenizer: `qwen.tiktoken` or `tokenizer.json` in `directory`, special tokens directly behind its
-    vocabulary.
-    """
+    """Qwen's tokenizer: `qwen.tiktoken` or `tokenizer.json` in `directory`, special tokens directly behind
+    its vocabulary."""
 
     def __init__(self, directory: str | Path, num_image_tokens: int = 256):
         directory = Path(directory)
@@ -630,7 +691,9 @@ class QwenTokenizer:
         elif (directory / "tokenizer.json").exists():
             self.bpe = checkpoint.read_tokenizer(directory / "tokenizer.json")
         else:
-            raise ValueError(f"{directory}: no tokenizer; expected qwen.tiktoken or tokenizer.json beside the weights")
+            raise ValueError(
+                f"{directory}: no tokenizer; expected qwen.tiktoken or tokenizer.json beside the weights"
+            )
         base = self.bpe.get_vocab(with_added_tokens=False)
         self.num_base_tokens = len(base)
         self.num_image_tokens = num_image_tokens
@@ -640,26 +703,30 @@ class QwenTokenizer:
         for token, i in base.items():
             if i >= len(base) or not CHAR_TO_BYTE.keys() >= set(token):
                 raise ValueError(
-                    f"{directory}: the tokenizer has the token {token!r} ({i}); expected Qwen's byte-level BPE"
+                    f"{directory}: the tokenizer has the token {token!r} ({i}); "
+                    "expected Qwen's byte-level BPE"
                 )
             self.token_bytes[i] = bytes(CHAR_TO_BYTE[c] for c in token)
         self.eos = self.pad = self.special[ENDOFTEXT]
         self.im_start, self.im_end = self.special[IM_START], self.special[IM_END]
-        self.img_start, self.img_end, self.img_pad = (self.special[t] for t in ("<img>", "</img>", "<imgpad>"))
+        self.img_start, self.img_end, self.img_pad = (
+            self.special[t] for t in ("<img>", "</img>", "<imgpad>")
+        )
         self.vocab_size = len(base) + len(SPECIAL_TOKENS)
         self.split_all, self.split_vision = (
-            re.compile("(" + "|".join(map(re.escape, tokens)) + ")") for tokens in (SPECIAL_TOKENS, VISION_TAGS)
+            re.compile("(" + "|".join(map(re.escape, tokens)) + ")")
+            for tokens in (SPECIAL_TOKENS, VISION_TAGS)
         )
         self.newline = self.encode("\n")
 
     def encode(self, text: str, special: str = "all", strict_paths: bool = True) -> list[int]:
-        """Token ids. `special`: which special tokens inside the text are parsed, "all" or "vision" (the rest is plain
-        text).
+        """Token ids. `special`: which special tokens inside the text are parsed, "all" or "vision" (the rest
+        is plain text).
 
-        `<img>path</img>` becomes start, Q slots holding the path's BYTES as ids and then pads, end. Raises ValueError
-        for an
-        unclosed tag or a path longer than Q bytes, TypeError for a special token inside the path. The model never
-        reads a path back, so `strict_paths=False` fills the slots of a long path with pads instead.
+        `<img>path</img>` becomes start, Q slots holding the path's BYTES as ids and then pads, end. Raises
+        ValueError for an unclosed tag or a path longer than Q bytes, TypeError for a special token inside the
+        path. The model never reads a path back, so `strict_paths=False` fills the slots of a long path with
+        pads instead.
         """
         text = unicodedata.normalize("NFC", text)
         pieces = (self.split_all if special == "all" else self.split_vision).split(text)
@@ -679,7 +746,9 @@ class QwenTokenizer:
                     raise TypeError(f"special token {pieces[i + 2]!r} inside <img>...</img>")
                 path, Q = pieces[i + 1].encode(), self.num_image_tokens
                 if len(path) > Q and strict_paths:
-                    raise ValueError(f"The content in <img>..</img> is too long: {len(path)} bytes of at most {Q}")
+                    raise ValueError(
+                        f"The content in <img>..</img> is too long: {len(path)} bytes of at most {Q}"
+                    )
                 slots = [*path, *[self.img_pad] * (Q - len(path))] if len(path) <= Q else [self.img_pad] * Q
                 ids += [self.img_start, *slots, self.img_end]
                 i = end
@@ -687,11 +756,14 @@ class QwenTokenizer:
         return ids
 
     def decode(
-        self, ids: list[int], skip_special: bool = False, keep_image_special: bool = False, errors: str = "replace"
+        self,
+        ids: list[int],
+        skip_special: bool = False,
+        keep_image_special: bool = False,
+        errors: str = "replace",
     ) -> str:
-        """Text of the ids; a picture span becomes `<img>path</img>` again. ValueError for a span without a pad, as
-        the original.
-        """
+        """Text of the ids; a picture span becomes `<img>path</img>` again. ValueError for a span without a
+        pad, as the original."""
         out, i = b"", 0
         kept_tags = {self.special[t] for t in VISION_TAGS[:6]} if keep_image_special else set()
         ids = [int(t) for t in ids]
@@ -711,9 +783,8 @@ class QwenTokenizer:
 
 
 def from_list_format(parts: list[dict]) -> str:
-    """[{"image": path} | {"text": ...} | {"ref": name, "box": [[x1, y1, x2, y2], ...]}, ...] as the text of one
-    turn.
-    """
+    """[{"image": path} | {"text": ...} | {"ref": name, "box": [[x1, y1, x2, y2], ...]}, ...] as the text of
+    one turn."""
     text, pictures = "", 0
     for part in parts:
         if "image" in part:
@@ -725,7 +796,9 @@ def from_list_format(parts: list[dict]) -> str:
             text += f"<ref>{part['ref']}</ref>" if "ref" in part else ""
             text += "".join(f"<box>({x1},{y1}),({x2},{y2})</box>" for x1, y1, x2, y2 in part["box"])
         else:
-            raise ValueError(f"unsupported part {part}; expected 'image', 'text' or 'box' (with or without 'ref')")
+            raise ValueError(
+                f"unsupported part {part}; expected 'image', 'text' or 'box' (with or without 'ref')"
+            )
     return text
 
 
@@ -733,7 +806,9 @@ def to_list_format(text: str) -> list[dict]:
     """The inverse for text with vision tags: [{"text"}, {"image"}, {"ref"}, {"box"}, {"quad"}] in order."""
     other = [t for t in SPECIAL_TOKENS if t not in VISION_TAGS and t != ENDOFTEXT and t in text]
     if other:
-        raise ValueError(f"special token {other[0]!r} in text; only vision tags and {ENDOFTEXT} can be taken apart")
+        raise ValueError(
+            f"special token {other[0]!r} in text; only vision tags and {ENDOFTEXT} can be taken apart"
+        )
     names = {"ref": "ref", "box": "box", "quad": "quad", "img": "image"}
     parts = re.split(r"<(ref|box|quad|img)>(.*?)</\1>", unicodedata.normalize("NFC", text), flags=re.DOTALL)
     out = [{"text": parts[0]}] if parts[0] else []
@@ -742,7 +817,7 @@ def to_list_format(text: str) -> list[dict]:
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pictures, prompt format, label mask
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
@@ -751,7 +826,8 @@ SYSTEM = "You are a helpful assistant."
 
 
 def resize_image(image: Image.Image, size: int) -> np.ndarray:
-    """(size, size, 3) uint8: alpha dropped, aspect ratio not kept, PIL's antialiased bicubic rounded to 8 bits."""
+    """(size, size, 3) uint8: alpha dropped, aspect ratio not kept, PIL's antialiased bicubic rounded to 8
+    bits."""
     return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
 
 
@@ -766,8 +842,8 @@ def chat_ids(
 ) -> tuple[list[int], list[int]]:
     """Ids and UNSHIFTED labels of a conversation in ChatML, as the official finetune.py makes them.
 
-    Every block supervises its markers and the newline after it; an assistant's block its content too. Role, newline and
-    content are encoded separately. A first message that is not the user's is dropped.
+    Every block supervises its markers and the newline after it; an assistant's block its content too. Role,
+    newline and content are encoded separately. A first message that is not the user's is dropped.
     """
     tk, ids, labels = tokenizer, [], []
     if turns and turns[0][0] != "user":
@@ -790,10 +866,9 @@ def chat_prompt(
     max_window_size: int = 6144,
     strict_paths: bool = True,
 ) -> list[int]:
-    """Ids of a chat up to the assistant's header. In user and assistant text only the vision tags are special, so a
-    typed
-    `<|im_end|>` is plain text. Past (question, answer) pairs are kept newest first while they fit in max_window_size
-    tokens; an answer may be None."""
+    """Ids of a chat up to the assistant's header. In user and assistant text only the vision tags are
+    special, so a typed `<|im_end|>` is plain text. Past (question, answer) pairs are kept newest first while
+    they fit in max_window_size tokens; an answer may be None."""
     tk = tokenizer
 
     def block(role: str, text: str) -> list[int]:
@@ -824,16 +899,17 @@ def is_chinese(text: str) -> bool:
 
 
 class QwenVLProcessor:
-    """Conversations and pictures -> what the model takes. `stage` "pretrain" uses the base model's raw captioning
-    format.
-    """
+    """Conversations and pictures -> what the model takes. `stage` "pretrain" uses the base model's raw
+    captioning format."""
 
     def __init__(self, config: QwenVLConfig, tokenizer: QwenTokenizer, stage: str = "sft"):
         expected = tokenizer.img_start
         if config.visual.image_start_id != expected or tokenizer.vocab_size > config.vocab_size:
             raise ValueError(
-                f"tokenizer and config.json do not belong together: <img> is token {expected}, visual.image_start_id "
-                f"is {config.visual.image_start_id}; the tokenizer has {tokenizer.vocab_size} tokens, vocab_size is "
+                "tokenizer and config.json do not belong together: <img> is token "
+                f"{expected}, visual.image_start_id "
+                f"is {config.visual.image_start_id}; the tokenizer has "
+                f"{tokenizer.vocab_size} tokens, vocab_size is "
                 f"{config.vocab_size}"
             )
         self.config, self.tokenizer, self.stage = config, tokenizer, stage
@@ -851,8 +927,9 @@ class QwenVLProcessor:
         return preprocess_image(open_image(source), self.image_size)
 
     def texts(self, conversation) -> list[tuple[str, str]]:
-        """The turns as text with an `<img>` tag where an image's slots go, and this model's wording around images,
-        captions and questions. What the author of a file in Qwen-VL's own format wrote around a tag stays."""
+        """The turns as text with an `<img>` tag where an image's slots go, and this model's wording around
+        images, captions and questions. What the author of a file in Qwen-VL's own format wrote around a tag
+        stays."""
         turns, count = [], 0
         for role, content in conversation.turns:
             text, in_front = "", False  # in_front: an image's own line ended just now
@@ -874,23 +951,29 @@ class QwenVLProcessor:
         question = text_of(conversation.turns[0][1])
         if conversation.kind == "caption" and not question:
             chinese = is_chinese(text_of(conversation.turns[1][1]))
-            turns[0] = ("user", turns[0][1] + ("用中文描述这张图片：" if chinese else "Describe the image in English:"))
+            turns[0] = (
+                "user",
+                turns[0][1] + ("用中文描述这张图片：" if chinese else "Describe the image in English:"),
+            )
         elif conversation.kind == "vqa" and self.stage == "pretrain":
             turns[0] = ("user", turns[0][1] + " Answer:")
         return turns
 
     def encode(self, conversation, max_length: int) -> dict:
-        """One training sample: ids, unshifted labels, slots. A picture's span is never cut; text is cut from the end.
+        """One training sample: ids, unshifted labels, slots. A picture's span is never cut; text is cut from
+        the end.
 
-        Deviations from finetune.py: the slots of a picture in an assistant's turn are not supervised, and a literal
-        `<|endoftext|>` in the data is attended to.
+        Deviations from finetune.py: the slots of a picture in an assistant's turn are not supervised, and a
+        literal `<|endoftext|>` in the data is attended to.
         """
         tk = self.tokenizer
         turns = self.texts(conversation)
         if self.stage == "pretrain":
             ids, labels = [], []
             for role, text in turns:
-                piece = tk.encode(text + "\n" if role == "system" else text) + [tk.eos] * (role == "assistant")
+                piece = tk.encode(text + "\n" if role == "system" else text) + [tk.eos] * (
+                    role == "assistant"
+                )
                 ids += piece
                 labels += piece if role == "assistant" else [IGNORE_INDEX] * len(piece)
         else:
@@ -908,12 +991,20 @@ class QwenVLProcessor:
         starts = [int(s) for s in starts if s < length]
         for start in starts:
             labels[start : start + self.num_image_tokens] = IGNORE_INDEX
-        if length < len(ids) and not {*labels[:length].tolist()} - {IGNORE_INDEX, tk.im_start, tk.im_end, *tk.newline}:
+        if length < len(ids) and not {*labels[:length].tolist()} - {
+            IGNORE_INDEX,
+            tk.im_start,
+            tk.im_end,
+            *tk.newline,
+        }:
             labels[:] = IGNORE_INDEX  # only markers are left of the answers: nothing to learn
         return {
-            "input_ids": ids[:length], "labels": labels[:length], "image_starts": starts,
-            "images": conversation.images[: len(starts)], "truncated": length < len(ids),
-        }  # fmt: skip
+            "input_ids": ids[:length],
+            "labels": labels[:length],
+            "image_starts": starts,
+            "images": conversation.images[: len(starts)],
+            "truncated": length < len(ids),
+        }
 
     def prompt(self, conversation) -> dict:
         """The ids that generation starts from; a trailing answer is left out."""
@@ -930,11 +1021,16 @@ class QwenVLProcessor:
             history = [(q[1], a[1]) for q, a in zip(turns[:-1:2], turns[1:-1:2], strict=True)]
             ids = chat_prompt(tk, turns[-1][1], history, SYSTEM if system is None else system)
         starts = [i + 1 for i, token in enumerate(ids) if token == tk.img_start]
-        images = conversation.images[len(conversation.images) - len(starts) :]  # the window may have dropped old turns
+        images = conversation.images[
+            len(conversation.images) - len(starts) :
+        ]  # the window may have dropped old turns
         return {
-            "input_ids": np.array(ids, dtype=np.int32), "labels": np.full(len(ids), IGNORE_INDEX, dtype=np.int32),
-            "image_starts": starts, "images": images, "truncated": False,
-        }  # fmt: skip
+            "input_ids": np.array(ids, dtype=np.int32),
+            "labels": np.full(len(ids), IGNORE_INDEX, dtype=np.int32),
+            "image_starts": starts,
+            "images": images,
+            "truncated": False,
+        }
 
     def decode(self, ids: list[int]) -> str:
         """The reply: cut at the first end marker, special text such as boxes kept."""
@@ -949,11 +1045,15 @@ def probe_batch(processor: QwenVLProcessor) -> dict:
     ids = torch.tensor(chat_prompt(tk, "Picture 1: <img>a</img>\nWhat is this? 这是什么？"))
     ramp = torch.linspace(-1, 1, size)
     return {
-        "input_ids": ids, "position_ids": torch.arange(len(ids)), "max_len": len(ids),
+        "input_ids": ids,
+        "position_ids": torch.arange(len(ids)),
+        "max_len": len(ids),
         "cu_seqlens": torch.tensor([0, len(ids)], dtype=torch.int32),
-        "pixel_values": torch.stack((ramp[:, None] + 0 * ramp, ramp + 0 * ramp[:, None], ramp[:, None] * ramp))[None],
+        "pixel_values": torch.stack(
+            (ramp[:, None] + 0 * ramp, ramp + 0 * ramp[:, None], ramp[:, None] * ramp)
+        )[None],
         "image_positions": (ids == tk.img_start).nonzero() + 1 + torch.arange(Q),
-    }  # fmt: skip
+    }
 
 
 def load_processor(directory: str | Path, stage: str = "sft") -> QwenVLProcessor:

@@ -3,10 +3,11 @@
     python train.py --model visualglm --lora
     python generate.py --model visualglm --image picture.png --prompt "这张图片里有什么？"
 
-Text has no batch dimension: a micro-batch is one stream of T tokens, cut into segments (samples) by `cu_seqlens`. Of
-each segment the context (up to and without `<sop>`) is seen by every token, the answer is causal. Numerics follow the
-Hugging Face code of THUDM/visualglm-6b and, where they differ, SwissArmyTransformer (SAT) by an option; where this
-file differs on purpose, it says so. Parameter names are those of the Hugging Face checkpoint.
+Text has no batch dimension: a micro-batch is one stream of T tokens, cut into segments (samples) by
+`cu_seqlens`. Of each segment the context (up to and without `<sop>`) is seen by every token, the answer is
+causal. Numerics follow the Hugging Face code of THUDM/visualglm-6b and, where they differ,
+SwissArmyTransformer (SAT) by an option; where this file differs on purpose, it says so. Parameter names are
+those of the Hugging Face checkpoint.
 """
 
 import hashlib
@@ -37,7 +38,7 @@ from kernels.linear_cross_entropy import IGNORE_INDEX
 from kernels.rotary import rotary
 from records import front_image, text_of
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Configuration
 
 
@@ -75,8 +76,8 @@ class QFormerConfig:
 
 @dataclass
 class VisualGLMConfig:
-    """The fields of the published config.json that change what is computed; other fields of the file are kept and
-    ignored."""
+    """The fields of the published config.json that change what is computed; other fields of the file are kept
+    and ignored."""
 
     hidden_size: Size
     num_layers: Depth
@@ -93,14 +94,18 @@ class VisualGLMConfig:
     pad_token_id: TokenId = 3
     # HF rounds the rotary frequencies to half precision, whatever dtype follows; SAT >= 0.4.4 does not
     exact_inv_freq: bool = False
-    prompt_language: str = "zh"  # zh: 问/答, as the Hugging Face code always does; en: Q/A, SAT's English mode
+    prompt_language: str = (
+        "zh"  # zh: 问/答, as the Hugging Face code always does; en: Q/A, SAT's English mode
+    )
     pre_seq_len: Size | None = None  # P-tuning: keys and values in front of every segment, in each layer
     prefix_projection: bool = False  # P-tuning: made by a two-layer network from embeddings
     initializer_range: Scale = 0.02
     max_sequence_length: Size = 2048  # of the original's chat; nothing is cut at it
     raw: dict = field(default_factory=dict)  # config.json as it was read, written back with the weights
 
-    max_positions: ClassVar[int | None] = None  # tokens of a sequence: rotary positions have no table that ends
+    max_positions: ClassVar[int | None] = (
+        None  # tokens of a sequence: rotary positions have no table that ends
+    )
 
     @property
     def num_hidden_layers(self) -> int:
@@ -120,9 +125,12 @@ class VisualGLMConfig:
 
     @classmethod
     def from_dict(cls, raw: dict) -> "VisualGLMConfig":
-        """Raises ValueError for a missing field, a wrong type or a shape that the architecture cannot have."""
+        """Raises ValueError for a missing field, a wrong type or a
+        shape that the architecture cannot have."""
         vision = checkpoint.from_json(VisionConfig, raw.get("eva_config"), "config.json: eva_config")
-        qformer = checkpoint.from_json(QFormerConfig, raw.get("qformer_config"), "config.json: qformer_config")
+        qformer = checkpoint.from_json(
+            QFormerConfig, raw.get("qformer_config"), "config.json: qformer_config"
+        )
         c = checkpoint.from_json(cls, raw, "config.json", eva_config=vision, qformer_config=qformer, raw=raw)
         checkpoint.require(raw, "config.json", position_encoding_2d=True, image_length=qformer.vocab_size)
         checkpoint.require(
@@ -175,30 +183,59 @@ class VisualGLMConfig:
 
 PRESETS = {
     "visualglm-6b": {
-        "architectures": ["ChatGLMModel"], "model_type": "chatglm", "hidden_size": 4096, "inner_hidden_size": 16384,
-        "num_layers": 28, "num_attention_heads": 32, "vocab_size": 130528, "layernorm_epsilon": 1e-5,
-        "max_sequence_length": 2048, "position_encoding_2d": True, "use_cache": True, "torch_dtype": "float16",
-        "bos_token_id": 130004, "eos_token_id": 130005, "mask_token_id": 130000, "gmask_token_id": 130001,
+        "architectures": ["ChatGLMModel"],
+        "model_type": "chatglm",
+        "hidden_size": 4096,
+        "inner_hidden_size": 16384,
+        "num_layers": 28,
+        "num_attention_heads": 32,
+        "vocab_size": 130528,
+        "layernorm_epsilon": 1e-5,
+        "max_sequence_length": 2048,
+        "position_encoding_2d": True,
+        "use_cache": True,
+        "torch_dtype": "float16",
+        "bos_token_id": 130004,
+        "eos_token_id": 130005,
+        "mask_token_id": 130000,
+        "gmask_token_id": 130001,
         "pad_token_id": 3,
         "image_length": 32,
         "eva_config": {
-            "num_layers": 39, "hidden_size": 1408, "num_attention_heads": 16, "vocab_size": 1, "layernorm_order": "pre",
-            "model_parallel_size": 1, "max_sequence_length": 257, "inner_hidden_size": 6144,
+            "num_layers": 39,
+            "hidden_size": 1408,
+            "num_attention_heads": 16,
+            "vocab_size": 1,
+            "layernorm_order": "pre",
+            "model_parallel_size": 1,
+            "max_sequence_length": 257,
+            "inner_hidden_size": 6144,
             "use_final_layernorm": False,
-            "layernorm_epsilon": 1e-6, "image_size": [224, 224], "pre_len": 1, "post_len": 0, "in_channels": 3,
-            "num_classes": 0, "patch_size": 14,
+            "layernorm_epsilon": 1e-6,
+            "image_size": [224, 224],
+            "pre_len": 1,
+            "post_len": 0,
+            "in_channels": 3,
+            "num_classes": 0,
+            "patch_size": 14,
         },
         "qformer_config": {
-            "num_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "vocab_size": 32,
+            "num_layers": 12,
+            "hidden_size": 768,
+            "num_attention_heads": 12,
+            "vocab_size": 32,
             "layernorm_order": "post",
-            "model_parallel_size": 1, "max_sequence_length": 0, "is_decoder": [True, False] * 6,
-            "cross_attn_hidden_size": 1408, "layernorm_epsilon": 1e-12,
+            "model_parallel_size": 1,
+            "max_sequence_length": 0,
+            "is_decoder": [True, False] * 6,
+            "cross_attn_hidden_size": 1408,
+            "layernorm_epsilon": 1e-12,
         },
-    },
-}  # fmt: skip
+    }
+}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Language model
 
 
@@ -248,7 +285,9 @@ class Attention(nn.Module):
         # HF divides the scores by layer + 1 and multiplies them again (fp16 range): nothing is left of that
         tuned = None if ctx.tuned is None else ctx.tuned[self.layer]
         if ctx.cache is not None:
-            o = ctx.cache.attend(self.layer, q, k, v, ctx.cu_seqlens, ctx.max_len, ctx.prefix_lens, tuned=tuned)
+            o = ctx.cache.attend(
+                self.layer, q, k, v, ctx.cu_seqlens, ctx.max_len, ctx.prefix_lens, tuned=tuned
+            )
         elif tuned is None:
             o = attention(
                 q, k, v, ctx.cu_seqlens, ctx.cu_seqlens, ctx.max_len, causal=True, prefix_lens=ctx.prefix_lens
@@ -262,7 +301,9 @@ class Attention(nn.Module):
                 if ctx.prefix_lens is not None
                 else torch.zeros(len(cu_seqlens_k) - 1, dtype=torch.int64)
             )
-            o = attention(q, k, v, ctx.cu_seqlens, cu_seqlens_k, ctx.max_len + P, causal=True, prefix_lens=prefix_lens)
+            o = attention(
+                q, k, v, ctx.cu_seqlens, cu_seqlens_k, ctx.max_len + P, causal=True, prefix_lens=prefix_lens
+            )
         return self.dense(o.flatten(1))
 
 
@@ -282,7 +323,8 @@ class Block(nn.Module):
     def __init__(self, config: VisualGLMConfig, layer: int):
         super().__init__()
         C, eps = config.hidden_size, config.layernorm_epsilon
-        # HF forgets to pass num_layers on, so there it is sqrt(56) for any depth; here as in SAT. Equal for 28 layers.
+        # HF forgets to pass num_layers on, so there it is sqrt(56) for any depth; here as in SAT. Equal for
+        # 28 layers.
         self.alpha = math.sqrt(2 * config.num_layers)
         self.input_layernorm = nn.LayerNorm(C, eps)
         self.attention = Attention(config, layer)
@@ -296,8 +338,8 @@ class Block(nn.Module):
 
 
 class PrefixEncoder(nn.Module):
-    """P-tuning: the keys and values that every layer sees before a segment's own. Deviation: without HF's dropout of
-    0.1."""
+    """P-tuning: the keys and values that every layer sees before a segment's own. Deviation: without HF's
+    dropout of 0.1."""
 
     def __init__(self, config: VisualGLMConfig):
         super().__init__()
@@ -324,7 +366,7 @@ class LMHead(nn.Linear):
         return parallel.vocab_cross_entropy(x, self.weight, targets)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Vision: pictures are a plain batch; inside, their tokens are one stream of N*P rows
 
 
@@ -337,7 +379,9 @@ class VisionAttention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.head_dim = width // heads
-        self.query_key_value = nn.Linear(width, 3 * width)  # [q | k | v], each head-major: not as in the language model
+        self.query_key_value = nn.Linear(
+            width, 3 * width
+        )  # [q | k | v], each head-major: not as in the language model
         self.dense = nn.Linear(width, width)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
@@ -370,7 +414,9 @@ class ViT(nn.Module):
         self.transformer.layers = nn.ModuleList(VisionBlock(config) for _ in range(config.num_layers))
         self.mixins = nn.ModuleDict()
         self.mixins["patch_embedding"] = nn.Module()
-        self.mixins["patch_embedding"].proj = nn.Conv2d(3, W, kernel_size=config.patch_size, stride=config.patch_size)
+        self.mixins["patch_embedding"].proj = nn.Conv2d(
+            3, W, kernel_size=config.patch_size, stride=config.patch_size
+        )
         self.mixins["cls"] = nn.Module()
         self.mixins["cls"].ln_vision = nn.LayerNorm(W, 1e-5)  # fixed, not the blocks' 1e-6
 
@@ -402,12 +448,15 @@ class CrossAttention(nn.Module):
         q = self.query(x).unflatten(-1, (-1, self.head_dim))  # (N*Q, H, D)
         k, v = self.key_value(image).unflatten(-1, (2, -1, self.head_dim)).unbind(1)  # 2 x (N*P, H, D)
         Q, P = len(q) // num_images, len(k) // num_images
-        o = attention(q, k, v, even_segments(num_images, Q), even_segments(num_images, P), max(Q, P), causal=False)
+        o = attention(
+            q, k, v, even_segments(num_images, Q), even_segments(num_images, P), max(Q, P), causal=False
+        )
         return self.dense(o.flatten(1))
 
 
 class QFormerBlock(nn.Module):
-    """A BERT layer shifted by one norm: each layer's output norm stands in the next one as `input_layernorm`."""
+    """A BERT layer shifted by one norm: each layer's output norm
+    stands in the next one as `input_layernorm`."""
 
     def __init__(self, config: QFormerConfig, kv_width: int, cross: bool):
         super().__init__()
@@ -433,7 +482,9 @@ class QFormer(nn.Module):
         super().__init__()
         self.transformer = nn.Module()
         self.transformer.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)  # the queries
-        self.transformer.layers = nn.ModuleList(QFormerBlock(config, kv_width, cross) for cross in config.is_decoder)
+        self.transformer.layers = nn.ModuleList(
+            QFormerBlock(config, kv_width, cross) for cross in config.is_decoder
+        )
         self.transformer.final_layernorm = nn.LayerNorm(config.hidden_size, config.layernorm_epsilon)
 
     def forward(self, image: Tensor, num_images: int) -> Tensor:
@@ -458,12 +509,13 @@ class ImageEncoder(nn.Module):
         return self.glm_proj(self.qformer(image, N)).unflatten(0, (N, -1))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The whole model
 
 
 class VisualGLM(nn.Module):
-    # what a decoding step adds to a sequence's last position: the place in the context stays, that in the answer grows
+    # what a decoding step adds to a sequence's last position: the place in the context stays, that in the
+    # answer grows
     position_step = torch.tensor([[0], [1]])
 
     def __init__(self, config: VisualGLMConfig):
@@ -476,7 +528,9 @@ class VisualGLM(nn.Module):
         self.transformer.final_layernorm = nn.LayerNorm(config.hidden_size, config.layernorm_epsilon)
         if config.pre_seq_len:
             self.transformer.prefix_encoder = PrefixEncoder(config)
-        self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)  # not tied to word_embeddings
+        self.lm_head = LMHead(
+            config.hidden_size, config.vocab_size, bias=False
+        )  # not tied to word_embeddings
 
     @property
     def num_image_tokens(self) -> int:
@@ -496,8 +550,8 @@ class VisualGLM(nn.Module):
     def embed(self, batch: dict) -> Tensor:
         """Word embeddings (T, C), those of the picture slots replaced by features, in the order of the slots.
 
-        More pictures than slots: the others (a blank one, so that every rank of a sharded run enters the tower) count
-        nothing.
+        More pictures than slots: the others (a blank one, so that every rank of a sharded run enters the
+        tower) count nothing.
         """
         x = self.transformer.word_embeddings(batch["input_ids"])
         features = batch.get("image_features")
@@ -518,7 +572,8 @@ class VisualGLM(nn.Module):
         if positions.ndim == 1:
             positions = torch.stack((positions, torch.zeros_like(positions)))
         inv_freq = inverse_frequencies(c.head_dim, c.exact_inv_freq, positions.device)
-        # fp32: 16-bit angles lose the position past 256 (the original under .half() and .bfloat16() computes them so)
+        # fp32: 16-bit angles lose the position past 256 (the original under .half() and .bfloat16() computes
+        # them so)
         angles = positions[..., None].float() * inv_freq  # (2, T, D/4)
         tuned = parallel.heads_of_rank(self.transformer.prefix_encoder(), dim=3) if c.pre_seq_len else None
         return Context(
@@ -533,7 +588,8 @@ class VisualGLM(nn.Module):
 
     # same as model_qwen_vl.QwenVL.hidden
     def hidden(self, batch: dict, x: Tensor | None = None, blocks=None) -> Tensor:
-        """(T, C) behind the blocks. A pipeline stage gives what it received, `x` (T, C), and its own `blocks`."""
+        """(T, C) behind the blocks. A pipeline stage gives what it received, `x` (T, C), and its own
+        `blocks`."""
         x, ctx = self.embed(batch) if x is None else x, self.context(batch)
         with dropout_rows(batch.get("dropout_keys")):
             for block in self.blocks if blocks is None else blocks:
@@ -550,8 +606,8 @@ class VisualGLM(nn.Module):
 
     # same as model_qwen_vl.QwenVL.forward
     def forward(self, batch: dict, output: str = "loss", x: Tensor | None = None, blocks=None):
-        """The one entrance of a sharded model. `output`: "loss" as head(); "logits" (S, V) of each segment's last
-        position; "features" (N, Q, C) of the pictures; "hidden" (T, C). `x`, `blocks`: as hidden()."""
+        """The one entrance of a sharded model. `output`: "loss" as head(); "logits" (S, V) of each segment's
+        last position; "features" (N, Q, C) of the pictures; "hidden" (T, C). `x`, `blocks`: as hidden()."""
         if output == "features":
             return self.encode_images(batch["pixel_values"])
         x = self.hidden(batch, x, blocks)
@@ -562,8 +618,8 @@ class VisualGLM(nn.Module):
         return self.head(x, batch)
 
     def init_weights(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
-        """Fills one full-size parameter for training from scratch: normal, output layers of the blocks smaller by
-        depth."""
+        """Fills one full-size parameter for training from scratch: normal, output layers of the blocks
+        smaller by depth."""
         c = self.config
         if name.endswith("bias"):
             tensor.zero_()
@@ -573,11 +629,14 @@ class VisualGLM(nn.Module):
             tensor.normal_(0, 0.01, generator=generator)
         else:
             deep = name.startswith("transformer.") and name.endswith(("dense.weight", "dense_4h_to_h.weight"))
-            tensor.normal_(0, c.initializer_range / (math.sqrt(2 * c.num_layers) if deep else 1.0), generator=generator)
+            tensor.normal_(
+                0, c.initializer_range / (math.sqrt(2 * c.num_layers) if deep else 1.0), generator=generator
+            )
 
 
 def build_model(config: dict) -> VisualGLM:
-    """The model for a config.json's contents; create it under `torch.device("meta")` and load the weights after."""
+    """The model for a config.json's contents; create it under `torch.device("meta")` and load the weights
+    after."""
     return VisualGLM(VisualGLMConfig.from_dict(config))
 
 
@@ -602,16 +661,25 @@ PRETRAIN_FREEZE = {"pretrain": ["transformer.*", "lm_head.*"]}
 IGNORED_WEIGHTS = ["transformer.layers.*.attention.rotary_emb.inv_freq"]
 # Names of the toolkit PaddleMIX inside patterns of the configuration -> ours
 LEGACY_NAMES = {
-    "vision_model": "image_encoder.vit", "language_projection": "image_encoder.glm_proj",
-    "language_model.chatglm.": "", "query_tokens": "image_encoder.qformer.transformer.word_embeddings.*",
-}  # fmt: skip
+    "vision_model": "image_encoder.vit",
+    "language_projection": "image_encoder.glm_proj",
+    "language_model.chatglm.": "",
+    "query_tokens": "image_encoder.qformer.transformer.word_embeddings.*",
+}
 PREFIX_TUNING = "transformer.prefix_encoder.*"  # what P-tuning trains
 # The official targets, in the language model only
-LORA_TARGETS = [r"transformer\.layers\.\d+\.attention\.query_key_value", r"transformer\.layers\.\d+\.attention\.dense"]
-# How a weight is cut over tensor-parallel ranks: (kind, number of equal blocks packed along the cut dimension)
+LORA_TARGETS = [
+    r"transformer\.layers\.\d+\.attention\.query_key_value",
+    r"transformer\.layers\.\d+\.attention\.dense",
+]
+# How a weight is cut over tensor-parallel ranks: (kind, number of equal blocks packed along the cut
+# dimension)
 TP_PLAN = {
     "transformer.word_embeddings": ("vocab", 1),
-    "transformer.layers.*.attention.query_key_value": ("column", 1),  # grouped by head: a cut keeps heads whole
+    "transformer.layers.*.attention.query_key_value": (
+        "column",
+        1,
+    ),  # grouped by head: a cut keeps heads whole
     "transformer.layers.*.attention.dense": ("row", 1),
     "transformer.layers.*.mlp.dense_h_to_4h": ("column", 1),
     "transformer.layers.*.mlp.dense_4h_to_h": ("row", 1),
@@ -628,7 +696,8 @@ TP_PLAN = {
     "image_encoder.qformer.transformer.layers.*.mlp.dense_4h_to_h": ("row", 1),
     "lm_head": ("vocab", 1),
 }
-# Which pipeline stages have a parameter: a block's own stage; the first or last one; all of them where nothing matches
+# Which pipeline stages have a parameter: a block's own stage; the first or last one; all of them where
+# nothing matches
 PIPELINE = {
     "blocks": "transformer.layers",
     "first": ["image_encoder.*", "transformer.word_embeddings.*"],
@@ -639,18 +708,23 @@ PIPELINE = {
 def tp_plan(config: VisualGLMConfig, degree: int) -> dict[str, tuple[str, int]]:
     """TP_PLAN for a degree, ValueError where it does not fit. A Q-Former with too few heads stays whole."""
     v, q = config.eva_config, config.qformer_config
-    parallel.check_degree(degree, {
-        "num_attention_heads": config.num_attention_heads, "inner_hidden_size": config.inner_hidden_size,
-        "vocab_size": config.vocab_size, "eva_config.num_attention_heads": v.num_attention_heads,
-        "eva_config.inner_hidden_size": v.inner_hidden_size,
-    })  # fmt: skip
+    parallel.check_degree(
+        degree,
+        {
+            "num_attention_heads": config.num_attention_heads,
+            "inner_hidden_size": config.inner_hidden_size,
+            "vocab_size": config.vocab_size,
+            "eva_config.num_attention_heads": v.num_attention_heads,
+            "eva_config.inner_hidden_size": v.inner_hidden_size,
+        },
+    )
     whole = q.num_attention_heads % degree or (q.inner_hidden_size or 4 * q.hidden_size) % degree
     return {name: cut for name, cut in TP_PLAN.items() if not (whole and ".qformer." in name)}
 
 
 def lora_parts(config: VisualGLMConfig) -> dict[str, tuple[int, int]]:
-    """Packed weights that SAT's LoRA adapts in parts, each with an A and a B of its own: {name pattern: (rows are so
-    many groups, each of so many parts)}: per head q, k, v."""
+    """Packed weights that SAT's LoRA adapts in parts, each with an A and a B of its own: {name pattern: (rows
+    are so many groups, each of so many parts)}: per head q, k, v."""
     return {r"transformer\.layers\.\d+\.attention\.query_key_value": (config.num_attention_heads, 3)}
 
 
@@ -674,7 +748,7 @@ def forward_flops(
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # SAT checkpoints. Names differ by a few prefixes; the language model's query_key_value by its row order
 
 
@@ -682,20 +756,23 @@ def sat_name(name: str) -> str:
     """SAT's name of a Hugging Face parameter."""
     if name == "lm_head.weight":
         return "mixins.chatglm-final.lm_head.weight"
-    return name.replace("image_encoder.", "mixins.eva.model.", 1) if name.startswith("image_encoder.") else name
+    return (
+        name.replace("image_encoder.", "mixins.eva.model.", 1) if name.startswith("image_encoder.") else name
+    )
 
 
 def repack_qkv(name: str, tensor: Tensor, num_heads: int, to_sat: bool) -> Tensor:
-    """Rows of the language model's query_key_value: per head q, k, v <-> [all q | all k | all v]. Others as they
-    are."""
+    """Rows of the language model's query_key_value: per head q, k, v <-> [all q | all k | all v]. Others as
+    they are."""
     if not re.fullmatch(r"transformer\.layers\.\d+\.attention\.query_key_value\.(weight|bias)", name):
         return tensor
     order = (num_heads, 3) if to_sat else (3, num_heads)
     return tensor.unflatten(0, (*order, -1)).transpose(0, 1).flatten(0, 2).contiguous()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizer: a sentencepiece unigram model. The segmentation is the tokenizers library's, the normalisation is done here
+# --------------------------------------------------------------------------------------------------
+# Tokenizer: a sentencepiece unigram model. The segmentation is the tokenizers library's, the normalisation is
+# done here
 
 SPACE = "\u2581"  # sentencepiece's visible blank
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # sentencepiece's piece types
@@ -767,7 +844,9 @@ def read_tokenizer_json(path: Path) -> tuple[list[tuple[str, float, int]], bytes
     checkpoint.check(vocab, list, f"{path}: model.vocab")
     pairs = (isinstance(e, list) and len(e) == 2 and isinstance(e[0], str) for e in vocab)
     if not all(pairs) or not all(isinstance(score, int | float) for _, score in vocab):
-        raise ValueError(f"{path}: model.vocab has an entry that is no pair of text and score; fetch it again")
+        raise ValueError(
+            f"{path}: model.vocab has an entry that is no pair of text and score; fetch it again"
+        )
     checkpoint.check(model.get("unk_id"), Annotated[int, 0, len(vocab) - 1], f"{path}: model.unk_id")
     checkpoint.check(added, list[dict] | None, f"{path}: added_tokens")
     control = {str(token.get("content")) for token in added or [] if token.get("special")}
@@ -792,7 +871,8 @@ def read_tokenizer_json(path: Path) -> tuple[list[tuple[str, float, int]], bytes
 
 
 class CharacterMap:
-    """sentencepiece's normalisation table: a Darts double array of UTF-8 prefixes -> offsets of their replacements."""
+    """sentencepiece's normalisation table: a Darts double array of UTF-8 prefixes -> offsets of their
+    replacements."""
 
     def __init__(self, table: bytes):
         size = struct.unpack("<I", table[:4])[0] if len(table) > 4 else 0
@@ -826,7 +906,8 @@ def offset_of(unit: int) -> int:
 
 
 class GLMTokenizer:
-    """ChatGLM-6B's tokenizer: `ice_text.model`, or a `tokenizer.json` with a Unigram model, in `directory`."""
+    """ChatGLM-6B's tokenizer: `ice_text.model`, or a `tokenizer.json`
+    with a Unigram model, in `directory`."""
 
     def __init__(self, directory: str | Path):
         directory = Path(directory)
@@ -835,7 +916,9 @@ class GLMTokenizer:
         elif (directory / "tokenizer.json").exists():
             pieces, table = read_tokenizer_json(directory / "tokenizer.json")
         else:
-            raise ValueError(f"{directory}: no tokenizer; expected ice_text.model or tokenizer.json beside the weights")
+            raise ValueError(
+                f"{directory}: no tokenizer; expected ice_text.model or tokenizer.json beside the weights"
+            )
         self.pieces = [piece for piece, _, _ in pieces]
         self.types = [kind for _, _, kind in pieces]
         self.ids = {piece: i for i, piece in enumerate(self.pieces)}
@@ -845,14 +928,17 @@ class GLMTokenizer:
             raise ValueError(f"{directory}: the tokenizer has {what}; expected ChatGLM-6B's, fetch it again")
         missing = [t for t in (*TEXT_SPECIALS, "[gMASK]", NEWLINE, "<0x00>", "<0xFF>") if t not in self.ids]
         if missing:
-            raise ValueError(f"{directory}: the tokenizer has no piece {', '.join(missing)}; expected ChatGLM-6B's")
+            raise ValueError(
+                f"{directory}: the tokenizer has no piece {', '.join(missing)}; expected ChatGLM-6B's"
+            )
         self.unk, self.pad, self.sop, self.eop, self.mask, self.gmask = (
             self.ids[t] for t in ("<unk>", "<pad>", "<sop>", "<eop>", "[MASK]", "[gMASK]")
         )
         self.vocab_size = len(pieces)
         # a name with a raw blank is never found in normalised text: only ordinary pieces are
         vocab = [
-            (piece if kind in (NORMAL, UNUSED) else f" {i}", score) for i, (piece, score, kind) in enumerate(pieces)
+            (piece if kind in (NORMAL, UNUSED) else f" {i}", score)
+            for i, (piece, score, kind) in enumerate(pieces)
         ]
         self.unigram = Tokenizer(models.Unigram(vocab, self.unk))
         user = sorted((p for p, _, kind in pieces if kind == USER_DEFINED), key=len, reverse=True)
@@ -862,8 +948,8 @@ class GLMTokenizer:
         self.fingerprint = hashlib.sha256(json.dumps(pieces).encode() + table).hexdigest()
 
     def normalise(self, text: str) -> str:
-        """As sentencepiece: characters by the table (plain NFKC without one), runs of blanks to one, none at the ends,
-        a dummy blank in front; user-defined pieces stay as they are."""
+        """As sentencepiece: characters by the table (plain NFKC without one), runs of blanks to one, none at
+        the ends, a dummy blank in front; user-defined pieces stay as they are."""
         out, after_blank = [], True
         for i, part in enumerate(self.user_defined.split(text)):
             for piece in [part] if i % 2 else self.characters(part):
@@ -888,8 +974,8 @@ class GLMTokenizer:
             i += found[0]
 
     def encode_plain(self, text: str) -> list[int]:
-        """Without special tokens: line ends, tabs and runs of blanks have pieces of their own, unknown characters are
-        bytes."""
+        """Without special tokens: line ends, tabs and runs of blanks have pieces of their own, unknown
+        characters are bytes."""
         text = text.replace("\n", NEWLINE).replace("\t", TAB)
         for n in range(80, 1, -1):
             text = text.replace(" " * n, f"<|blank_{n}|>")
@@ -900,11 +986,16 @@ class GLMTokenizer:
                 continue
             encoding = self.unigram.encode(part, add_special_tokens=False)
             for token, (first, end) in zip(encoding.ids, encoding.offsets, strict=True):
-                ids += [token] if token != self.unk else [self.ids[f"<0x{b:02X}>"] for b in part[first:end].encode()]
+                ids += (
+                    [token]
+                    if token != self.unk
+                    else [self.ids[f"<0x{b:02X}>"] for b in part[first:end].encode()]
+                )
         return ids
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; TEXT_SPECIALS in it become their ids, blanks around them are lost, as in the original."""
+        """Ids of a text; TEXT_SPECIALS in it become their ids, blanks around them are lost, as in the
+        original."""
         ids, parts = [], self.specials.split(text)
         for i, part in enumerate(parts):
             if i % 2:
@@ -915,8 +1006,8 @@ class GLMTokenizer:
         return ids
 
     def decode(self, ids: list[int], skip_special: bool = False) -> str:
-        """Text of the ids. Pads and control pieces vanish; so do ids without a piece (the embedding has more rows than
-        the vocabulary), where the original raises IndexError."""
+        """Text of the ids. Pads and control pieces vanish; so do ids without a piece (the embedding has more
+        rows than the vocabulary), where the original raises IndexError."""
         text, raw = "", b""
         for token in map(int, ids):
             if token >= self.vocab_size or token == self.pad:
@@ -937,7 +1028,7 @@ class GLMTokenizer:
         return re.sub(r"<\|blank_(\d+)\|>", lambda m: " " * int(m[1]), text)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pictures, prompt format, label mask
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
@@ -946,8 +1037,8 @@ TEMPLATES = {"zh": "问：{}\n答：", "en": "Q:{}\nA:"}
 
 
 def resize_image(image: Image.Image, size: int | tuple[int, int]) -> np.ndarray:
-    """(height, width, 3) uint8, `size` being both or that pair: alpha dropped, aspect ratio not kept, PIL's antialiased
-    bicubic rounded to 8 bits."""
+    """(height, width, 3) uint8, `size` being both or that pair: alpha dropped, aspect ratio not kept, PIL's
+    antialiased bicubic rounded to 8 bits."""
     height, width = (size, size) if isinstance(size, int) else size
     return np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC))
 
@@ -961,8 +1052,8 @@ def preprocess_image(image: Image.Image, size: int | tuple[int, int]) -> Tensor:
 def glm_positions(ids, bos: int, gmask: int, mask: int) -> tuple[np.ndarray, int]:
     """-> position_ids (2, T), length of the context.
 
-    The context ends before the first `<sop>`. Channel 0 counts through it and then stays at the place of [gMASK] (of
-    [MASK] where there is none); channel 1 is 0 in the context and counts from 1 at `<sop>`.
+    The context ends before the first `<sop>`. Channel 0 counts through it and then stays at the place of
+    [gMASK] (of [MASK] where there is none); channel 1 is 0 in the context and counts from 1 at `<sop>`.
     """
     ids = np.asarray(ids)
     stops = [np.flatnonzero(ids == token) for token in (bos, gmask, mask)]
@@ -981,11 +1072,14 @@ def context_text(query: str, history: list[tuple[str, str]] = (), language: str 
     return "".join(template.format(q) + f"{a}\n" for q, a in history) + template.format(query)
 
 
-def context_ids(tokenizer: GLMTokenizer, text: str, num_image_tokens: int, slot: int) -> tuple[list[int], list[int]]:
-    """-> ids of `<img>`, the picture's slots, `</img>` and the text; [index of the first slot]. num_image_tokens 0:
-    no picture.
+def context_ids(
+    tokenizer: GLMTokenizer, text: str, num_image_tokens: int, slot: int
+) -> tuple[list[int], list[int]]:
+    """-> ids of `<img>`, the picture's slots, `</img>` and the text; [index of the first slot].
+    num_image_tokens 0: no picture.
 
-    The tags are plain text to the tokenizer. No slot's id reaches an embedding: HF writes <unk> there, SAT <pad>.
+    The tags are plain text to the tokenizer. No slot's id reaches an embedding: HF writes <unk> there, SAT
+    <pad>.
     """
     if not num_image_tokens:
         return tokenizer.encode(text), []
@@ -1001,8 +1095,8 @@ def chat_prompt(
     language: str = "zh",
     slot: int | None = None,
 ) -> list[int]:
-    """Ids of a chat up to where the answer begins; a picture stands in front of the first round, whatever round it
-    is."""
+    """Ids of a chat up to where the answer begins; a picture stands in front of the first round, whatever
+    round it is."""
     slot = tokenizer.unk if slot is None else slot
     ids, _ = context_ids(tokenizer, context_text(query, history, language), num_image_tokens, slot)
     return [*ids, tokenizer.gmask, tokenizer.sop]
@@ -1011,8 +1105,9 @@ def chat_prompt(
 def training_ids(
     tokenizer: GLMTokenizer, context: list[int], answer: str, max_source=None, max_target=None
 ) -> tuple[list, list]:
-    """Ids and UNSHIFTED labels of one sample as the official finetune_visualglm.py makes them: `<sop>`, the answer and
-    `<eop>` are supervised. max_source and max_target cut the context and the answer, each with its special tokens."""
+    """Ids and UNSHIFTED labels of one sample as the official finetune_visualglm.py makes them: `<sop>`, the
+    answer and `<eop>` are supervised. max_source and max_target cut the context and the answer, each with its
+    special tokens."""
     tk = tokenizer
     context = context if max_source is None else context[: max_source - 1]
     answer = tk.encode(answer) if max_target is None else tk.encode(answer)[: max_target - 2]
@@ -1037,21 +1132,28 @@ def is_chinese(text: str) -> bool:
 
 
 class VisualGLMProcessor:
-    """Conversations and pictures -> what the model takes. `stage` "pretrain" puts nothing but the picture before a
-    caption."""
+    """Conversations and pictures -> what the model takes. `stage` "pretrain" puts nothing but the picture
+    before a caption."""
 
     def __init__(self, config: VisualGLMConfig, tokenizer: GLMTokenizer, stage: str = "sft"):
-        ids = {"<sop>": config.bos_token_id, "<eop>": config.eos_token_id, "[MASK]": config.mask_token_id,
-               "[gMASK]": config.gmask_token_id, "<pad>": config.pad_token_id}  # fmt: skip
+        ids = {
+            "<sop>": config.bos_token_id,
+            "<eop>": config.eos_token_id,
+            "[MASK]": config.mask_token_id,
+            "[gMASK]": config.gmask_token_id,
+            "<pad>": config.pad_token_id,
+        }
         for token, expected in ids.items():
             if tokenizer.ids[token] != expected:
                 raise ValueError(
-                    f"tokenizer and config.json do not belong together: {token} is token {tokenizer.ids[token]}, "
+                    f"tokenizer and config.json do not belong together: {token} "
+                    f"is token {tokenizer.ids[token]}, "
                     f"config.json says {expected}"
                 )
         if tokenizer.vocab_size > config.vocab_size:
             raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, config.json's vocab_size is {config.vocab_size}"
+                f"the tokenizer has {tokenizer.vocab_size} tokens, config.json's "
+                f"vocab_size is {config.vocab_size}"
             )
         self.config, self.tokenizer, self.stage = config, tokenizer, stage
         height, width = config.eva_config.image_size
@@ -1071,8 +1173,9 @@ class VisualGLMProcessor:
         return preprocess_image(open_image(source), self.image_size)
 
     def rounds(self, conversation) -> list[tuple[str, str | None]]:
-        """(question, answer) pairs without the image; the last answer may be missing. A system text, which the format
-        has no place for, begins the first question. ValueError for more than one image or one inside the text."""
+        """(question, answer) pairs without the image; the last answer may be missing. A system text, which
+        the format has no place for, begins the first question. ValueError for more than one image or one
+        inside the text."""
         system = "".join(f"{text_of(content)}\n" for role, content in conversation.turns if role == "system")
         turns = [content for role, content in conversation.turns if role != "system"]
         if not turns:
@@ -1100,14 +1203,19 @@ class VisualGLMProcessor:
         tk = self.tokenizer
         positions, context = glm_positions(ids, tk.sop, tk.gmask, tk.mask)
         return {
-            "input_ids": np.array(ids, dtype=np.int32), "labels": np.array(labels, dtype=np.int32),
-            "position_ids": positions, "prefix_len": context,
-            "image_starts": starts, "images": conversation.images, "truncated": truncated,
-        }  # fmt: skip
+            "input_ids": np.array(ids, dtype=np.int32),
+            "labels": np.array(labels, dtype=np.int32),
+            "position_ids": positions,
+            "prefix_len": context,
+            "image_starts": starts,
+            "images": conversation.images,
+            "truncated": truncated,
+        }
 
     def encode(self, conversation, max_length: int) -> dict:
-        """One training sample: ids, unshifted labels, slots, positions. Only the last answer is supervised: the format
-        has one `<sop>`, and earlier rounds are context, which every token sees. A long answer is cut at its end."""
+        """One training sample: ids, unshifted labels, slots, positions. Only the last answer is supervised:
+        the format has one `<sop>`, and earlier rounds are context, which every token sees. A long answer is
+        cut at its end."""
         rounds = self.rounds(conversation)
         context, starts = self.context(conversation, rounds, self.tokenizer.pad)
         ids, labels = training_ids(self.tokenizer, context, rounds[-1][1])
@@ -1141,16 +1249,22 @@ def probe_batch(processor: VisualGLMProcessor) -> dict:
     rows, columns = (torch.linspace(-1, 1, size) for size in processor.config.eva_config.image_size)
     rows, columns = rows[:, None], columns[None]
     return {
-        "input_ids": torch.tensor(ids), "position_ids": torch.from_numpy(positions), "max_len": len(ids),
-        "cu_seqlens": torch.tensor([0, len(ids)], dtype=torch.int32), "prefix_lens": torch.tensor([context]),
+        "input_ids": torch.tensor(ids),
+        "position_ids": torch.from_numpy(positions),
+        "max_len": len(ids),
+        "cu_seqlens": torch.tensor([0, len(ids)], dtype=torch.int32),
+        "prefix_lens": torch.tensor([context]),
         "pixel_values": torch.stack((rows + 0 * columns, columns + 0 * rows, rows * columns))[None],
         "image_positions": (len(tk.encode("<img>")) + torch.arange(Q))[None],
-    }  # fmt: skip
+    }
 
 
 def load_processor(directory: str | Path, stage: str = "sft") -> VisualGLMProcessor:
     """The processor of a checkpoint directory (config.json and tokenizer)."""
     config = VisualGLMConfig.from_dict(checkpoint.read_config(directory))
-    # num_image_tokens: the first release's tokenizer counts 20,000 ids for images that this model does not have
-    checkpoint.check_side_files(directory, *config.eva_config.image_size, num_image_tokens=0, do_lower_case=False)
+    # num_image_tokens: the first release's tokenizer counts 20,000 ids for images that this model does not
+    # have
+    checkpoint.check_side_files(
+        directory, *config.eva_config.image_size, num_image_tokens=0, do_lower_case=False
+    )
     return VisualGLMProcessor(config, GLMTokenizer(directory), stage)

@@ -1,15 +1,17 @@
-"""Ranks, the device mesh, sharding by fully_shard, and recomputation. Everything is an identity at world size 1.
+"""Ranks, the device mesh, sharding by fully_shard, and recomputation. Everything is an identity at world size
+1.
 
-Ranks stand on a mesh with the axes pp, dp_replicate, dp_shard, tp (the last varies fastest). All ranks of a (pp, tp)
-place share their part of the model and see other data: data parallel, over the two dp axes together.
+Ranks stand on a mesh with the axes pp, dp_replicate, dp_shard, tp (the last varies fastest). All ranks of a
+(pp, tp) place share their part of the model and see other data: data parallel, over the two dp axes together.
 
-ZeRO (arXiv:1910.02054) by torch.distributed.fsdp.fully_shard: stage 1 shards the optimiser's state and reduces
-gradients once
-a step, stage 2 also shards gradients (reduced every micro-batch), stage 3 also frees parameters between uses.
+ZeRO (arXiv:1910.02054) by torch.distributed.fsdp.fully_shard: stage 1 shards the optimiser's state and
+reduces gradients once a step, stage 2 also shards gradients (reduced every micro-batch), stage 3 also frees
+parameters between uses.
 
-Tensor parallelism (arXiv:1909.08053) cuts a model's weights by its TP_PLAN: a rank's module holds and computes with
-its own part, as if the layer were that much narrower. What crosses ranks is here: `copy_to_tp` where a layer's input
-enters the cut part, the sum where it leaves. All else, gradients too, is equal on the ranks of a group, bit for bit.
+Tensor parallelism (arXiv:1909.08053) cuts a model's weights by its TP_PLAN: a rank's module holds and
+computes with its own part, as if the layer were that much narrower. What crosses ranks is here: `copy_to_tp`
+where a layer's input enters the cut part, the sum where it leaves. All else, gradients too, is equal on the
+ranks of a group, bit for bit.
 """
 
 import contextlib
@@ -42,14 +44,15 @@ TIMEOUT = timedelta(hours=2)  # of a collective: as long as rank 0 may write a l
 
 
 AXES = ("pp", "dp_replicate", "dp_shard", "tp")
-# This process's group on each axis that has more than one rank, and "dp" over both dp axes. Model files have no other
-# way to know the layout: helpers that find no group here are identities.
+# This process's group on each axis that has more than one rank, and "dp" over both dp axes. Model files have
+# no other way to know the layout: helpers that find no group here are identities.
 groups: dict[str, dist.ProcessGroup] = {}
 
 
 @dataclass
 class World:
-    """All ranks, and this one's place on the axes of the mesh: those of one data-parallel rank see the same data."""
+    """All ranks, and this one's place on the axes of the mesh: those of one data-parallel rank see the same
+    data."""
 
     rank: int
     size: int
@@ -72,18 +75,22 @@ def layout(size: int, tp: int, pp: int, sharding: str | None, sharding_degree: i
     tp, pp = max(tp, 1), max(pp, 1)
     if size % (tp * pp):
         raise ValueError(
-            f"tensor_parallel_degree={tp} x pipeline_parallel_degree={pp} = {tp * pp} does not divide the {size} "
+            f"tensor_parallel_degree={tp} x pipeline_parallel_degree={pp} = "
+            f"{tp * pp} does not divide the {size} "
             f"processes; start a multiple of {tp * pp}, or lower a degree"
         )
     dp = size // (tp * pp)
     degree = (dp if sharding_degree in (None, -1) else sharding_degree) if sharding else 1
     if degree < 1 or dp % degree:
-        raise ValueError(f"sharding_parallel_degree={degree} does not divide the {dp} data-parallel processes")
+        raise ValueError(
+            f"sharding_parallel_degree={degree} does not divide the {dp} data-parallel processes"
+        )
     return pp, dp // degree, degree, tp
 
 
 class Meeting:
-    """The ranks before they are a process group: they wait for each other however long that takes, and share texts."""
+    """The ranks before they are a process group: they wait for each other however long that takes, and share
+    texts."""
 
     def __init__(self):
         self.rank, self.size, self.store = 0, 1, dist.HashStore()
@@ -93,7 +100,8 @@ class Meeting:
             self.store = dist.PrefixStore(f"start-{restart_count()}", store)
         elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError(
-                f"the environment has WORLD_SIZE={os.environ['WORLD_SIZE']} but no RANK: the other processes would "
+                f"the environment has WORLD_SIZE={os.environ['WORLD_SIZE']} but "
+                "no RANK: the other processes would "
                 "never meet this one; start all of them with torchrun, or unset it"
             )
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -114,7 +122,8 @@ class Meeting:
                 time.sleep(1)
 
     def look(self) -> None:
-        """ValueError if a rank that is waited for is dead: rank 0 looks after all others, they after rank 0."""
+        """ValueError if a rank that is waited for is dead: rank 0
+        looks after all others, they after rank 0."""
         now = time.monotonic()
         if self.size == 1 or now - self.looked < 1:
             return
@@ -125,7 +134,9 @@ class Meeting:
             if beat != known:
                 self.beats[rank] = beat, now
             elif now - since > 60:
-                raise ValueError(f"rank {rank} is gone: it has not been heard of for a minute; start all ranks again")
+                raise ValueError(
+                    f"rank {rank} is gone: it has not been heard of for a minute; start all ranks again"
+                )
 
     def share(self, key: str, value: str | None = None) -> str:  # all ranks
         """What rank 0 gives."""
@@ -153,10 +164,14 @@ class Meeting:
 
 
 def init_world(
-    tp: int = 1, pp: int = 1, sharding: str | None = None, sharding_degree: int | None = None,
+    tp: int = 1,
+    pp: int = 1,
+    sharding: str | None = None,
+    sharding_degree: int | None = None,
     meeting: Meeting | None = None,
-) -> World:  # fmt: skip
-    """Joins the ranks that torchrun started, or makes a world of one. NCCL where there are GPUs, else gloo."""
+) -> World:
+    """Joins the ranks that torchrun started, or makes a world of one.
+    NCCL where there are GPUs, else gloo."""
     sizes = layout(int(os.environ.get("WORLD_SIZE", 1)), tp, pp, sharding, sharding_degree)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
@@ -196,7 +211,8 @@ def compare(facts: dict) -> None:  # all ranks
         for rank, other in enumerate(found):
             if other.get(key) != found[0].get(key):
                 raise ValueError(
-                    f"the ranks differ in {key}: rank 0 has {found[0].get(key)}, rank {rank} has {other.get(key)}; "
+                    f"the ranks differ in {key}: rank 0 has {found[0].get(key)}, "
+                    f"rank {rank} has {other.get(key)}; "
                     "start all with the same command on the same files"
                 )
 
@@ -213,27 +229,32 @@ def lost_rank(error: BaseException) -> str | None:
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, stage: str | None, dtype: torch.dtype | None) -> None:
-    """Shards (or only replicates) in place, one group per block. `dtype`: what the forward and backward compute in;
-    the sharded parameters keep theirs and act as its master copy, gradients are reduced in fp32."""
+    """Shards (or only replicates) in place, one group per block. `dtype`: what the forward and backward
+    compute in; the sharded parameters keep theirs and act as its master copy, gradients are reduced in fp32.
+    """
     mesh = mesh["dp_shard"] if mesh["dp_replicate"].size() == 1 else mesh["dp_replicate", "dp_shard"]
     # inputs are not cast: rotary angles must stay fp32, and the towers cast their pixels themselves
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in [*model.vision_blocks, *model.blocks, model]:
         fully_shard(
-            module, mesh=mesh, mp_policy=policy, reshard_after_forward=stage == "stage3" and module is not model
+            module,
+            mesh=mesh,
+            mp_policy=policy,
+            reshard_after_forward=stage == "stage3" and module is not model,
         )
 
 
 def reshard(model: nn.Module) -> None:
-    """After forward passes without a backward, which leave whole parameters: other objects than the optimiser has."""
+    """After forward passes without a backward, which leave whole parameters: other objects than the optimiser
+    has."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def set_gradient_sync(model: nn.Module, stage: str | None, last: bool) -> None:
-    """Before each micro-batch's backward: only stages 2 and 3 reduce gradients before the step's last one, and only
-    stage 3 gathers the parameters again for the next one."""
+    """Before each micro-batch's backward: only stages 2 and 3 reduce gradients before the step's last one,
+    and only stage 3 gathers the parameters again for the next one."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last or stage in ("stage2", "stage3"))
         model.set_reshard_after_backward(last or stage == "stage3")
@@ -253,8 +274,8 @@ def recompute(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Cut:
-    """How a rank's part of a weight lies in the whole: `dim` holds `parts` blocks (q, k, v), each cut into `size` equal
-    slices, and the rank has the `rank`-th slice of every block."""
+    """How a rank's part of a weight lies in the whole: `dim` holds `parts` blocks (q, k, v), each cut into
+    `size` equal slices, and the rank has the `rank`-th slice of every block."""
 
     dim: int
     parts: int
@@ -273,20 +294,24 @@ class Cut:
 
 def check_degree(degree: int, sizes: dict[str, int]) -> None:
     """sizes {name: what a tensor-parallel degree has to divide}."""
-    works = [str(n) for n in range(1, math.gcd(*sizes.values()) + 1) if all(s % n == 0 for s in sizes.values())]
+    works = [
+        str(n) for n in range(1, math.gcd(*sizes.values()) + 1) if all(s % n == 0 for s in sizes.values())
+    ]
     for name, size in sizes.items():
         if size % degree:
             raise ValueError(
-                f"tensor_parallel_degree={degree} does not divide {name}={size}; this model takes {', '.join(works)}"
+                f"tensor_parallel_degree={degree} does not divide {name}={size}; "
+                f"this model takes {', '.join(works)}"
             )
 
 
 def tensor_parallel(model: nn.Module, plan: dict[str, tuple[str, int]], world: World) -> None:
     """Cuts the weights of a model on the meta device in place: {pattern of module names: (kind, parts)}.
 
-    column: output features, `parts` blocks of them; the bias too. row: input features; the outputs are summed over the
-    ranks, then the bias is added. vocab: rows of an embedding or a vocabulary matrix. heads: columns of an embedding.
-    A layer's in_features and out_features stay the whole layer's. Call `mark_cuts` when the parameters are real.
+    column: output features, `parts` blocks of them; the bias too. row: input features; the outputs are summed
+    over the ranks, then the bias is added. vocab: rows of an embedding or a vocabulary matrix. heads: columns
+    of an embedding. A layer's in_features and out_features stay the whole layer's. Call `mark_cuts` when the
+    parameters are real.
     """
     model.cuts, made = {}, {}
     if world.tp_size == 1:
@@ -298,10 +323,14 @@ def tensor_parallel(model: nn.Module, plan: dict[str, tuple[str, int]], world: W
         p = getattr(owner, key)
         if p is None:
             return
-        assert p.shape[dim] % (parts * world.tp_size) == 0, f"{name} {tuple(p.shape)} in {world.tp_size} x {parts}"
+        assert p.shape[dim] % (parts * world.tp_size) == 0, (
+            f"{name} {tuple(p.shape)} in {world.tp_size} x {parts}"
+        )
         if id(p) not in made:  # tied weights stay tied
             shape = [n // world.tp_size if i == dim else n for i, n in enumerate(p.shape)]
-            part = nn.Parameter(torch.empty(shape, dtype=p.dtype, device=p.device), requires_grad=p.requires_grad)
+            part = nn.Parameter(
+                torch.empty(shape, dtype=p.dtype, device=p.device), requires_grad=p.requires_grad
+            )
             made[id(p)] = p, part
         setattr(owner, key, made[id(p)][1])
         model.cuts[name] = Cut(dim, parts, world.tp_rank, world.tp_size)
@@ -343,11 +372,16 @@ def mark_cuts(model: nn.Module) -> None:
 def whole_shape(p: Tensor) -> torch.Size:
     """Of the parameter of which this may be a tensor-parallel rank's part."""
     cut = getattr(p, "cut", None)
-    return p.shape if cut is None else torch.Size(n * cut.size if i == cut.dim else n for i, n in enumerate(p.shape))
+    return (
+        p.shape
+        if cut is None
+        else torch.Size(n * cut.size if i == cut.dim else n for i, n in enumerate(p.shape))
+    )
 
 
 class _Copy(torch.autograd.Function):
-    """Megatron's f (arXiv:1909.08053 fig. 3): each rank's part of a layer has its share of the input's gradient."""
+    """Megatron's f (arXiv:1909.08053 fig. 3): each rank's part of a layer has its share of the input's
+    gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -393,8 +427,8 @@ def first_channel(local_channels: int) -> int:
 
 
 def _shared_linear(module: nn.Linear, x: Tensor) -> Tensor:
-    """A whole weight of which each rank uses a share of the result (LoRA's A before a column layer's B), or that sees
-    a share of the input (B behind a row layer's A): its gradients are shares."""
+    """A whole weight of which each rank uses a share of the result (LoRA's A before a column layer's B), or
+    that sees a share of the input (B behind a row layer's A): its gradients are shares."""
     return F.linear(x, _Copy.apply(module.weight))
 
 
@@ -423,7 +457,9 @@ def vocab_logits(logits: Tensor) -> Tensor:  # all ranks of a group
     return torch.cat(parts, -1)
 
 
-def vocab_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:  # all ranks of a group
+def vocab_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:  # all ranks of a group
     """linear_cross_entropy with this rank's part of the vocabulary matrix."""
     if "tp" not in groups:
         return linear_cross_entropy(x, weight, targets)
@@ -437,7 +473,11 @@ def gradient_norm(parameters: Iterable[nn.Parameter], world: World) -> float:  #
         holders = p.cut.size if hasattr(p, "cut") else 1  # ranks that hold different parts of it
         grad = p.grad
         if isinstance(grad, DTensor):
-            sharded = [n for n, place in zip(grad.device_mesh.shape, grad.placements, strict=True) if place.is_shard()]
+            sharded = [
+                n
+                for n, place in zip(grad.device_mesh.shape, grad.placements, strict=True)
+                if place.is_shard()
+            ]
             holders, grad = holders * math.prod(sharded), grad.to_local()
         grads.append(grad)
         shares.append(holders * world.pp_size / world.size)
@@ -468,8 +508,8 @@ def all_max(values: Tensor, world: World) -> Tensor:  # all ranks
 
 
 def gather_rows(x: Tensor, differentiable: bool = False) -> tuple[Tensor, int]:  # all ranks
-    """Rows of all data-parallel ranks in rank order (they may have different numbers), and the place of this rank's
-    first one."""
+    """Rows of all data-parallel ranks in rank order (they may have different numbers), and the place of this
+    rank's first one."""
     group = groups.get("dp")
     if group is None:
         return x, 0
@@ -477,7 +517,9 @@ def gather_rows(x: Tensor, differentiable: bool = False) -> tuple[Tensor, int]: 
     dist.all_gather(counts, torch.tensor([len(x)], device=x.device), group)
     counts = [int(n) for n in counts]
     first = sum(counts[: dist.get_rank(group)])
-    return (_GatherRows.apply(x, counts, first, group) if differentiable else _gather(x, counts, group)), first
+    return (
+        _GatherRows.apply(x, counts, first, group) if differentiable else _gather(x, counts, group)
+    ), first
 
 
 def _gather(x: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:  # all ranks

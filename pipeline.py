@@ -1,10 +1,11 @@
-"""Pipeline parallelism by torch.distributed.pipelining: the blocks are cut into stages, one after another on the ranks
-of the mesh axis pp, and the micro-batches of a step flow through them.
+"""Pipeline parallelism by torch.distributed.pipelining: the blocks are cut into stages, one after another on
+the ranks of the mesh axis pp, and the micro-batches of a step flow through them.
 
-The embedding and the vision tower belong to the first stage, the vocabulary projection to the last. Every stage loads
-the same batches, so only hidden states (T, C) travel; T is one number for all micro-batches of a step, their tails
-are padded. A stage keeps the names of the whole model, block numbers included, so a checkpoint knows nothing of stages.
-A parameter that several stages use (tied embeddings, P-tuning's prefix) has a copy on each and one summed gradient.
+The embedding and the vision tower belong to the first stage, the vocabulary projection to the last. Every
+stage loads the same batches, so only hidden states (T, C) travel; T is one number for all micro-batches of a
+step, their tails are padded. A stage keeps the names of the whole model, block numbers included, so a
+checkpoint knows nothing of stages. A parameter that several stages use (tied embeddings, P-tuning's prefix)
+has a copy on each and one summed gradient.
 
 Sources: GPipe arXiv:1811.06965; 1F1B and the interleaved schedule arXiv:2104.04473.
 """
@@ -36,8 +37,9 @@ def bubble_share(ranks: int, schedule: str, micro_batches: int) -> float:
 
 
 def cut(costs: list[float], first: float, last: float, stages: int) -> list[range]:
-    """Blocks of each stage such that the costliest stage costs least. `first` and `last`: cost of what these stages
-    have besides blocks; they may go without a block, the others may not. ValueError for too many stages."""
+    """Blocks of each stage such that the costliest stage costs least. `first` and `last`: cost of what these
+    stages have besides blocks; they may go without a block, the others may not. ValueError for too many
+    stages."""
     N = len(costs)
     if stages - 2 > N:
         raise ValueError(f"{stages} pipeline stages need at least {stages - 2} blocks, the model has {N}")
@@ -70,7 +72,9 @@ def stages_of_parameters(model: nn.Module, plan: dict, blocks: list[range]) -> d
         if name.startswith(prefix):
             number = int(name[len(prefix) :].split(".")[0])
             return {stage for stage, numbers in enumerate(blocks) if number in numbers}
-        ends = [end for end in ("first", "last") if any(fnmatch.fnmatch(name, pattern) for pattern in plan[end])]
+        ends = [
+            end for end in ("first", "last") if any(fnmatch.fnmatch(name, pattern) for pattern in plan[end])
+        ]
         return {{"first": 0, "last": last}[end] for end in ends} or set(range(last + 1))
 
     found: dict[int, set[int]] = {}
@@ -94,7 +98,8 @@ def keep_parameters(model: nn.Module, names: set[str]) -> None:
 
 
 class _Stage(nn.Module):
-    """What a pipeline stage does with one micro-batch. The model is no submodule: the schedule must not touch it."""
+    """What a pipeline stage does with one micro-batch. The model is no submodule: the schedule must not touch
+    it."""
 
     def __init__(self, forward: Callable, before_backward: Callable):
         super().__init__()
@@ -111,13 +116,21 @@ class _Stage(nn.Module):
 class Pipeline:
     """This rank's stages, and the schedule that runs them.
 
-    `stages`: {parameter: stages that have it}; `trainable`: names; `dtype`: of the hidden states (T, C) between stages.
+    `stages`: {parameter: stages that have it}; `trainable`: names; `dtype`: of the hidden states (T, C)
+    between stages.
     """
 
     def __init__(
-        self, model: nn.Module, plan: dict, blocks: list[range], stages: dict[str, set[int]], trainable: set[str],
-        schedule: str, world: parallel.World, dtype: torch.dtype,
-    ):  # fmt: skip
+        self,
+        model: nn.Module,
+        plan: dict,
+        blocks: list[range],
+        stages: dict[str, set[int]],
+        trainable: set[str],
+        schedule: str,
+        world: parallel.World,
+        dtype: torch.dtype,
+    ):
         self.model, self.schedule, self.world, self.dtype = model, schedule, world, dtype
         self.num_stages, self.ranges, self.hidden_size = len(blocks), blocks, model.config.hidden_size
         self.group = world.mesh["pp"].get_group()
@@ -127,7 +140,9 @@ class Pipeline:
             for stage, numbers in enumerate(blocks)
             if stage % world.pp_size == world.pp_rank
         }
-        self.ranks = {name: sorted({stage % world.pp_size for stage in where}) for name, where in stages.items()}
+        self.ranks = {
+            name: sorted({stage % world.pp_size for stage in where}) for name, where in stages.items()
+        }
         # is there anything to train before stage s: if not, no gradient goes back over that border
         firsts = [min(stages[name]) for name in trainable]
         self.needs_gradient = [any(first < stage for first in firsts) for stage in range(self.num_stages)]
@@ -139,8 +154,9 @@ class Pipeline:
     ) -> None:  # all ranks of the group
         """All micro-batches through all stages, with their backward passes if `before_backward(i)` is given.
 
-        `forward(i, x, blocks, last)` computes this rank's `blocks` for micro-batch i from x (length, C), None on the
-        first stage, and returns hidden states (length, C), or on the last stage the loss to be differentiated.
+        `forward(i, x, blocks, last)` computes this rank's `blocks` for micro-batch i from x (length, C), None
+        on the first stage, and returns hidden states (length, C), or on the last stage the loss to be
+        differentiated.
         """
         self.forward, self.before_backward = forward, before_backward
         key = num_micro_batches, length, before_backward is not None
@@ -172,9 +188,14 @@ class Pipeline:
             module = _Stage(forward, lambda i: self.before_backward(i))
             stages.append(
                 PipelineStage(
-                    module, stage, self.num_stages, self.world.device, input_args=(hidden(stage),), output_args=(out,),
+                    module,
+                    stage,
+                    self.num_stages,
+                    self.world.device,
+                    input_args=(hidden(stage),),
+                    output_args=(out,),
                     group=self.group,
-                )  # fmt: skip
+                )
             )
         options = {"loss_fn": (lambda output, _: output) if train else None, "scale_grads": False}
         if self.schedule == "interleaved":
@@ -183,7 +204,8 @@ class Pipeline:
         return kind(stages[0], num_micro_batches, **options)
 
     def sum_shared_gradients(self, parameters: dict[str, nn.Parameter]) -> None:  # all ranks of the group
-        """Of each parameter that several ranks have: the first one adds in order, so that all copies stay bit-equal."""
+        """Of each parameter that several ranks have: the first one adds in order, so that all copies stay
+        bit-equal."""
         me = self.world.pp_rank
         for name, (first, *others) in sorted(self.ranks.items()):
             if not others or me not in (first, *others) or name not in parameters:
@@ -212,9 +234,11 @@ class Pipeline:
         """Whether this rank is the one that counts the parameter where every parameter counts once."""
         return self.ranks[name][0] == self.world.pp_rank
 
-    def whole_tensor(self, name: str, parameters: dict[str, nn.Parameter], like: Tensor) -> Tensor:  # all ranks
-        """A parameter of any stage, whole, on rank 0's CPU; other ranks return something without meaning. `like`: of
-        its shape and dtype."""
+    def whole_tensor(
+        self, name: str, parameters: dict[str, nn.Parameter], like: Tensor
+    ) -> Tensor:  # all ranks
+        """A parameter of any stage, whole, on rank 0's CPU; other ranks return something without meaning.
+        `like`: of its shape and dtype."""
         owner, w = self.ranks[name][0], self.world
         if w.pp_rank == owner:
             full = checkpoint.full_tensor(parameters[name])

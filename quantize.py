@@ -2,9 +2,10 @@
 
     python generate.py --model visualglm --quantize int4 --image picture.png --prompt "What is this?"
 
-Each output row has one scale, max|w| / (2^(bits-1) - 1), kept in fp16; weights are rounded to it, computed with in the
-activations' dtype. Embeddings, vocabulary head, norms, biases and the vision tower stay as they are. With int4 two
-neighbouring columns share a byte, the even one in the low bits (an order of our own: no such file is read or written).
+Each output row has one scale, max|w| / (2^(bits-1) - 1), kept in fp16; weights are rounded to it, computed
+with in the activations' dtype. Embeddings, vocabulary head, norms, biases and the vision tower stay as they
+are. With int4 two neighbouring columns share a byte, the even one in the low bits (an order of our own: no
+such file is read or written).
 """
 
 import torch
@@ -46,13 +47,16 @@ class QuantLinear(nn.Module):
 
 @torch.no_grad()
 def quantize(model: nn.Module, kind: str, probe: dict | None = None) -> str:
-    """Replaces every linear layer inside `model.blocks`, one by one, and returns a line that says what it cost.
+    """Replaces every linear layer inside `model.blocks`, one by one, and returns a line that says what it
+    cost.
 
-    probe: a batch whose logits are compared before and after (a model file's probe_batch); compute them in fp32 for an
-    error against fp32. Raises ValueError for a model with an adapter.
+    probe: a batch whose logits are compared before and after (a model file's probe_batch); compute them in
+    fp32 for an error against fp32. Raises ValueError for a model with an adapter.
     """
     if any(".lora_" in name for name, _ in model.named_parameters()):
-        raise ValueError(f"quantize={kind} with an adapter: merge it first (python merge.py), then quantize the result")
+        raise ValueError(
+            f"quantize={kind} with an adapter: merge it first (python merge.py), then quantize the result"
+        )
     before = None if probe is None else model.logits(model.hidden(probe)).float()
     errors, saved, total = [], 0, 0
     for block in model.blocks:
@@ -62,7 +66,11 @@ def quantize(model: nn.Module, kind: str, probe: dict | None = None) -> str:
                 block.set_submodule(name, new)
                 errors.append(new.error)
                 total += module.weight.numel() * module.weight.element_size()
-                saved += module.weight.numel() * module.weight.element_size() - new.q.numel() - 2 * new.scale.numel()
+                saved += (
+                    module.weight.numel() * module.weight.element_size()
+                    - new.q.numel()
+                    - 2 * new.scale.numel()
+                )
     line = (
         f"{kind}: {len(errors)} linear layers, {total / 2**20:,.1f} -> {(total - saved) / 2**20:,.1f} MiB, "
         f"weights off by {sum(errors) / len(errors):.2%} (mean), {max(errors):.2%} (worst layer)"

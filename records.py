@@ -1,13 +1,13 @@
 """Records: a line of somebody's file becomes a Conversation, whoever wrote it.
 
-    (source,) = open_files(["train.jsonl"])     # JSON, JSONL, CSV, TSV, or a folder of images with .txt captions
+    (source,) = open_files(["train.jsonl"])  # JSON, JSONL, CSV, TSV, or a folder of images with .txt captions
     conversations_of(source[0], source.where(0), "", 0)     # [Conversation(...)]
 
-Top to bottom: the door for bad records -> files -> images of a turn -> readers by shape.
-A record is recognised by its own keys: Qwen-VL's [user, assistant] pairs with <img> tags, LLaVA and ShareGPT
-(from/value, <image> where each image stands), ms-swift and LLaMA-Factory and TRL (messages and images, query/response,
-objects), OpenAI's content parts, instruction/input/output, captions, questions with answers. A key that would change
-what a record means is understood or the record is refused; nothing is dropped.
+Top to bottom: the door for bad records -> files -> images of a turn -> readers by shape. A record is
+recognised by its own keys: Qwen-VL's [user, assistant] pairs with <img> tags, LLaVA and ShareGPT (from/value,
+<image> where each image stands), ms-swift and LLaMA-Factory and TRL (messages and images, query/response,
+objects), OpenAI's content parts, instruction/input/output, captions, questions with answers. A key that would
+change what a record means is understood or the record is refused; nothing is dropped.
 """
 
 import contextlib
@@ -30,14 +30,16 @@ import images
 
 
 def nearest(word: str, known) -> str:
-    """A hint at the known word that is meant: a like one, or the one that ends in it ("batch_size"); else nothing."""
+    """A hint at the known word that is meant: a like one, or the one that ends in it ("batch_size"); else
+    nothing."""
     known, word = list(known), str(word)[:100]
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
     close = close or [k for k in known if len(word) > 4 and k.endswith(f"_{word}")]
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
-# ---------------------------------------------------------------------------------------------------------------- door
+# --------------------------------------------------------------------------------------------------
+# door
 
 
 class BadRecord(ValueError):
@@ -62,7 +64,8 @@ def one_line(error: BaseException | str, limit: int = 300) -> str:
 
 @contextlib.contextmanager
 def one_record(where: str):
-    """The one door for bad data: whatever reading, encoding or decoding this record raises is the record's fault."""
+    """The one door for bad data: whatever reading, encoding or decoding this record raises is the record's
+    fault."""
     try:
         yield
     except BadRecord:
@@ -79,7 +82,8 @@ def cut(value, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
+# --------------------------------------------------------------------------------------------------
+# files
 
 
 def unique_keys(pairs: list) -> dict:
@@ -139,7 +143,8 @@ class JsonLines:
 
 
 class Records:
-    """Records of a parsed document, or what is wrong with them; `places` names each (default: "record N", from 0)."""
+    """Records of a parsed document, or what is wrong with them; `places` names each (default: "record N",
+    from 0)."""
 
     def __init__(self, path: str, records: list, places: list[str] | None = None):
         self.path, self.records, self.places = path, records, places
@@ -157,8 +162,8 @@ class Records:
 
 
 def is_jsonl(path: str) -> bool:
-    """Whether each line is a record: if the first line is a whole object and another line follows; of a file named so,
-    unless it begins an array that goes on in the next line."""
+    """Whether each line is a record: if the first line is a whole object and another line follows; of a file
+    named so, unless it begins an array that goes on in the next line."""
     with open(path, "rb") as file:
         lines = (line for line in file if line.strip())
         first, second = next(lines, b""), next(lines, None)
@@ -186,7 +191,8 @@ def read_document(path: str):
 
 
 def read_table(path: str) -> Records:
-    """A CSV or TSV file with a header; a cell of JSON ("[...]" or "{...}") in a column that may hold one is parsed."""
+    """A CSV or TSV file with a header; a cell of JSON ("[...]" or "{...}") in a column that may hold one is
+    parsed."""
     csv.field_size_limit(sys.maxsize)  # a data URL is long
     rows, places = [], []
     try:
@@ -228,7 +234,8 @@ def is_tsv(path: str) -> bool:
 
 
 def cell_value(column: str, cell: str):
-    """A cell of a column that may hold a list or an object is JSON if it looks so; an empty cell is a missing key."""
+    """A cell of a column that may hold a list or an object is JSON if it looks so; an empty cell is a missing
+    key."""
     if not cell.strip():
         return None
     if column in LIST_KEYS and cell.lstrip()[:1] in "[{":
@@ -237,8 +244,8 @@ def cell_value(column: str, cell: str):
 
 
 def read_folder(path: str) -> list:
-    """A folder of images beside .txt files of the same name, each line of which is a caption of the image; or one that
-    describes itself in metadata.jsonl or metadata.csv."""
+    """A folder of images beside .txt files of the same name, each line of which is a caption of the image; or
+    one that describes itself in metadata.jsonl or metadata.csv."""
     for name in ("metadata.jsonl", "metadata.csv"):
         if (Path(path) / name).is_file():
             return open_files([str(Path(path) / name)])
@@ -268,7 +275,8 @@ def read_folder(path: str) -> list:
 
 
 def open_files(paths: list[str]) -> list:
-    """Data files -> record sequences. COCO's and VQAv2's own documents become one record per image or question."""
+    """Data files -> record sequences. COCO's and VQAv2's own documents become one record per image or
+    question."""
     sources, questions, annotations = [], [], {}
     for path in paths:
         if os.path.isdir(path):
@@ -300,7 +308,8 @@ def open_files(paths: list[str]) -> list:
     asked = {record["question_id"] for source in joined for record in source.records}
     if lost := [key for key in annotations if key not in asked]:
         raise ValueError(
-            f"{', '.join(paths)}: {len(lost):,} annotations have no question, the first is question_id={cut(lost[0])}; "
+            f"{', '.join(paths)}: {len(lost):,} annotations have no question, the "
+            f"first is question_id={cut(lost[0])}; "
             "list the files that belong together"
         )
     return sources + joined
@@ -321,7 +330,8 @@ def coco_captions(path: str, document: dict) -> list[dict]:
 
 
 def vqa_v2(path: str, document: dict, annotations: dict) -> list[dict]:
-    """Questions with their annotations. The published files name no image: COCO's own file names are meant."""
+    """Questions with their annotations. The published files name no
+    image: COCO's own file names are meant."""
     files = {i["id"]: i["file_name"] for i in document.get("images", [])}
     subset, records = document.get("data_subtype", ""), []
     for question in document["questions"]:
@@ -336,7 +346,8 @@ def vqa_v2(path: str, document: dict, annotations: dict) -> list[dict]:
     return records
 
 
-# -------------------------------------------------------------------------------------------------- images of a turn
+# -------------------------------------------------------------------------------------------------- images of
+# a turn
 
 
 @dataclass(frozen=True)
@@ -372,8 +383,9 @@ def text_of(content: Content) -> str:
 
 
 def front_image(content: Content) -> tuple[ImageRef | None, str]:
-    """(image, text) of a turn for a model that has one place for an image, before the text. ValueError for two images,
-    or for one inside the text. LLaVA's files put it in front of a question or behind it, which is the same here."""
+    """(image, text) of a turn for a model that has one place for an image, before the text. ValueError for
+    two images, or for one inside the text. LLaVA's files put it in front of a question or behind it, which is
+    the same here."""
     places = [n for n, part in enumerate(content) if isinstance(part, ImageRef)]
     if not places:
         return None, text_of(content)
@@ -460,8 +472,8 @@ def read_content(value) -> list:
 
 
 def place_images(turns: list[tuple[str, list]], sources: list[str]) -> None:
-    """Puts the k-th image where the k-th placeholder stands; without placeholders, all in front of the first question.
-    Images that tags in the text name already must be the same ones."""
+    """Puts the k-th image where the k-th placeholder stands; without placeholders, all in front of the first
+    question. Images that tags in the text name already must be the same ones."""
     places = [(content, n) for _, content in turns for n, part in enumerate(content) if part is PICTURE]
     named = [part.source for _, content in turns for part in content if isinstance(part, ImageRef)]
     if named and not places and sources and sources == named:
@@ -482,8 +494,8 @@ def place_images(turns: list[tuple[str, list]], sources: list[str]) -> None:
 
 
 def resolve_image(path: str, image_root: str | None, folder: str) -> str:
-    """The file that a record's image path means: under image_root, else beside the data file, else as it is. A data
-    URL is itself."""
+    """The file that a record's image path means: under image_root, else beside the data file, else as it is.
+    A data URL is itself."""
     if images.is_data_url(path):
         return path
     shown = images.short(path)
@@ -506,18 +518,34 @@ def resolve_image(path: str, image_root: str | None, folder: str) -> str:
     raise ValueError(f"image {shown} not found; tried {', '.join(map(images.short, dict.fromkeys(tried)))}")
 
 
-# -------------------------------------------------------------------------------------------------------------- readers
-# A reader turns one record into [(kind, turns, answers)]; most give one conversation, a caption list gives several.
+# ------------------------------------------------------------------------------------------------
+# readers A reader turns one record into [(kind, turns, answers)]; most give one conversation, a caption list
+# gives several.
 
 IMAGE_KEYS = ("image", "images", "img", "image_path", "image_paths", "image_file", "image_url", "file_name")
 TABLE_KEYS = {
-    *IMAGE_KEYS, "caption", "captions", "text", "question", "answer", "answers", "query", "response", "prompt",
-    "completion", "instruction", "output", "label", "messages", "conversations",
-}  # fmt: skip
+    *IMAGE_KEYS,
+    "caption",
+    "captions",
+    "text",
+    "question",
+    "answer",
+    "answers",
+    "query",
+    "response",
+    "prompt",
+    "completion",
+    "instruction",
+    "output",
+    "label",
+    "messages",
+    "conversations",
+}
 LIST_KEYS = {*IMAGE_KEYS, "caption", "captions", "answers", "messages", "conversations", "history", "objects"}
 MEDIA_WORD = re.compile(r"image|img|picture|photo|video|audio|speech|media|frames?$|pixel", re.I)
 ABOUT_MEDIA = re.compile(  # facts about an image, no image
-    r"_(ids?|sizes?|width|height|sources?|licen[sc]es?|credits?|authors?|types?|formats?|hash|md5|sha\d*|keys?|split|"
+    r"_(ids?|sizes?|width|height|sources?|licen[sc]es?|credits?|authors?|types?|formats?|hash|md5|sha\d*|"
+    r"keys?|split|"
     r"titles?|names?|count|num|index|date|description)$|^(num|n)_",
     re.I,
 )
@@ -525,10 +553,24 @@ MEDIA_FILE = re.compile(
     r"\S+\.(jpe?g|png|webp|bmp|gif|tiff?|mp4|avi|mov|mkv|webm|mp3|wav|flac)$|data:image/", re.I
 )
 ELSEWHERE = {  # keys that change what a record means, and that no stage here knows
-    "tools", "functions", "chosen", "rejected", "rejected_response", "rejected_messages", "tool_calls", "function_call",
-}  # fmt: skip
-ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
-         "gpt": "assistant", "model": "assistant"}  # fmt: skip
+    "tools",
+    "functions",
+    "chosen",
+    "rejected",
+    "rejected_response",
+    "rejected_messages",
+    "tool_calls",
+    "function_call",
+}
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+}
 
 
 def is_empty(value) -> bool:
@@ -568,7 +610,8 @@ def check_keys(record: dict, known: set[str]) -> None:
         )
         if named or (file and no_image and key not in ("id", "source")):
             raise ValueError(
-                f"the key {cut(key)} looks like media and is not known{nearest(key, IMAGE_KEYS)}; images belong into "
+                f"the key {cut(key)} looks like media and is not "
+                f"known{nearest(key, IMAGE_KEYS)}; images belong into "
                 "'images', other media are not supported"
             )
 
@@ -605,7 +648,8 @@ def answer_text(value) -> str:
 
 
 def read_vqa(record: dict, answered: bool = True):
-    """The answer learned is "answer", VQAv2's "multiple_choice_answer", or else the most frequent of "answers"."""
+    """The answer learned is "answer", VQAv2's "multiple_choice_answer", or else the most frequent of
+    "answers"."""
     check_keys(record, {"question", "answer", "answers", "multiple_choice_answer", *IMAGE_KEYS})
     answer, answers = record.get("answer", record.get("multiple_choice_answer")), record.get("answers")
     if isinstance(answer, list):
@@ -727,8 +771,8 @@ def raw_turns(record: dict) -> list[tuple[object, object]]:
 
 
 def chat_turns(record: dict, answered: bool = True) -> list[tuple[str, list]]:
-    """[(role, content), ...] of a chat record in any of its shapes; users and assistants alternate. Images are in
-    place. answered: the last turn is the assistant's; else a last answer is dropped."""
+    """[(role, content), ...] of a chat record in any of its shapes; users and assistants alternate. Images
+    are in place. answered: the last turn is the assistant's; else a last answer is dropped."""
     used = {"messages", "conversations", "conversation", "system", "history", "input", "objects", *IMAGE_KEYS}
     check_keys(record, used.union(*EXCHANGES.values()))
     turns = []
@@ -763,8 +807,8 @@ def chat_turns(record: dict, answered: bool = True) -> list[tuple[str, list]]:
 
 
 def fill_objects(turns: list[tuple[str, list]], objects) -> None:
-    """ms-swift's "objects": names and boxes that take the places of <ref-object> and <bbox> in the text, in pixels of
-    their image unless "bbox_type" is "norm1". Sources: its documentation of custom datasets."""
+    """ms-swift's "objects": names and boxes that take the places of <ref-object> and <bbox> in the text, in
+    pixels of their image unless "bbox_type" is "norm1". Sources: its documentation of custom datasets."""
     text = "".join(text_of([p for p in content if isinstance(p, str)]) for _, content in turns)
     marks = {"ref": "<ref-object>", "bbox": "<bbox>"}
     if is_empty(objects):
@@ -845,8 +889,10 @@ def reader_of(record: dict):
     if have & {"caption", "captions"} or "text" in have and have & set(IMAGE_KEYS):
         return read_caption
     raise ValueError(
-        f"no known kind of record among the keys {cut(sorted(record))}; expected 'messages', 'conversations', "
-        "'query' and 'response', 'instruction' and 'output', 'question' and 'answer', or 'image' and 'caption'"
+        f"no known kind of record among the keys {cut(sorted(record))}; "
+        "expected 'messages', 'conversations', "
+        "'query' and 'response', 'instruction' and 'output', 'question' and "
+        "'answer', or 'image' and 'caption'"
     )
 
 
@@ -862,8 +908,8 @@ def conversations_of(
 ) -> list[Conversation]:
     """One record -> its conversations, the images' files found. ValueError if it is unusable.
 
-    number: its id if it has none. name: the one reader to use; by default the record's keys tell. answered: it is to
-    be learned from, so it must have an answer; else a last answer of a chat is dropped.
+    number: its id if it has none. name: the one reader to use; by default the record's keys tell. answered:
+    it is to be learned from, so it must have an answer; else a last answer of a chat is dropped.
     """
     if not isinstance(record, dict):
         raise ValueError(f"expected an object, got {cut(record)}")

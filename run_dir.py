@@ -5,8 +5,8 @@
     checkpoint-N        whole, each a model_name_or_path; trainer_state.json in it says which run's it is
     .lock               while a run goes on: by which process
 
-The first start of a run decides whether it begins anew, from a given checkpoint, or continues; a restart of the same
-command finds that decision in run.json and goes on from the run's own last checkpoint.
+The first start of a run decides whether it begins anew, from a given checkpoint, or continues; a restart of
+the same command finds that decision in run.json and goes on from the run's own last checkpoint.
 """
 
 import contextlib
@@ -28,13 +28,34 @@ from config import Config
 
 # Settings that change no trained value: a finished run with others of them is the same finished run.
 HARMLESS = {
-    "num_workers", "logging_steps", "disable_tqdm", "report_to", "benchmark", "skip_memory_metrics", "dry_run",
-    "use_flash_attention", "compile", "recompute", "save_total_limit", "accept_changed_data", "overwrite_output_dir",
-    "resume_from_checkpoint", "output_dir", "tensor_parallel_degree", "pipeline_parallel_degree", "pipeline_schedule",
-    "sharding", "sharding_parallel_degree",
-}  # fmt: skip
+    "num_workers",
+    "logging_steps",
+    "disable_tqdm",
+    "report_to",
+    "benchmark",
+    "skip_memory_metrics",
+    "dry_run",
+    "use_flash_attention",
+    "compile",
+    "recompute",
+    "save_total_limit",
+    "accept_changed_data",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "output_dir",
+    "tensor_parallel_degree",
+    "pipeline_parallel_degree",
+    "pipeline_schedule",
+    "sharding",
+    "sharding_parallel_degree",
+}
 # With these changed, a command is still a restart of the one before.
-RESTARTED_WITH = HARMLESS | {"per_device_train_batch_size", "gradient_accumulation_steps", "save_steps", "max_steps"}
+RESTARTED_WITH = HARMLESS | {
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "save_steps",
+    "max_steps",
+}
 RESTARTED_WITH |= {"per_device_eval_batch_size", "eval_accumulation_steps", "num_train_epochs"}
 PUBLISHED = ("*model*.safetensors*", "adapter_config.json", "loss.png")
 
@@ -51,8 +72,8 @@ class Stopped(BaseException):
 
 
 class Signals:
-    """The first SIGINT, SIGTERM or SIGHUP is noted; where work can be broken off, it raises Stopped. A second one ends
-    the process."""
+    """The first SIGINT, SIGTERM or SIGHUP is noted; where work can be broken off, it raises Stopped. A second
+    one ends the process."""
 
     def __init__(self):
         self.number, self.time, self.breaking, self.before = 0, 0.0, False, {}
@@ -72,7 +93,9 @@ class Signals:
             self.number, self.time = number, time.monotonic()
             if self.breaking:
                 raise Stopped(number)
-        elif time.monotonic() - self.time > 0.3:  # torchrun passes on at once what its ranks had from the terminal
+        elif (
+            time.monotonic() - self.time > 0.3
+        ):  # torchrun passes on at once what its ranks had from the terminal
             os.write(2, b"error: ended at once by a second signal; the last checkpoint stands\n")
             os._exit(128 + number)
 
@@ -122,9 +145,12 @@ class RunDir:
             raise ValueError(f"output_dir={out} is a file; choose a directory")
         foreign = [p.name for p in out.iterdir()] if out.is_dir() else []
         is_run = "train_config.json" in foreign or "run.json" in foreign
-        if not is_run and any(n not in own and not n.endswith(".tmp") and "log.jsonl" not in n for n in foreign):
+        if not is_run and any(
+            n not in own and not n.endswith(".tmp") and "log.jsonl" not in n for n in foreign
+        ):
             raise ValueError(
-                f"output_dir={out} is not empty and holds no earlier run (no train_config.json); choose another "
+                f"output_dir={out} is not empty and holds no earlier run (no "
+                "train_config.json); choose another "
                 "directory"
             )
         out.mkdir(parents=True, exist_ok=True)
@@ -136,7 +162,8 @@ class RunDir:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
                 raise ValueError(
-                    f"output_dir={out} is in use by {holder}; wait for that run to end, or choose another directory"
+                    f"output_dir={out} is in use by {holder}; wait for that run to "
+                    "end, or choose another directory"
                 ) from None
             # the one before may have removed the file that was opened here
             if (out / ".lock").exists() and os.path.samestat(os.stat(out / ".lock"), os.fstat(file.fileno())):
@@ -168,7 +195,13 @@ class RunDir:
         """run.json; of a run of before there was one, what its other files say; None without a run."""
         if (self.path / "run.json").exists():
             record = checkpoint.read_json(self.path / "run.json", "")
-            kinds = {"id": str | None, "settings": dict, "request": dict, "lineage": list, "finished": int | None}
+            kinds = {
+                "id": str | None,
+                "settings": dict,
+                "request": dict,
+                "lineage": list,
+                "finished": int | None,
+            }
             for key, kind in kinds.items():
                 checkpoint.check(record.get(key), kind, f"{self.path / 'run.json'}: {key}")
             if not all((self.path / name).exists() for name in record.get("published") or [""]):
@@ -196,9 +229,20 @@ class RunDir:
             start = Start(new, self.given_checkpoint(given))
         else:
             old = record["settings"]
-            changed = {k: [old.get(k), v] for k, v in json.loads(json.dumps(asdict(cfg))).items() if old.get(k, v) != v}
-            changed = {k: v for k, v in changed.items() if k not in ("overwrite_output_dir", "resume_from_checkpoint")}
-            request = {**record["request"], "overwrite_output_dir": bool(record["request"].get("overwrite_output_dir"))}
+            changed = {
+                k: [old.get(k), v]
+                for k, v in json.loads(json.dumps(asdict(cfg))).items()
+                if old.get(k, v) != v
+            }
+            changed = {
+                k: v
+                for k, v in changed.items()
+                if k not in ("overwrite_output_dir", "resume_from_checkpoint")
+            }
+            request = {
+                **record["request"],
+                "overwrite_output_dir": bool(record["request"].get("overwrite_output_dir")),
+            }
             if not isinstance(request.get("resume_from_checkpoint"), str):
                 request["resume_from_checkpoint"] = None
             restart = request == self.request() and not changed.keys() - RESTARTED_WITH
@@ -223,7 +267,9 @@ class RunDir:
 
     def given_checkpoint(self, given: str | None) -> str | None:
         if given and not (Path(given) / "trainer_state.json").exists():
-            raise ValueError(f"resume_from_checkpoint={given} is no complete checkpoint (no trainer_state.json)")
+            raise ValueError(
+                f"resume_from_checkpoint={given} is no complete checkpoint (no trainer_state.json)"
+            )
         return given
 
     def ancestors(self, record: dict, given: str | None) -> list:
@@ -234,7 +280,10 @@ class RunDir:
         state = read_state(given)
         known = {i: step for i, step in record["lineage"]}
         lineage = {**known, record["id"]: state["step"]} if state.get("run") == record["id"] else known
-        return [[i, min(step, state["step"])] for i, step in {None: -1, **lineage, state.get("run"): 1 << 60}.items()]
+        return [
+            [i, min(step, state["step"])]
+            for i, step in {None: -1, **lineage, state.get("run"): 1 << 60}.items()
+        ]
 
     def belongs(self, path: Path, start: Start | None = None) -> bool:
         """Whether a checkpoint is this run's. A damaged one is: it may not be passed over without a word."""
@@ -243,7 +292,12 @@ class RunDir:
             state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
             run, step = state.get("run"), state["step"]
             lineage = {i: last for i, last in start.lineage}
-            return run == start.id or (run in lineage and step <= lineage[run]) or run is None and None not in lineage
+            return (
+                run == start.id
+                or (run in lineage and step <= lineage[run])
+                or run is None
+                and None not in lineage
+            )
         except (OSError, ValueError, KeyError, AttributeError, TypeError):
             return True
 
@@ -253,13 +307,14 @@ class RunDir:
     # -- what is written
 
     def begin(self) -> None:
-        """The run is built: from now on the directory is its own, or, if there is something of an earlier run to lose,
-        from its first checkpoint on. rank 0."""
+        """The run is built: from now on the directory is its own, or, if there is something of an earlier run
+        to lose, from its first checkpoint on. rank 0."""
         left = checkpoint.checkpoints(self.path) or any(p for g in PUBLISHED for p in self.path.glob(g))
         self.waiting = bool(self.start.anew and left)
         if self.waiting and self.cfg.save_strategy == "no" and self.cfg.do_train:
             raise ValueError(
-                f"output_dir={self.path} holds a trained model, and save_strategy=no would save none in its place; "
+                f"output_dir={self.path} holds a trained model, and "
+                "save_strategy=no would save none in its place; "
                 "choose another output_dir"
             )
         if not self.waiting and self.cfg.do_train:
@@ -273,14 +328,20 @@ class RunDir:
             request, first = before["request"], before.get("from")
             published = published or before.get("published", [])
         settings = asdict(self.cfg)
-        record = {"id": start.id, "settings": settings, "request": request, "from": first, "lineage": start.lineage}
+        record = {
+            "id": start.id,
+            "settings": settings,
+            "request": request,
+            "from": first,
+            "lineage": start.lineage,
+        }
         record |= {"clears": start.clears, "finished": finished, "published": list(published)}
         if checkpoint_changed(self.path / "run.json", record):
             checkpoint.write_json(self.path / "run.json", record)
 
     def take_over(self) -> None:
-        """After the first checkpoint, or where nothing is to lose: settings and log of this run, and what an earlier
-        one left goes, if overwrite_output_dir says so."""
+        """After the first checkpoint, or where nothing is to lose: settings and log of this run, and what an
+        earlier one left goes, if overwrite_output_dir says so."""
         checkpoint.write_json(self.path / "train_config.json", asdict(self.cfg))
         if self.log_path(True).exists():
             os.replace(self.log_path(True), self.log_path(False))
@@ -308,7 +369,8 @@ class RunDir:
         return self.path / (f"log.jsonl.{self.start.id}.next" if waiting else "log.jsonl")
 
     def finish(self, source: Path, step: int) -> None:
-        """The final model's files stand in the output directory itself too, and the run is finished. rank 0."""
+        """The final model's files stand in the output directory
+        itself too, and the run is finished. rank 0."""
         before = checkpoint.read_json(self.path / "run.json", "").get("published", [])
         published = publish(source, self.path)
         for name in {*before} - {*published}:
@@ -339,7 +401,9 @@ def read_state(directory) -> dict:
     state.pop("train_state", None)
     name = Path(directory).resolve().name
     if state["step"] < 0 or name.startswith("checkpoint-") and name != f"checkpoint-{state['step']}":
-        raise ValueError(f"{path}: step is {state['step']}, the directory is {name}; remove it to resume from another")
+        raise ValueError(
+            f"{path}: step is {state['step']}, the directory is {name}; remove it to resume from another"
+        )
     return state
 
 

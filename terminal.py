@@ -1,4 +1,5 @@
-"""What a person sees at the terminal: help, one-line errors of the command line, a progress bar, the next command.
+"""What a person sees at the terminal: help, one-line errors of the command line, a progress bar, the next
+command.
 
 bar = Progress(total=2000, what="training")
 bar.update(120, "loss 2.31")      # [####......] 120/2000 training, loss 2.31, 3:05 left
@@ -23,7 +24,8 @@ from records import text_of
 
 
 def check_environment() -> None:
-    """RANK, WORLD_SIZE and their like, which torchrun sets, are numbers that fit together, or none of them is set."""
+    """RANK, WORLD_SIZE and their like, which torchrun sets, are numbers that fit together, or none of them is
+    set."""
     numbers = {}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"):
         text = os.environ.get(name)
@@ -68,7 +70,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with defaults in its help, no abbreviated keys, finite numbers, and errors that are one line."""
+    """argparse with defaults in its help, no abbreviated keys, finite
+    numbers, and errors that are one line."""
 
     def __init__(self, **options):
         super().__init__(**{"formatter_class": HelpFormatter, "allow_abbrev": False, **options})
@@ -137,7 +140,8 @@ class Erasing:
 
 
 class Progress:
-    """A bar on stderr with the time that is left, as wide as the terminal. Nothing where stderr is no terminal.
+    """A bar on stderr with the time that is left, as wide as the terminal. Nothing where stderr is no
+    terminal.
 
     While it is shown, whatever else is printed erases it first.
     """

@@ -1,12 +1,12 @@
 """Every training stage in one loop: pre-training, SFT and LoRA differ by configuration only.
 
-    torchrun train.py --model qwen_vl --lora                              # the tiny model and data in samples/
+    torchrun train.py --model qwen_vl --lora  # the tiny model and data in samples/
     torchrun --nproc_per_node 8 train.py configs/qwen_vl/sft.json --learning_rate 2e-5
-    python train.py configs/qwen_vl/sft.json --dry_run                    # memory, steps and FLOPs, nothing loaded
+    python train.py configs/qwen_vl/sft.json --dry_run  # memory, steps and FLOPs, nothing loaded
 
-Keys come from JSON files and `--key value` (config.py). Losses are sums over supervised tokens, divided by their
-number over all micro-batches and ranks, so batch x accumulation x processes may be split in any way. Killed at any
-point, the same command continues from the last checkpoint with the same losses (run_dir.py).
+Keys come from JSON files and `--key value` (config.py). Losses are sums over supervised tokens, divided by
+their number over all micro-batches and ranks, so batch x accumulation x processes may be split in any way.
+Killed at any point, the same command continues from the last checkpoint with the same losses (run_dir.py).
 """
 
 import python_version  # noqa: F401  (first: it says which Python is needed)
@@ -60,7 +60,7 @@ from kernels.linear_cross_entropy import IGNORE_INDEX
 from records import one_line
 from run_dir import HARMLESS, Log, RunDir, Signals, Start, Stopped, read_state, shown
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Learning rate and loss scale
 
 
@@ -76,7 +76,9 @@ def learning_rate_at(step: int, total: int, cfg: Config, epoch: int = 0) -> floa
     if step < warmup:
         return cfg.warmup_start_lr + (cfg.learning_rate - cfg.warmup_start_lr) * step / warmup
     done = (step - warmup) / max(1, total - warmup)
-    shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[cfg.lr_scheduler_type]
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[
+        cfg.lr_scheduler_type
+    ]
     return cfg.eta_min + (cfg.learning_rate - cfg.eta_min) * shape
 
 
@@ -104,14 +106,15 @@ class LossScaler:
             raise ValueError("25 steps in a row overflowed in fp16; use bf16=true, or a lower learning_rate")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Steps
 
 
-def to_device(batch: dict, device: torch.device, blank_image: bool, image_size: int | tuple[int, int]) -> dict:
-    """Moves a batch; a rank without a picture gets a blank one where another rank has one, since a sharded tower is
-    entered together.
-    """
+def to_device(
+    batch: dict, device: torch.device, blank_image: bool, image_size: int | tuple[int, int]
+) -> dict:
+    """Moves a batch; a rank without a picture gets a blank one where another rank has one, since a sharded
+    tower is entered together."""
     batch = {
         k: v.to(device, non_blocking=True) if torch.is_tensor(v) and k not in data.HOST_TENSORS else v
         for k, v in batch.items()
@@ -139,8 +142,8 @@ def losses_by_dataset(batch: dict, losses: Tensor, num_datasets: int) -> Tensor:
 
 
 def loss_counts(model: nn.Module, batch: dict) -> list[int]:
-    """What each of the model's losses is summed over: one loss over the supervised tokens, unless the model says
-    else."""
+    """What each of the model's losses is summed over: one loss over the supervised tokens, unless the model
+    says else."""
     return model.loss_counts(batch) if hasattr(model, "loss_counts") else [batch["num_supervised"]]
 
 
@@ -157,11 +160,14 @@ def means(sums: Tensor) -> Tensor:
 def step_facts(
     model: nn.Module, micro_batches: list[dict], signalled: int, world: parallel.World
 ) -> tuple[list[int], int, int, int, list[bool]]:  # all ranks
-    """What all ranks hold together: counts of the losses, supervised tokens, bad samples, a signal's number, which
-    rounds
-    have pictures."""
+    """What all ranks hold together: counts of the losses, supervised tokens, bad samples, a signal's number,
+    which rounds have pictures."""
     counts = [sum(column) for column in zip(*(loss_counts(model, b) for b in micro_batches), strict=True)]
-    sums = [*counts, sum(b["num_supervised"] for b in micro_batches), sum(len(b["bad"]) for b in micro_batches)]
+    sums = [
+        *counts,
+        sum(b["num_supervised"] for b in micro_batches),
+        sum(len(b["bad"]) for b in micro_batches),
+    ]
     maxima = [signalled, *(b["pixel_values"] is not None for b in micro_batches)]
     if world.size > 1:
         sums = parallel.all_sum(torch.tensor(sums)).tolist()
@@ -170,7 +176,8 @@ def step_facts(
 
 
 def name_bad(micro_batches: list[dict], named: dict, world: parallel.World) -> None:
-    """Says what could not be loaded, once for each record. One of the ranks that see the same data says it."""
+    """Says what could not be loaded, once for each record. One of the
+    ranks that see the same data says it."""
     for where, reason in [pair for batch in micro_batches for pair in batch["bad"]]:
         if where not in named and world.tp_rank == world.pp_rank == 0:
             print(f"warning: left out {where}: {reason}", file=sys.stderr, flush=True)
@@ -180,24 +187,38 @@ def name_bad(micro_batches: list[dict], named: dict, world: parallel.World) -> N
 def check_bad(bad: int, tried: int, cfg: Config, what: str) -> None:
     if bad > cfg.max_bad_samples * tried:
         raise ValueError(
-            f"{bad} of {tried} {what} could not be loaded (listed above), max_bad_samples={cfg.max_bad_samples:g} "
+            f"{bad} of {tried} {what} could not be loaded (listed above), "
+            f"max_bad_samples={cfg.max_bad_samples:g} "
             f"allows {int(cfg.max_bad_samples * tried)}"
         )
 
 
 def forward_backward(
-    model, micro_batches, has_images, counts, cfg, world, scaler, num_datasets, image_size, pictures_only=False,
+    model,
+    micro_batches,
+    has_images,
+    counts,
+    cfg,
+    world,
+    scaler,
+    num_datasets,
+    image_size,
+    pictures_only=False,
     stages=None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Gradients of the mean loss over the whole step, a sum of means where the model has several. Returns
-    (num_datasets, K, 2) of this rank: loss sums and counts. `pictures_only`: nothing but what pictures pass is trained
-    here; `stages`: the Pipeline, if the model is cut.
-    """
+    (num_datasets, K, 2) of this rank: loss sums and counts. `pictures_only`: nothing but what pictures pass
+    is trained here; `stages`: the Pipeline, if the model is cut."""
     sums = torch.zeros(num_datasets, len(counts), 2, dtype=torch.float64, device=world.device)
     weights = torch.tensor([world.dp_size / max(n, 1) * scaler.scale for n in counts], device=world.device)
-    if stages is not None:  # as many micro-batches of one length in each step; the pictures are the first stage's
+    if (
+        stages is not None
+    ):  # as many micro-batches of one length in each step; the pictures are the first stage's
         empty = cfg.gradient_accumulation_steps - len(micro_batches)
-        micro_batches = [*micro_batches, *(data.collate([], (), model.num_image_tokens) for _ in range(empty))]
+        micro_batches = [
+            *micro_batches,
+            *(data.collate([], (), model.num_image_tokens) for _ in range(empty)),
+        ]
         length = max(len(b["input_ids"]) for b in micro_batches)
         micro_batches = [data.pad_stream(b, length) for b in micro_batches]
         has_images = [*has_images, *[False] * empty]
@@ -235,12 +256,15 @@ def forward_backward(
 
 
 def clip_and_step(
-    parameters: dict[str, nn.Parameter], optimizer, max_grad_norm: float, scaler: LossScaler, world: parallel.World,
+    parameters: dict[str, nn.Parameter],
+    optimizer,
+    max_grad_norm: float,
+    scaler: LossScaler,
+    world: parallel.World,
     stages=None,
-) -> float:  # all ranks  # fmt: skip
-    """One update; returns the gradient norm before clipping. A trainable parameter that got no gradient has a zero
-    one.
-    """
+) -> float:  # all ranks
+    """One update; returns the gradient norm before clipping. A trainable parameter that got no gradient has a
+    zero one."""
     for p in parameters.values():
         if p.grad is None:
             p.grad = torch.zeros_like(p)
@@ -261,19 +285,35 @@ def clip_and_step(
 
 @torch.no_grad()
 def evaluate_loss(
-    model, plan, processor, cfg: Config, world, stages=None, signals: Signals | None = None, bad: dict | None = None
+    model,
+    plan,
+    processor,
+    cfg: Config,
+    world,
+    stages=None,
+    signals: Signals | None = None,
+    bad: dict | None = None,
 ) -> dict[str, float]:  # all ranks
-    """Mean loss over the supervised tokens of the eval set, and of each of its entries. A signal breaks it off on all
-    ranks. `bad` {where: reason}: records that could not be loaded, named already; more are added."""
+    """Mean loss over the supervised tokens of the eval set, and of each of its entries. A signal breaks it
+    off on all ranks. `bad` {where: reason}: records that could not be loaded, named already; more are added.
+    """
     bad = {} if bad is None else bad
     model.eval()
     steps = plan.steps_per_epoch(cfg.per_device_eval_batch_size * world.dp_size)
     loader = data.TrainLoader(
-        plan, processor, start_step=0, total_steps=steps, dp_rank=world.dp_rank, dp_size=world.dp_size,
-        per_device_batch=cfg.per_device_eval_batch_size, num_workers=cfg.num_workers,
-    )  # fmt: skip
+        plan,
+        processor,
+        start_step=0,
+        total_steps=steps,
+        dp_rank=world.dp_rank,
+        dp_size=world.dp_size,
+        per_device_batch=cfg.per_device_eval_batch_size,
+        num_workers=cfg.num_workers,
+    )
     kept: list[Tensor] = []
-    sums = torch.zeros(len(plan.index.entries), len(getattr(model, "LOSSES", ("loss",))), 2, dtype=torch.float64)
+    sums = torch.zeros(
+        len(plan.index.entries), len(getattr(model, "LOSSES", ("loss",))), 2, dtype=torch.float64
+    )
     num_bad = 0
     for _, _, micro_batches in loader:
         number = signals.number if signals else 0
@@ -284,7 +324,9 @@ def evaluate_loss(
         num_bad += count
         batch = to_device(micro_batches[0], world.device, has_images[0], processor.image_size)
 
-        def forward(_i: int, x: Tensor | None = None, blocks=None, last: bool = True, batch=batch) -> Tensor | None:
+        def forward(
+            _i: int, x: Tensor | None = None, blocks=None, last: bool = True, batch=batch
+        ) -> Tensor | None:
             with autocast(cfg, world):
                 if not last:
                     return model(batch, "hidden", x, blocks)
@@ -314,12 +356,14 @@ def evaluate_loss(
 
 
 def generation_scores(model, index: data.Index, processor, cfg: Config, after_each=None) -> dict[str, float]:
-    """The eval entries' own metrics (eval_cider, eval_vqa_accuracy, eval_accuracy, ...) of greedy answers. all ranks
-    answer all questions: a sharded model is entered together. Questions whose image cannot be read are named and left
-    out; ValueError for more than max_bad_samples."""
+    """The eval entries' own metrics (eval_cider, eval_vqa_accuracy, eval_accuracy, ...) of greedy answers.
+    all ranks answer all questions: a sharded model is entered together. Questions whose image cannot be read
+    are named and left out; ValueError for more than max_bad_samples."""
     import evaluate  # it imports generate.py, which training alone needs not
 
-    questions = evaluate.merge_references([index.conversation(n) for n in range(len(index))], index.entry.tolist())
+    questions = evaluate.merge_references(
+        [index.conversation(n) for n in range(len(index))], index.entry.tolist()
+    )
     how = evaluate.Decoding(max_new_tokens=32)
     bad: list[tuple[str, str]] = []
     answers = []
@@ -332,14 +376,15 @@ def generation_scores(model, index: data.Index, processor, cfg: Config, after_ea
     return {f"eval_{name}": value for name, value in evaluate.score(questions, answers)[0].items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Saving
 
 
 def save_checkpoint(
     path, model, whole, module, optimizer, cfg, directory, lora_modules, state, world, stages
 ) -> None:  # all ranks
-    """A whole checkpoint: weights (or the adapter) as a loadable directory, and the state to continue from."""
+    """A whole checkpoint: weights (or the adapter) as a loadable
+    directory, and the state to continue from."""
     parameters, everything = dict(model.named_parameters()), dict(whole.named_parameters())
     trainable = {n: p for n, p in parameters.items() if p.requires_grad}
 
@@ -351,10 +396,17 @@ def save_checkpoint(
     with checkpoint.atomic_dir(path, world.rank) as temporary:
         if cfg.lora:
             lora.save_adapter(
-                temporary, whole, directory, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, lora_modules,
+                temporary,
+                whole,
+                directory,
+                cfg.lora_rank,
+                cfg.lora_alpha,
+                cfg.lora_dropout,
+                lora_modules,
                 extra_trained=[n for n, p in everything.items() if p.requires_grad and ".lora_" not in n],
-                tensors=full_tensor, write=world.main,
-            )  # fmt: skip
+                tensors=full_tensor,
+                write=world.main,
+            )
         else:
             dtype = torch.float32
             if cfg.fp16_opt_level == "O2" and (cfg.bf16 or cfg.fp16):
@@ -372,18 +424,22 @@ def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """ValueError for a value that `dtype` has not."""
     tensor = tensor.to(dtype)
     if not bool(torch.isfinite(tensor).all()):
-        raise ValueError(f"{name} has a value that {dtype} can't hold; use bf16=true; the last checkpoint stands")
+        raise ValueError(
+            f"{name} has a value that {dtype} can't hold; use bf16=true; the last checkpoint stands"
+        )
     return tensor
 
 
 def check_finite(parameters: dict[str, nn.Parameter], step: int, world: parallel.World) -> None:  # all ranks
-    """Before a checkpoint is made of them. What is so large that its square overflows is as bad as infinity."""
+    """Before a checkpoint is made of them. What is so large that its
+    square overflows is as bad as infinity."""
     local = {n: p.to_local() if hasattr(p, "to_local") else p for n, p in parameters.items()}
     wrong = [n for n, p in local.items() if p.numel() and not float(p.detach().abs().amax()) < 1e18]
     if int(parallel.all_max(torch.tensor([len(wrong)]), world)):
         where = f" (first of them: {wrong[0]})" if wrong else ""
         raise ValueError(
-            f"parameters are NaN, infinite or beyond 1e18 after step {step}{where}; nothing is saved of them, "
+            "parameters are NaN, infinite or beyond 1e18 after step "
+            f"{step}{where}; nothing is saved of them, "
             "the last checkpoint stands; lower learning_rate or set max_grad_norm"
         )
 
@@ -394,7 +450,7 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The run
 
 
@@ -454,7 +510,9 @@ def check_eval_use(cfg: Config) -> None:
         files = entry["data_files"]
         for path in [files] if isinstance(files, str) else files:
             if not os.path.exists(path):
-                raise ValueError(f"data_files: no file {path} (working directory {os.getcwd()}), in the eval entries")
+                raise ValueError(
+                    f"data_files: no file {path} (working directory {os.getcwd()}), in the eval entries"
+                )
     if os.environ.get("RANK", "0") == "0":
         held = "the records that eval_split holds back" if entries[0].get("eval_part") else "the eval entries"
         print(
@@ -467,14 +525,19 @@ def explained(error: BaseException, cfg: Config) -> Exception | None:
     """What a dead rank, a dead data worker or a full memory means to the user; None for another error."""
     text = one_line(error)
     last = checkpoint.last_checkpoint(cfg.output_dir)
-    then = f"the same command continues from {last}" if last else "the same command begins anew: no checkpoint yet"
+    then = (
+        f"the same command continues from {last}"
+        if last
+        else "the same command begins anew: no checkpoint yet"
+    )
     if worker := re.search(r"DataLoader worker [^;]*?(killed by signal: \w+|exited unexpectedly)", text):
         return ValueError(f"a data worker died (out of memory?): {worker[0]}; lower num_workers; {then}")
     if isinstance(error, ValueError | OSError):
         return None
     if (reason := parallel.lost_rank(error)) is not None:
         return ConnectionError(
-            f"another rank is gone ({reason}): it was killed, or stopped with an error that it printed; {then}, and "
+            f"another rank is gone ({reason}): it was killed, or stopped with an "
+            f"error that it printed; {then}, and "
             "torchrun --max-restarts does so by itself"
         )
     if isinstance(error, MemoryError) or "out of memory" in str(error):
@@ -497,7 +560,9 @@ class Prepared:
     total: int  # steps of the run
 
 
-def read_plan(cfg: Config, split: str, processor, meeting: parallel.Meeting, **options) -> data.Plan:  # all ranks
+def read_plan(
+    cfg: Config, split: str, processor, meeting: parallel.Meeting, **options
+) -> data.Plan:  # all ranks
     dataset = cfg.dataset or data.DEFAULT_DATASET
     if not dataset.get(split):
         raise ValueError(f"dataset has no {split!r} entry")
@@ -513,18 +578,22 @@ def read_plan(cfg: Config, split: str, processor, meeting: parallel.Meeting, **o
             print(f"warning: left out {where}: {reason}", file=sys.stderr)
         if cut := int(index.truncated.sum()):
             print(
-                f"warning: {cut:,} of {len(index):,} {split} samples exceed max_length={cfg.max_length} and are cut",
+                f"warning: {cut:,} of {len(index):,} {split} samples exceed "
+                f"max_length={cfg.max_length} and are cut",
                 file=sys.stderr,
             )
     return data.Plan(index, cfg.seed, cfg.max_length, cfg.mixtoken, cfg.max_images, **options)
 
 
 def check_metric(cfg: Config, eval_plan: data.Plan) -> None:
-    kinds = {eval_plan.index.conversation(n).kind for n in np.unique(eval_plan.index.entry, return_index=True)[1]}
+    kinds = {
+        eval_plan.index.conversation(n).kind for n in np.unique(eval_plan.index.entry, return_index=True)[1]
+    }
     have = [f"eval_{name}" for name in metrics.scores_of_kinds(kinds)]
     if cfg.metric_for_best_model not in ("eval_loss", *have):
         raise ValueError(
-            f"metric_for_best_model={cfg.metric_for_best_model}: the eval entries give eval_loss, {', '.join(have)}"
+            f"metric_for_best_model={cfg.metric_for_best_model}: the eval "
+            f"entries give eval_loss, {', '.join(have)}"
         )
 
 
@@ -532,24 +601,37 @@ def check_contrast(cfg: Config, module, dp_size: int, evaluating: bool) -> None:
     """Where a micro-batch's samples are contrasted with each other, one alone has nothing to be told from."""
     if cfg.stage not in getattr(module, "CONTRASTED", ()):
         return
-    for key, used in (("per_device_train_batch_size", cfg.do_train), ("per_device_eval_batch_size", evaluating)):
+    for key, used in (
+        ("per_device_train_batch_size", cfg.do_train),
+        ("per_device_eval_batch_size", evaluating),
+    ):
         if used and getattr(cfg, key) * dp_size < 2:
             raise ValueError(
-                f"{key}={getattr(cfg, key)} on {dp_size} data-parallel rank: stage={cfg.stage} contrasts the pairs of "
+                f"{key}={getattr(cfg, key)} on {dp_size} data-parallel rank: "
+                f"stage={cfg.stage} contrasts the pairs of "
                 "a micro-batch, and one pair alone is its own negative; use at least 2"
             )
 
 
 def run_facts(cfg: Config, module, directory: Path, plan, eval_plan, ranks: int, global_batch: int) -> dict:
-    """What a step and its sample are defined by; a checkpoint keeps it, and a resumed run is compared with it."""
+    """What a step and its sample are defined by; a checkpoint keeps it, and a resumed run is compared with
+    it."""
     base = [checkpoint.open_model(path, module).sample() for path in (directory, cfg.init_from) if path]
     return {
-        "seed": cfg.seed, "mixtoken": cfg.mixtoken, "max_length": cfg.max_length, "max_images": cfg.max_images,
-        "data": data.content_key(plan.index.entries), "samples": len(plan.index), "global_batch": global_batch,
-        "ranks": ranks, "eval_data": data.content_key(eval_plan.index.entries) if eval_plan else None,
-        "base": hashlib.sha256(json.dumps(base).encode()).hexdigest()[:16], "lora_alpha": cfg.lora_alpha,
-        "lora_split": cfg.lora_split, "stage": cfg.stage,
-    }  # fmt: skip
+        "seed": cfg.seed,
+        "mixtoken": cfg.mixtoken,
+        "max_length": cfg.max_length,
+        "max_images": cfg.max_images,
+        "data": data.content_key(plan.index.entries),
+        "samples": len(plan.index),
+        "global_batch": global_batch,
+        "ranks": ranks,
+        "eval_data": data.content_key(eval_plan.index.entries) if eval_plan else None,
+        "base": hashlib.sha256(json.dumps(base).encode()).hexdigest()[:16],
+        "lora_alpha": cfg.lora_alpha,
+        "lora_split": cfg.lora_split,
+        "stage": cfg.stage,
+    }
 
 
 def check_facts(facts: dict, state: dict, cfg: Config, resume: str) -> None:
@@ -562,7 +644,11 @@ def check_facts(facts: dict, state: dict, cfg: Config, resume: str) -> None:
     keys += ["max_length", "max_images"] if cfg.mixtoken else []
     of_data = ["data", "samples"] + (["eval_data"] if saved.get("eval_data") and facts["eval_data"] else [])
     changed = [k for k in keys + of_data if k in saved and saved[k] != facts[k]]
-    words = {"data": "the training data's key", "eval_data": "the eval data's key", "base": "the base weights' key"}
+    words = {
+        "data": "the training data's key",
+        "eval_data": "the eval data's key",
+        "base": "the base weights' key",
+    }
     words["samples"] = "the number of usable samples"
     listed = "; ".join(f"{words.get(k, k)} is {facts[k]}, it was {saved[k]}" for k in changed)
     if changed and cfg.accept_changed_data and not set(changed) - set(of_data):
@@ -571,7 +657,11 @@ def check_facts(facts: dict, state: dict, cfg: Config, resume: str) -> None:
             state |= {"best_metric": None, "best_step": None}
     elif changed:
         only_data = not set(changed) - set(of_data)
-        way = "accept_changed_data=true goes on with the new data" if only_data else "give the values it began with"
+        way = (
+            "accept_changed_data=true goes on with the new data"
+            if only_data
+            else "give the values it began with"
+        )
         raise ValueError(
             f"can't continue from {resume}: {listed}; {way}, or begin a run in another output_dir "
             "(here with overwrite_output_dir=true)"
@@ -589,12 +679,15 @@ def place_plan(plan: data.Plan, state: dict, facts: dict, resume: str) -> None:
         plan.origin = state["step"], *place
         unit = "packs" if plan.mixtoken else "samples"
         print(
-            f"{resume} stands behind {place[1]:,} {unit} of epoch {place[0] + 1}, trained {was} a step; from here "
+            f"{resume} stands behind {place[1]:,} {unit} of epoch "
+            f"{place[0] + 1}, trained {was} a step; from here "
             f"{global_batch} a step, the learning rate by the share of the data seen"
         )
 
 
-def prepare(cfg: Config, module, directory: Path, meeting: parallel.Meeting, run_dir: RunDir) -> Prepared:  # all ranks
+def prepare(
+    cfg: Config, module, directory: Path, meeting: parallel.Meeting, run_dir: RunDir
+) -> Prepared:  # all ranks
     """Decides how the output directory is continued, reads the data and finds the place in it."""
     decided = None
     if meeting.main:
@@ -610,9 +703,12 @@ def prepare(cfg: Config, module, directory: Path, meeting: parallel.Meeting, run
     if evaluating:
         check_metric(cfg, eval_plan)
     pp, replicas, shards, _ = parallel.layout(
-        meeting.size, cfg.tensor_parallel_degree, cfg.pipeline_parallel_degree, cfg.sharding,
+        meeting.size,
+        cfg.tensor_parallel_degree,
+        cfg.pipeline_parallel_degree,
+        cfg.sharding,
         cfg.sharding_parallel_degree,
-    )  # fmt: skip
+    )
     check_contrast(cfg, module, replicas * shards, evaluating)
     global_batch = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps * replicas * shards
     facts = run_facts(cfg, module, directory, plan, eval_plan, meeting.size, global_batch)
@@ -625,19 +721,24 @@ def prepare(cfg: Config, module, directory: Path, meeting: parallel.Meeting, run
     state |= {"facts": facts, "run": start.id}
     total = total_steps(cfg, plan, global_batch)
     if cfg.do_train and total < 1:
-        raise ValueError(f"num_train_epochs={cfg.num_train_epochs:g} gives no step; raise it, or set do_train=false")
+        raise ValueError(
+            f"num_train_epochs={cfg.num_train_epochs:g} gives no step; raise it, or set do_train=false"
+        )
     if cfg.do_train and start.resume and total < state["step"]:
         key = "max_steps" if cfg.max_steps is not None else "num_train_epochs"
         if start.finished is None or not start.changed.keys() - HARMLESS:
             raise ValueError(
-                f"{start.resume} is at step {state['step']}, and {key}={getattr(cfg, key):g} ends at step {total}; "
+                f"{start.resume} is at step {state['step']}, and "
+                f"{key}={getattr(cfg, key):g} ends at step {total}; "
                 f"raise {key}, or give an earlier checkpoint as resume_from_checkpoint"
             )
     if cfg.do_train and not start.anew and start.resume is None:
         if start.finished is not None and total > start.finished:
             raise ValueError(
-                f"{cfg.output_dir} holds a finished run of {start.finished} steps without its checkpoint: it can't "
-                f"go on to step {total}; choose another output_dir, or set overwrite_output_dir=true to train anew"
+                f"{cfg.output_dir} holds a finished run of {start.finished} steps "
+                "without its checkpoint: it can't "
+                f"go on to step {total}; choose another output_dir, or set "
+                "overwrite_output_dir=true to train anew"
             )
         if start.finished is None and meeting.main:
             print(f"{cfg.output_dir} has no complete checkpoint of its run: it begins at step 0")
@@ -658,7 +759,9 @@ def is_finished(ready: Prepared, cfg: Config) -> bool:
     return True
 
 
-def run(cfg: Config, module, directory: Path, meeting: parallel.Meeting, signals: Signals | None = None) -> int:
+def run(
+    cfg: Config, module, directory: Path, meeting: parallel.Meeting, signals: Signals | None = None
+) -> int:
     kernels = dispatch.use_flash_attention(cfg.use_flash_attention, meeting.device)
     signals, run_dir, doing = signals or Signals(), RunDir(cfg), "records were read"
     try:
@@ -674,12 +777,17 @@ def run(cfg: Config, module, directory: Path, meeting: parallel.Meeting, signals
         doing = "the model was built"
         with signals.breakable(meeting.size == 1):
             world = parallel.init_world(
-                cfg.tensor_parallel_degree, cfg.pipeline_parallel_degree, cfg.sharding, cfg.sharding_parallel_degree,
+                cfg.tensor_parallel_degree,
+                cfg.pipeline_parallel_degree,
+                cfg.sharding,
+                cfg.sharding_parallel_degree,
                 meeting,
-            )  # fmt: skip
+            )
             facts = {**ready.state["facts"], "checkpoint": run_dir.start.resume, "total steps": ready.total}
             rows = hashlib.sha256(ready.plan.index.rows.tobytes()).hexdigest()[:16]
-            parallel.compare({**facts, "length index": rows, "settings": json.dumps(asdict(cfg), sort_keys=True)})
+            parallel.compare(
+                {**facts, "length index": rows, "settings": json.dumps(asdict(cfg), sort_keys=True)}
+            )
             training = Run(cfg, ready, module, directory, world, signals, kernels)
         return training.train()
     except Stopped as e:
@@ -699,7 +807,9 @@ def run(cfg: Config, module, directory: Path, meeting: parallel.Meeting, signals
 class Run:
     """The model, its optimiser and where they stand, and the loop over steps."""
 
-    def __init__(self, cfg: Config, ready: Prepared, module, directory: Path, world, signals: Signals, kernels: str):
+    def __init__(
+        self, cfg: Config, ready: Prepared, module, directory: Path, world, signals: Signals, kernels: str
+    ):
         self.cfg, self.world, self.signals, self.directory = cfg, world, signals, directory
         self.plan, self.eval_plan, self.processor = ready.plan, ready.eval_plan, ready.processor
         self.run_dir, self.state, self.total = ready.run_dir, ready.state, ready.total
@@ -712,14 +822,18 @@ class Run:
         if self.stages is not None:
             self.say(f"pipeline stages, {cfg.pipeline_schedule}: {self.stages.describe()}")
         threads = torch.get_num_threads()
-        self.say(f"device {world.device.type} x {world.size}, kernels: {kernels}, {threads} threads", flush=True)
+        self.say(
+            f"device {world.device.type} x {world.size}, kernels: {kernels}, {threads} threads", flush=True
+        )
         self.optimizer, self.scaler = make_optimizer(self.model, cfg), LossScaler(cfg.fp16)
         self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.pictures_only = all(matches(n, self.module.IMAGE_PARAMETERS) for n in self.trainable)
         self.restore()
         self.features = None
         if cfg.cache_image_features:
-            self.features = cache_features(self.model, self.module, self.plan, self.processor, cfg, world, signals)
+            self.features = cache_features(
+                self.model, self.module, self.plan, self.processor, cfg, world, signals
+            )
         self.log = None
         if world.main:
             self.run_dir.begin()
@@ -741,16 +855,20 @@ class Run:
         self.say(f"continuing from {start.resume} at step {state['step']}", flush=True)
         if changed := {k: v for k, v in start.changed.items() if k not in HARMLESS}:
             self.say(
-                f"warning: continuing with other settings than the run began with: {shown(changed)}", file=sys.stderr
+                f"warning: continuing with other settings than the run began with: {shown(changed)}",
+                file=sys.stderr,
             )
         if state["best_step"] and not (self.out / f"checkpoint-{state['best_step']}").is_dir():
-            self.say(f"the best checkpoint so far, of step {state['best_step']}, is not in {self.out}: not counted")
+            self.say(
+                f"the best checkpoint so far, of step {state['best_step']}, is not in {self.out}: not counted"
+            )
             state |= {"best_metric": None, "best_step": None}
 
     # -- one step
 
     def learning_rate(self, step: int, epoch: int) -> float:
-        """Of the update that follows `step` finished ones; after a change of batch by the share of the data seen."""
+        """Of the update that follows `step` finished ones; after a change of batch by the share of the data
+        seen."""
         cfg, plan = self.cfg, self.plan
         if plan.origin == (0, 0, 0) or cfg.max_steps is not None:
             return learning_rate_at(step, self.total, cfg, epoch)
@@ -762,18 +880,24 @@ class Run:
         seen = sum(end for e, end in ends if e < at) + first
         return learning_rate_at(steps * seen / sum(end for _, end in ends), steps, cfg, epoch)
 
-    def train_step(self, step: int, epoch: int, micro_batches: list[dict], waited: float, clock: float) -> int:
+    def train_step(
+        self, step: int, epoch: int, micro_batches: list[dict], waited: float, clock: float
+    ) -> int:
         """One update; returns the number of the signal that some rank got."""
         cfg, world, state = self.cfg, self.world, self.state
         facts = step_facts(self.model, micro_batches, self.signals.number, world)
         counts, supervised, bad, stop, has_images = facts
         name_bad(micro_batches, self.named_bad, world)
         state["bad"] += bad
-        check_bad(state["bad"], max(len(self.plan.index), state["samples"]), cfg, "samples")  # it comes back each epoch
+        check_bad(
+            state["bad"], max(len(self.plan.index), state["samples"]), cfg, "samples"
+        )  # it comes back each epoch
         ids = [i for batch in micro_batches for i in batch["sample_ids"]]
         lr = self.learning_rate(step, epoch)
         if supervised == 0 and bad:
-            self.say(f"step {step + 1}: all its samples are left out, so nothing is learned in it", flush=True)
+            self.say(
+                f"step {step + 1}: all its samples are left out, so nothing is learned in it", flush=True
+            )
             if self.log:
                 self.log.write({"step": step + 1, "left_out": bad})
             self.advance(step, 0, lr)
@@ -783,10 +907,21 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         sums = forward_backward(
-            self.model, micro_batches, has_images, counts, cfg, world, self.scaler, len(self.entries),
-            self.processor.image_size, self.pictures_only, self.stages,
-        )  # fmt: skip
-        tokens = torch.tensor([sum(len(b["input_ids"]) for b in micro_batches), len(ids)], dtype=torch.float64)
+            self.model,
+            micro_batches,
+            has_images,
+            counts,
+            cfg,
+            world,
+            self.scaler,
+            len(self.entries),
+            self.processor.image_size,
+            self.pictures_only,
+            self.stages,
+        )
+        tokens = torch.tensor(
+            [sum(len(b["input_ids"]) for b in micro_batches), len(ids)], dtype=torch.float64
+        )
         totals = parallel.all_sum(torch.cat((sums.cpu().flatten(), tokens)))
         if self.stages is not None:
             self.stages.from_last(totals)
@@ -795,7 +930,9 @@ class Run:
         where = f"its samples: {', '.join(ids)}; the last checkpoint stands"
         if not math.isfinite(loss):
             raise ValueError(f"the loss of step {step + 1} is {loss}; {where}")
-        norm = clip_and_step(self.trainable, self.optimizer, cfg.max_grad_norm, self.scaler, world, self.stages)
+        norm = clip_and_step(
+            self.trainable, self.optimizer, cfg.max_grad_norm, self.scaler, world, self.stages
+        )
         if not math.isfinite(norm) and not cfg.fp16:
             raise ValueError(f"the gradient of step {step + 1} is {norm}; {where}")
         self.advance(step, int(num_samples), lr)
@@ -806,7 +943,13 @@ class Run:
         """The run stands behind this step now."""
         at, first = self.plan.locate(step, self.global_batch)
         first += min(self.global_batch, self.plan.count(at) - first)
-        self.state |= {"step": step + 1, "epoch": at, "units": first, "total_steps": self.total, "learning_rate": lr}
+        self.state |= {
+            "step": step + 1,
+            "epoch": at,
+            "units": first,
+            "total_steps": self.total,
+            "learning_rate": lr,
+        }
         self.state["samples"] += num_samples
 
     def note(self, step, epoch, loss, lr, norm, sums, sizes, waited: float, clock: float) -> None:
@@ -815,14 +958,23 @@ class Run:
         seconds = time.perf_counter() - clock
         if self.log:
             record = {
-                "step": step + 1, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm, "ms": 1000 * seconds,
-                "tokens": int(num_tokens), "tokens_per_s": num_tokens / seconds / self.world.size,
+                "step": step + 1,
+                "epoch": epoch,
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": norm,
+                "ms": 1000 * seconds,
+                "tokens": int(num_tokens),
+                "tokens_per_s": num_tokens / seconds / self.world.size,
                 "supervised": supervised / num_tokens,
-                "data": waited / seconds, "mem_gib": peak_memory_gib(self.world.device),
-            }  # fmt: skip
+                "data": waited / seconds,
+                "mem_gib": peak_memory_gib(self.world.device),
+            }
             if len(self.entries) > 1:
                 pairs = zip(self.entries, sums, strict=True)
-                record["loss_by_dataset"] = {e.label: float(means(x).sum()) for e, x in pairs if x[:, 1].any()}
+                record["loss_by_dataset"] = {
+                    e.label: float(means(x).sum()) for e, x in pairs if x[:, 1].any()
+                }
             record |= {f"loss_{k}": v for k, v in named_losses(self.model, sums.sum(0)).items()}
             self.log.step(record)
         if step >= self.start_step + 2:  # the first two warm up
@@ -843,7 +995,8 @@ class Run:
         state, cfg = self.state, self.cfg
         if not state["samples"]:
             raise ValueError(
-                f"no sample could be loaded in {state['step']} steps (listed above): nothing was learned, nothing is "
+                f"no sample could be loaded in {state['step']} steps (listed "
+                "above): nothing was learned, nothing is "
                 "saved"
             )
         check_finite(self.trainable, state["step"], self.world)
@@ -853,9 +1006,18 @@ class Run:
         if self.world.main:
             self.run_dir.before_save()
         save_checkpoint(
-            path, self.model, self.whole, self.module, self.optimizer, cfg, self.directory, self.lora_modules, state,
-            self.world, self.stages,
-        )  # fmt: skip
+            path,
+            self.model,
+            self.whole,
+            self.module,
+            self.optimizer,
+            cfg,
+            self.directory,
+            self.lora_modules,
+            state,
+            self.world,
+            self.stages,
+        )
         if self.world.main:
             self.run_dir.after_save()
             self.log.path = self.run_dir.log_path()
@@ -874,12 +1036,22 @@ class Run:
         try:
             with self.signals.breakable(alone):
                 result = evaluate_loss(
-                    self.model, self.eval_plan, self.processor, cfg, self.world, self.stages, signals=self.signals,
+                    self.model,
+                    self.eval_plan,
+                    self.processor,
+                    cfg,
+                    self.world,
+                    self.stages,
+                    signals=self.signals,
                     bad=self.named_eval_bad,
-                )  # fmt: skip
+                )
                 if cfg.eval_with_do_generation:
                     result |= generation_scores(
-                        self.model, self.eval_plan.index, self.processor, cfg, None if alone else self.break_off
+                        self.model,
+                        self.eval_plan.index,
+                        self.processor,
+                        cfg,
+                        None if alone else self.break_off,
                     )
         finally:
             parallel.reshard(self.model)
@@ -925,11 +1097,18 @@ class Run:
     def train(self) -> int:
         cfg, state = self.cfg, self.state
         loader = data.TrainLoader(
-            self.plan, self.processor, start_step=self.start_step, total_steps=self.total, dp_rank=self.world.dp_rank,
-            dp_size=self.world.dp_size, per_device_batch=cfg.per_device_train_batch_size,
-            grad_accum=cfg.gradient_accumulation_steps, num_workers=cfg.num_workers, image_jitter=cfg.image_jitter,
+            self.plan,
+            self.processor,
+            start_step=self.start_step,
+            total_steps=self.total,
+            dp_rank=self.world.dp_rank,
+            dp_size=self.world.dp_size,
+            per_device_batch=cfg.per_device_train_batch_size,
+            grad_accum=cfg.gradient_accumulation_steps,
+            num_workers=cfg.num_workers,
+            image_jitter=cfg.image_jitter,
             features=self.features,
-        )  # fmt: skip
+        )
         self.model.train()
         try:
             if not state["evaluated"] and cfg.do_train and self.eval_plan is not None:  # it was killed before
@@ -987,7 +1166,8 @@ class Run:
         if cfg.benchmark and measured["seconds"]:
             s = measured["seconds"]
             self.say(
-                f"benchmark | {measured['samples'] / s:.2f} samples/s | {measured['tokens'] / s:,.0f} tokens/s | "
+                f"benchmark | {measured['samples'] / s:.2f} samples/s | "
+                f"{measured['tokens'] / s:,.0f} tokens/s | "
                 f"{measured['supervised'] / s:,.0f} supervised tokens/s | "
                 f"peak memory {peak_memory_gib(self.world.device):.2f} GiB"
             )

@@ -1,12 +1,12 @@
 """Attention over packed segments: one mask rule for every model.
 
 Inside a segment, key `j` is visible to query `i` if not `causal`, or `j <= i`, or `j < prefix_lens[segment]`;
-nothing is visible across segments. Queries stand at the end of their keys, so a segment with fewer queries than keys
-is decoding.
+nothing is visible across segments. Queries stand at the end of their keys, so a segment with fewer queries
+than keys is decoding.
 
-`attention_ref` is plain PyTorch: scaled_dot_product_attention segment by segment, in one batched call where neighbours
-are equally long (pictures are). On CPU this beats padding and any dense mask; no mask is built unless a prefix asks for
-one. The Triton kernels follow it.
+`attention_ref` is plain PyTorch: scaled_dot_product_attention segment by segment, in one batched call where
+neighbours are equally long (pictures are). On CPU this beats padding and any dense mask; no mask is built
+unless a prefix asks for one. The Triton kernels follow it.
 """
 
 import functools
@@ -39,7 +39,9 @@ def attention_ref(
         # torch's CPU kernels have no fast 16-bit backward: 5 times the time of fp32
         with torch.autocast("cpu", enabled=False):
             fp32, bias = [x.float() for x in (q, k, v)], bias if bias is None else bias.float()
-            return attention_ref(*fp32, cu_seqlens_q, cu_seqlens_k, max_len, causal, prefix_lens, bias).to(q.dtype)
+            return attention_ref(*fp32, cu_seqlens_q, cu_seqlens_k, max_len, causal, prefix_lens, bias).to(
+                q.dtype
+            )
     lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
     prefixes = prefix_lens.tolist() if causal and prefix_lens is not None else [0] * len(lengths_q)
     shapes = zip(lengths_q, lengths_k, prefixes, strict=True)
@@ -72,15 +74,18 @@ def attention_ref(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Triton. One program does one block of one segment's rows (for one head), so no program is started for nothing and none
-# visits keys that its rows cannot see: `plan` lists the blocks on the host, where cu_seqlens is. Scores are kept in
-# units of log 2. Backward: dQ by query blocks, then dK and dV by key blocks; nobody shares an output, so there are no
-# atomics and results repeat bit by bit. (arXiv:2205.14135, arXiv:2307.08691)
+# --------------------------------------------------------------------------------------------------
+# Triton. One program does one block of one segment's rows (for one head), so no program is started for
+# nothing and none visits keys that its rows cannot see: `plan` lists the blocks on the host, where cu_seqlens
+# is. Scores are kept in units of log 2. Backward: dQ by query blocks, then dK and dV by key blocks; nobody
+# shares an output, so there are no atomics and results repeat bit by bit. (arXiv:2205.14135,
+# arXiv:2307.08691)
 
 
 @jit
-def _tile(base, row, end, stride, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr):
+def _tile(
+    base, row, end, stride, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr
+):
     """Rows row..row+BLOCK of one head, (BLOCK, BLOCK_D); zeros from row `end` (if CHECK) and channel D on."""
     rows, channels = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     pointers = base + tl.cast(row, tl.int64) * stride + rows[:, None] * stride + channels[None, :]
@@ -100,7 +105,9 @@ def _tile(base, row, end, stride, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D:
 def _store(base, row, end, stride, tile, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     rows, channels = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     pointers = base + tl.cast(row, tl.int64) * stride + rows[:, None] * stride + channels[None, :]
-    tl.store(pointers, tile.to(base.dtype.element_ty), mask=(row + rows < end)[:, None] & (channels < D)[None, :])
+    tl.store(
+        pointers, tile.to(base.dtype.element_ty), mask=(row + rows < end)[:, None] & (channels < D)[None, :]
+    )
 
 
 @jit
@@ -111,9 +118,26 @@ def _head(base, stride):
 
 @jit
 def _forward_step(
-    acc, m, total, q, k, v, n, rows, end, last, prefix_end, stride_k, stride_v, scale,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
-):  # fmt: skip
+    acc,
+    m,
+    total,
+    q,
+    k,
+    v,
+    n,
+    rows,
+    end,
+    last,
+    prefix_end,
+    stride_k,
+    stride_v,
+    scale,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MASK: tl.constexpr,
+):
     keys = _tile(k, n, end, stride_k, D, BLOCK_N, BLOCK_D, MASK)
     s = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
     if MASK:
@@ -134,9 +158,28 @@ def _forward_step(
 
 @jit
 def _attention_forward(
-    blocks, q, k, v, o, lse, num_q, stride_q, stride_k, stride_v, stride_o, head_q, head_k, head_v, head_o, scale,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    blocks,
+    q,
+    k,
+    v,
+    o,
+    lse,
+    num_q,
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_o,
+    head_q,
+    head_k,
+    head_v,
+    head_o,
+    scale,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """o (Tq, H, D) and lse (H, Tq) in log 2; `blocks`: rows of query_blocks()."""
     blocks += tl.program_id(0) * 8
     m0, m_end, n0 = tl.load(blocks), tl.load(blocks + 1), tl.load(blocks + 2)
@@ -150,14 +193,48 @@ def _attention_forward(
     total = tl.zeros((BLOCK_M,), tl.float32)
     for n in range(n0, n_full, BLOCK_N):
         acc, m, total = _forward_step(
-            acc, m, total, queries, k, v, n, rows, k_end, m0 + shift, prefix_end, stride_k, stride_v, scale, D,
-            BLOCK_N, BLOCK_D, PRECISION, False,
-        )  # fmt: skip
+            acc,
+            m,
+            total,
+            queries,
+            k,
+            v,
+            n,
+            rows,
+            k_end,
+            m0 + shift,
+            prefix_end,
+            stride_k,
+            stride_v,
+            scale,
+            D,
+            BLOCK_N,
+            BLOCK_D,
+            PRECISION,
+            False,
+        )
     for n in range(n_full, n_end, BLOCK_N):
         acc, m, total = _forward_step(
-            acc, m, total, queries, k, v, n, rows, k_end, m0 + shift, prefix_end, stride_k, stride_v, scale, D,
-            BLOCK_N, BLOCK_D, PRECISION, True,
-        )  # fmt: skip
+            acc,
+            m,
+            total,
+            queries,
+            k,
+            v,
+            n,
+            rows,
+            k_end,
+            m0 + shift,
+            prefix_end,
+            stride_k,
+            stride_v,
+            scale,
+            D,
+            BLOCK_N,
+            BLOCK_D,
+            PRECISION,
+            True,
+        )
     # a row that sees no key: output 0, and lse = inf makes its probabilities 0 in the backward
     seen = total > 0
     total = tl.where(seen, total, 1.0)
@@ -169,9 +246,27 @@ def _attention_forward(
 
 @jit
 def _dq_step(
-    dq, q, do, lse, delta, k, v, n, rows, end, last, prefix_end, stride_k, stride_v, scale,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
-):  # fmt: skip
+    dq,
+    q,
+    do,
+    lse,
+    delta,
+    k,
+    v,
+    n,
+    rows,
+    end,
+    last,
+    prefix_end,
+    stride_k,
+    stride_v,
+    scale,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MASK: tl.constexpr,
+):
     keys = _tile(k, n, end, stride_k, D, BLOCK_N, BLOCK_D, MASK)
     values = _tile(v, n, end, stride_v, D, BLOCK_N, BLOCK_D, MASK)
     p = tl.exp2(tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale - lse[:, None])
@@ -184,10 +279,36 @@ def _dq_step(
 
 @jit
 def _attention_dq(
-    blocks, q, k, v, o, do, lse, delta, dq, num_q, stride_q, stride_k, stride_v, stride_o, stride_do, stride_dq,
-    head_q, head_k, head_v, head_o, head_do, head_dq, scale, score_scale,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    blocks,
+    q,
+    k,
+    v,
+    o,
+    do,
+    lse,
+    delta,
+    dq,
+    num_q,
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_o,
+    stride_do,
+    stride_dq,
+    head_q,
+    head_k,
+    head_v,
+    head_o,
+    head_do,
+    head_dq,
+    scale,
+    score_scale,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """dq (Tq, H, D), and delta (H, Tq) = rowsum(o * do), which _attention_dkdv reads."""
     blocks += tl.program_id(0) * 8
     m0, m_end, n0 = tl.load(blocks), tl.load(blocks + 1), tl.load(blocks + 2)
@@ -205,25 +326,82 @@ def _attention_dq(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for n in range(n0, n_full, BLOCK_N):
         acc = _dq_step(
-            acc, queries, grads, row_lse, row_delta, k, v, n, rows, k_end, m0 + shift, prefix_end, stride_k,
-            stride_v, scale, D, BLOCK_N, BLOCK_D, PRECISION, False,
-        )  # fmt: skip
+            acc,
+            queries,
+            grads,
+            row_lse,
+            row_delta,
+            k,
+            v,
+            n,
+            rows,
+            k_end,
+            m0 + shift,
+            prefix_end,
+            stride_k,
+            stride_v,
+            scale,
+            D,
+            BLOCK_N,
+            BLOCK_D,
+            PRECISION,
+            False,
+        )
     for n in range(n_full, n_end, BLOCK_N):
         acc = _dq_step(
-            acc, queries, grads, row_lse, row_delta, k, v, n, rows, k_end, m0 + shift, prefix_end, stride_k,
-            stride_v, scale, D, BLOCK_N, BLOCK_D, PRECISION, True,
-        )  # fmt: skip
+            acc,
+            queries,
+            grads,
+            row_lse,
+            row_delta,
+            k,
+            v,
+            n,
+            rows,
+            k_end,
+            m0 + shift,
+            prefix_end,
+            stride_k,
+            stride_v,
+            scale,
+            D,
+            BLOCK_N,
+            BLOCK_D,
+            PRECISION,
+            True,
+        )
     _store(dq + tl.program_id(1) * head_dq, m0, m_end, stride_dq, acc * score_scale, D, BLOCK_M, BLOCK_D)
 
 
 @jit
 def _dkdv_step(
-    dk, dv, k, v, q, do, lse, delta, m, end, cols, shift, prefix_end, stride_q, stride_do, scale,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
-):  # fmt: skip
+    dk,
+    dv,
+    k,
+    v,
+    q,
+    do,
+    lse,
+    delta,
+    m,
+    end,
+    cols,
+    shift,
+    prefix_end,
+    stride_q,
+    stride_do,
+    scale,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MASK: tl.constexpr,
+):
     queries = _tile(q, m, end, stride_q, D, BLOCK_M, BLOCK_D, True)
     rows = m + tl.arange(0, BLOCK_M)
-    row_lse = tl.load(lse + rows, mask=rows < end, other=float("inf"))  # rows beyond the segment: probability 0
+    row_lse = tl.load(
+        lse + rows, mask=rows < end, other=float("inf")
+    )  # rows beyond the segment: probability 0
     p = tl.exp2(tl.dot(k, tl.trans(queries), input_precision=PRECISION) * scale - row_lse[None, :])
     if MASK:
         p = tl.where((cols[:, None] <= rows[None, :] + shift) | (cols < prefix_end)[:, None], p, 0.0)
@@ -237,10 +415,34 @@ def _dkdv_step(
 
 @jit
 def _attention_dkdv(
-    blocks, q, k, v, do, lse, delta, dk, dv, num_q, stride_q, stride_k, stride_v, stride_do, stride_dk,
-    head_q, head_k, head_v, head_do, head_dk, scale, score_scale,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    blocks,
+    q,
+    k,
+    v,
+    do,
+    lse,
+    delta,
+    dk,
+    dv,
+    num_q,
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_do,
+    stride_dk,
+    head_q,
+    head_k,
+    head_v,
+    head_do,
+    head_dk,
+    scale,
+    score_scale,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """dk and dv (Tk, H, D); `blocks`: rows of key_blocks()."""
     blocks += tl.program_id(0) * 8
     n0, n_end, m0 = tl.load(blocks), tl.load(blocks + 1), tl.load(blocks + 2)
@@ -256,39 +458,113 @@ def _attention_dkdv(
     acc_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for m in range(m0, m_full, BLOCK_M):
         acc_k, acc_v = _dkdv_step(
-            acc_k, acc_v, keys, values, q, do, lse, delta, m, m_end, cols, shift, prefix_end, stride_q, stride_do,
-            scale, D, BLOCK_M, BLOCK_D, PRECISION, True,
-        )  # fmt: skip
+            acc_k,
+            acc_v,
+            keys,
+            values,
+            q,
+            do,
+            lse,
+            delta,
+            m,
+            m_end,
+            cols,
+            shift,
+            prefix_end,
+            stride_q,
+            stride_do,
+            scale,
+            D,
+            BLOCK_M,
+            BLOCK_D,
+            PRECISION,
+            True,
+        )
     for m in range(m_full, m_end, BLOCK_M):
         acc_k, acc_v = _dkdv_step(
-            acc_k, acc_v, keys, values, q, do, lse, delta, m, m_end, cols, shift, prefix_end, stride_q, stride_do,
-            scale, D, BLOCK_M, BLOCK_D, PRECISION, False,
-        )  # fmt: skip
+            acc_k,
+            acc_v,
+            keys,
+            values,
+            q,
+            do,
+            lse,
+            delta,
+            m,
+            m_end,
+            cols,
+            shift,
+            prefix_end,
+            stride_q,
+            stride_do,
+            scale,
+            D,
+            BLOCK_M,
+            BLOCK_D,
+            PRECISION,
+            False,
+        )
     _store(dk + tl.program_id(1) * head_dk, n0, n_end, stride_dk, acc_k * score_scale, D, BLOCK_N, BLOCK_D)
     _store(dv + tl.program_id(1) * head_dk, n0, n_end, stride_dk, acc_v, D, BLOCK_N, BLOCK_D)
 
 
-# (bytes of an element, largest head size) -> (rows of queries, rows of keys, warps, stages); kernels/report.py checks
-# them. sm_80's fit the 99 KB of shared memory of sm_86 and sm_89 too.
+# (bytes of an element, largest head size) -> (rows of queries, rows of keys, warps, stages);
+# kernels/report.py checks them. sm_80's fit the 99 KB of shared memory of sm_86 and sm_89 too.
 TILES = {
     "sm_80": {
-        "forward": {(2, 64): (128, 64, 8, 2), (2, 128): (128, 64, 8, 2),
-                    (4, 64): (64, 32, 4, 2), (4, 128): (16, 32, 4, 2)},
-        "decode": {(2, 64): (16, 64, 4, 2), (2, 128): (16, 32, 4, 2),
-                   (4, 64): (16, 32, 4, 2), (4, 128): (16, 32, 4, 2)},
-        "dq": {(2, 64): (128, 64, 8, 2), (2, 128): (128, 64, 8, 2), (4, 64): (32, 32, 4, 2), (4, 128): (16, 32, 4, 2)},
-        "dkdv": {(2, 64): (64, 64, 4, 2), (2, 128): (64, 64, 8, 2), (4, 64): (32, 32, 4, 2), (4, 128): (32, 16, 4, 2)},
+        "forward": {
+            (2, 64): (128, 64, 8, 2),
+            (2, 128): (128, 64, 8, 2),
+            (4, 64): (64, 32, 4, 2),
+            (4, 128): (16, 32, 4, 2),
+        },
+        "decode": {
+            (2, 64): (16, 64, 4, 2),
+            (2, 128): (16, 32, 4, 2),
+            (4, 64): (16, 32, 4, 2),
+            (4, 128): (16, 32, 4, 2),
+        },
+        "dq": {
+            (2, 64): (128, 64, 8, 2),
+            (2, 128): (128, 64, 8, 2),
+            (4, 64): (32, 32, 4, 2),
+            (4, 128): (16, 32, 4, 2),
+        },
+        "dkdv": {
+            (2, 64): (64, 64, 4, 2),
+            (2, 128): (64, 64, 8, 2),
+            (4, 64): (32, 32, 4, 2),
+            (4, 128): (32, 16, 4, 2),
+        },
     },
     "sm_90": {
-        "forward": {(2, 64): (128, 64, 8, 3), (2, 128): (128, 64, 8, 3),
-                    (4, 64): (64, 32, 4, 2), (4, 128): (16, 32, 4, 2)},
-        "decode": {(2, 64): (16, 64, 4, 2), (2, 128): (16, 64, 4, 2),
-                   (4, 64): (16, 32, 4, 2), (4, 128): (16, 32, 4, 2)},
-        "dq": {(2, 64): (128, 64, 8, 2), (2, 128): (128, 64, 8, 2), (4, 64): (64, 32, 4, 2), (4, 128): (16, 32, 4, 2)},
-        "dkdv": {(2, 64): (64, 128, 8, 2), (2, 104): (32, 64, 4, 2), (2, 128): (64, 128, 8, 2),
-                 (4, 64): (64, 32, 8, 2), (4, 128): (32, 16, 4, 2)},
+        "forward": {
+            (2, 64): (128, 64, 8, 3),
+            (2, 128): (128, 64, 8, 3),
+            (4, 64): (64, 32, 4, 2),
+            (4, 128): (16, 32, 4, 2),
+        },
+        "decode": {
+            (2, 64): (16, 64, 4, 2),
+            (2, 128): (16, 64, 4, 2),
+            (4, 64): (16, 32, 4, 2),
+            (4, 128): (16, 32, 4, 2),
+        },
+        "dq": {
+            (2, 64): (128, 64, 8, 2),
+            (2, 128): (128, 64, 8, 2),
+            (4, 64): (64, 32, 4, 2),
+            (4, 128): (16, 32, 4, 2),
+        },
+        "dkdv": {
+            (2, 64): (64, 128, 8, 2),
+            (2, 104): (32, 64, 4, 2),
+            (2, 128): (64, 128, 8, 2),
+            (4, 64): (64, 32, 8, 2),
+            (4, 128): (32, 16, 4, 2),
+        },
     },
-}  # fmt: skip
+}
 
 
 def tile(architecture: str, kernel: str, element_size: int, D: int) -> tuple[int, int, int, int]:
@@ -301,9 +577,9 @@ def strides(*tensors: Tensor) -> list[int]:
 
 
 def query_blocks(segments, block_m: int, block_n: int) -> list[tuple[int, ...]]:
-    """One row per block of queries: its first row, the segment's end; first key, first key of the blocks that not
-    every row sees whole, end of the keys that any row sees; the segment's last key + 1, end of its prefix, and what to
-    add to a query's row for the last key it sees."""
+    """One row per block of queries: its first row, the segment's end; first key, first key of the blocks that
+    not every row sees whole, end of the keys that any row sees; the segment's last key + 1, end of its
+    prefix, and what to add to a query's row for the last key it sees."""
     blocks = []
     for q0, q_end, k0, k_end, prefix_end in segments:
         shift = k_end - q_end
@@ -316,8 +592,9 @@ def query_blocks(segments, block_m: int, block_n: int) -> list[tuple[int, ...]]:
 
 
 def key_blocks(segments, block_m: int, block_n: int) -> list[tuple[int, ...]]:
-    """One row per block of keys: its first key, the segment's end; first query that sees a key, first query of the
-    blocks that see every key, the segment's last query + 1; end of the prefix, shift as in query_blocks."""
+    """One row per block of keys: its first key, the segment's end; first query that sees a key, first query
+    of the blocks that see every key, the segment's last query + 1; end of the prefix, shift as in
+    query_blocks."""
     blocks = []
     for q0, q_end, k0, k_end, prefix_end in segments:
         shift = k_end - q_end
@@ -332,11 +609,20 @@ def key_blocks(segments, block_m: int, block_n: int) -> list[tuple[int, ...]]:
 
 @functools.lru_cache(maxsize=64)
 def plan(
-    kind, bounds_q: tuple, bounds_k: tuple, prefixes: tuple | None, block_m: int, block_n: int, device: torch.device
+    kind,
+    bounds_q: tuple,
+    bounds_k: tuple,
+    prefixes: tuple | None,
+    block_m: int,
+    block_n: int,
+    device: torch.device,
 ) -> Tensor:
-    """query_blocks or key_blocks on the device. Kept, so that all layers of a step share one copy over the bus."""
+    """query_blocks or key_blocks on the device. Kept, so that all layers of a step share one copy over the
+    bus."""
     segments = []
-    for s, (q0, q_end, k0, k_end) in enumerate(zip(bounds_q, bounds_q[1:], bounds_k, bounds_k[1:], strict=False)):
+    for s, (q0, q_end, k0, k_end) in enumerate(
+        zip(bounds_q, bounds_q[1:], bounds_k, bounds_k[1:], strict=False)
+    ):
         segments.append((q0, q_end, k0, k_end, k_end if prefixes is None else min(k_end, k0 + prefixes[s])))
     table = torch.tensor(kind(segments, block_m, block_n), dtype=torch.int32).view(-1, 8)
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
@@ -358,9 +644,16 @@ def _launch(name: str, fn, kind, segments: tuple, q: Tensor, *args) -> None:
     blocks = plan(kind, *segments, block_m, block_n, q.device)
     if len(blocks):
         fn[(len(blocks), H)](
-            blocks, *args, D=D, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, PRECISION=PRECISION[q.dtype],
-            num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+            blocks,
+            *args,
+            D=D,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            BLOCK_D=block_d,
+            PRECISION=PRECISION[q.dtype],
+            num_warps=warps,
+            num_stages=stages,
+        )
 
 
 class _Attention(torch.autograd.Function):
@@ -371,9 +664,20 @@ class _Attention(torch.autograd.Function):
         o = torch.empty(Tq, H, D, dtype=q.dtype, device=q.device)
         lse = torch.empty(H, Tq, dtype=torch.float32, device=q.device)
         _launch(
-            "forward", _attention_forward, query_blocks, segments, q, q, k, v, o, lse, Tq, *strides(q, k, v, o),
+            "forward",
+            _attention_forward,
+            query_blocks,
+            segments,
+            q,
+            q,
+            k,
+            v,
+            o,
+            lse,
+            Tq,
+            *strides(q, k, v, o),
             LOG2E / math.sqrt(D),
-        )  # fmt: skip
+        )
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.segments = segments
         return o
@@ -386,16 +690,44 @@ class _Attention(torch.autograd.Function):
         scales = LOG2E / math.sqrt(D), 1 / math.sqrt(D)
         dq, delta = torch.empty_like(o), torch.empty_like(lse)
         _launch(
-            "dq", _attention_dq, query_blocks, ctx.segments, q, q, k, v, o, do, lse, delta, dq, Tq, *strides(q, k,
-            v, o, do, dq), *scales,
-        )  # fmt: skip
+            "dq",
+            _attention_dq,
+            query_blocks,
+            ctx.segments,
+            q,
+            q,
+            k,
+            v,
+            o,
+            do,
+            lse,
+            delta,
+            dq,
+            Tq,
+            *strides(q, k, v, o, do, dq),
+            *scales,
+        )
         dk = dv = None
         if any(ctx.needs_input_grad[1:3]):
             dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
             _launch(
-                "dkdv", _attention_dkdv, key_blocks, ctx.segments, q, q, k, v, do, lse, delta, dk, dv, Tq,
-                *strides(q, k, v, do, dk), *scales,
-            )  # fmt: skip
+                "dkdv",
+                _attention_dkdv,
+                key_blocks,
+                ctx.segments,
+                q,
+                q,
+                k,
+                v,
+                do,
+                lse,
+                delta,
+                dk,
+                dv,
+                Tq,
+                *strides(q, k, v, do, dk),
+                *scales,
+            )
         return dq, dk, dv, None, None, None
 
 
@@ -405,7 +737,9 @@ def attention_triton(q, k, v, cu_seqlens_q, cu_seqlens_k, causal: bool, prefix_l
     D = q.shape[-1]
     if D % 8 or D > 128 or q.dtype not in PRECISION:
         takes = "multiples of 8 up to 128 in fp32, fp16, bf16"
-        raise ValueError(f"head_dim={D}, {q.dtype}: the Triton kernel takes {takes}; set use_flash_attention=false")
+        raise ValueError(
+            f"head_dim={D}, {q.dtype}: the Triton kernel takes {takes}; set use_flash_attention=false"
+        )
     if bounds_q[-1] != len(q) or bounds_k[-1] != len(k):
         rows = f"{len(q)} queries and {len(k)} keys"
         raise ValueError(f"cu_seqlens end at {bounds_q[-1]} and {bounds_k[-1]}, but there are {rows}")
@@ -417,7 +751,8 @@ def attention_triton(q, k, v, cu_seqlens_q, cu_seqlens_k, causal: bool, prefix_l
     return _Attention.apply(q, k, v, bounds_q, bounds_k, prefixes)
 
 
-@torch.compiler.disable  # segments are as long as the data says: a compiled loop over them would be compiled anew
+# segments are as long as the data says: a compiled loop over them would be compiled anew
+@torch.compiler.disable
 def attention(
     q: Tensor,
     k: Tensor,
@@ -432,10 +767,10 @@ def attention(
 ) -> Tensor:
     """Softmax attention inside segments, scores divided by sqrt(D).
 
-    q (Tq, H, D), k and v (Tk, H, D); cu_seqlens_q and cu_seqlens_k (S+1,) int32 on the host: segment s of the queries
-    is rows cu_seqlens_q[s]:cu_seqlens_q[s+1]; max_len the longest segment; prefix_lens (S,), on the host: keys visible
-    to every query of a causal segment; bias (H, Lq, Lk), added to the scores (plain PyTorch whatever `impl`).
-    Returns (Tq, H, D).
+    q (Tq, H, D), k and v (Tk, H, D); cu_seqlens_q and cu_seqlens_k (S+1,) int32 on the host: segment s of the
+    queries is rows cu_seqlens_q[s]:cu_seqlens_q[s+1]; max_len the longest segment; prefix_lens (S,), on the
+    host: keys visible to every query of a causal segment; bias (H, Lq, Lk), added to the scores (plain
+    PyTorch whatever `impl`). Returns (Tq, H, D).
     """
     if bias is None and use_triton(impl, q):
         return attention_triton(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, prefix_lens)

@@ -1,10 +1,12 @@
-"""Which implementation an operation runs: its Triton kernel or plain PyTorch. Chosen once, at start-up, by `use`.
+"""Which implementation an operation runs: its Triton kernel or plain PyTorch. Chosen once, at start-up, by
+`use`.
 
     use("auto")    Triton for tensors on a GPU it compiles for, plain PyTorch elsewhere
     use("triton")  Triton, or an error
     use("ref")     plain PyTorch
 
-Without a GPU the kernels run in Triton's interpreter (slow: for tests) if TRITON_INTERPRET=1 is set before the start.
+Without a GPU the kernels run in Triton's interpreter (slow: for tests) if TRITON_INTERPRET=1 is set before
+the start.
 """
 
 import types
@@ -43,7 +45,8 @@ def problem(device: torch.device) -> str | None:
 
 
 def use(impl: str, device: torch.device) -> str:
-    """Sets what impl="auto" means from now on; returns what runs, in words. Raises ValueError where it cannot."""
+    """Sets what impl="auto" means from now on; returns what runs, in words. Raises ValueError where it
+    cannot."""
     global default
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r}; expected one of {', '.join(IMPLS)}")
@@ -58,7 +61,8 @@ def use(impl: str, device: torch.device) -> str:
 
 
 def use_flash_attention(setting: str | bool, device: torch.device | str) -> str:
-    """`use` by the key of that name: "auto", True or "true" (Triton or an error), False or "false" (plain PyTorch)."""
+    """`use` by the key of that name: "auto", True or "true" (Triton or an error), False or "false" (plain
+    PyTorch)."""
     try:
         impl = {"auto": "auto", "true": "triton", "false": "ref"}[str(setting).lower()]
         return use(impl, torch.device(device))
@@ -80,6 +84,11 @@ def use_triton(impl: str, x: Tensor) -> bool:
 
 
 def architecture(device: torch.device) -> str:
-    """The family of tile sizes: "sm_90" (228 KB of shared memory), or "sm_80", which fits sm_86 and sm_89 too."""
-    hopper = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+    """The family of tile sizes: "sm_90" (228 KB of shared memory), or "sm_80", which fits sm_86 and sm_89
+    too."""
+    hopper = (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device)[0] >= 9
+    )
     return "sm_90" if hopper else "sm_80"

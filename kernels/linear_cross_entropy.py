@@ -1,13 +1,14 @@
 """Vocabulary projection and cross entropy in one operation, for supervised tokens only.
 
-Logits never exist for all rows. Plain PyTorch makes them for one chunk of rows at a time, and the gradients in the
-forward pass while they exist. Rows without a target are left out first: with 30% supervised tokens that is a 3x saving
-in time, chunking the saving in memory (most of all with a frozen vocabulary matrix, whose gradient is never made).
+Logits never exist for all rows. Plain PyTorch makes them for one chunk of rows at a time, and the gradients
+in the forward pass while they exist. Rows without a target are left out first: with 30% supervised tokens
+that is a 3x saving in time, chunking the saving in memory (most of all with a frozen vocabulary matrix, whose
+gradient is never made).
 
-Triton makes no logits at all: its forward reduces each tile of them to the tile's log-sum-exp where it was computed.
-The backward computes softmax - one_hot for a slice of the vocabulary (arXiv:2411.09009 has the idea for tiles), in the
-input's dtype, and leaves its two products to torch.mm. A slice's weight gradient is complete, so nothing is added up
-there, and no atomics are needed.
+Triton makes no logits at all: its forward reduces each tile of them to the tile's log-sum-exp where it was
+computed. The backward computes softmax - one_hot for a slice of the vocabulary (arXiv:2411.09009 has the idea
+for tiles), in the input's dtype, and leaves its two products to torch.mm. A slice's weight gradient is
+complete, so nothing is added up there, and no atomics are needed.
 """
 
 import torch
@@ -25,7 +26,9 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
 
 
-def _across(group, log_z: Tensor, target_logit: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _across(
+    group, log_z: Tensor, target_logit: Tensor, mean: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Statistics of rows (N,) over the whole vocabulary, from those of each rank's part of it. All ranks."""
     if group is None:
         return log_z, target_logit, mean
@@ -46,7 +49,9 @@ def _vocab_size(weight: Tensor, group) -> int:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, smoothing: float, group) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, targets: Tensor, smoothing: float, group
+    ) -> tuple[Tensor, Tensor]:
         N, V = x.shape[0], weight.shape[0]
         dtype = _compute_dtype(x)
         need_x, need_w = ctx.needs_input_grad[:2]
@@ -71,7 +76,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 row_losses[i : i + chunk] = _row_losses(log_z, target_logit, mean, smoothing)
                 if not (need_x or need_w):
                     continue
-                grad *= (largest - log_z[:, None]).exp_()  # softmax - (1 - smoothing) * one_hot - smoothing / V
+                grad *= (
+                    largest - log_z[:, None]
+                ).exp_()  # softmax - (1 - smoothing) * one_hot - smoothing / V
                 grad.scatter_add_(1, target, torch.where(mine, smoothing - 1.0, 0.0))
                 if smoothing:
                     grad -= smoothing / _vocab_size(weight, group)
@@ -105,20 +112,35 @@ def linear_cross_entropy_ref(
 ) -> tuple[Tensor, Tensor]:
     """The definition: all logits at once, plain autograd."""
     logits = (x @ weight.t()).float()
-    row_losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+    row_losses = torch.nn.functional.cross_entropy(
+        logits, targets, reduction="none", label_smoothing=label_smoothing
+    )
     return row_losses.sum(), row_losses.detach()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Triton
 
 
 @jit
 def _logits(
-    x, w, m0, n0, num_rows, num_words, C, stride_x, stride_w,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A tile of x @ w.T (BLOCK_M, BLOCK_N), fp32. Rows past the end repeat the last one; nobody reads their results."""
+    x,
+    w,
+    m0,
+    n0,
+    num_rows,
+    num_words,
+    C,
+    stride_x,
+    stride_w,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A tile of x @ w.T (BLOCK_M, BLOCK_N), fp32. Rows past the end repeat the last one; nobody reads their
+    results."""
     rows = tl.minimum(m0 + tl.arange(0, BLOCK_M), num_rows - 1)
     words = tl.minimum(n0 + tl.arange(0, BLOCK_N), num_words - 1)
     channels = tl.arange(0, BLOCK_K)
@@ -138,11 +160,26 @@ def _logits(
 
 @jit
 def _ce_forward(
-    x, w, targets, log_z, sums, target_logits, num_rows, num_words, C, stride_x, stride_w,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    x,
+    w,
+    targets,
+    log_z,
+    sums,
+    target_logits,
+    num_rows,
+    num_words,
+    C,
+    stride_x,
+    stride_w,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
     SUMS: tl.constexpr,
-):  # fmt: skip
-    """log_z, sums (blocks of words, N): each tile's share; target_logits (N,): written where the target's tile is."""
+):
+    """log_z, sums (blocks of words, N): each tile's share; target_logits (N,): written where the target's
+    tile is."""
     row_blocks = tl.cdiv(num_rows, BLOCK_M)
     m0 = tl.program_id(0) % row_blocks * BLOCK_M  # rows first: the programs of a time share their words in L2
     block = tl.program_id(0) // row_blocks
@@ -166,10 +203,28 @@ def _ce_forward(
 
 @jit
 def _ce_gradient(
-    x, w, targets, log_z, grad, first_word, num_rows, num_words, C, stride_x, stride_w, stride_grad, hit, spread,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """grad (N, words of this slice) = softmax - hit * one_hot - spread; w is the slice's part of the weight."""
+    x,
+    w,
+    targets,
+    log_z,
+    grad,
+    first_word,
+    num_rows,
+    num_words,
+    C,
+    stride_x,
+    stride_w,
+    stride_grad,
+    hit,
+    spread,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """grad (N, words of this slice) = softmax - hit * one_hot -
+    spread; w is the slice's part of the weight."""
     row_blocks = tl.cdiv(num_rows, BLOCK_M)
     m0 = tl.program_id(0) % row_blocks * BLOCK_M
     n0 = tl.program_id(0) // row_blocks * BLOCK_N
@@ -196,14 +251,24 @@ TILES = {
 def _launch(fn, num_rows: int, num_words: int, x: Tensor, *args, **options) -> None:
     block_m, block_n, block_k, warps, stages = TILES[architecture(x.device)][x.element_size()]
     programs = triton.cdiv(num_rows, block_m) * triton.cdiv(num_words, block_n)
-    fn[(programs,)](*args, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, EVEN=x.shape[1] % block_k == 0,
-                    PRECISION=FP32_DOTS if x.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=stages,
-                    **options)  # fmt: skip
+    fn[(programs,)](
+        *args,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        EVEN=x.shape[1] % block_k == 0,
+        PRECISION=FP32_DOTS if x.dtype == torch.float32 else "tf32",
+        num_warps=warps,
+        num_stages=stages,
+        **options,
+    )
 
 
 class _TritonLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, smoothing: float, group) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, targets: Tensor, smoothing: float, group
+    ) -> tuple[Tensor, Tensor]:
         ctx.dtypes, dtype = (x.dtype, weight.dtype), _compute_dtype(x)
         x, w, targets = x.to(dtype).contiguous(), weight.to(dtype).contiguous(), targets.int()
         N, C = x.shape
@@ -213,8 +278,24 @@ class _TritonLinearCrossEntropy(torch.autograd.Function):
         sums = torch.empty_like(log_z) if smoothing else log_z  # not written without smoothing
         target_logit = torch.zeros(N, dtype=torch.float32, device=x.device)
         if N:
-            _launch(_ce_forward, N, V, x, x, w, targets, log_z, sums, target_logit, N, V, C, x.stride(0), w.stride(0),
-                    SUMS=smoothing > 0)  # fmt: skip
+            _launch(
+                _ce_forward,
+                N,
+                V,
+                x,
+                x,
+                w,
+                targets,
+                log_z,
+                sums,
+                target_logit,
+                N,
+                V,
+                C,
+                x.stride(0),
+                w.stride(0),
+                SUMS=smoothing > 0,
+            )
         mean = sums.sum(0) / V if smoothing else None
         log_z, target_logit, mean = _across(group, log_z.logsumexp(0), target_logit, mean)
         row_losses = _row_losses(log_z, target_logit, mean, smoothing)
@@ -237,8 +318,26 @@ class _TritonLinearCrossEntropy(torch.autograd.Function):
             for first in range(0, V if N else 0, words):
                 part = w[first : first + words]
                 grad = buffer[:, : len(part)]
-                _launch(_ce_gradient, N, len(part), x, x, part, targets, log_z, grad, first, N, len(part), C,
-                        x.stride(0), w.stride(0), grad.stride(0), hit, spread)  # fmt: skip
+                _launch(
+                    _ce_gradient,
+                    N,
+                    len(part),
+                    x,
+                    x,
+                    part,
+                    targets,
+                    log_z,
+                    grad,
+                    first,
+                    N,
+                    len(part),
+                    C,
+                    x.stride(0),
+                    w.stride(0),
+                    grad.stride(0),
+                    hit,
+                    spread,
+                )
                 if need_x:
                     grad_x += grad @ part
                 if need_w:
@@ -256,13 +355,14 @@ def linear_cross_entropy(
     """Summed cross entropy of softmax(x @ weight.T), and the loss of each row.
 
     x (N, C): rows that have a target; weight (V, C); targets (N,) in 0..V-1. Returns (sum of losses, fp32,
-    differentiable; row losses (N,), fp32, detached). Sums are taken in fp32; plain PyTorch rounds the logits to x's
-    dtype before, as its matmul gives them. label_smoothing as torch.nn.functional.cross_entropy's. In plain PyTorch
-    the sum's gradient may be taken once (the buffers are scaled in place).
+    differentiable; row losses (N,), fp32, detached). Sums are taken in fp32; plain PyTorch rounds the logits
+    to x's dtype before, as its matmul gives them. label_smoothing as torch.nn.functional.cross_entropy's. In
+    plain PyTorch the sum's gradient may be taken once (the buffers are scaled in place).
 
-    Vocabulary-parallel: each rank of the process group `group` has the same x and an equal share of the weight's rows,
-    in rank order; targets count from the rank's first row, so other ranks' are below 0 or not below V. Every rank
-    returns the loss over the whole vocabulary and the whole gradient of x. All ranks of the group call.
+    Vocabulary-parallel: each rank of the process group `group` has the same x and an equal share of the
+    weight's rows, in rank order; targets count from the rank's first row, so other ranks' are below 0 or not
+    below V. Every rank returns the loss over the whole vocabulary and the whole gradient of x. All ranks of
+    the group call.
     """
     function = _TritonLinearCrossEntropy if use_triton(impl, x) else _LinearCrossEntropy
     return function.apply(x, weight, targets, label_smoothing, group)

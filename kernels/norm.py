@@ -40,7 +40,9 @@ def _rms_norm_backward(
     share = tl.zeros((BLOCK,), tl.float32)
     first = tl.program_id(0) * rows_each
     for row in range(first, tl.minimum(first + rows_each, num_rows)):
-        values = tl.load(x + tl.cast(row, tl.int64) * stride_x + channels, mask=inside, other=0.0).to(tl.float32)
+        values = tl.load(x + tl.cast(row, tl.int64) * stride_x + channels, mask=inside, other=0.0).to(
+            tl.float32
+        )
         grads = tl.load(dy + tl.cast(row, tl.int64) * C + channels, mask=inside, other=0.0).to(tl.float32)
         scale = tl.load(scales + row)
         normed = values * scale
@@ -85,12 +87,24 @@ class _RMSNorm(torch.autograd.Function):
         block = triton.next_power_of_2(C)
         if N:
             _rms_norm_backward[(programs,)](
-                rows, weight, dy.contiguous(), scales, dx, dw, N, rows_each, C, rows.stride(0),
-                BLOCK=block, WEIGHT=need_weight, num_warps=warps(block),
-            )  # fmt: skip
+                rows,
+                weight,
+                dy.contiguous(),
+                scales,
+                dx,
+                dw,
+                N,
+                rows_each,
+                C,
+                rows.stride(0),
+                BLOCK=block,
+                WEIGHT=need_weight,
+                num_warps=warps(block),
+            )
         return dx.view(dy.shape), dw.sum(0).to(weight.dtype) if need_weight else None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, impl: str = "auto") -> Tensor:
-    """x (..., C) / rms(x) * weight: fp32 inside, rounded to x's dtype BEFORE the weight is applied, as Qwen does."""
+    """x (..., C) / rms(x) * weight: fp32 inside, rounded to x's dtype BEFORE the weight is applied, as Qwen
+    does."""
     return _RMSNorm.apply(x, weight, eps) if use_triton(impl, x) else rms_norm_ref(x, weight, eps)

@@ -1,19 +1,23 @@
-"""Compiles every kernel in every shipped configuration for GPUs that need not be there, and reads what came out.
+"""Compiles every kernel in every shipped configuration for GPUs that need not be there, and reads what came
+out.
 
     python kernels/report.py                       # all of sm_80 and sm_90: some minutes
     python kernels/report.py --only dkdv --arch sm_90
     python kernels/report.py --arch gfx942         # AMD: registers, spills, local memory, matrix instructions
-    python kernels/report.py --write_budget        # accept today's registers as the budget (kernels/budget.json)
+    python kernels/report.py --write_budget  # accept today's registers as the budget (kernels/budget.json)
 
-Triton's own wheel brings the compiler and the disassembler; no CUDA toolkit is needed. For each kernel it prints
-- registers, stack and spilling instructions (must be 0), shared memory, blocks and warps that fit on a multiprocessor;
-- for each loop with tensor-core instructions the FLOPs per pass, added up over the instructions' shapes (they must
-  equal the formula's, so that nothing is computed twice or on the ordinary cores), and asynchronous copies;
-- a bound on cycles per pass: the slowest of tensor cores, exponentials and instruction issue, and the tensor cores'
-  share of it (TC);
+Triton's own wheel brings the compiler and the disassembler; no CUDA toolkit is needed. For each kernel it
+prints
+- registers, stack and spilling instructions (must be 0), shared memory, blocks and warps that fit on a
+  multiprocessor;
+- for each loop with tensor-core instructions the FLOPs per pass, added up over the instructions' shapes
+  (they must equal the formula's, so that nothing is computed twice or on the ordinary cores), and
+  asynchronous copies;
+- a bound on cycles per pass: the slowest of tensor cores, exponentials and instruction issue, and the
+  tensor cores' share of it (TC);
 - FLOPs per byte read from L2 in a pass, and for kernels without a loop, the width of their loads.
-It says nothing about results, races or real speed: the interpreter tests results, a GPU the rest (tests/test_gpu.py).
-Exit code 1 if any check fails.
+It says nothing about results, races or real speed: the interpreter tests results, a GPU the rest
+(tests/test_gpu.py). Exit code 1 if any check fails.
 """
 
 import argparse
@@ -38,8 +42,9 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 BUDGET = Path(__file__).with_name("budget.json")
 HEAD_DIMS = (64, 80, 88, 104, 128)
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
-# per multiprocessor: shared memory in all and for one block, dense 16-bit FLOPs a cycle (whitepapers of A100 and H100:
-# 312 TFLOP/s / 108 / 1.41 GHz, 989 TFLOP/s / 132 / 1.83 GHz); both do 16 exponentials and issue 4 instructions a cycle
+# per multiprocessor: shared memory in all and for one block, dense 16-bit FLOPs a cycle (whitepapers of A100
+# and H100: 312 TFLOP/s / 108 / 1.41 GHz, 989 TFLOP/s / 132 / 1.83 GHz); both do 16 exponentials and issue 4
+# instructions a cycle
 SM = {"sm_80": (167_936, 166_912, 2048), "sm_90": (233_472, 232_448, 4096)}
 # "sm_80" tiles also run on sm_86 and sm_89, where a block may have 101,376 bytes
 SHARED_LIMIT = {"sm_80": 101_376, "sm_90": 232_448}
@@ -48,7 +53,8 @@ REGISTERS, WARPS = 65_536, 64
 
 @dataclass
 class Case:
-    """One kernel in one configuration. `flops`: of one pass of its hot loop (0: it has none); `loops`: such loops."""
+    """One kernel in one configuration. `flops`: of one pass of its hot loop (0: it has none); `loops`: such
+    loops."""
 
     name: str
     fn: object
@@ -64,8 +70,12 @@ class Case:
 
 
 def attention_cases(architecture: str):
-    kernels = {"forward": (attention._attention_forward, 2), "decode": (attention._attention_forward, 2),
-               "dq": (attention._attention_dq, 3), "dkdv": (attention._attention_dkdv, 4)}  # fmt: skip
+    kernels = {
+        "forward": (attention._attention_forward, 2),
+        "decode": (attention._attention_forward, 2),
+        "dq": (attention._attention_dq, 3),
+        "dkdv": (attention._attention_dkdv, 4),
+    }
     types = {"blocks": "*i32", "lse": "*fp32", "delta": "*fp32", "scale": "fp32", "score_scale": "fp32"}
     unaligned = ("num_q", *(f"head_{x}" for x in ("q", "k", "v", "o", "do", "dq", "dk")))
     for kind, (fn, dots) in kernels.items():
@@ -73,11 +83,28 @@ def attention_cases(architecture: str):
             for D in HEAD_DIMS:
                 block_d = triton.next_power_of_2(D)
                 m, n, warps, stages = attention.tile(architecture, kind, size, D)
-                constants = {"D": D, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": block_d, "PRECISION": precision(dtype)}
+                constants = {
+                    "D": D,
+                    "BLOCK_M": m,
+                    "BLOCK_N": n,
+                    "BLOCK_D": block_d,
+                    "PRECISION": precision(dtype),
+                }
                 passed = m if kind == "dkdv" else n  # rows that a pass moves on by
                 flops = 2 * dots * m * n * block_d
-                yield Case(f"attention_{kind} D={D}", fn, dtype, constants, warps, stages, flops, 2,
-                           2 * passed * D * size, types, unaligned)  # fmt: skip
+                yield Case(
+                    f"attention_{kind} D={D}",
+                    fn,
+                    dtype,
+                    constants,
+                    warps,
+                    stages,
+                    flops,
+                    2,
+                    2 * passed * D * size,
+                    types,
+                    unaligned,
+                )
 
 
 def cross_entropy_cases(architecture: str):
@@ -89,16 +116,36 @@ def cross_entropy_cases(architecture: str):
         "hit": "fp32",
         "spread": "fp32",
     }
-    for name, fn in (("forward", linear_cross_entropy._ce_forward), ("gradient", linear_cross_entropy._ce_gradient)):
+    for name, fn in (
+        ("forward", linear_cross_entropy._ce_forward),
+        ("gradient", linear_cross_entropy._ce_gradient),
+    ):
         for dtype, size in DTYPES.items():
             for smoothing in (False, True) if name == "forward" else (None,):
                 m, n, k, warps, stages = linear_cross_entropy.TILES[architecture][size]
-                constants = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "EVEN": True, "PRECISION": precision(dtype)}
+                constants = {
+                    "BLOCK_M": m,
+                    "BLOCK_N": n,
+                    "BLOCK_K": k,
+                    "EVEN": True,
+                    "PRECISION": precision(dtype),
+                }
                 if smoothing is not None:
                     constants["SUMS"] = smoothing
                 suffix = " smoothed" if smoothing else ""
-                yield Case(f"cross_entropy_{name}{suffix}", fn, dtype, constants, warps, stages, 2 * m * n * k, 1,
-                           (m + n) * k * size, types, ("num_rows", "num_words", "first_word"))  # fmt: skip
+                yield Case(
+                    f"cross_entropy_{name}{suffix}",
+                    fn,
+                    dtype,
+                    constants,
+                    warps,
+                    stages,
+                    2 * m * n * k,
+                    1,
+                    (m + n) * k * size,
+                    types,
+                    ("num_rows", "num_words", "first_word"),
+                )
 
 
 def elementwise_cases(architecture: str):
@@ -110,12 +157,22 @@ def elementwise_cases(architecture: str):
         yield Case("rms_norm_forward", norm._rms_norm_forward, dtype, block, num_warps, 3, types=row)
         for weight in (False, True):
             name = f"rms_norm_backward{' weight' if weight else ''}"
-            yield Case(name, norm._rms_norm_backward, dtype, {**block, "WEIGHT": weight}, num_warps, 3, types=row,
-                       unaligned=("num_rows", "rows_each"))  # fmt: skip
+            yield Case(
+                name,
+                norm._rms_norm_backward,
+                dtype,
+                {**block, "WEIGHT": weight},
+                num_warps,
+                3,
+                types=row,
+                unaligned=("num_rows", "rows_each"),
+            )
         for parts, half in ((1, 64), (2, 32)):
             constants = {"HALF": half, "BLOCK": half, "BLOCK_H": 32, "PARTS": parts}
             types = {"cos": "*fp32", "sin": "*fp32", "direction": "fp32"}
-            yield Case(f"rotary_{parts}d", rotary._rotary, dtype, constants, 4, 3, types=types, unaligned=("T",))
+            yield Case(
+                f"rotary_{parts}d", rotary._rotary, dtype, constants, 4, 3, types=types, unaligned=("T",)
+            )
         for way, fn in (("forward", swiglu._swiglu_forward), ("backward", swiglu._swiglu_backward)):
             yield Case(f"swiglu_{way}", fn, dtype, {"BLOCK": swiglu.BLOCK}, 4, 3)
 
@@ -130,12 +187,32 @@ def cases(architecture: str):
     yield from elementwise_cases(architecture)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Compiling and reading
 
 
-POINTERS = {"blocks", "q", "k", "v", "o", "do", "dq", "dk", "dv", "x", "w", "grad", "y", "dy", "dx", "weight",
-            "gate", "up", "dgate", "dup"}  # fmt: skip
+POINTERS = {
+    "blocks",
+    "q",
+    "k",
+    "v",
+    "o",
+    "do",
+    "dq",
+    "dk",
+    "dv",
+    "x",
+    "w",
+    "grad",
+    "y",
+    "dy",
+    "dx",
+    "weight",
+    "gate",
+    "up",
+    "dgate",
+    "dup",
+}
 
 
 def compile_case(case: Case, target: GPUTarget):
@@ -148,7 +225,9 @@ def compile_case(case: Case, target: GPUTarget):
         if signature[name] != "fp32" and name not in case.unaligned:
             hints[(i,)] = [["tt.divisibility", 16]]
     options = {"num_warps": case.warps, "num_stages": case.stages}
-    return triton.compile(ASTSource(case.fn, signature, case.constants, hints), target=target, options=options)
+    return triton.compile(
+        ASTSource(case.fn, signature, case.constants, hints), target=target, options=options
+    )
 
 
 def tool(name: str, *args: str) -> str:
@@ -205,12 +284,15 @@ def examine(case: Case, architecture: str, budget: dict[str, int]) -> tuple[dict
     per_warp = -(-registers * 32 // 256) * 256
     blocks = min(REGISTERS // (per_warp * case.warps), all_shared // (shared + 1024), WARPS // case.warps)
     figures = {
-        "registers": registers, "stack": int(usage["STACK"]) + int(usage["LOCAL"]),
+        "registers": registers,
+        "stack": int(usage["STACK"]) + int(usage["LOCAL"]),
         "spills": count(lines, "STL.*|LDL.*"),
-        "shared": shared, "warps": blocks * case.warps,
+        "shared": shared,
+        "warps": blocks * case.warps,
         "async": count(lines, "LDGSTS.*") + count(lines, "UTMALDG.*"),
-        "wide": count(lines, r"LDG.*\.128.*"), "tensor": count(lines, "HGMMA.*") or count(lines, "HMMA.*"),
-    }  # fmt: skip
+        "wide": count(lines, r"LDG.*\.128.*"),
+        "tensor": count(lines, "HGMMA.*") or count(lines, "HMMA.*"),
+    }
     key = f"{architecture} {case.name} {case.dtype}"
     failures = []
 
@@ -224,7 +306,8 @@ def examine(case: Case, architecture: str, budget: dict[str, int]) -> tuple[dict
         f"{figures['stack']} bytes of stack, {figures['spills']} spills",
     )
     check(
-        shared <= SHARED_LIMIT[architecture], f"{shared:,} bytes of shared memory, limit {SHARED_LIMIT[architecture]:,}"
+        shared <= SHARED_LIMIT[architecture],
+        f"{shared:,} bytes of shared memory, limit {SHARED_LIMIT[architecture]:,}",
     )
     check(blocks > 0, "does not fit on a multiprocessor")
     check(key in budget, "has no register budget; run with --write_budget")
@@ -259,16 +342,22 @@ def examine(case: Case, architecture: str, budget: dict[str, int]) -> tuple[dict
 
 
 def examine_amd(case: Case) -> tuple[dict, list[str]]:
-    """The little that the assembler's text for gfx942 tells: registers, spills, local memory, matrix instructions."""
+    """The little that the assembler's text for gfx942 tells: registers, spills, local memory, matrix
+    instructions."""
     compiled = compile_case(case, GPUTarget("hip", "gfx942", 64))
     code = compiled.asm["amdgcn"]
     names = "vgpr_count|vgpr_spill_count|private_segment_fixed_size"
     values = {k: int(v) for k, v in re.findall(rf"\.({names}):\s+(\d+)", code)}
     figures = {
-        "registers": values["vgpr_count"], "stack": values["private_segment_fixed_size"],
-        "spills": values["vgpr_spill_count"], "shared": compiled.metadata.shared, "warps": "",
-        "tensor": code.count("v_mfma"), "async": "", "wide": code.count("load_dwordx4"),
-    }  # fmt: skip
+        "registers": values["vgpr_count"],
+        "stack": values["private_segment_fixed_size"],
+        "spills": values["vgpr_spill_count"],
+        "shared": compiled.metadata.shared,
+        "warps": "",
+        "tensor": code.count("v_mfma"),
+        "async": "",
+        "wide": code.count("load_dwordx4"),
+    }
     key, failures = f"gfx942 {case.name} {case.dtype}", []
     if figures["stack"] or figures["spills"]:
         failures.append(f"{key}: {figures['stack']} bytes of stack, {figures['spills']} spills")
@@ -280,22 +369,51 @@ def examine_amd(case: Case) -> tuple[dict, list[str]]:
 
 
 COLUMNS = (34, 12, 5, 5, 6, 8, 6, 7, 6, 14, 5, 7)
-HEADER = "kernel", "tile", "w/s", "regs", "spill", "shared", "warps", "tensor", "async", "bound by", "TC", "FLOP/B"
+HEADER = (
+    "kernel",
+    "tile",
+    "w/s",
+    "regs",
+    "spill",
+    "shared",
+    "warps",
+    "tensor",
+    "async",
+    "bound by",
+    "TC",
+    "FLOP/B",
+)
 
 
 def row(case: Case, f: dict) -> tuple:
     tile = "x".join(str(v) for k, v in case.constants.items() if k.startswith("BLOCK"))
     bound, share, intensity = f"{f['wide']} wide loads", "", ""
     if "bound" in f:
-        bound, share, intensity = f"{f['bound']} {f['cycles']:,.0f}", f"{f['share']:.0%}", f"{f['intensity']:.0f}"
+        bound, share, intensity = (
+            f"{f['bound']} {f['cycles']:,.0f}",
+            f"{f['share']:.0%}",
+            f"{f['intensity']:.0f}",
+        )
     return (
-        f"{case.name} {case.dtype}", tile, f"{case.warps}/{case.stages}", f["registers"], f["stack"] + f["spills"],
-        f["shared"], f["warps"], f["tensor"], f["async"], bound, share, intensity,
-    )  # fmt: skip
+        f"{case.name} {case.dtype}",
+        tile,
+        f"{case.warps}/{case.stages}",
+        f["registers"],
+        f["stack"] + f["spills"],
+        f["shared"],
+        f["warps"],
+        f["tensor"],
+        f["async"],
+        bound,
+        share,
+        intensity,
+    )
 
 
 def line(values: tuple) -> str:
-    return f"{values[0]:{COLUMNS[0]}}" + "".join(f"{v:>{w}}" for v, w in zip(values[1:], COLUMNS[1:], strict=True))
+    return f"{values[0]:{COLUMNS[0]}}" + "".join(
+        f"{v:>{w}}" for v, w in zip(values[1:], COLUMNS[1:], strict=True)
+    )
 
 
 def main() -> int:
@@ -309,7 +427,9 @@ def main() -> int:
     for architecture in args.arch:
         print(f"{architecture}: compiled and statically checked, not run on a GPU\n{line(HEADER)}")
         amd = architecture == "gfx942"
-        for case in cases("sm_80" if amd else architecture):  # the tiles that attention and cross entropy take there
+        for case in cases(
+            "sm_80" if amd else architecture
+        ):  # the tiles that attention and cross entropy take there
             if not re.search(args.only, f"{case.name} {case.dtype}"):
                 continue
             if amd and "PRECISION" in case.constants:

@@ -1,4 +1,5 @@
-"""Rotary position embedding, rotate-half convention (arXiv:2104.09864): channel j turns with channel j + D/2."""
+"""Rotary position embedding, rotate-half convention
+(arXiv:2104.09864): channel j turns with channel j + D/2."""
 
 import torch
 from torch import Tensor
@@ -18,9 +19,20 @@ def rotary_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @jit
 def _rotary(
-    x, cos, sin, y, T, H, stride_t, stride_h, direction,
-    HALF: tl.constexpr, BLOCK: tl.constexpr, BLOCK_H: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
+    x,
+    cos,
+    sin,
+    y,
+    T,
+    H,
+    stride_t,
+    stride_h,
+    direction,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PARTS: tl.constexpr,
+):
     """All heads of one token a program (of half a head each, where PARTS is 2). direction -1 turns back."""
     t, part = tl.program_id(0), tl.program_id(1)
     heads, channels = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK)
@@ -58,14 +70,26 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
     parts, half = (2 if cos.dim() == 3 else 1), cos.shape[-1]
     if T:
         _rotary[(T, parts)](
-            x, cos.contiguous(), sin.contiguous(), y, T, H, x.stride(0), x.stride(1), direction, HALF=half,
-            BLOCK=triton.next_power_of_2(half), BLOCK_H=triton.next_power_of_2(H), PARTS=parts,
-        )  # fmt: skip
+            x,
+            cos.contiguous(),
+            sin.contiguous(),
+            y,
+            T,
+            H,
+            x.stride(0),
+            x.stride(1),
+            direction,
+            HALF=half,
+            BLOCK=triton.next_power_of_2(half),
+            BLOCK_H=triton.next_power_of_2(H),
+            PARTS=parts,
+        )
     return y
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, impl: str = "auto") -> Tensor:
-    """x (T, H, D) turned by the angles of cos and sin (T, D/2), both fp32. Computed in fp32, returned in x's dtype.
+    """x (T, H, D) turned by the angles of cos and sin (T, D/2), both fp32. Computed in fp32, returned in x's
+    dtype.
 
     With cos and sin (2, T, D/4) each half of a head is turned by its own position (ChatGLM's 2-D positions).
     """

@@ -1,8 +1,9 @@
 """A small untrained BLIP-2: tokenizers trained on samples/, random weights. See runs/make_tiny.sh.
 
-PYTHONPATH=. python runs/make_tiny_blip2.py init runs/out/blip2             # .../language_model and .../stage1
-PYTHONPATH=. python runs/make_tiny_blip2.py tower runs/out/blip2/trained1 runs/out/blip2/tower    # the ViT alone
-PYTHONPATH=. python runs/make_tiny_blip2.py round runs/out/blip2/trained2 samples/tiny_blip2      # weights to bf16
+PYTHONPATH=. python runs/make_tiny_blip2.py init runs/out/blip2             # .../language_model and
+.../stage1 PYTHONPATH=. python runs/make_tiny_blip2.py tower runs/out/blip2/trained1 runs/out/blip2/tower    #
+the ViT alone PYTHONPATH=. python runs/make_tiny_blip2.py round runs/out/blip2/trained2 samples/tiny_blip2
+# weights to bf16
 """
 
 import json
@@ -19,18 +20,44 @@ from build import named_generator
 NUM_TOKENS = 1000  # of each tokenizer, about
 WIDTH = 128
 CONFIG = {
-    "architectures": ["Blip2ForConditionalGeneration"], "model_type": "blip-2", "num_query_tokens": 8,
-    "image_text_hidden_size": 64, "initializer_range": 0.02, "use_decoder_only_language_model": True,
+    "architectures": ["Blip2ForConditionalGeneration"],
+    "model_type": "blip-2",
+    "num_query_tokens": 8,
+    "image_text_hidden_size": 64,
+    "initializer_range": 0.02,
+    "use_decoder_only_language_model": True,
     "torch_dtype": "float32",
-    "vision_config": {"model_type": "blip_2_vision_model", "hidden_size": WIDTH, "num_hidden_layers": 4,
-                      "num_attention_heads": 4, "intermediate_size": 4 * WIDTH, "image_size": 64, "patch_size": 8},
-    "qformer_config": {"model_type": "blip_2_qformer", "hidden_size": WIDTH, "num_hidden_layers": 4,
-                       "num_attention_heads": 4, "intermediate_size": 2 * WIDTH, "encoder_hidden_size": WIDTH,
-                       "max_position_embeddings": 64},
-    "text_config": {"model_type": "opt", "hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 4,
-                    "ffn_dim": 4 * WIDTH, "word_embed_proj_dim": WIDTH, "max_position_embeddings": 128, "dropout": 0.1,
-                    "bos_token_id": 2, "pad_token_id": 1},
-}  # fmt: skip
+    "vision_config": {
+        "model_type": "blip_2_vision_model",
+        "hidden_size": WIDTH,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 4 * WIDTH,
+        "image_size": 64,
+        "patch_size": 8,
+    },
+    "qformer_config": {
+        "model_type": "blip_2_qformer",
+        "hidden_size": WIDTH,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 2 * WIDTH,
+        "encoder_hidden_size": WIDTH,
+        "max_position_embeddings": 64,
+    },
+    "text_config": {
+        "model_type": "opt",
+        "hidden_size": WIDTH,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "ffn_dim": 4 * WIDTH,
+        "word_embed_proj_dim": WIDTH,
+        "max_position_embeddings": 128,
+        "dropout": 0.1,
+        "bos_token_id": 2,
+        "pad_token_id": 1,
+    },
+}
 
 
 def texts() -> list[str]:
@@ -41,7 +68,9 @@ def texts() -> list[str]:
         question = blip2.question_text(record["question"])
         found.append(blip2.Blip2Processor.QUESTION_PROMPT.format(question))
         found += [f" {answer}" for answer in record["answers"]]
-    for a in json.loads(Path("samples/caption/captions_train_en.json").read_text(encoding="utf-8"))["annotations"]:
+    for a in json.loads(Path("samples/caption/captions_train_en.json").read_text(encoding="utf-8"))[
+        "annotations"
+    ]:
         caption = blip2.caption_text(a["caption"])
         found += [caption, f"a photo of {caption}"]
     return found
@@ -53,8 +82,12 @@ def write_opt_tokenizer(out: Path) -> int:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(texts(), trainers.BpeTrainer(
-        vocab_size=NUM_TOKENS, initial_alphabet=alphabet, special_tokens=special, show_progress=False))  # fmt: skip
+    bpe.train_from_iterator(
+        texts(),
+        trainers.BpeTrainer(
+            vocab_size=NUM_TOKENS, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+        ),
+    )
     bpe.model.save(str(out))
     vocab = json.loads((out / "vocab.json").read_text())
     vocab["<mask>"] = len(vocab)
@@ -83,7 +116,8 @@ def write_weights(out: Path, config: dict) -> None:
             if p.ndim == 2 and "embed" not in name:
                 p.mul_(WIDTH**-0.5 / 0.02)  # 0.02 is for models ten times as wide
             if name.startswith("language_projection"):
-                p.zero_()  # the language model alone, while it is trained first; then a picture begins as nothing
+                # the language model alone, while it is trained first; then a picture begins as nothing
+                p.zero_()
     checkpoint.write_json(out / "config.json", config)
     checkpoint.save_weights(out, model.state_dict().items())
 
@@ -94,12 +128,20 @@ def init(root: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     num_tokens, num_words = write_opt_tokenizer(language), write_bert_tokenizer(stage1)
     newline = json.loads((language / "vocab.json").read_text())["Ċ"]
-    text = {**CONFIG["text_config"], "vocab_size": num_tokens + 1, "eos_token_id": newline}  # one more: the picture's
+    text = {
+        **CONFIG["text_config"],
+        "vocab_size": num_tokens + 1,
+        "eos_token_id": newline,
+    }  # one more: the picture's
     qformer = {**CONFIG["qformer_config"], "vocab_size": num_words + 1}  # one more: [DEC]
     config = {**CONFIG, "text_config": text, "qformer_config": qformer, "image_token_index": num_tokens}
     write_weights(language, config)
     qformer = {**qformer, "use_qformer_text_input": True}
-    retrieval = {"architectures": ["Blip2ForImageTextRetrieval"], "qformer_config": qformer, "image_token_index": None}
+    retrieval = {
+        "architectures": ["Blip2ForImageTextRetrieval"],
+        "qformer_config": qformer,
+        "image_token_index": None,
+    }
     write_weights(stage1, {**config, **retrieval, "stage1_heads": True})
 
 

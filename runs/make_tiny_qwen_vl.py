@@ -1,7 +1,8 @@
-"""A small untrained Qwen-VL: config.json, a byte-level BPE trained on samples/, random weights. See runs/make_tiny.sh.
+"""A small untrained Qwen-VL: config.json, a byte-level BPE trained on samples/, random weights. See
+runs/make_tiny.sh.
 
-PYTHONPATH=. python runs/make_tiny_qwen_vl.py init runs/out/init
-PYTHONPATH=. python runs/make_tiny_qwen_vl.py round runs/out/trained samples/tiny_qwen_vl      # weights to bf16
+PYTHONPATH=. python runs/make_tiny_qwen_vl.py init runs/out/init PYTHONPATH=. python runs/make_tiny_qwen_vl.py
+round runs/out/trained samples/tiny_qwen_vl      # weights to bf16
 """
 
 import base64
@@ -18,14 +19,36 @@ from build import named_generator
 
 NUM_TOKENS = 1500  # of the BPE, special tokens not counted
 CONFIG = {
-    "architectures": ["QWenLMHeadModel"], "model_type": "qwen", "hidden_size": 128, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "kv_channels": 32, "intermediate_size": 704, "vocab_size": 1728,
+    "architectures": ["QWenLMHeadModel"],
+    "model_type": "qwen",
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "kv_channels": 32,
+    "intermediate_size": 704,
+    "vocab_size": 1728,
     "layer_norm_epsilon": 1e-6,
-    "rotary_emb_base": 10000, "rotary_pct": 1.0, "seq_length": 512, "use_dynamic_ntk": True, "use_logn_attn": True,
-    "no_bias": True, "tie_word_embeddings": False, "initializer_range": 0.088, "torch_dtype": "float32",
-    "visual": {"image_size": 64, "patch_size": 8, "width": 128, "layers": 4, "heads": 4, "mlp_ratio": 4.0,
-               "output_dim": 128, "image_start_id": NUM_TOKENS + qwen.SPECIAL_TOKENS.index("<img>"), "n_queries": 16},
-}  # fmt: skip
+    "rotary_emb_base": 10000,
+    "rotary_pct": 1.0,
+    "seq_length": 512,
+    "use_dynamic_ntk": True,
+    "use_logn_attn": True,
+    "no_bias": True,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.088,
+    "torch_dtype": "float32",
+    "visual": {
+        "image_size": 64,
+        "patch_size": 8,
+        "width": 128,
+        "layers": 4,
+        "heads": 4,
+        "mlp_ratio": 4.0,
+        "output_dim": 128,
+        "image_start_id": NUM_TOKENS + qwen.SPECIAL_TOKENS.index("<img>"),
+        "n_queries": 16,
+    },
+}
 
 
 def texts() -> list[str]:
@@ -57,7 +80,10 @@ def init(out: Path) -> None:
     vocab = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
     assert len(vocab) == NUM_TOKENS, len(vocab)
     out.mkdir(parents=True, exist_ok=True)
-    lines = (base64.b64encode(bytes(qwen.CHAR_TO_BYTE[c] for c in token)).decode() + f" {i}\n" for token, i in vocab)
+    lines = (
+        base64.b64encode(bytes(qwen.CHAR_TO_BYTE[c] for c in token)).decode() + f" {i}\n"
+        for token, i in vocab
+    )
     (out / "qwen.tiktoken").write_text("".join(lines))
     checkpoint.write_json(out / "config.json", CONFIG)
     model = qwen.build_model(CONFIG)
@@ -71,7 +97,9 @@ def round_weights(source: Path, out: Path) -> None:
     weights = checkpoint.open_weights(source)
     with checkpoint.atomic_dir(out) as temporary:
         checkpoint.save_weights(temporary, ((n, weights.read(n).bfloat16()) for n in sorted(weights.names)))
-        checkpoint.write_json(temporary / "config.json", {**checkpoint.read_config(source), "torch_dtype": "bfloat16"})
+        checkpoint.write_json(
+            temporary / "config.json", {**checkpoint.read_config(source), "torch_dtype": "bfloat16"}
+        )
         checkpoint.copy_side_files(source, temporary)
 
 

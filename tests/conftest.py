@@ -1,13 +1,15 @@
 """What all tests share: options, threads, and the golden variants that a test is run for.
 
-    python -m pytest                                # all but slow tests, with the golden files in tests/goldens
+    python -m pytest  # all but slow tests, with the golden files in tests/goldens
     python -m pytest -m slow                        # the slow ones
-    python -m pytest tests -k golden --goldens DIR  # the golden tests alone, with another set of the same layout
+    python -m pytest tests -k golden --goldens DIR  # the golden tests, with another set of files
 
-(Name `tests` there: pytest takes an existing DIR outside the repository for a test path before it has read this file.)
+(Name `tests` there: pytest takes an existing DIR outside the repository for a test path before it has read
+this file.)
 
-A test that takes an argument named in VARIANTS (e.g. `qwen_vl_variant`) runs once per variant directory found below the
-golden root; where a set lacks the kind it is skipped with the reason, and fails where the set has none at all.
+A test that takes an argument named in VARIANTS (e.g. `qwen_vl_variant`) runs once per variant directory found
+below the golden root; where a set lacks the kind it is skipped with the reason, and fails where the set has
+none at all.
 """
 
 import json
@@ -15,7 +17,9 @@ import os
 import shutil
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads of several test processes starve each other
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # spinning threads of several test processes starve each other
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -43,8 +47,12 @@ VARIANTS = {  # test argument -> directories below the golden root, or a file th
 
 
 def pytest_addoption(parser):
-    parser.addoption("--goldens", metavar="DIR", default=str(ROOT / "tests" / "goldens"), help="root of golden files")
-    parser.addoption("--tokenizers", metavar="DIR", default=None, help="real tokenizer files; without them tests skip")
+    parser.addoption(
+        "--goldens", metavar="DIR", default=str(ROOT / "tests" / "goldens"), help="root of golden files"
+    )
+    parser.addoption(
+        "--tokenizers", metavar="DIR", default=None, help="real tokenizer files; without them tests skip"
+    )
 
 
 def pytest_configure(config):
@@ -67,7 +75,9 @@ def pytest_generate_tests(metafunc):
         if argument in metafunc.fixturenames:
             found = sorted(p if p.is_dir() else p.parent for p in metafunc.config.goldens.glob(pattern))
             # one case that says so, not none: an empty parameter list would be a silent skip
-            metafunc.parametrize(argument, found or [None], ids=[p.name for p in found] or ["none"], indirect=True)
+            metafunc.parametrize(
+                argument, found or [None], ids=[p.name for p in found] or ["none"], indirect=True
+            )
 
 
 def missing_in_the_set(config, error: FileNotFoundError) -> str | None:
@@ -133,13 +143,27 @@ def base(tmp_path_factory):
     shutil.copy((ROOT / "samples/tiny_qwen_vl/qwen.tiktoken"), path)
     num_tokens = len((path / "qwen.tiktoken").read_text().splitlines())
     config = {
-        **qwen.PRESETS["qwen-vl-7b"], "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        **qwen.PRESETS["qwen-vl-7b"],
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
         "kv_channels": 32,
-        "intermediate_size": 256, "vocab_size": num_tokens + 228, "seq_length": 64, "torch_dtype": "float32",
-        "visual": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "heads": 2, "mlp_ratio": 2.0,
-                   "output_dim": 128,
-                   "image_start_id": num_tokens + qwen.SPECIAL_TOKENS.index("<img>"), "n_queries": 4},
-    }  # fmt: skip
+        "intermediate_size": 256,
+        "vocab_size": num_tokens + 228,
+        "seq_length": 64,
+        "torch_dtype": "float32",
+        "visual": {
+            "image_size": 32,
+            "patch_size": 8,
+            "width": 32,
+            "layers": 2,
+            "heads": 2,
+            "mlp_ratio": 2.0,
+            "output_dim": 128,
+            "image_start_id": num_tokens + qwen.SPECIAL_TOKENS.index("<img>"),
+            "n_queries": 4,
+        },
+    }
     checkpoint.write_json(path / "config.json", config)
     model = qwen.build_model(config)
     with torch.no_grad():
@@ -159,7 +183,10 @@ def dataset(tmp_path_factory):
         Image.fromarray(rng.integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(path / f"{i}.png")
         tag = "" if i % 3 == 2 else f"Picture 1: <img>{i}.png</img>\n"
         records.append(
-            {"id": str(i), "conversations": [[f"{tag}what {'is ' * (i % 7)}it?", f"number {i} " * (1 + i % 4)]]}
+            {
+                "id": str(i),
+                "conversations": [[f"{tag}what {'is ' * (i % 7)}it?", f"number {i} " * (1 + i % 4)]],
+            }
         )
     (path / "a.jsonl").write_text("\n".join(map(json.dumps, records[:30])))
     (path / "b.json").write_text(json.dumps(records[30:]))

@@ -1,6 +1,6 @@
-"""BLIP-2 against frozen outputs of transformers and LAVIS (tolerances: 1e-4 on hidden states and logits, 1e-5 on
-losses, 1e-4
-relative on gradients; tokens exactly). Padded rows of the originals are segments of one stream here."""
+"""BLIP-2 against frozen outputs of transformers and LAVIS (tolerances: 1e-4 on hidden states and logits, 1e-5
+on losses, 1e-4 relative on gradients; tokens exactly). Padded rows of the originals are segments of one
+stream here."""
 
 import json
 import math
@@ -35,7 +35,11 @@ class Variant:
     def model(self):
         config = json.loads((self.path / "config.json").read_text())
         model = blip2.build_model(config)
-        state = {n: t for n, t in load_file(self.path / "model.safetensors").items() if n not in blip2.aliases(config)}
+        state = {
+            n: t
+            for n, t in load_file(self.path / "model.safetensors").items()
+            if n not in blip2.aliases(config)
+        }
         model.load_state_dict(state, strict=True)
         return model.eval()
 
@@ -45,18 +49,23 @@ def stream(rows, targets=None, pixels=None, Q=0):
     lengths = torch.tensor([len(r) for r in rows])
     cu = blip2.segments(lengths)
     return {
-        "input_ids": torch.cat(rows).long(), "cu_seqlens": cu, "max_len": int(lengths.max()),
+        "input_ids": torch.cat(rows).long(),
+        "cu_seqlens": cu,
+        "max_len": int(lengths.max()),
         "position_ids": torch.cat([torch.arange(n) for n in lengths]),
         "targets": torch.cat(targets).long() if targets else torch.full((int(cu[-1]),), -100),
-        "pixel_values": pixels, "image_positions": cu[:-1, None].long() + torch.arange(Q),
-    }  # fmt: skip
+        "pixel_values": pixels,
+        "image_positions": cu[:-1, None].long() + torch.arange(Q),
+    }
 
 
 def shifted(labels):
     return torch.cat((labels[1:], labels.new_tensor([-100])))
 
 
-def opt_batch(io, Q, ids="in.input_ids", mask="in.attention_mask", labels="in.labels", pixels="in.pixel_values"):
+def opt_batch(
+    io, Q, ids="in.input_ids", mask="in.attention_mask", labels="in.labels", pixels="in.pixel_values"
+):
     keep = io[mask].bool()
     rows = [r[k] for r, k in zip(io[ids], keep, strict=True)]
     targets = [shifted(r[k]) for r, k in zip(io[labels], keep, strict=True)] if labels else None
@@ -99,10 +108,14 @@ def check_vision_and_qformer(model, io):
             lambda _m, _i, out: seen["vision"].append(out.flatten(0, 1))
         )
     ]
-    hooks += [b.register_forward_hook(lambda _m, _i, out: seen["vision"].append(out)) for b in model.vision_blocks]
+    hooks += [
+        b.register_forward_hook(lambda _m, _i, out: seen["vision"].append(out)) for b in model.vision_blocks
+    ]
     layers = model.qformer.encoder.layer
     hooks.append(layers[0].register_forward_pre_hook(lambda _m, args: seen["qformer"].append(args[0])))
-    hooks += [layer.register_forward_hook(lambda _m, _i, out: seen["qformer"].append(out)) for layer in layers]
+    hooks += [
+        layer.register_forward_hook(lambda _m, _i, out: seen["qformer"].append(out)) for layer in layers
+    ]
     image = model.vision_model(io["in.pixel_values"])
     queries = blip2.encode_queries(model, image)
     features = model.encode_images(io["in.pixel_values"])
@@ -205,11 +218,15 @@ def lavis_model(variant, text_config=None):
     case = variant.golden["case"]
     text = text_config or {"model_type": "opt"}
     config = {
-        "model_type": "blip-2", "num_query_tokens": case["num_query_tokens"], "image_token_index": None,
-        "image_text_hidden_size": case.get("embed_dim", 256), "stage1_heads": text_config is None,
-        "vision_config": {**case["vision"], "post_layernorm_eps": 1e-5}, "text_config": text,
+        "model_type": "blip-2",
+        "num_query_tokens": case["num_query_tokens"],
+        "image_token_index": None,
+        "image_text_hidden_size": case.get("embed_dim", 256),
+        "stage1_heads": text_config is None,
+        "vision_config": {**case["vision"], "post_layernorm_eps": 1e-5},
+        "text_config": text,
         "qformer_config": {**case["qformer"], "use_qformer_text_input": text_config is None},
-    }  # fmt: skip
+    }
     weights = load_file(variant.path / "model.safetensors")
     state = blip2.from_lavis(weights)
     if text_config is None:
@@ -285,14 +302,20 @@ def requests_of(ids, masks, pixels, Q, t5=False, seen=None):
     for row, keep, picture in zip(ids, masks.bool(), pixels, strict=True):
         row = row[keep].tolist() + ([0] if t5 else [])
         requests.append(
-            {"input_ids": row, "image_starts": [0], "pixel_values": [picture], "seen": seen or ([0] if t5 else row)}
+            {
+                "input_ids": row,
+                "image_starts": [0],
+                "pixel_values": [picture],
+                "seen": seen or ([0] if t5 else row),
+            }
         )
     assert Q <= min(len(r["input_ids"]) for r in requests)
     return requests
 
 
 def check_generation(model, requests, expected, eos, new, beams=1, **options):
-    """`expected`: tokens (and scores) of each request, best first; alone, a request gives what it gives in a batch."""
+    """`expected`: tokens (and scores) of each request, best first; alone, a request gives what it gives in a
+    batch."""
     if beams == 1:
         out = [[row] for row in generate(model, requests, new, [[eos]], **options)]
         alone = [[generate(model, [r], new, [[eos]], **options)[0]] for r in requests]
@@ -333,11 +356,19 @@ def check_hf_generations(variant, t5):
         expected = [rows[i : i + R] for i in range(0, len(rows), R)]
         options = {k: args[k] for k in ("repetition_penalty", "length_penalty") if k in args}
         scores = check_generation(
-            model, requests, expected, eos, args["max_new_tokens"], args.get("num_beams", 1),
-            min_new_tokens=args.get("min_new_tokens", 0), **options,
-        )  # fmt: skip
+            model,
+            requests,
+            expected,
+            eos,
+            args["max_new_tokens"],
+            args.get("num_beams", 1),
+            min_new_tokens=args.get("min_new_tokens", 0),
+            **options,
+        )
         if "sequences_scores" in case:
-            close(torch.tensor([s for row in scores for s in row[:R]]), torch.tensor(case["sequences_scores"]))
+            close(
+                torch.tensor([s for row in scores for s in row[:R]]), torch.tensor(case["sequences_scores"])
+            )
     assert len(g["generation"]) >= 9
 
 
@@ -393,7 +424,8 @@ def test_golden_stage1_outputs(blip2_stage1):
     assert (scores - io["out.blip2itm_itm"]).abs().amax(1).min() < 1e-4
     case = g["generate_greedy"]
     requests = [
-        {"input_ids": [0] * Q + [model.decoder_start], "image_starts": [0], "pixel_values": [p]} for p in io["in.image"]
+        {"input_ids": [0] * Q + [model.decoder_start], "image_starts": [0], "pixel_values": [p]}
+        for p in io["in.image"]
     ]
     args = case["args"]
     expected = [[new_tokens(s, 1, args["eos"])] for s in case["sequences"]]
@@ -404,7 +436,11 @@ def test_golden_stage1_outputs(blip2_stage1):
 
 def ddp_rank(rank, world, port, path, queue):
     os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
     parallel.init_world()
@@ -436,7 +472,9 @@ def test_golden_stage1_two_processes(blip2_stage1_ddp):
     world = variant.golden["world_size"]
     fork = multiprocessing.get_context("fork")
     queue, port = fork.SimpleQueue(), free_port()
-    processes = [fork.Process(target=ddp_rank, args=(r, world, port, blip2_stage1_ddp, queue)) for r in range(world)]
+    processes = [
+        fork.Process(target=ddp_rank, args=(r, world, port, blip2_stage1_ddp, queue)) for r in range(world)
+    ]
     for p in processes:
         p.start()
     results = dict((r, (losses, grads)) for r, losses, grads in (queue.get() for _ in processes))
@@ -511,7 +549,9 @@ def test_golden_stage2(blip2_stage2):
             logits = model.logits(model.hidden(batch))
         if name == "forward":
             n = (io["in.labels"] != -100).sum(1)
-            for got, expected, length in zip(logits.split((n + 1).tolist()), io["out.logits"], n, strict=True):
+            for got, expected, length in zip(
+                logits.split((n + 1).tolist()), io["out.logits"], n, strict=True
+            ):
                 close(got[:length], expected[:length])
         else:
             close(logits, io[f"out.{name}.logits"][io[f"in.{name}.attention_mask"].bool()])
@@ -530,7 +570,9 @@ def test_golden_stage2_generation(blip2_stage2):
         requests, beams = [], args["num_beams"]
         for ids, picture in zip(text_ids, io["in.image"], strict=True):
             ids = [*ids, 1, 0] if t5 else [2, *ids]
-            seen = [0] if t5 else ids if beams > 1 else [2]  # beams by the rule "lavis" leave the prompt out themselves
+            seen = (
+                [0] if t5 else ids if beams > 1 else [2]
+            )  # beams by the rule "lavis" leave the prompt out themselves
             requests.append(
                 {"input_ids": [1] * Q + ids, "image_starts": [0], "pixel_values": [picture], "seen": seen}
             )
@@ -542,7 +584,8 @@ def test_golden_stage2_generation(blip2_stage2):
         if beams > 1:
             options["rule"] = "lavis"
         expected = [[new_tokens(s, 1, eos)] for s in case["sequences"]]
-        # the original's minimum counts the start token: as min_length does without a prompt before the decoder
+        # the original's minimum counts the start token: as min_length does without a prompt before the
+        # decoder
         least = {"min_length": minimum} if t5 or beams > 1 else {"min_new_tokens": minimum - 1}
         check_generation(model, requests, expected, eos, new, beams, **least, **options)
 
@@ -551,7 +594,11 @@ def run_training(model, steps, optimizer, expected, loss_of):
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     for i in range(steps):
         loss = loss_of(i)
-        assert abs(float(loss.detach()) - expected[i]["loss"]) < 2e-4, (i, float(loss.detach()), expected[i]["loss"])
+        assert abs(float(loss.detach()) - expected[i]["loss"]) < 2e-4, (
+            i,
+            float(loss.detach()),
+            expected[i]["loss"],
+        )
         if i < steps - 1:  # the last loss is that after the last update
             optimizer.zero_grad()
             loss.backward()
@@ -574,7 +621,9 @@ def lavis_training(variant, model, train, loss_of, stage):
     build.choose_trainable(model, blip2, cfg)
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trainable == {lavis_name(n) for n in variant.golden["trainable"]} - {None}
-    changes = run_training(model, len(train["steps"]), build.make_optimizer(model, cfg), train["steps"], loss_of)
+    changes = run_training(
+        model, len(train["steps"]), build.make_optimizer(model, cfg), train["steps"], loss_of
+    )
     noise = set(train["parameters_whose_change_is_not_reproducible"])
     assert len(noise) < len(train["parameter_change_norm_after_all_steps"]) / 4
     for name, expected in train["parameter_change_norm_after_all_steps"].items():
@@ -590,11 +639,16 @@ def test_golden_stage1_training(blip2_stage1):
     train = json.loads((blip2_stage1 / "train.json").read_text())
     model, _ = lavis_model(variant)
     batch = text_batch(
-        variant.io["in.input_ids"], variant.io["in.attention_mask"], model.num_image_tokens, variant.io["in.image"]
+        variant.io["in.input_ids"],
+        variant.io["in.attention_mask"],
+        model.num_image_tokens,
+        variant.io["in.image"],
     )
 
     def loss_of(i):
-        given(model, train["steps"][i]["negative_image_for_text"], train["steps"][i]["negative_text_for_image"])
+        given(
+            model, train["steps"][i]["negative_image_for_text"], train["steps"][i]["negative_text_for_image"]
+        )
         losses = stage1_losses(model, batch)
         for loss, name in zip(losses, model.LOSSES, strict=True):
             assert abs(float(loss.detach()) - train["steps"][i][f"loss_{name}"]) < 2e-4, (i, name)
@@ -625,9 +679,12 @@ def test_golden_lora(blip2_lora, goldens):
     Q = model.num_image_tokens
     batch = t5_batch(io, Q) if t5 else opt_batch(io, Q)[0]
     names = [n.removeprefix("base_model.model.") for n in g["adapted_modules"]]
-    assert sorted(lora.inject(model, [g["target_modules_regex"]], g["r"], g["lora_alpha"], 0.0)) == sorted(names)
+    assert sorted(lora.inject(model, [g["target_modules_regex"]], g["r"], g["lora_alpha"], 0.0)) == sorted(
+        names
+    )
     tensors = {
-        n.removeprefix("base_model.model."): t for n, t in load_file(blip2_lora / "adapter_model.safetensors").items()
+        n.removeprefix("base_model.model."): t
+        for n, t in load_file(blip2_lora / "adapter_model.safetensors").items()
     }
     parameters = dict(model.named_parameters())
     for n, p in parameters.items():
@@ -647,7 +704,9 @@ def test_golden_lora(blip2_lora, goldens):
         logits = model.logits(model.hidden(batch))
         if t5:
             n = (io["in.labels"] != -100).sum(1)
-            for got, expected, length in zip(logits.split((n + 1).tolist()), variant.io["out.logits"], n, strict=True):
+            for got, expected, length in zip(
+                logits.split((n + 1).tolist()), variant.io["out.logits"], n, strict=True
+            ):
                 close(got[:length], expected[:length])
         else:
             close(logits, variant.io["out.logits"][io["in.attention_mask"].bool()])
@@ -784,7 +843,11 @@ def test_golden_tokenizers(goldens, tokenizers_dir):
                 got, ids = opt.encode("\n"), [ids]
             else:
                 content = text.split("'")[1]
-                got = [opt.begin, *opt.encode(content)] if text.startswith("opt") else [*t5.encode(content), t5.eos]
+                got = (
+                    [opt.begin, *opt.encode(content)]
+                    if text.startswith("opt")
+                    else [*t5.encode(content), t5.eos]
+                )
             assert got == ids, (section, text)
             count += 1
     assert count > 40
@@ -815,12 +878,21 @@ def test_golden_optimizer_groups(goldens):
     names = {n for group in groups for n in group["params"]}
     layers = {int(n.split(".")[4]) for n in names if n.startswith("Qformer.bert.encoder.layer.")}
     cross = min(
-        (i for i in layers if i and f"Qformer.bert.encoder.layer.{i}.crossattention.self.query.weight" in names),
+        (
+            i
+            for i in layers
+            if i and f"Qformer.bert.encoder.layer.{i}.crossattention.self.query.weight" in names
+        ),
         default=1,
     )
     config = {
         **blip2.PRESETS["blip2-stage1"],
-        "vision_config": {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 1},
+        "vision_config": {
+            "hidden_size": 16,
+            "num_attention_heads": 2,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+        },
         "qformer_config": {
             "hidden_size": 16,
             "num_attention_heads": 2,

@@ -105,8 +105,9 @@ def bases(tmp_path_factory):
     root = tmp_path_factory.mktemp("blip2")
     return {
         "pretrain1": write_checkpoint(root / "stage1", OPT, stage1=True),
-        "opt": write_checkpoint(root / "opt", OPT), "t5": write_checkpoint(root / "t5", T5),
-    }  # fmt: skip
+        "opt": write_checkpoint(root / "opt", OPT),
+        "t5": write_checkpoint(root / "t5", T5),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,9 @@ def dataset(tmp_path_factory):
     records = []
     for i in range(20):
         Image.fromarray(rng.integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(path / f"{i}.png")
-        records.append({"image": f"{i}.png", "caption": " ".join(WORDS[(i + k) % 20] for k in range(1 + i % 4))})
+        records.append(
+            {"image": f"{i}.png", "caption": " ".join(WORDS[(i + k) % 20] for k in range(1 + i % 4))}
+        )
     (path / "a.json").write_text(json.dumps(records))
     entries = [{"name": "coco_caption", "data_files": str(path / "a.json")}]
     return {"train": entries, "eval": entries, "image": str(path / "0.png")}
@@ -123,7 +126,11 @@ def dataset(tmp_path_factory):
 
 def rank_main(rank, world, port, argv):
     os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
     sys.exit(checkpoint.cli(lambda: train.main(argv)))
@@ -191,7 +198,8 @@ STAGES = {
 
 @pytest.mark.parametrize("case", STAGES)
 def test_two_processes_equal_one_and_the_tower_stays(bases, dataset, tmp_path, case):
-    """20 samples, steps of 8: the last step of an epoch gives one rank more samples than it has, and dropout is on."""
+    """20 samples, steps of 8: the last step of an epoch gives one rank more samples than it has, and dropout
+    is on."""
     kind, options = STAGES[case]
     stage = case.split("-")[0]
     one = run(bases[kind], dataset, tmp_path / "one", stage=stage, **options)
@@ -200,7 +208,9 @@ def test_two_processes_equal_one_and_the_tower_stays(bases, dataset, tmp_path, c
     assert_same_run(one, two, 2e-5)
     before, after = weights(bases[kind]), weights(one)
     for name, tensor in before.items():
-        frozen = name.startswith("vision_model.e") or (stage == "pretrain2" and name.startswith("language_model."))
+        frozen = name.startswith("vision_model.e") or (
+            stage == "pretrain2" and name.startswith("language_model.")
+        )
         assert torch.equal(after[name], tensor) == frozen or name.endswith("key.bias"), name
 
 
@@ -245,7 +255,12 @@ def test_packed_equals_one_by_one(bases, dataset, kind):
 
 def test_stage2_begins_with_stage1(bases, dataset, tmp_path):
     out = run(
-        bases["opt"], dataset, tmp_path / "out", stage="pretrain2", init_from=str(bases["pretrain1"]), learning_rate=0.0
+        bases["opt"],
+        dataset,
+        tmp_path / "out",
+        stage="pretrain2",
+        init_from=str(bases["pretrain1"]),
+        learning_rate=0.0,
     )
     stage1, now = weights(bases["pretrain1"]), weights(out)
     shared = stage1.keys() & now.keys()
@@ -262,20 +277,48 @@ def test_stage_and_checkpoint_must_fit(bases, dataset, tmp_path, capfd):
 def test_lora_with_the_toolkits_file(bases, dataset, tmp_path):
     """paddlemix/config/blip2/lora_sft_argument.json: only the paths differ, and the number of steps."""
     toolkit = {
-        "model_name_or_path": str(bases["opt"]), "text_model_name_or_path": "facebook/opt-2.7b",
-        "dataset": {"train": [{**dataset["train"][0], "splits": "train"}],
-                    "eval": [{**dataset["eval"][0], "splits": "val"}]},
-        "output_dir": str(tmp_path / "out"), "overwrite_output_dir": True, "per_device_train_batch_size": 32,
-        "gradient_accumulation_steps": 1, "per_device_eval_batch_size": 128, "eval_accumulation_steps": 16,
-        "num_train_epochs": 10, "learning_rate": 1e-03, "weight_decay": 0.05, "adam_beta2": 0.95, "eta_min": 1e-5,
-        "warmup_start_lr": 1e-6, "lr_scheduler_name": "CosineDecayWithWarmup", "logging_steps": 1, "save_steps": 10,
-        "evaluation_strategy": "steps", "save_strategy": "steps", "max_length": 2048, "fp16": True,
-        "fp16_opt_level": "O1", "do_train": True, "do_eval": False, "do_predict": False, "disable_tqdm": True,
-        "load_best_model_at_end": True, "eval_with_do_generation": False, "save_total_limit": 1, "lora": True,
-        "lora_rank": 16, "lora_alpha": 32, "lora_dropout": 0.05,
-        "lora_target_modules": ["language_model.opt.decoder.layers.*.self_attn.q_proj.*",
-                                "language_model.opt.decoder.layers.*.self_attn.v_proj.*"],
-    }  # fmt: skip
+        "model_name_or_path": str(bases["opt"]),
+        "text_model_name_or_path": "facebook/opt-2.7b",
+        "dataset": {
+            "train": [{**dataset["train"][0], "splits": "train"}],
+            "eval": [{**dataset["eval"][0], "splits": "val"}],
+        },
+        "output_dir": str(tmp_path / "out"),
+        "overwrite_output_dir": True,
+        "per_device_train_batch_size": 32,
+        "gradient_accumulation_steps": 1,
+        "per_device_eval_batch_size": 128,
+        "eval_accumulation_steps": 16,
+        "num_train_epochs": 10,
+        "learning_rate": 1e-03,
+        "weight_decay": 0.05,
+        "adam_beta2": 0.95,
+        "eta_min": 1e-5,
+        "warmup_start_lr": 1e-6,
+        "lr_scheduler_name": "CosineDecayWithWarmup",
+        "logging_steps": 1,
+        "save_steps": 10,
+        "evaluation_strategy": "steps",
+        "save_strategy": "steps",
+        "max_length": 2048,
+        "fp16": True,
+        "fp16_opt_level": "O1",
+        "do_train": True,
+        "do_eval": False,
+        "do_predict": False,
+        "disable_tqdm": True,
+        "load_best_model_at_end": True,
+        "eval_with_do_generation": False,
+        "save_total_limit": 1,
+        "lora": True,
+        "lora_rank": 16,
+        "lora_alpha": 32,
+        "lora_dropout": 0.05,
+        "lora_target_modules": [
+            "language_model.opt.decoder.layers.*.self_attn.q_proj.*",
+            "language_model.opt.decoder.layers.*.self_attn.v_proj.*",
+        ],
+    }
     (tmp_path / "argument.json").write_text(json.dumps(toolkit))
     out = tmp_path / "out"
     assert start([str(tmp_path / "argument.json"), "--max_steps", "12", "--num_workers", "0"]) == [0]
@@ -302,8 +345,9 @@ CAPTIONS = ["w3 w1 w4", "w1 w5 w9 w2 w6", "w5", "w3 w5 w8 w9"]
 
 @pytest.mark.parametrize("kind", ["opt", "t5"])
 def test_four_captions_by_heart(bases, tmp_path, kind):
-    """Labels are shifted and the end is learned: the captions come back exactly, and stop. The rate falls to zero over
-    many steps, so that the last ones are no matter of luck: the loss says that they are known before they are asked."""
+    """Labels are shifted and the end is learned: the captions come back exactly, and stop. The rate falls to
+    zero over many steps, so that the last ones are no matter of luck: the loss says that they are known
+    before they are asked."""
     rng = np.random.default_rng(1)
     for i in range(4):
         Image.fromarray(rng.integers(0, 255, (28, 28, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
@@ -328,7 +372,16 @@ def test_four_captions_by_heart(bases, tmp_path, kind):
 @pytest.mark.parametrize("kind", ["pretrain1", "opt"])
 def test_retrieval_and_captions_are_scored(bases, dataset, tmp_path, kind):
     argv = ["--model_name_or_path", str(bases[kind]), "--data_files", dataset["train"][0]["data_files"]]
-    argv += ["--name", "coco_caption", "--output", str(tmp_path / "r.json"), "--batch_size", "7", "--rerank", "20"]
+    argv += [
+        "--name",
+        "coco_caption",
+        "--output",
+        str(tmp_path / "r.json"),
+        "--batch_size",
+        "7",
+        "--rerank",
+        "20",
+    ]
     assert evaluate.main(argv) == 0
     scores = json.loads((tmp_path / "r.json").read_text())["scores"]
     if kind == "opt":
@@ -365,7 +418,8 @@ def test_retrieval_and_captions_are_scored(bases, dataset, tmp_path, kind):
 
 @pytest.mark.parametrize("beams", [1, 2])
 def test_min_length_of_t5_counts_the_decoders_tokens(bases, beams):
-    """Nearly every token ends an answer; the prompt in the encoder is longer than the minimum, and does not count."""
+    """Nearly every token ends an answer; the prompt in the encoder is longer than the minimum, and does not
+    count."""
     model, request = generate.load_model(bases["t5"]), our_request("t5", torch.zeros(1, 3, 28, 28))
     ends = [[t] for t in range(model.config.text.vocab_size - 8)]
     if beams == 1:
@@ -395,14 +449,21 @@ def their_ids(kind):
 
 def our_request(kind, pixels):
     ids = their_ids(kind)[0].tolist() + ([0] if kind == "t5" else [])
-    return {"input_ids": ids, "image_starts": [0], "pixel_values": [pixels[0]], "seen": [0] if kind == "t5" else ids}
+    return {
+        "input_ids": ids,
+        "image_starts": [0],
+        "pixel_values": [pixels[0]],
+        "seen": [0] if kind == "t5" else ids,
+    }
 
 
 def their_logits(theirs, kind, pixels):
     extra = {"decoder_input_ids": torch.tensor([[0]])} if kind == "t5" else {}
     ids = their_ids(kind)
     with torch.no_grad():
-        return theirs(pixel_values=pixels, input_ids=ids, attention_mask=torch.ones_like(ids), **extra).logits[0]
+        return theirs(
+            pixel_values=pixels, input_ids=ids, attention_mask=torch.ones_like(ids), **extra
+        ).logits[0]
 
 
 def our_logits(model, kind, pixels):
@@ -418,9 +479,16 @@ def same_answers(theirs, ours, kind, pixels):
     ids, request, eos = their_ids(kind), our_request(kind, pixels), 1 if kind == "t5" else 4
     for options in ({}, {"num_beams": 3, "length_penalty": 1.5}, {"num_beams": 4, "repetition_penalty": 1.3}):
         expected = theirs.generate(
-            pixel_values=pixels, input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
-            max_new_tokens=8, eos_token_id=eos, pad_token_id=eos, decoder_start_token_id=0, **options,
-        )[0].tolist()  # fmt: skip
+            pixel_values=pixels,
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=8,
+            eos_token_id=eos,
+            pad_token_id=eos,
+            decoder_start_token_id=0,
+            **options,
+        )[0].tolist()
         expected = expected[1 if kind == "t5" else ids.shape[1] :]
         expected = expected[: expected.index(eos) + 1] if eos in expected else expected
         if options:
@@ -454,7 +522,9 @@ def test_adapters_go_to_peft_and_back(bases, dataset, tmp_path, kind):
     ours = generate.load_model(bases[kind], lora_path=out)
     theirs = peft.PeftModel.from_pretrained(their_model(transformers, bases[kind], kind), out).eval()
     logits = their_logits(theirs, kind, pixels)
-    assert (our_logits(ours, kind, pixels) - logits).abs().max() < 1e-4 and (logits - plain).abs().max() > 1e-2
+    assert (our_logits(ours, kind, pixels) - logits).abs().max() < 1e-4 and (
+        logits - plain
+    ).abs().max() > 1e-2
 
     targets = {"opt": r".*language_model.*\.(q_proj|fc2)", "t5": r".*language_model.*\.(q|wo)"}[kind]
     config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, init_lora_weights=False)
@@ -462,7 +532,9 @@ def test_adapters_go_to_peft_and_back(bases, dataset, tmp_path, kind):
     theirs.save_pretrained(tmp_path / "theirs")
     logits = their_logits(theirs, kind, pixels)
     ours = generate.load_model(bases[kind], lora_path=tmp_path / "theirs")
-    assert (our_logits(ours, kind, pixels) - logits).abs().max() < 1e-4 and (logits - plain).abs().max() > 1e-2
+    assert (our_logits(ours, kind, pixels) - logits).abs().max() < 1e-4 and (
+        logits - plain
+    ).abs().max() > 1e-2
 
 
 def test_stage1_begins_with_bert(bases, tmp_path, monkeypatch, capsys):
@@ -470,8 +542,12 @@ def test_stage1_begins_with_bert(bases, tmp_path, monkeypatch, capsys):
     transformers = pytest.importorskip("transformers")
     config = checkpoint.read_config(bases["pretrain1"])
     q = config["qformer_config"]
-    sizes = {k: q[k] for k in ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers")}
-    bert = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=39, max_position_embeddings=32, **sizes))
+    sizes = {
+        k: q[k] for k in ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers")
+    }
+    bert = transformers.BertForMaskedLM(
+        transformers.BertConfig(vocab_size=39, max_position_embeddings=32, **sizes)
+    )
     with torch.no_grad():
         for p in bert.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
@@ -480,7 +556,9 @@ def test_stage1_begins_with_bert(bases, tmp_path, monkeypatch, capsys):
     shutil.copy(bases["pretrain1"] / "tokenizer.json", tmp_path / "bert")
     tower = {n: t for n, t in weights(bases["pretrain1"]).items() if n.startswith("vision_model.e")}
     tower = {n.removeprefix("visual_encoder."): t for n, t in blip2.to_lavis(tower).items() if "visual" in n}
-    tower |= {n.replace("blocks.1.", "blocks.2."): t for n, t in tower.items() if n.startswith("blocks.1.")}  # unused
+    tower |= {
+        n.replace("blocks.1.", "blocks.2."): t for n, t in tower.items() if n.startswith("blocks.1.")
+    }  # unused
     torch.save(tower, tmp_path / "eva.pth")
     out = tmp_path / "out"
     argv = ["init", str(tmp_path / "bert"), "--tower", str(tmp_path / "eva.pth"), "--out", str(out)]
@@ -495,17 +573,28 @@ def test_stage1_begins_with_bert(bases, tmp_path, monkeypatch, capsys):
             assert (part - bert.eval().bert(row[None]).last_hidden_state[0]).abs().max() < 1e-5
             assert (model.logits(part)[:, :39] - bert(row[None]).logits[0]).abs().max() < 1e-4
     new, old = dict(model.named_parameters()), weights(bases["pretrain1"])
-    assert torch.equal(new["qformer.encoder.layer.1.output_query.dense.weight"],
-                       new["qformer.encoder.layer.1.output.dense.weight"])  # fmt: skip
+    assert torch.equal(
+        new["qformer.encoder.layer.1.output_query.dense.weight"],
+        new["qformer.encoder.layer.1.output.dense.weight"],
+    )
     name = "vision_model.encoder.layers.1.mlp.fc1.weight"
     assert torch.equal(new[name], old[name])
-    assert new["embeddings.word_embeddings.weight"].shape[0] == 40 and new["temp"].item() == pytest.approx(0.07)
+    assert new["embeddings.word_embeddings.weight"].shape[0] == 40 and new["temp"].item() == pytest.approx(
+        0.07
+    )
     assert 0.01 < new["query_tokens"].std() < 0.03
 
 
 def test_flan_t5_is_refused_in_fp16(bases, dataset, tmp_path, capsys):
     entries = json.dumps({k: dataset[k] for k in ("train", "eval")})
-    argv = ["--model_name_or_path", str(bases["t5"]), "--dataset", entries, "--output_dir", str(tmp_path / "o")]
+    argv = [
+        "--model_name_or_path",
+        str(bases["t5"]),
+        "--dataset",
+        entries,
+        "--output_dir",
+        str(tmp_path / "o"),
+    ]
     asked = ["--model_name_or_path", str(bases["t5"]), "--image", dataset["image"], "--prompt", "w1"]
     asked += ["--dtype", "float16"]
     for main, options in ((train.main, [*argv, "--fp16"]), (generate.main, asked)):

@@ -1,4 +1,5 @@
-"""checkpoint.py: weight files against safetensors and torch.save, atomic directories, resume on another layout."""
+"""checkpoint.py: weight files against safetensors and torch.save, atomic directories, resume on another
+layout."""
 
 import json
 import multiprocessing
@@ -22,8 +23,10 @@ import checkpoint as ck
 
 def some_tensors() -> dict:
     g = torch.Generator().manual_seed(0)
-    tensors = {f"f{i}": torch.randn(3, 5, generator=g).to(dtype) for i, dtype in enumerate(
-        [torch.float64, torch.float32, torch.float16, torch.bfloat16])}  # fmt: skip
+    tensors = {
+        f"f{i}": torch.randn(3, 5, generator=g).to(dtype)
+        for i, dtype in enumerate([torch.float64, torch.float32, torch.float16, torch.bfloat16])
+    }
     for dtype in [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]:
         tensors[str(dtype)] = torch.randint(0, 2, (7,), generator=g).to(dtype)
     return tensors | {"scalar": torch.tensor(3.5), "empty": torch.empty(0, 4)}
@@ -33,7 +36,9 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "safetensors shards", "bin", "bin before torch 1.6", "bin shards"])
+@pytest.mark.parametrize(
+    "kind", ["safetensors", "safetensors shards", "bin", "bin before torch 1.6", "bin shards"]
+)
 def test_open_weights_reads_every_format(tmp_path, kind):
     tensors = some_tensors()
     halves = [dict(list(tensors.items())[:6]), dict(list(tensors.items())[6:])]
@@ -45,7 +50,9 @@ def test_open_weights_reads_every_format(tmp_path, kind):
         torch.save(tensors, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     else:
         safe = kind.startswith("safetensors")
-        stem, end, write = ("model", "safetensors", save_file) if safe else ("pytorch_model", "bin", torch.save)
+        stem, end, write = (
+            ("model", "safetensors", save_file) if safe else ("pytorch_model", "bin", torch.save)
+        )
         for i, half in enumerate(halves):
             write(half, tmp_path / f"{stem}-{i}.{end}")
         index = {"weight_map": {name: f"{stem}-{i}.{end}" for i, half in enumerate(halves) for name in half}}
@@ -98,7 +105,10 @@ def test_save_weights_shards_and_tied_tensors(tmp_path):
         assert set(loaded) == set(tensors) and all(same(loaded[n], t) for n, t in tensors.items())
         weights = ck.open_weights(directory)
         assert all(same(weights.read(n), t) for n, t in tensors.items())
-    assert json.loads((directory / "model.safetensors.index.json").read_text())["metadata"]["total_size"] == 7 * 400
+    assert (
+        json.loads((directory / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
+        == 7 * 400
+    )
     consumed = []
     ck.save_weights(tmp_path, ((consumed.append(n) or n, t) for n, t in tensors.items()), write=False)
     assert len(consumed) == len(tensors) and not list(tmp_path.glob("*.safetensors"))
@@ -128,8 +138,11 @@ def test_load_into_is_strict(tmp_path):
 
 
 def test_reading_does_not_double_the_memory(tmp_path):
-    """Peak resident memory of one big file, read tensor by tensor into a model: at most 1.2 times the weights."""
-    save_file({f"w{i}": torch.full((10, 1024, 256), 2.0) for i in range(16)}, tmp_path / "model.safetensors")  # 160 MiB
+    """Peak resident memory of one big file, read tensor by tensor into a model: at most 1.2 times the
+    weights."""
+    save_file(
+        {f"w{i}": torch.full((10, 1024, 256), 2.0) for i in range(16)}, tmp_path / "model.safetensors"
+    )  # 160 MiB
     script = """
 import resource, sys, torch, checkpoint
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -139,7 +152,9 @@ checkpoint.load_into(params, checkpoint.open_weights(sys.argv[1]))
 assert all((p == 2).all() for p in params.values())
 print((160 + peak() - before) / 160)
 """
-    out = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True
+    )
     assert float(out.stdout) <= 1.2
 
 
@@ -221,7 +236,14 @@ except checkpoint.SaveError as e:
 
 
 def test_last_checkpoint_and_rotate(tmp_path):
-    for name in ["checkpoint-2", "checkpoint-10", "checkpoint-9", "checkpoint-99.tmp", "checkpoint-best", "other"]:
+    for name in [
+        "checkpoint-2",
+        "checkpoint-10",
+        "checkpoint-9",
+        "checkpoint-99.tmp",
+        "checkpoint-best",
+        "other",
+    ]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "trainer_state.json").write_text("{}")
     (tmp_path / "checkpoint-11").mkdir()  # incomplete
@@ -231,7 +253,12 @@ def test_last_checkpoint_and_rotate(tmp_path):
     assert (tmp_path / "checkpoint-2").exists() and not (tmp_path / "checkpoint-99.tmp").exists()
     ck.rotate(tmp_path, 1, keep={tmp_path / "checkpoint-2"})
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "checkpoint-10", "checkpoint-11", "checkpoint-2", "checkpoint-best", "other"]  # fmt: skip
+        "checkpoint-10",
+        "checkpoint-11",
+        "checkpoint-2",
+        "checkpoint-best",
+        "other",
+    ]
 
 
 # ---- training state: 2 ranks <-> 1 process
@@ -241,7 +268,11 @@ class Toy(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.a, self.b, self.c = nn.Linear(5, 7), nn.Linear(7, 1), nn.Linear(3, 3)  # odd sizes; c has no gradient
+        self.a, self.b, self.c = (
+            nn.Linear(5, 7),
+            nn.Linear(7, 1),
+            nn.Linear(3, 3),
+        )  # odd sizes; c has no gradient
         self.frozen = nn.Parameter(torch.randn(3), requires_grad=False)
 
     def forward(self, x):
@@ -330,7 +361,9 @@ def ranks_fail(rank, directory):
     assert "No space left" in failed[0]
     model, params, optimizer = toy(sharded=True)
     try:  # rank 0 can't write, but keeps up with the gathering of the others
-        ck.save_weights(directory / "nowhere", ((n, ck.full_tensor(p)) for n, p in params.items()), 10, rank == 0)
+        ck.save_weights(
+            directory / "nowhere", ((n, ck.full_tensor(p)) for n, p in params.items()), 10, rank == 0
+        )
     except Exception as e:
         failed.append(str(e))
     assert len(failed) == 2 - rank

@@ -217,7 +217,14 @@ def test_unused_evaluation_data_are_said(base, dataset, tmp_path, capfd, given):
     data = {"train": dataset["train"]}
     if "eval" in given:
         data["eval"] = dataset["eval"] if given["eval"] else [{"data_files": str(tmp_path / "nope.jsonl")}]
-    argv = ["--model_name_or_path", str(base), "--dataset", json.dumps(data), "--output_dir", str(tmp_path / "out")]
+    argv = [
+        "--model_name_or_path",
+        str(base),
+        "--dataset",
+        json.dumps(data),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     argv += ["--max_steps", "1", "--num_workers", "0", "--max_length", "128"]
     argv += ["--eval_split", "0.3"] if "eval_split" in given else []
     expected = 1 if given.get("eval") is False else 0

@@ -1,4 +1,5 @@
-"""data.py with a whitespace tokenizer in place of a model: readers, index, order, packs, batches, loader, commands."""
+"""data.py with a whitespace tokenizer in place of a model: readers, index, order, packs, batches, loader,
+commands."""
 
 import io
 import json
@@ -21,7 +22,8 @@ Q, SIZE = 4, 8
 
 
 class Processor:
-    """One token a word (its checksum); an image is Q slots; assistant text is supervised; text is cut at max_length."""
+    """One token a word (its checksum); an image is Q slots; assistant text is supervised; text is cut at
+    max_length."""
 
     num_image_tokens, image_size, name = Q, SIZE, "dummy"
 
@@ -67,7 +69,9 @@ def picture(path: Path, colour=(200, 30, 30), side=16) -> str:
 
 
 def write(path: Path, records, lines=False) -> str:
-    dump = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records) if lines else json.dumps(records)
+    dump = (
+        "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records) if lines else json.dumps(records)
+    )
     path.write_text(dump, encoding="utf-8")
     return str(path)
 
@@ -97,7 +101,8 @@ def index_of(*entries, max_length=64, **more):
     return data.build_index(list(entries), Processor(), max_length, None, **more)
 
 
-# -------------------------------------------------------------------------------------------------------------- readers
+# --------------------------------------------------------------------------------------------------
+# readers
 
 
 def test_chatml_three_shapes_read_alike(tmp_path):
@@ -113,10 +118,13 @@ def test_chatml_three_shapes_read_alike(tmp_path):
         {"image": "a.png", "conversations": [["What is this?", answer], ["And?", "No."]]},
     ]
     for n, record in enumerate(shapes):
-        (found,) = read_all("chatml_dataset", write(tmp_path / f"{n}.json", [{"id": "x", "source": "s", **record}]))
+        (found,) = read_all(
+            "chatml_dataset", write(tmp_path / f"{n}.json", [{"id": "x", "source": "s", **record}])
+        )
         assert [(role, text_of(content)) for role, content in found.turns] == [
-            ("user", "What is this?"), *rest
-        ], record  # fmt: skip
+            ("user", "What is this?"),
+            *rest,
+        ], record
         assert isinstance(found.turns[0][1][0], ImageRef)
         assert found.images == [str(tmp_path / "a.png")]
         assert (found.id, found.kind, found.answers, found.source) == ("x", "chat", ["No."], "s")
@@ -129,11 +137,17 @@ def test_chatml_three_shapes_read_alike(tmp_path):
         ({"text": "a"}, "a chat needs one of 'messages', 'conversations'"),
         ({"conversations": []}, "a chat needs one of 'messages', 'conversations'"),
         ({"conversations": [["only one"]]}, "neither a .user, assistant. pair"),
-        ({"conversations": [["q", 3]]}, "turn 1 .assistant.: expected a text or a list of content parts, got 3"),
+        (
+            {"conversations": [["q", 3]]},
+            "turn 1 .assistant.: expected a text or a list of content parts, got 3",
+        ),
         ({"conversations": [["<img>a.png", "x"]]}, "don't match"),
         ({"conversations": [{"from": "tool", "value": "x"}]}, "expected a role among"),
         ({"messages": [{"role": "user", "content": "x"}]}, "last turn must be the assistant's"),
-        ({"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "x"}]}, "must alternate"),
+        (
+            {"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "x"}]},
+            "must alternate",
+        ),
         ("just text", "expected an object"),
     ],
 )
@@ -147,7 +161,10 @@ def test_malformed_chat_is_named(tmp_path, record, reason):
 def test_captions(tmp_path, name):
     picture(tmp_path / "pics/a.png")
     picture(tmp_path / "pics/b.png")
-    lines = [{"image": "a.png", "caption": "one"}, {"image": "b.png", "caption": ["two", "three"], "image_id": "7"}]
+    lines = [
+        {"image": "a.png", "caption": "one"},
+        {"image": "b.png", "caption": ["two", "three"], "image_id": "7"},
+    ]
     coco = {
         "images": [{"id": i, "file_name": f"{name}.png"} for i, name in ((1, "a"), (7, "b"), (9, "unused"))],
         "annotations": [{"image_id": i, "caption": c} for i, c in ((1, "one"), (7, "two"), (7, "three"))],
@@ -186,7 +203,11 @@ def test_vqa_records_and_vqa_v2_pair(tmp_path):
     named = write(tmp_path / "q2.json", {"questions": ask, "images": [{"id": 5, "file_name": "a.png"}]})
     for questions, image in ((official, "val2014/COCO_val2014_000000000005.jpg"), (named, "a.png")):
         (one,) = read_all("coco_vqa", [annotations, questions])
-        assert one.images == [str(tmp_path / image)] and one.answers == ["bus", "van"] and one.turns[1][1] == ["bus"]
+        assert (
+            one.images == [str(tmp_path / image)]
+            and one.answers == ["bus", "van"]
+            and one.turns[1][1] == ["bus"]
+        )
     with pytest.raises(ValueError, match="questions without their annotations"):
         read_all("coco_vqa", official)
 
@@ -243,7 +264,9 @@ def test_chat_template_splits_max_samples(tmp_path, capsys):
     assert found[0].turns[0] == ("system", ["Be brief."])
     assert read_all("chatml_dataset", path, chat_template="no/such.json")[0].turns[0][0] == "user"
     assert "no/such.json; the model's own template" in capsys.readouterr().err
-    index = index_of({**entry("chatml_dataset", path), "max_samples": 2, "splits": ["val"]}, max_bad_samples=0)
+    index = index_of(
+        {**entry("chatml_dataset", path), "max_samples": 2, "splits": ["val"]}, max_bad_samples=0
+    )
     assert index.record.tolist() == [0, 1]
 
 
@@ -268,7 +291,8 @@ def test_image_places(tmp_path, monkeypatch):
         resolve("https://example.com/a.png", None, "")
 
 
-# ---------------------------------------------------------------------------------------------------------------- index
+# --------------------------------------------------------------------------------------------------
+# index
 
 
 def test_index_columns_and_workers(tmp_path):
@@ -326,7 +350,9 @@ def test_bad_records_are_counted_and_listed(tmp_path):
     path.write_text("\n".join(lines))
     settings = entry("chatml_dataset", str(path), image_root=str(tmp_path))
     index = index_of(settings, max_bad_samples=0.04)
-    assert [where for where, _ in index.problems] == [f"{path}:{n}" for n in (4, 6, 8, 12)] and len(index) == 96
+    assert [where for where, _ in index.problems] == [f"{path}:{n}" for n in (4, 6, 8, 12)] and len(
+        index
+    ) == 96
     expectations = ("can't take", "not found", "leaves", "not valid JSON")
     for (_, reason), expected in zip(index.problems, expectations, strict=True):
         assert expected in reason and str(path) not in reason
@@ -369,7 +395,9 @@ print(len(index), own // 1024, workers // 1024, round(sum(os.times()[:4])))
         path = tmp_path / f"{count}.jsonl"
         with open(path, "w") as file:
             file.writelines(line.format(n) for n in range(count))
-        done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True
+        )
         found, *peaks[count], seconds = map(int, done.stdout.split())
         assert found == count
     growth = [after - before for before, after in zip(peaks[1_000], peaks[100_000], strict=True)]
@@ -378,7 +406,8 @@ print(len(index), own // 1024, workers // 1024, round(sum(os.times()[:4])))
     assert seconds < 40  # processor time, for tests that share the machine
 
 
-# ---------------------------------------------------------------------------------------------------------------- order
+# --------------------------------------------------------------------------------------------------
+# order
 
 
 def test_mixture_proportions(tmp_path):
@@ -392,13 +421,17 @@ def test_mixture_proportions(tmp_path):
     for upto in (100, 1000, 10_000):
         shares = np.bincount(index.entry[order[:upto]], minlength=3) / upto
         assert np.abs(shares - np.array(weights) / 10).max() <= 0.01
-    second = order[index.entry[order] == 1]  # 5,000 draws of 2,000 samples: two whole passes, each in its own order
+    second = order[
+        index.entry[order] == 1
+    ]  # 5,000 draws of 2,000 samples: two whole passes, each in its own order
     assert sorted(second[:2000]) == sorted(second[2000:4000]) == list(range(7000, 9000))
     assert (second[:2000] != second[2000:4000]).any()
 
     plain = data.Plan(index_of(*entries), 0, 64)
     assert sorted(plain.order(0)) == list(range(10_000))
-    assert (plain.order(0) != plain.order(1)).any() and (plain.order(1) == data.Plan(plain.index, 0, 64).order(1)).all()
+    assert (plain.order(0) != plain.order(1)).any() and (
+        plain.order(1) == data.Plan(plain.index, 0, 64).order(1)
+    ).all()
     assert (plain.order(0) != data.Plan(plain.index, 1, 64).order(0)).any()
     assert (data.Plan(index, 0, 64, shuffle=False).order(3) == np.arange(10_000)).all()
     with pytest.raises(ValueError, match="give every entry one"):
@@ -414,8 +447,13 @@ def test_steps_do_not_depend_on_the_layout(tmp_path, mixtoken):
         for step in range(start, data.Plan(index, 5, 32, mixtoken).total_steps(3, 8)):
             ranks = [plan.micro_batches(step, rank, dp_size, batch, accum) for rank in range(dp_size)]
             assert len({epoch for epoch, _ in ranks}) == len({len(rounds) for _, rounds in ranks}) == 1
-            assert all(len(units) <= batch for _, rounds in ranks for units in rounds) and len(ranks[0][1]) <= accum
-            assert all(any(rounds[n] for _, rounds in ranks) for n in range(len(ranks[0][1])))  # no round is all empty
+            assert (
+                all(len(units) <= batch for _, rounds in ranks for units in rounds)
+                and len(ranks[0][1]) <= accum
+            )
+            assert all(
+                any(rounds[n] for _, rounds in ranks) for n in range(len(ranks[0][1]))
+            )  # no round is all empty
             samples = [unit.tolist() for _, rounds in ranks for units in rounds for unit in units]
             steps.append((ranks[0][0], sorted(samples)))
         return steps
@@ -452,7 +490,8 @@ def test_packs(tmp_path):
         data.Plan(index, 0, 64, mixtoken=True, max_images=2)
 
 
-# -------------------------------------------------------------------------------------------------- samples and batches
+# -------------------------------------------------------------------------------------------------- samples
+# and batches
 
 
 def test_collate(tmp_path):
@@ -473,7 +512,11 @@ def test_collate(tmp_path):
     assert batch["dataset_ids"].tolist() == [0, 0, 0]
 
     empty = data.collate([], num_image_tokens=Q)
-    assert (empty["input_ids"].tolist(), empty["targets"].tolist(), empty["num_supervised"]) == ([0], [-100], 0)
+    assert (empty["input_ids"].tolist(), empty["targets"].tolist(), empty["num_supervised"]) == (
+        [0],
+        [-100],
+        0,
+    )
     assert empty["pixel_values"] is None and empty["image_positions"].shape == (0, Q)
     assert empty["cu_seqlens"].tolist() == [0, 1] and empty["image_dropout_keys"].shape == (0,)
     assert set(empty) == set(batch)
@@ -489,7 +532,9 @@ def test_dropout_keys_follow_the_sample(tmp_path):
 
     alone, together = keys([2]), keys([0, 2])
     assert together[0][-len(alone[0]) :] == alone[0] and together[1][-2:] == alone[1]
-    everything = [k for part in (keys([0, 1, 2, 3]), keys([0], 1), keys([0], 0, 2)) for k in part[0] + part[1]]
+    everything = [
+        k for part in (keys([0, 1, 2, 3]), keys([0], 1), keys([0], 0, 2)) for k in part[0] + part[1]
+    ]
     assert len(set(everything)) == len(everything)
     bits = (np.array(keys([0, 1, 2, 3])[0])[:, None] >> np.arange(64)) & 1
     assert 0.3 < bits.mean() < 0.7
@@ -502,10 +547,14 @@ def test_jitter_is_deterministic_and_bounded(tmp_path):
         Image.fromarray(rng.integers(0, 255, (SIZE, SIZE, 3), np.uint8)).save(tmp_path / f"{n}.png")
 
     def pixels(number, epoch, seed, fraction):
-        return data.load_sample(index, number, epoch, Processor(), 64, seed, image_jitter=fraction)["pixel_values"][0]
+        return data.load_sample(index, number, epoch, Processor(), 64, seed, image_jitter=fraction)[
+            "pixel_values"
+        ][0]
 
     plain, shaken = pixels(0, 0, 1, 0.0), pixels(0, 0, 1, 0.25)
-    assert torch.equal(shaken, pixels(0, 0, 1, 0.25)) and torch.equal(plain, Processor().load_image(tmp_path / "0.png"))
+    assert torch.equal(shaken, pixels(0, 0, 1, 0.25)) and torch.equal(
+        plain, Processor().load_image(tmp_path / "0.png")
+    )
     assert not torch.equal(shaken, plain)
     assert not torch.equal(shaken, pixels(0, 1, 1, 0.25)) and not torch.equal(shaken, pixels(0, 0, 2, 0.25))
 
@@ -517,13 +566,17 @@ def test_jitter_moves_scales_and_turns_by_at_most_the_fraction():
     def blob(cx, cy):
         return torch.exp(-((x - cx) ** 2 + (y - cy) ** 2) / 18.0)
 
-    image = torch.stack((blob(0, 0), blob(12, 0), torch.zeros(side, side)))  # the third one shows the brightness
+    image = torch.stack(
+        (blob(0, 0), blob(12, 0), torch.zeros(side, side))
+    )  # the third one shows the brightness
     seen = []
     for n in range(200):
         shaken = data.jitter(image, fraction, np.random.default_rng(n))
         brightness = shaken[2].mean()
         assert (shaken[2] - brightness).abs().max() < 1e-6 and abs(brightness) <= 0.1
-        (cx, cy), (px, py) = ([float((c * v).sum() / c.sum()) for v in (x, y)] for c in shaken[:2] - brightness)
+        (cx, cy), (px, py) = (
+            [float((c * v).sum() / c.sum()) for v in (x, y)] for c in shaken[:2] - brightness
+        )
         seen.append((cx, cy, np.hypot(px - cx, py - cy) / 12, np.arctan2(py - cy, px - cx)))
     cx, cy, scale, angle = np.array(seen).T
     moved = side * fraction * (1 + fraction) * np.sqrt(2)
@@ -536,7 +589,9 @@ def test_cached_features(tmp_path):
     index = index_of(chats(tmp_path, 3, images=lambda n: 1))
     features = {str(tmp_path / f"{n}.png"): np.full((Q, 5), n, np.float32) for n in range(2)}
     plan = data.Plan(index, 0, 64, shuffle=False)
-    loader = data.TrainLoader(plan, Processor(), start_step=0, total_steps=1, per_device_batch=3, features=features)
+    loader = data.TrainLoader(
+        plan, Processor(), start_step=0, total_steps=1, per_device_batch=3, features=features
+    )
     ((_, _, (batch,)),) = loader
     assert batch["pixel_values"] is None and batch["image_features"][:, 0, 0].tolist() == [0, 1]
     assert [reason for _, reason in batch["bad"]] == [f"no cached features of image {tmp_path}/2.png"]
@@ -544,7 +599,8 @@ def test_cached_features(tmp_path):
         data.TrainLoader(plan, Processor(), start_step=0, total_steps=1, image_jitter=0.1, features=features)
 
 
-# --------------------------------------------------------------------------------------------------------------- loader
+# --------------------------------------------------------------------------------------------------
+# loader
 
 
 def damaged_pictures(tmp_path) -> dict:
@@ -554,7 +610,12 @@ def damaged_pictures(tmp_path) -> dict:
     whole = buffer.getvalue()
     buffer = io.BytesIO()
     Image.new("1", (20_000, 20_000)).save(buffer, "PNG")  # 400 million pixels: PIL itself raises
-    files = {"truncated.png": whole[:300], "empty.png": b"", "text.png": b"hello", "bomb.png": buffer.getvalue()}
+    files = {
+        "truncated.png": whole[:300],
+        "empty.png": b"",
+        "text.png": b"hello",
+        "bomb.png": buffer.getvalue(),
+    }
     files["header.png"] = whole[:40] + b"\0" * 50 + whole[90:]
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
@@ -566,9 +627,13 @@ def test_loader_leaves_out_damaged_pictures(tmp_path):
     picture(tmp_path / "good.png")
     records = [{"conversations": [[f"<img>{name}</img> q", "a b"]]} for name in [*names, "good.png"]]
     path = write(tmp_path / "a.jsonl", records, lines=True)
-    plan = data.Plan(index_of(entry("chatml_dataset", path)), 0, 64, shuffle=False)  # files exist: all are indexed
+    plan = data.Plan(
+        index_of(entry("chatml_dataset", path)), 0, 64, shuffle=False
+    )  # files exist: all are indexed
     assert len(plan.index) == 6
-    ((step, epoch, (batch,)),) = data.TrainLoader(plan, Processor(), start_step=0, total_steps=1, per_device_batch=6)
+    ((step, epoch, (batch,)),) = data.TrainLoader(
+        plan, Processor(), start_step=0, total_steps=1, per_device_batch=6
+    )
     assert [where for where, _ in batch["bad"]] == [f"{path}:{n}" for n in range(1, 6)]
     assert batch["sample_ids"] == [f"{path}:6#5"] and batch["pixel_values"].shape[0] == 1
     assert all(reason and "\n" not in reason for _, reason in batch["bad"])
@@ -619,7 +684,8 @@ def test_dead_worker_is_a_clear_error(tmp_path):
         list(data.TrainLoader(plan, Fatal(), start_step=0, total_steps=4, num_workers=1))
 
 
-# ------------------------------------------------------------------------------------------------------------- commands
+# --------------------------------------------------------------------------------------------------
+# commands
 
 
 def test_check_and_preview(tmp_path, monkeypatch, capsys):
@@ -637,7 +703,10 @@ def test_check_and_preview(tmp_path, monkeypatch, capsys):
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"learning_rate": 1, "dataset": {"train": [chats(tmp_path, 5, "t.jsonl")]}}))
     assert run("check", str(config), "--max_length", "100") == 0
-    assert "train: 5 records, 5 samples, 0 images | tokens mean 4.0 max 6, 75.0% supervised" in capsys.readouterr().out
+    assert (
+        "train: 5 records, 5 samples, 0 images | tokens mean 4.0 max 6, 75.0% supervised"
+        in capsys.readouterr().out
+    )
 
     bad = [{"conversations": [["<img>bomb.png</img>", "a"]]}, {"id": 1}]
     path = write(tmp_path / "a.jsonl", [*good, *bad], lines=True)
@@ -675,7 +744,10 @@ def test_model_directory_and_processor(tmp_path, monkeypatch):
 
 def test_requests(tmp_path):
     picture(tmp_path / "a.png")
-    records = [{"prompt": "What?", "image": "a.png", "id": "x"}, {"conversations": [["<img>a.png</img> q", "a"]]}]
+    records = [
+        {"prompt": "What?", "image": "a.png", "id": "x"},
+        {"conversations": [["<img>a.png</img> q", "a"]]},
+    ]
     found, problems = data.read_requests(write(tmp_path / "r.jsonl", records, lines=True))
     assert found[0].id == "x" and found[0].turns[0][1][1] == "What?" and not problems
     assert [c.images for c in found] == [[str(tmp_path / "a.png")]] * 2

@@ -24,20 +24,29 @@ def red_corners(path) -> tuple[int, int, int, int]:
     return int(x.min()), int(y.min()), int(x.max()), int(y.max())
 
 
-@pytest.mark.parametrize("box, corners", [
-    ("(100,200),(500,900)", (20, 20, 100, 90)), (" ( 100 , 200 ) , ( 500 , 900 ) ", (20, 20, 100, 90)),
-    ("(100.4,200.0),(500.0,900)", (20, 20, 100, 90)), ("(500,900),(100,200)", (20, 20, 100, 90)),
-    ("(500,200)(100,900)", (20, 20, 100, 90)), ("(-50,200),(500,900)", (0, 20, 100, 90)),
-    ("(290,290),(500,900)", (58, 29, 100, 90)),  # a thousandth is floored, without rounding errors before
-    ("(1000,200),(1000,900)", (198, 20, 199, 90)),  # at the very edge: two pixels wide
-    (f"(100,200),({'9' * 30},900)", (20, 20, 199, 90)), (f"(100,200),({'9' * 5000},{'9' * 400})", (20, 20, 199, 99)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "box, corners",
+    [
+        ("(100,200),(500,900)", (20, 20, 100, 90)),
+        (" ( 100 , 200 ) , ( 500 , 900 ) ", (20, 20, 100, 90)),
+        ("(100.4,200.0),(500.0,900)", (20, 20, 100, 90)),
+        ("(500,900),(100,200)", (20, 20, 100, 90)),
+        ("(500,200)(100,900)", (20, 20, 100, 90)),
+        ("(-50,200),(500,900)", (0, 20, 100, 90)),
+        ("(290,290),(500,900)", (58, 29, 100, 90)),  # a thousandth is floored, without rounding errors before
+        ("(1000,200),(1000,900)", (198, 20, 199, 90)),  # at the very edge: two pixels wide
+        (f"(100,200),({'9' * 30},900)", (20, 20, 199, 90)),
+        (f"(100,200),({'9' * 5000},{'9' * 400})", (20, 20, 199, 99)),
+    ],
+)
 def test_odd_numbers(image, tmp_path, box, corners):
     assert draw.draw_boxes(image, f"<box>{box}</box>", tmp_path / "b.png") == 1
     assert red_corners(tmp_path / "b.png") == corners
 
 
-@pytest.mark.parametrize("box", ["", "(1,2)", "(1,2),(3,nan)", "(a,b),(c,d)", "(1,2),(3,4),(5,6)", "x" * 5000])
+@pytest.mark.parametrize(
+    "box", ["", "(1,2)", "(1,2),(3,nan)", "(a,b),(c,d)", "(1,2),(3,4),(5,6)", "x" * 5000]
+)
 def test_what_is_no_box_is_named(image, tmp_path, capsys, box):
     text = f"<box>{box}</box><box>(0,0),(500,500)</box>"
     assert draw.draw_boxes(image, text, tmp_path / "b.png") == 1

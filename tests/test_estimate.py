@@ -1,4 +1,5 @@
-"""--dry_run's memory beside what the same run takes on the CPU: its peak less what the process had when it began."""
+"""--dry_run's memory beside what the same run takes on the CPU: its peak less what the process had when it
+began."""
 
 import contextlib
 import ctypes
@@ -33,11 +34,29 @@ def large(tmp_path_factory):
     shutil.copy(ROOT / "samples/tiny_qwen_vl/qwen.tiktoken", base)
     tokens = len((base / "qwen.tiktoken").read_text().splitlines())
     image_start = tokens + qwen.SPECIAL_TOKENS.index("<img>")
-    visual = {"image_size": 64, "patch_size": 8, "width": 128, "layers": 2, "heads": 2, "mlp_ratio": 2.0,
-              "output_dim": 512, "image_start_id": image_start, "n_queries": 16}  # fmt: skip
-    config = {**qwen.PRESETS["qwen-vl-7b"], "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 4,
-              "kv_channels": 128, "intermediate_size": 4096, "vocab_size": 8192, "seq_length": 512,
-              "torch_dtype": "float32", "visual": visual}  # fmt: skip
+    visual = {
+        "image_size": 64,
+        "patch_size": 8,
+        "width": 128,
+        "layers": 2,
+        "heads": 2,
+        "mlp_ratio": 2.0,
+        "output_dim": 512,
+        "image_start_id": image_start,
+        "n_queries": 16,
+    }
+    config = {
+        **qwen.PRESETS["qwen-vl-7b"],
+        "hidden_size": 512,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "kv_channels": 128,
+        "intermediate_size": 4096,
+        "vocab_size": 8192,
+        "seq_length": 512,
+        "torch_dtype": "float32",
+        "visual": visual,
+    }
     checkpoint.write_json(base / "config.json", config)
     model = qwen.build_model(config)
     with torch.no_grad():
@@ -46,7 +65,9 @@ def large(tmp_path_factory):
     checkpoint.save_weights(base, model.state_dict().items())
     records = []
     for i in range(64):
-        Image.fromarray(np.random.default_rng(i).integers(0, 255, (20, 30, 3), np.uint8)).save(path / f"{i}.png")
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (20, 30, 3), np.uint8)).save(
+            path / f"{i}.png"
+        )
         turn = [f"Picture 1: <img>{i}.png</img>\nwhat is it?", "one two three four five six seven " * 4]
         records.append({"id": str(i), "conversations": [turn]})
     (path / "a.json").write_text(json.dumps(records))
@@ -105,10 +126,18 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_memory_is_within_a_tenth(large, tmp_path, monkeypatch, layout):
     world, settings = LAYOUTS[layout]
-    options = {"per_device_train_batch_size": 4, "max_steps": 2, "max_length": 512, "save_strategy": "no", **settings}
+    options = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 2,
+        "max_length": 512,
+        "save_strategy": "no",
+        **settings,
+    }
     argv = arguments(*large, tmp_path / "out", **options)
     estimate = predicted(argv, world, monkeypatch)
     run(argv, world, measured)
     peak = max(int(path.read_text()) for path in tmp_path.glob("peak-*"))
     assert len([*tmp_path.glob("peak-*")]) == world
-    assert abs(estimate / peak - 1) < 0.1, f"{estimate / 2**20:.0f} MiB estimated, {peak / 2**20:.0f} measured"
+    assert abs(estimate / peak - 1) < 0.1, (
+        f"{estimate / 2**20:.0f} MiB estimated, {peak / 2**20:.0f} measured"
+    )

@@ -1,6 +1,5 @@
-"""evaluate.py from the command line: which model, adapter, data and settings it takes, the public metrics' own files,
-bad images, a stop.
-"""
+"""evaluate.py from the command line: which model, adapter, data and settings it takes, the public metrics'
+own files, bad images, a stop."""
 
 import ast
 import json
@@ -32,7 +31,8 @@ def write(path, value) -> str:
 
 @pytest.fixture
 def says(monkeypatch, base):
-    """says(texts): the model's tokens are those of the text of each request's id; everything around them is real."""
+    """says(texts): the model's tokens are those of the text of each request's id; everything around them is
+    real."""
 
     def stub(texts: dict):
         tokenizer = qwen.load_processor(base).tokenizer
@@ -55,12 +55,14 @@ def test_golden_vqa_through_the_command(goldens, base, says, tmp_path):
         questions.append({"question_id": n, "image_id": 7, "question": f"what is {n}?"})
         annotations.append(
             {
-                "question_id": n, "image_id": 7, "question_type": case["question_type"],
+                "question_id": n,
+                "image_id": 7,
+                "question_type": case["question_type"],
                 "answer_type": case["answer_type"],
                 "multiple_choice_answer": Counter(case["answers"]).most_common(1)[0][0],
                 "answers": [{"answer": a, "answer_id": i + 1} for i, a in enumerate(case["answers"])],
             }
-        )  # fmt: skip
+        )
     files = [
         write(tmp_path / "q.json", {"data_subtype": "val2014", "questions": questions}),
         write(tmp_path / "a.json", {"data_subtype": "val2014", "annotations": annotations}),
@@ -70,7 +72,9 @@ def test_golden_vqa_through_the_command(goldens, base, says, tmp_path):
     argv += ["--image_root", str(tmp_path), "--output", str(tmp_path / "r.json")]
     assert evaluate.main(argv) == 0
     found = results(tmp_path / "r.json")
-    assert [round(100 * a["scores"]["vqa_accuracy"], 2) for a in found["answers"]] == [c["accuracy"] for c in cases]
+    assert [round(100 * a["scores"]["vqa_accuracy"], 2) for a in found["answers"]] == [
+        c["accuracy"] for c in cases
+    ]
     assert round(100 * found["scores"]["vqa_accuracy"], 2) == golden["overall"]
 
 
@@ -94,20 +98,30 @@ def test_golden_captions_through_the_command(goldens, base, says, tmp_path):
 
 @pytest.fixture(scope="module")
 def run_of_adapter(base, tmp_path_factory):
-    """A finished LoRA run on records of its own, with a part of the eval entry left out by max_samples and splits."""
+    """A finished LoRA run on records of its own, with a part of the eval entry left out by max_samples and
+    splits."""
     path = tmp_path_factory.mktemp("run")
     rng, records = np.random.default_rng(0), []
     for i in range(9):
         Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(path / f"{i}.png")
         split = "val" if i % 2 else "test"
-        records.append({"question_id": i, "image": f"{i}.png", "question": "q?", "answers": [f"a{i}"], "split": split})
+        records.append(
+            {"question_id": i, "image": f"{i}.png", "question": "q?", "answers": [f"a{i}"], "split": split}
+        )
     write(path / "d.json", records)
     entry = {"name": "coco_vqa", "data_files": str(path / "d.json")}
     config = {
-        "model_name_or_path": str(base), "lora": True, "max_steps": 1, "num_workers": 0, "max_length": 128,
-        "disable_tqdm": True, "per_device_eval_batch_size": 3, "output_dir": str(path / "out"), "save_steps": 1,
+        "model_name_or_path": str(base),
+        "lora": True,
+        "max_steps": 1,
+        "num_workers": 0,
+        "max_length": 128,
+        "disable_tqdm": True,
+        "per_device_eval_batch_size": 3,
+        "output_dir": str(path / "out"),
+        "save_steps": 1,
         "dataset": {"train": [entry], "eval": [{**entry, "splits": ["val"], "max_samples": 3}]},
-    }  # fmt: skip
+    }
     train_run([write(path / "c.json", config)])
     return path
 
@@ -140,12 +154,20 @@ def test_a_configuration_is_honoured_and_validated(run_of_adapter, base, tmp_pat
 
     monkeypatch.setattr(evaluate, "answer_all", spy)
     given = results(run_of_adapter / "c.json")
-    given |= {"bf16": True, "fp16_opt_level": "O2", "stage": "pretrain", "lora_path": str(run_of_adapter / "out")}
+    given |= {
+        "bf16": True,
+        "fp16_opt_level": "O2",
+        "stage": "pretrain",
+        "lora_path": str(run_of_adapter / "out"),
+    }
     path, out = write(tmp_path / "c.json", given), str(tmp_path / "r.json")
     evaluate.main([path, "--output", out])
     assert results(out)["lora_path"] == given["lora_path"] and results(out)["prompt_format"] == "pretrain"
     evaluate.main([path, "--batch_size", "2", "--dtype", "float32", "--stage", "sft", "--output", out])
-    assert [(str(d), b, s) for d, b, s in seen] == [("torch.bfloat16", 3, "pretrain"), ("torch.float32", 2, "sft")]
+    assert [(str(d), b, s) for d, b, s in seen] == [
+        ("torch.bfloat16", 3, "pretrain"),
+        ("torch.float32", 2, "sft"),
+    ]
     with pytest.raises(ValueError, match="bf16 and fp16"):
         evaluate.main([write(tmp_path / "d.json", {**given, "fp16": True})])
     with pytest.raises(ValueError, match="unknown key 'learning_rat'"):
@@ -179,10 +201,19 @@ def test_a_bad_image_is_named_and_the_others_are_scored(cut, base, says, tmp_pat
 def test_a_bad_image_does_not_end_training(cut, base, tmp_path, capfd):
     entries = [{"name": "coco_vqa", "data_files": cut}]
     config = {
-        "model_name_or_path": str(base), "max_steps": 1, "num_workers": 0, "max_length": 128, "disable_tqdm": True,
-        "output_dir": str(tmp_path / "out"), "evaluation_strategy": "steps", "eval_steps": 1, "save_steps": 1,
-        "eval_with_do_generation": True, "max_bad_samples": 0.5, "dataset": {"train": entries, "eval": entries},
-    }  # fmt: skip
+        "model_name_or_path": str(base),
+        "max_steps": 1,
+        "num_workers": 0,
+        "max_length": 128,
+        "disable_tqdm": True,
+        "output_dir": str(tmp_path / "out"),
+        "evaluation_strategy": "steps",
+        "eval_steps": 1,
+        "save_steps": 1,
+        "eval_with_do_generation": True,
+        "max_bad_samples": 0.5,
+        "dataset": {"train": entries, "eval": entries},
+    }
     train_run([write(tmp_path / "c.json", config)])
     assert "eval_vqa_accuracy" in (tmp_path / "out/log.jsonl").read_text(encoding="utf-8")
     assert "d.jsonl:3: " in capfd.readouterr().err
@@ -207,21 +238,43 @@ def test_a_stopped_evaluation_keeps_its_answers(base, says, tmp_path, capsys, mo
 
     monkeypatch.setattr(generate, "generate", stopped)
     before = signal.signal(number, signal.default_int_handler)  # a background job's SIGINT is ignored
-    argv = ["--model_name_or_path", str(base), "--data_files", path, "--batch_size", "2", "--output", str(out)]
+    argv = [
+        "--model_name_or_path",
+        str(base),
+        "--data_files",
+        path,
+        "--batch_size",
+        "2",
+        "--output",
+        str(out),
+    ]
     assert checkpoint.cli(lambda: evaluate.main(argv)) == 130
     assert signal.signal(number, before) is signal.default_int_handler
     assert "2 of 4 questions answered" in capsys.readouterr().out
-    assert [a["answer"] for a in results(out)["answers"]] == ["a0", "a1"] and results(out)["complete"] is False
+    assert [a["answer"] for a in results(out)["answers"]] == ["a0", "a1"] and results(out)[
+        "complete"
+    ] is False
     assert checkpoint.cli(lambda: evaluate.main(argv)) == 0
     assert "this one begins again" in capsys.readouterr().out
     assert len(results(out)["answers"]) == 4 and results(out)["complete"] is True
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_the_progress_bar_is_for_terminals_and_leaves_no_trace(cut, base, says, monkeypatch, capsys, terminal):
+def test_the_progress_bar_is_for_terminals_and_leaves_no_trace(
+    cut, base, says, monkeypatch, capsys, terminal
+):
     says({str(i): f"a{i}" for i in range(4)})
     monkeypatch.setattr("sys.stderr.isatty", lambda: terminal, raising=False)
-    argv = ["--model_name_or_path", str(base), "--data_files", cut, "--batch_size", "1", "--max_bad_samples", "1"]
+    argv = [
+        "--model_name_or_path",
+        str(base),
+        "--data_files",
+        cut,
+        "--batch_size",
+        "1",
+        "--max_bad_samples",
+        "1",
+    ]
     evaluate.main(argv)
     err = capsys.readouterr().err
     assert ("\r" in err) == terminal == ("] 4/4 answered, 0:00 left" in err)

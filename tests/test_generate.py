@@ -1,6 +1,5 @@
-"""Generation: a batch is its requests alone, sampling as transformers orders it, adapters, merged models, the command
-line.
-"""
+"""Generation: a batch is its requests alone, sampling as transformers orders it, adapters, merged models, the
+command line."""
 
 import json
 import subprocess
@@ -126,8 +125,9 @@ def test_lora_targets_the_language_model_unless_named(base):
 def adapter(base, dataset, tmp_path_factory):
     """An adapter with a trained resampler beside it."""
     out = tmp_path_factory.mktemp("adapter") / "out"
-    argv = f"""--model_name_or_path {base} --output_dir {out} --max_steps 8 --learning_rate 0.02 --num_workers 0 --lora
-        --per_device_train_batch_size 8 --freeze_include *visual* --freeze_exclude *attn_pool* --max_length 128"""
+    argv = f"""--model_name_or_path {base} --output_dir {out} --max_steps 8 --learning_rate 0.02
+        --lora --freeze_include *visual* --freeze_exclude *attn_pool* --num_workers 0
+        --per_device_train_batch_size 8 --max_length 128"""
     run([*argv.split(), "--dataset", json.dumps(dataset)])
     return out
 
@@ -143,7 +143,9 @@ def test_merged_answers_as_base_and_adapter_do(base, adapter, model, requests, t
     saved = lora.read_adapter(adapter)[1]
     assert any("attn_pool" in name for name in saved)
     changed = checkpoint.open_weights(merged)
-    assert torch.equal(changed.read("transformer.visual.attn_pool.query"), saved["transformer.visual.attn_pool.query"])
+    assert torch.equal(
+        changed.read("transformer.visual.attn_pool.query"), saved["transformer.visual.attn_pool.query"]
+    )
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "rank", "not trained"])
@@ -239,10 +241,15 @@ def test_beams_end_where_the_text_does(model, requests):
 def test_lavis_rule_penalises_no_token_of_the_prompt_but_the_first(model, requests):
     prompt = [int(t) for t in requests[0]["input_ids"]]
     free = g.beam_search(model, requests[:1], 8, [], 2)[0][0][1]
-    seen = {"all": [prompt[0], *free], "first": prompt[:1]}  # what the answer would hold counts as said before
+    seen = {
+        "all": [prompt[0], *free],
+        "first": prompt[:1],
+    }  # what the answer would hold counts as said before
     for rule, same in (("lavis", True), ("transformers", False)):
         options = {"repetition_penalty": 3.0, "rule": rule}
-        one, other = (g.beam_search(model, [{**requests[0], "seen": s}], 8, [], 2, **options) for s in seen.values())
+        one, other = (
+            g.beam_search(model, [{**requests[0], "seen": s}], 8, [], 2, **options) for s in seen.values()
+        )
         assert (one == other) == same
 
 
@@ -272,21 +279,41 @@ def test_min_length_counts_the_prompt(model, requests, beams):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"temperature": float("nan")}, {"temperature": float("inf")}, {"temperature": 1e-30}, {"temperature": -1},
-        {"top_p": float("nan")}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}, {"max_new_tokens": 0},
-        {"max_new_tokens": 10**9}, {"repetition_penalty": float("nan")}, {"repetition_penalty": 0.0},
-        {"repetition_penalty": float("inf")}, {"min_new_tokens": 300}, {"min_length": -1}, {"num_beams": 10**6},
-        {"num_beams": 2, "length_penalty": float("nan")}, {"num_beams": 2, "length_penalty": 1e9},
-        {"num_beams": 2, "temperature": 1.0}, {"num_beams": 2, "penalty_rule": "sat"},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"temperature": 1e-30},
+        {"temperature": -1},
+        {"top_p": float("nan")},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"max_new_tokens": 0},
+        {"max_new_tokens": 10**9},
+        {"repetition_penalty": float("nan")},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": float("inf")},
+        {"min_new_tokens": 300},
+        {"min_length": -1},
+        {"num_beams": 10**6},
+        {"num_beams": 2, "length_penalty": float("nan")},
+        {"num_beams": 2, "length_penalty": 1e9},
+        {"num_beams": 2, "temperature": 1.0},
+        {"num_beams": 2, "penalty_rule": "sat"},
     ],
-)  # fmt: skip
+)
 def test_impossible_decoding_is_refused(settings):
-    with pytest.raises(ValueError, match="decoding: " + list(settings)[-1] if len(settings) == 1 else "decoding: "):
+    with pytest.raises(
+        ValueError, match="decoding: " + list(settings)[-1] if len(settings) == 1 else "decoding: "
+    ):
         g.Decoding(**settings)
 
 
 def test_options_without_effect_are_said():
-    assert g.Decoding(top_k=5, length_penalty=2.0, seed=1).without_effect() == ["top_k", "length_penalty", "seed"]
+    assert g.Decoding(top_k=5, length_penalty=2.0, seed=1).without_effect() == [
+        "top_k",
+        "length_penalty",
+        "seed",
+    ]
     assert g.Decoding(top_k=5, temperature=1.0).without_effect() == []
     assert g.Decoding(penalty_rule="sat").without_effect() == ["penalty_rule"]
     assert g.Decoding(num_beams=2, length_penalty=2.0).without_effect() == []
@@ -308,9 +335,15 @@ def test_beams_beyond_the_vocabulary_are_refused(model, requests):
 
 @pytest.mark.parametrize(
     "argv",
-    [["--requests", "r", "--prompt", "x"], ["--requests", "r", "--image", "x"], ["--requests", "r", "--system", "x"],
-     ["--requests", "r", "--chat"], ["--chat", "--prompt", "x"], ["--chat", "--output", "x"]],
-)  # fmt: skip
+    [
+        ["--requests", "r", "--prompt", "x"],
+        ["--requests", "r", "--image", "x"],
+        ["--requests", "r", "--system", "x"],
+        ["--requests", "r", "--chat"],
+        ["--chat", "--prompt", "x"],
+        ["--chat", "--output", "x"],
+    ],
+)
 def test_arguments_that_would_be_ignored_are_refused(argv):
     with pytest.raises(ValueError, match="both given"):
         g.main(argv)
@@ -326,7 +359,14 @@ def test_requests_with_a_bad_image_leave_the_others_answered(base, tmp_path, cap
     (tmp_path / "r.jsonl").write_text("\n".join(lines), encoding="utf-8")
     (tmp_path / "a.jsonl").write_text("yesterday's\n", encoding="utf-8")
     argv = ["--model_name_or_path", str(base), "--requests", str(tmp_path / "r.jsonl"), "--batch_size", "2"]
-    argv += ["--max_new_tokens", "2", "--output", str(tmp_path / "a.jsonl"), "--max_bad_samples", str(allowed)]
+    argv += [
+        "--max_new_tokens",
+        "2",
+        "--output",
+        str(tmp_path / "a.jsonl"),
+        "--max_bad_samples",
+        str(allowed),
+    ]
     assert checkpoint.cli(lambda: g.main(argv)) == (allowed < 0.25)
     err = capsys.readouterr().err
     assert err.count("r.jsonl:3: ") == (1 if allowed == 0.5 else 2) and "Traceback" not in err

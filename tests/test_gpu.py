@@ -1,7 +1,8 @@
-"""Compiled kernels on a GPU: results, gradients, repeatability, and speed beside PyTorch's own. Skipped without one.
+"""Compiled kernels on a GPU: results, gradients, repeatability, and speed beside PyTorch's own. Skipped
+without one.
 
-The same measure as tests/test_kernels.py, which has the interpreter: an error against fp64 no larger than plain
-PyTorch's. `python bench.py --gpu` times everything.
+The same measure as tests/test_kernels.py, which has the interpreter: an error against fp64 no larger than
+plain PyTorch's. `python bench.py --gpu` times everything.
 """
 
 import pytest
@@ -26,7 +27,10 @@ def leaf(*shape: int) -> torch.Tensor:
 
 def check(function, inputs, dtype: str) -> None:
     torch.manual_seed(0)
-    assert errors(inputs, dtype, lambda *xs: function(*xs, impl="triton"), lambda *xs: function(*xs, impl="ref")) == []
+    assert (
+        errors(inputs, dtype, lambda *xs: function(*xs, impl="triton"), lambda *xs: function(*xs, impl="ref"))
+        == []
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -44,7 +48,9 @@ def test_attention_of_long_segments(dtype):
     arguments = bounds(lengths), bounds(lengths), 1500, True
     q, k, v = torch.randn(sum(lengths), 3, 4, 128, device="cuda").unbind(1)
     check(
-        lambda q, k, v, impl: attention(q, k, v, *arguments, impl=impl), [x.requires_grad_() for x in (q, k, v)], dtype
+        lambda q, k, v, impl: attention(q, k, v, *arguments, impl=impl),
+        [x.requires_grad_() for x in (q, k, v)],
+        dtype,
     )
 
 
@@ -65,10 +71,11 @@ def test_backward_repeats_bit_by_bit():
 def test_linear_cross_entropy(N, V, C, smoothing, dtype):
     targets = torch.randint(V, (N,), device="cuda")
     found = errors(
-        [leaf(N, C), (torch.randn(V, C, device="cuda") / C**0.5).requires_grad_(), targets], dtype,
+        [leaf(N, C), (torch.randn(V, C, device="cuda") / C**0.5).requires_grad_(), targets],
+        dtype,
         lambda *a: linear_cross_entropy(*a, smoothing, impl="triton"),
         lambda *a: linear_cross_entropy_ref(*a, smoothing),
-    )  # fmt: skip
+    )
     assert found == []
 
 
@@ -76,7 +83,10 @@ def test_linear_cross_entropy(N, V, C, smoothing, dtype):
 def test_the_others(dtype):
     check(lambda x, w, impl: rms_norm(x, w, 1e-6, impl=impl), [leaf(1000, 4096), leaf(4096)], dtype)
     check(swiglu, [leaf(1000, 1103), leaf(1000, 1103)], dtype)
-    for angles, D in ((torch.randn(99, 64, device="cuda"), 128), (torch.randn(2, 99, 32, device="cuda"), 128)):
+    for angles, D in (
+        (torch.randn(99, 64, device="cuda"), 128),
+        (torch.randn(2, 99, 32, device="cuda"), 128),
+    ):
         x = leaf(99, 32, D).to(getattr(torch, dtype))
         a, b = (rotary(x, angles.cos(), angles.sin(), impl=impl) for impl in ("triton", "ref"))
         torch.testing.assert_close(a, b)

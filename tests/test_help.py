@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("train", "data", "generate", "evaluate", "merge", "bench", "convert_sat", "model_blip2")
 
 
-@pytest.mark.parametrize("script, flag", [*((s, "--help") for s in SCRIPTS), ("train", "-h"), ("merge", "-h")])
+@pytest.mark.parametrize(
+    "script, flag", [*((s, "--help") for s in SCRIPTS), ("train", "-h"), ("merge", "-h")]
+)
 def test_help_of_every_script(tmp_path, script, flag):
     command = [sys.executable, str(ROOT / f"{script}.py"), flag]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
@@ -35,18 +37,24 @@ def test_every_key_has_a_sentence_and_its_bounds():
 
 
 def test_merge_without_arguments_explains_itself(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "merge.py")], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "merge.py")], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 1 and "--lora_path" in done.stdout
     assert done.stderr.startswith("error: output holds no adapter") and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("short, ours", [
-    ({"precision": "bf16-master"}, {"bf16": True, "fp16": False, "fp16_opt_level": "O2"}),
-    ({"precision": "fp16"}, {"fp16": True, "fp16_opt_level": "O1"}),
-    ({"save": 7}, {"save_strategy": "steps", "save_steps": 7}),
-    ({"evaluate": "epoch"}, {"evaluation_strategy": "epoch"}), ({"resume": "no"}, {"overwrite_output_dir": True}),
-    ({"resume": "some/checkpoint-3"}, {"resume_from_checkpoint": "some/checkpoint-3"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "short, ours",
+    [
+        ({"precision": "bf16-master"}, {"bf16": True, "fp16": False, "fp16_opt_level": "O2"}),
+        ({"precision": "fp16"}, {"fp16": True, "fp16_opt_level": "O1"}),
+        ({"save": 7}, {"save_strategy": "steps", "save_steps": 7}),
+        ({"evaluate": "epoch"}, {"evaluation_strategy": "epoch"}),
+        ({"resume": "no"}, {"overwrite_output_dir": True}),
+        ({"resume": "some/checkpoint-3"}, {"resume_from_checkpoint": "some/checkpoint-3"}),
+    ],
+)
 def test_keys_that_say_it_in_one_word(short, ours):
     cfg = config.parse_config([word for k, v in short.items() for word in (f"--{k}", str(v))])
     assert {k: getattr(cfg, k) for k in ours} == ours
@@ -54,7 +62,9 @@ def test_keys_that_say_it_in_one_word(short, ours):
     with pytest.raises(ValueError, match="contradict"):
         wrong = {bool: str(not value), str: "no" if name == "evaluation_strategy" else "steps"}[type(value)]
         wrong = "no" if name == "save_strategy" else "x" if name == "resume_from_checkpoint" else wrong
-        config.parse_config([w for k, v in {**short, name: wrong}.items() for w in (f"--{k}", str(v).lower())])
+        config.parse_config(
+            [w for k, v in {**short, name: wrong}.items() for w in (f"--{k}", str(v).lower())]
+        )
 
 
 def test_a_dataset_in_one_word(tmp_path):
@@ -140,8 +150,12 @@ def test_next_commands_work_as_they_stand(tmp_path, monkeypatch):
 )
 def test_a_nonsensical_environment_is_one_line(environment):
     done = subprocess.run(
-        [sys.executable, str(ROOT / "merge.py"), "--lora_path", "nowhere"], capture_output=True, text=True,
+        [sys.executable, str(ROOT / "merge.py"), "--lora_path", "nowhere"],
+        capture_output=True,
+        text=True,
         env={**os.environ, **environment},
-    )  # fmt: skip
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    )
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, (
+        done.stderr
+    )
     assert "the environment has" in done.stderr

@@ -1,9 +1,9 @@
 """Kernels against fp64, in Triton's interpreter: forward and every gradient.
 
-The measure is plain PyTorch's own error in the same dtype: the kernel's may not be larger, an epsilon aside. The
-interpreter must be chosen before the kernels are imported, so the cases run in processes of their own, which report one
-line per case; pytest then has one test for each. By hand: python tests/test_kernels.py [CASE ...]
-bf16: the interpreter computes with its bits as integers; see `bf16_shim`.
+The measure is plain PyTorch's own error in the same dtype: the kernel's may not be larger, an epsilon aside.
+The interpreter must be chosen before the kernels are imported, so the cases run in processes of their own,
+which report one line per case; pytest then has one test for each. By hand: python tests/test_kernels.py [CASE
+...] bf16: the interpreter computes with its bits as integers; see `bf16_shim`.
 """
 
 import itertools
@@ -19,9 +19,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # name -> (lengths of queries, lengths of keys); odd, empty, of one token, decoding, cross attention
 LENGTHS = {
-    "one": ([67], [67]), "packed": ([33, 1, 0, 50, 7], [33, 1, 0, 50, 7]), "even": ([35, 35], [35, 35]),
-    "decode": ([1, 1, 1], [1, 40, 77]), "append": ([5, 1, 17], [64, 9, 17]), "cross": ([16, 16], [49, 49]),
-}  # fmt: skip
+    "one": ([67], [67]),
+    "packed": ([33, 1, 0, 50, 7], [33, 1, 0, 50, 7]),
+    "even": ([35, 35], [35, 35]),
+    "decode": ([1, 1, 1], [1, 40, 77]),
+    "append": ([5, 1, 17], [64, 9, 17]),
+    "cross": ([16, 16], [49, 49]),
+}
 HEAD_DIMS = (64, 80, 88, 104, 128)
 
 
@@ -44,7 +48,9 @@ def attention_cases():
         yield "attention", lengths, mask, D, "bfloat16"
     for D in (8, 16, 32, 40):  # of tiny models
         yield "attention", "packed", "causal", D, "float32"
-    for D, dtype in itertools.product((64, 104, 128), ("float32", "float16")):  # tiles as shipped, strided q, k, v
+    for D, dtype in itertools.product(
+        (64, 104, 128), ("float32", "float16")
+    ):  # tiles as shipped, strided q, k, v
         yield "attention_shipped", "packed", "prefix", D, dtype
 
 
@@ -75,12 +81,22 @@ CASES = {
     " ".join(map(str, case)): case
     for case in dict.fromkeys([*attention_cases(), *cross_entropy_cases(), *other_cases()])
 }
-EXTRA = ("skipped_blocks", "deterministic", "plan_is_shared", "refusals", "autocast", "vocab_parallel",
-         "qwen_vl_step", "visualglm_step", "blip2_opt_step", "blip2_t5_step")  # fmt: skip
+EXTRA = (
+    "skipped_blocks",
+    "deterministic",
+    "plan_is_shared",
+    "refusals",
+    "autocast",
+    "vocab_parallel",
+    "qwen_vl_step",
+    "visualglm_step",
+    "blip2_opt_step",
+    "blip2_t5_step",
+)
 CASES |= {name: (name,) for name in EXTRA}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # In the interpreter's process
 
 
@@ -102,9 +118,10 @@ def interpreter_main(names: list[str]) -> int:
 
 
 def bf16_shim() -> None:
-    """The interpreter keeps bf16 as uint16, multiplies those integers, and cuts fp32 off instead of rounding it. Here
-    dots are given fp32 operands, which loses nothing (products of bf16 numbers are exact in fp32, where they are
-    summed), and fp32 is rounded to the nearest bf16. The kernels compute with bf16 in no other way."""
+    """The interpreter keeps bf16 as uint16, multiplies those integers, and cuts fp32 off instead of rounding
+    it. Here dots are given fp32 operands, which loses nothing (products of bf16 numbers are exact in fp32,
+    where they are summed), and fp32 is rounded to the nearest bf16. The kernels compute with bf16 in no other
+    way."""
     import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -126,7 +143,8 @@ def bf16_shim() -> None:
 
 
 def errors(inputs: list, dtype: str, kernel, reference) -> list[str]:
-    """Kernel and plain PyTorch on `inputs` in dtype against the reference in fp64: what is worse than it may be."""
+    """Kernel and plain PyTorch on `inputs` in dtype against the reference in fp64: what is worse than it may
+    be."""
     import torch
 
     kind = getattr(torch, dtype)
@@ -180,7 +198,9 @@ def attention_call(lengths: str, mask: str, **options):
     lengths_q, lengths_k = LENGTHS[lengths]
     # a prefix of nothing, of one key, of some, of all
     prefix = (
-        torch.tensor([(0, 20, 1, 10**6)[i % 4] for i in range(1, 1 + len(lengths_q))]) if mask == "prefix" else None
+        torch.tensor([(0, 20, 1, 10**6)[i % 4] for i in range(1, 1 + len(lengths_q))])
+        if mask == "prefix"
+        else None
     )
     if prefix is not None:
         prefix = torch.minimum(prefix, torch.tensor(lengths_k))
@@ -217,7 +237,9 @@ def run_case(kind: str, *case) -> list[str]:
 
     if kind.startswith("attention"):
         lengths, mask, D, dtype = case
-        return both(attention_call(lengths, mask), qkv(lengths, D, strided=kind == "attention_shipped"), dtype)
+        return both(
+            attention_call(lengths, mask), qkv(lengths, D, strided=kind == "attention_shipped"), dtype
+        )
     if kind == "cross_entropy":
         N, V, C, smoothing, dtype, frozen = case
         ce.CHUNK_BYTES = 1  # the smallest slices
@@ -227,18 +249,28 @@ def run_case(kind: str, *case) -> list[str]:
         # without gradient errors() would leave them in fp32
         x, w = (t if t.requires_grad else t.to(getattr(torch, dtype)) for t in (x, w))
         targets = torch.randint(V, (N,))
-        return errors([x, w, targets], dtype, lambda *a: ce.linear_cross_entropy(*a, smoothing, impl="triton"),
-                      lambda *a: ce.linear_cross_entropy_ref(*a, smoothing))  # fmt: skip
+        return errors(
+            [x, w, targets],
+            dtype,
+            lambda *a: ce.linear_cross_entropy(*a, smoothing, impl="triton"),
+            lambda *a: ce.linear_cross_entropy_ref(*a, smoothing),
+        )
     if kind == "rms_norm":
         shape, dtype, weight = case
         w = (1 + torch.randn(shape[-1])).requires_grad_(weight == "trained")
         w = w if weight != "frozen" else w.to(getattr(torch, dtype))
-        return both(lambda x, w, impl: rms_norm(x, w, 1e-6, impl=impl), [torch.randn(shape).requires_grad_(), w], dtype)
+        return both(
+            lambda x, w, impl: rms_norm(x, w, 1e-6, impl=impl),
+            [torch.randn(shape).requires_grad_(), w],
+            dtype,
+        )
     if kind == "rotary":
         parts, D, dtype = case
         T, H = 37, 3
         angles = torch.randn(*([2] if parts == 2 else []), T, D // 2 // parts) * 100
-        return both(rotary_in_fp64, [torch.randn(T, H, D).requires_grad_(), angles.cos(), angles.sin()], dtype)
+        return both(
+            rotary_in_fp64, [torch.randn(T, H, D).requires_grad_(), angles.cos(), angles.sin()], dtype
+        )
     shape, dtype = case
     return both(swiglu, [torch.randn(shape).requires_grad_() for _ in range(2)], dtype)
 
@@ -264,8 +296,8 @@ def rotary_in_fp64(x, cos, sin, impl):
 
 
 def skipped_blocks() -> list[str]:
-    """The plan of blocks against the mask itself: every visible pair in exactly one visited block, no block visited for
-    nothing, none taken without a mask that needs one."""
+    """The plan of blocks against the mask itself: every visible pair in exactly one visited block, no block
+    visited for nothing, none taken without a mask that needs one."""
     import torch
 
     from kernels.attention import key_blocks, query_blocks
@@ -317,7 +349,9 @@ def deterministic() -> list[str]:
         o = attention_call("packed", "causal", impl="triton")(*inputs)
         results.append([o, *torch.autograd.grad(o, inputs, do)])
     attention.plan = plan
-    return [f"output {i} differs" for i, (a, b) in enumerate(zip(*results, strict=True)) if not torch.equal(a, b)]
+    return [
+        f"output {i} differs" for i, (a, b) in enumerate(zip(*results, strict=True)) if not torch.equal(a, b)
+    ]
 
 
 def plan_is_shared() -> list[str]:
@@ -342,7 +376,9 @@ def refusals() -> list[str]:
         (64, torch.float32, 66),
     ):
         try:
-            attention_call("one", "causal", impl="triton")(*[torch.randn(rows, 2, D, dtype=dtype) for _ in range(3)])
+            attention_call("one", "causal", impl="triton")(
+                *[torch.randn(rows, 2, D, dtype=dtype) for _ in range(3)]
+            )
             problems.append(f"head size {D} in {dtype} with {rows} rows was not refused")
         except ValueError:
             pass
@@ -360,7 +396,11 @@ def autocast() -> list[str]:
 
     small_tiles()
     problems = []
-    x, w, targets = torch.randn(33, 64).requires_grad_(), torch.randn(90, 64).requires_grad_(), torch.randint(90, (33,))
+    x, w, targets = (
+        torch.randn(33, 64).requires_grad_(),
+        torch.randn(90, 64).requires_grad_(),
+        torch.randint(90, (33,)),
+    )
     inputs, outputs = qkv("packed", 64), []
     for impl in ("triton", "ref"):
         with torch.autocast("cpu", torch.float16):
@@ -395,7 +435,8 @@ def vocab_parallel() -> list[str]:
         with tempfile.TemporaryDirectory() as directory:
             fork = multiprocessing.get_context("fork")
             ranks = [
-                fork.Process(target=_vocab_rank, args=(r, directory, x, w, targets, smoothing, impl)) for r in (0, 1)
+                fork.Process(target=_vocab_rank, args=(r, directory, x, w, targets, smoothing, impl))
+                for r in (0, 1)
             ]
             for rank in ranks:
                 rank.start()
@@ -423,7 +464,9 @@ def _vocab_rank(rank, directory, x, w, targets, smoothing, impl):
     small_tiles()
     dist.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=2)
     x, w = x.detach().requires_grad_(), w.detach().chunk(2)[rank].requires_grad_()
-    loss, rows = linear_cross_entropy(x, w, targets - rank * len(w), smoothing, group=dist.group.WORLD, impl=impl)
+    loss, rows = linear_cross_entropy(
+        x, w, targets - rank * len(w), smoothing, group=dist.group.WORLD, impl=impl
+    )
     torch.save([loss.detach(), rows, *torch.autograd.grad(loss, (x, w))], f"{directory}/{rank}")
     dist.destroy_process_group()
 
@@ -441,12 +484,14 @@ def step_batch(lengths: list[int], Q: int, size: int, image_start: int, vocabula
 
     ids = torch.randint(10, vocabulary, (sum(lengths),))
     return {
-        "input_ids": ids, "targets": torch.where(torch.rand(len(ids)) < 0.4, ids.roll(-1), -100),
-        "cu_seqlens": bounds(lengths), "max_len": max(lengths),
+        "input_ids": ids,
+        "targets": torch.where(torch.rand(len(ids)) < 0.4, ids.roll(-1), -100),
+        "cu_seqlens": bounds(lengths),
+        "max_len": max(lengths),
         "position_ids": torch.cat([torch.arange(n) for n in lengths]),
         "pixel_values": torch.randn(1, 3, size, size),
         "image_positions": torch.arange(image_start, image_start + Q)[None],
-    }  # fmt: skip
+    }
 
 
 def qwen_vl_step() -> list[str]:
@@ -491,7 +536,8 @@ def blip2_opt_step() -> list[str]:
 
 
 def blip2_t5_step() -> list[str]:
-    """A segment is the encoder's tokens, then the decoder's from its start token on; self-attention has a bias."""
+    """A segment is the encoder's tokens, then the decoder's from its start token on; self-attention has a
+    bias."""
     import model_blip2 as blip2
 
     config = golden_config("blip2/hf_t5_*")
@@ -499,8 +545,10 @@ def blip2_t5_step() -> list[str]:
     model = blip2.build_model(config)
     Q = model.num_image_tokens
     batch = step_batch([Q + 9, 15], Q, config["vision_config"]["image_size"], 0, 60)
-    for ids, targets, start in ((*(batch[k].split([Q + 9, 15])[i] for k in ("input_ids", "targets")), n)
-                                for i, n in enumerate((Q + 4, 8))):  # fmt: skip
+    for ids, targets, start in (
+        (*(batch[k].split([Q + 9, 15])[i] for k in ("input_ids", "targets")), n)
+        for i, n in enumerate((Q + 4, 8))
+    ):
         ids[start] = model.language_model.start
         targets[:start] = targets[-1] = -100
         targets[start:-1] = ids[start + 1 :]
@@ -508,7 +556,8 @@ def blip2_t5_step() -> list[str]:
 
 
 def compare_step(model, batch: dict, kernels: tuple[str, ...]) -> list[str]:
-    """A whole step, pictures included: the reference's loss and gradients, and all the kernels named have run."""
+    """A whole step, pictures included: the reference's loss and gradients, and all the kernels named have
+    run."""
     import importlib
 
     import torch
@@ -528,7 +577,10 @@ def compare_step(model, batch: dict, kernels: tuple[str, ...]) -> list[str]:
         loss, _ = model(batch)
         loss.backward()
         results.append(
-            {"loss": loss.detach(), **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
+            {
+                "loss": loss.detach(),
+                **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None},
+            }
         )
     dispatch.use("auto", torch.device("cpu"))
     for module, launch in zip(modules, plain, strict=True):
@@ -546,7 +598,7 @@ def compare_step(model, batch: dict, kernels: tuple[str, ...]) -> list[str]:
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # pytest's side
 
 
@@ -556,11 +608,15 @@ def results() -> dict[str, list[str] | None]:
     names = list(CASES)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     processes = [
-        subprocess.Popen([sys.executable, __file__, *names[i::2]], stdout=subprocess.PIPE, text=True, env=environment)
+        subprocess.Popen(
+            [sys.executable, __file__, *names[i::2]], stdout=subprocess.PIPE, text=True, env=environment
+        )
         for i in range(2)
     ]
     outputs = [process.communicate()[0] for process in processes]
-    return dict(json.loads(line) for output in outputs for line in output.splitlines() if line.startswith("["))
+    return dict(
+        json.loads(line) for output in outputs for line in output.splitlines() if line.startswith("[")
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -602,7 +658,8 @@ def test_training_refuses_triton_without_gpu():
 
 @pytest.mark.parametrize("frozen, share", [(False, 3), (True, 8)])
 def test_memory_of_linear_cross_entropy(monkeypatch, frozen, share):
-    """Peak of what is allocated, at 1/16 of the vocabulary and of the chunk: at most 1/share of naive logits'."""
+    """Peak of what is allocated, at 1/16 of the vocabulary and of the chunk: at most 1/share of naive
+    logits'."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -628,8 +685,10 @@ def test_memory_of_linear_cross_entropy(monkeypatch, frozen, share):
 
 
 def test_report_of_a_subset():
-    """A kernel of each kind on both architectures: spills, tensor cores, FLOPs, copies, registers in the budget."""
-    only = r"attention_\w+ D=(88|128) bf16|cross_entropy_\w+ bf16|(norm_backward weight|rotary_2d|swiglu_backward) bf16"
+    """A kernel of each kind on both architectures: spills, tensor cores, FLOPs, copies, registers in the
+    budget."""
+    only = r"attention_\w+ D=(88|128) bf16|cross_entropy_\w+ bf16|"
+    only += "(norm_backward weight|rotary_2d|swiglu_backward) bf16"
     command = [sys.executable, str(ROOT / "kernels" / "report.py"), "--only", only]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -37,7 +37,11 @@ class Toy(nn.Module):
     def __init__(self, seed=0):
         super().__init__()
         torch.manual_seed(seed)
-        self.wte, self.h, self.lm_head = nn.Embedding(20, 8), nn.ModuleList([Block(), Block()]), nn.Linear(8, 20)
+        self.wte, self.h, self.lm_head = (
+            nn.Embedding(20, 8),
+            nn.ModuleList([Block(), Block()]),
+            nn.Linear(8, 20),
+        )
 
     def hidden(self, input_ids):
         x = self.wte(input_ids)
@@ -71,7 +75,9 @@ def adapted(dropout=0.0, random_b=True):
 def save(directory, model, names, extra=()):
     params = dict(model.named_parameters())
     directory.mkdir(exist_ok=True)
-    lora.save_adapter(directory, model, "base", 2, 6, 0.1, names, extra, lambda name: full_tensor(params[name]))
+    lora.save_adapter(
+        directory, model, "base", 2, 6, 0.1, names, extra, lambda name: full_tensor(params[name])
+    )
 
 
 def test_inject():
@@ -79,7 +85,8 @@ def test_inject():
     assert names == ["h.0.c_attn", "h.1.c_attn", "h.1.c_proj"]
     assert torch.equal(model(IDS), Toy()(IDS))  # B is zero: nothing changes yet
     assert set(dict(model.named_parameters())) - set(dict(Toy().named_parameters())) == {
-        f"{name}.lora_{side}.weight" for name in names for side in "AB"}  # fmt: skip
+        f"{name}.lora_{side}.weight" for name in names for side in "AB"
+    }
     with pytest.raises(ValueError, match="'h.0.c_atn' matches no linear layer.* h.0.c_attn"):
         lora.inject(Toy(), ["h.0.c_atn"], 2, 4, 0)
     with pytest.raises(ValueError, match="'c_attn' matches no"):  # the whole name, not its end
@@ -97,13 +104,17 @@ def test_inject():
         if ".lora_" in name:
             lora.init_lora(name, p, torch.Generator().manual_seed(0))
     A = meta.h[0].c_attn.lora_A.weight
-    assert 0.3 < A.abs().max() <= 8**-0.5 and not meta.h[0].c_attn.lora_B.weight.any()  # PEFT: U(-1/sqrt(in), ...)
+    assert (
+        0.3 < A.abs().max() <= 8**-0.5 and not meta.h[0].c_attn.lora_B.weight.any()
+    )  # PEFT: U(-1/sqrt(in), ...)
 
 
 def test_forward_is_base_plus_update_in_any_dtype():
     model, _ = adapted()
     layer, x = model.h[0].c_attn, torch.randn(5, 8)
-    expected = nn.functional.linear(x, layer.weight + 3 * layer.lora_B.weight @ layer.lora_A.weight, layer.bias)
+    expected = nn.functional.linear(
+        x, layer.weight + 3 * layer.lora_B.weight @ layer.lora_A.weight, layer.bias
+    )
     torch.testing.assert_close(layer(x), expected)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
@@ -135,13 +146,20 @@ def test_peft_reads_ours(tmp_path, extra):
 
 
 @pytest.mark.filterwarnings("ignore:.*embedding layer")
-@pytest.mark.parametrize("kwargs", [
-    {"target_modules": ["c_attn", "not_here"]},
-    {"target_modules": r"h\..*\.(c_attn|c_proj)", "rank_pattern": {"1.c_attn": 5}, "alpha_pattern": {"c_proj": 3}},
-    {"target_modules": ["c_proj"], "use_rslora": True, "modules_to_save": ["lm_head"]},
-    {"target_modules": "all-linear", "exclude_modules": ["lm_head"]},
-    {"target_modules": ["c_attn"], "layers_to_transform": [1], "layers_pattern": "h"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"target_modules": ["c_attn", "not_here"]},
+        {
+            "target_modules": r"h\..*\.(c_attn|c_proj)",
+            "rank_pattern": {"1.c_attn": 5},
+            "alpha_pattern": {"c_proj": 3},
+        },
+        {"target_modules": ["c_proj"], "use_rslora": True, "modules_to_save": ["lm_head"]},
+        {"target_modules": "all-linear", "exclude_modules": ["lm_head"]},
+        {"target_modules": ["c_attn"], "layers_to_transform": [1], "layers_pattern": "h"},
+    ],
+)
 def test_we_read_pefts(tmp_path, kwargs):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights=False, **kwargs)
@@ -157,8 +175,17 @@ def test_we_read_pefts(tmp_path, kwargs):
     assert not torch.allclose(ours(IDS), Toy()(IDS), atol=1e-3)
     # and what was varied by module survives our own saving
     params = dict(ours.named_parameters())
-    lora.save_adapter(tmp_path, ours, "base", 4, 6, 0.0, names, [n for n in params if n.startswith("lm_head")],
-                      params.__getitem__)  # fmt: skip
+    lora.save_adapter(
+        tmp_path,
+        ours,
+        "base",
+        4,
+        6,
+        0.0,
+        names,
+        [n for n in params if n.startswith("lm_head")],
+        params.__getitem__,
+    )
     again = Toy().eval()
     lora.load_adapter(again, tmp_path)
     assert torch.equal(again(IDS), ours(IDS))
@@ -181,9 +208,13 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
     p = lora.PREFIX
     refuse("lacks 'h.0.c_attn.lora_B.weight'", without("h.0.c_attn.lora_B"))
     refuse("lacks h.0.c_attn.lora_A.weight", without("h.0.c_attn"))  # the whole pair
-    refuse("lacks h.0.c_attn.lora_A.weight", without("h.0.c_attn"), {"target_modules": ["c_attn", "1.c_proj"]})
+    refuse(
+        "lacks h.0.c_attn.lora_A.weight", without("h.0.c_attn"), {"target_modules": ["c_attn", "1.c_proj"]}
+    )
     refuse("no LoRA weights", without("lora"))
-    refuse("'h.7.c_attn', which is no linear", lambda t: t | {f"{p}h.7.c_attn.lora_A.weight": torch.zeros(2, 8)})
+    refuse(
+        "'h.7.c_attn', which is no linear", lambda t: t | {f"{p}h.7.c_attn.lora_A.weight": torch.zeros(2, 8)}
+    )
     refuse("'h.0.norm', which is no linear", lambda t: t | {f"{p}h.0.norm.lora_A.weight": torch.zeros(2, 8)})
     embedding = {f"{p}wte.lora_A.weight": torch.zeros(2, 8), f"{p}wte.lora_B.weight": torch.zeros(20, 2)}
     refuse("does not name", lambda t: t | embedding)
@@ -249,7 +280,9 @@ def test_dropout_depends_on_keys_only():
     images = keys_of(3, 2)  # of 4 tokens each
     both = dropout.dropout_mask(torch.zeros(2, 4, 9), images, 0.5, 3, per_image=True)
     assert both.shape == (2, 4, 9) and not torch.equal(both[:, 0], both[:, 1])
-    assert torch.equal(both[1:], dropout.dropout_mask(torch.zeros(1, 4, 9), images[1:], 0.5, 3, per_image=True))
+    assert torch.equal(
+        both[1:], dropout.dropout_mask(torch.zeros(1, 4, 9), images[1:], 0.5, 3, per_image=True)
+    )
     with pytest.raises(AssertionError, match="8 rows"):
         dropout.dropout_mask(torch.zeros(8, 9), a, 0.5, 3)
     with pytest.raises(AssertionError, match="9 rows are not from 2 images"):
@@ -262,14 +295,18 @@ def test_dropout_in_the_layer():
     plain = layer(x)  # no keys: no dropout
     keys = keys_of(1, 20)
     kept = dropout.dropout_mask(x, keys, 0.5, layer.seed)
-    expected = nn.functional.linear(x, layer.weight, layer.bias) + 3 * layer.lora_B(layer.lora_A(x * kept / 0.5))
+    expected = nn.functional.linear(x, layer.weight, layer.bias) + 3 * layer.lora_B(
+        layer.lora_A(x * kept / 0.5)
+    )
     assert layer.seed != model.h[1].c_attn.seed
     with dropout.dropout_rows(keys):
         torch.testing.assert_close(layer(x), expected)
         assert not torch.allclose(plain, expected)
         recompute = dropout.with_rows_of_now(layer)
         outputs = layer(x), recomputed(recompute, x, use_reentrant=False)
-    with dropout.dropout_rows(keys_of(2, 20)):  # another micro-batch is in flight when the backward pass comes
+    with dropout.dropout_rows(
+        keys_of(2, 20)
+    ):  # another micro-batch is in flight when the backward pass comes
         grads = [torch.autograd.grad(y.square().sum(), layer.lora_A.weight)[0] for y in outputs]
     assert torch.equal(*grads)
     assert torch.equal(layer(x), plain)
@@ -299,7 +336,9 @@ def two_ranks(rank, directory):
     grad = model.h[0].c_attn.lora_A.weight.grad.full_tensor()
     torch.testing.assert_close(grad, plain.h[0].c_attn.lora_A.weight.grad)
     params = dict(model.named_parameters())
-    lora.save_adapter(directory, model, "base", 2, 6, 0.5, names, [], lambda n: full_tensor(params[n]), rank == 0)
+    lora.save_adapter(
+        directory, model, "base", 2, 6, 0.5, names, [], lambda n: full_tensor(params[n]), rank == 0
+    )
     torch.distributed.barrier()
     torch.nn.init.zeros_(model.h[0].c_attn.lora_B.weight)
     lora.load_adapter(model, directory, copy=copy_full_)
@@ -364,7 +403,9 @@ def merge_setup(tmp_path, monkeypatch):
     return write
 
 
-@pytest.mark.parametrize("base_dtype,dtype", [("float32", "keep"), ("bfloat16", "keep"), ("float32", "float16")])
+@pytest.mark.parametrize(
+    "base_dtype,dtype", [("float32", "keep"), ("bfloat16", "keep"), ("float32", "float16")]
+)
 def test_merge(merge_setup, capsys, base_dtype, dtype):
     model, names = merge_setup(getattr(torch, base_dtype))
     for _ in range(2):  # the second replaces an earlier merge
@@ -372,7 +413,10 @@ def test_merge(merge_setup, capsys, base_dtype, dtype):
     out = capsys.readouterr().out
     assert "largest logit difference merged vs base+adapter: " in out
     assert "generate.py --model_name_or_path merged" in out
-    merged, stored = load_file("merged/model.safetensors"), getattr(torch, base_dtype if dtype == "keep" else dtype)
+    merged, stored = (
+        load_file("merged/model.safetensors"),
+        getattr(torch, base_dtype if dtype == "keep" else dtype),
+    )
     base = load_file("base/model.safetensors")
     assert set(merged) == set(base) and all(t.dtype == stored for t in merged.values())
     for name, tensor in merged.items():
@@ -384,7 +428,9 @@ def test_merge(merge_setup, capsys, base_dtype, dtype):
             expected = model.lm_head.bias.detach().double()
         else:
             assert torch.equal(tensor, base[name].to(stored))
-        torch.testing.assert_close(tensor.double(), expected.detach(), rtol=torch.finfo(stored).eps, atol=1e-6)
+        torch.testing.assert_close(
+            tensor.double(), expected.detach(), rtol=torch.finfo(stored).eps, atol=1e-6
+        )
     assert Path("merged/ice_text.model").read_text() == "tokenizer"
     assert json.loads(Path("merged/merge_info.json").read_text())["changed_tensors"] == 4
     assert sorted(p.name for p in Path(".").iterdir()) == ["base", "merged", "output"]
@@ -446,13 +492,16 @@ def killed_merge(kill_at: int, count: Path) -> None:
 
 
 def test_a_killed_merge_loses_nothing(merge_setup):
-    """kill -9 at each of its changes, over an earlier merge: that is there, or put back by the same command."""
+    """kill -9 at each of its changes, over an earlier merge: that is
+    there, or put back by the same command."""
     merge_setup()
     merge.main(["--model_name_or_path", "base"])
     whole = Path("merged/model.safetensors").read_bytes()
 
     def child(kill_at: int) -> int:
-        process = multiprocessing.get_context("fork").Process(target=killed_merge, args=(kill_at, Path("count")))
+        process = multiprocessing.get_context("fork").Process(
+            target=killed_merge, args=(kill_at, Path("count"))
+        )
         process.start()
         process.join(60)
         return process.exitcode

@@ -30,7 +30,9 @@ def test_golden_caption_scores(goldens):
         candidates = [s["candidate_tokens"].split() for s in sets]
         references = [[r.split() for r in s["reference_tokens"]] for s in sets]
         names = ["BLEU1", "BLEU2", "BLEU3", "BLEU4", "ROUGE_L", "CIDEr_D"]
-        bleu, rouge, cider = (f(candidates, references) for f in (metrics.bleu, metrics.rouge_l, metrics.cider_d))
+        bleu, rouge, cider = (
+            f(candidates, references) for f in (metrics.bleu, metrics.rouge_l, metrics.cider_d)
+        )
         whole = dict(zip(names, [*bleu[0], rouge[0], cider[0]], strict=True))
         for name in names:
             assert abs(whole[name] - corpus["corpus"][name]) < 1e-9, name
@@ -43,7 +45,10 @@ def test_golden_caption_scores(goldens):
 def test_golden_caption_tokens(goldens):
     for corpus in corpora(goldens):
         for s in corpus["sets"]:
-            texts, tokens = [s["candidate"], *s["references"]], [s["candidate_tokens"], *s["reference_tokens"]]
+            texts, tokens = (
+                [s["candidate"], *s["references"]],
+                [s["candidate_tokens"], *s["reference_tokens"]],
+            )
             for text, expected in zip(texts, tokens, strict=True):
                 assert " ".join(metrics.ptb_tokens(text)) == expected, text
 
@@ -77,12 +82,21 @@ def test_golden_vqa_accuracy(goldens):
     [  # the treebank's tokenisation guidelines
         ("They can't say it isn't Bob's dogs' house.", "they ca n't say it is n't bob 's dogs ' house"),
         ("You cannot, I'm gonna; we've", "you can not i 'm gon na we 've"),
-        ("A well-known 3-year-old, at 10:30 a.m. in the U.S.", "a well-known 3-year-old at 10:30 a.m. in the u.s."),
+        (
+            "A well-known 3-year-old, at 10:30 a.m. in the U.S.",
+            "a well-known 3-year-old at 10:30 a.m. in the u.s.",
+        ),
         ("Mr. X paid $1,000 (50% off) and/or 1/2...", "mr. x paid $ 1,000 -lrb- 50 % off -rrb- and/or 1/2"),
         # slashes and stars, by CoreNLP 3.4.1 itself
-        ("A metal/rock band, a hip-hop/rap song and/or more", "a metal/rock band a hip-hop/rap song and/or more"),
+        (
+            "A metal/rock band, a hip-hop/rap song and/or more",
+            "a metal/rock band a hip-hop/rap song and/or more",
+        ),
         ("black-and-white/red a/b/c/d w/ 1/2", "black-and-white/red a/b/c / d w / 1/2"),
-        ("caf\u00e9/bar men's/women's word_a/b 50mph/hour", "caf\u00e9 / bar men 's / women 's word_a / b 50mph/hour"),
+        (
+            "caf\u00e9/bar men's/women's word_a/b 50mph/hour",
+            "caf\u00e9 / bar men 's / women 's word_a / b 50mph/hour",
+        ),
         ("a * star ** two *italic* f**k", "a * star ** two * italic * f ** k"),
         ("\u201cA man's caf\u00e9\u201d \u2013 it's 5 o'clock!", "a man 's caf\u00e9 it 's 5 o'clock"),
         ("一只狗，在草地上。 A dog", "一 只 狗 在 草 地 上 a dog"),
@@ -93,9 +107,9 @@ def test_caption_tokens(text, expected):
 
 
 def test_fewer_than_ten_answers_count_as_ten():
-    whole, own = metrics.vqa_scores(["red", "Red", "cat", "x"], [["red"], ["red", "blue"], ["cat", "dog"], ["y"]])[
-        "vqa_accuracy"
-    ]
+    whole, own = metrics.vqa_scores(
+        ["red", "Red", "cat", "x"], [["red"], ["red", "blue"], ["cat", "dog"], ["y"]]
+    )["vqa_accuracy"]
     assert own == [1.0, 1.0, 1.0, 0.0] and whole == 0.75
     for some in (["cat", "dog", "x"], ["cat", "x", "cat", "dog", "y", "z"]):  # in any order
         turned = [some[i:] + some[:i] for i in range(len(some))]
@@ -161,18 +175,33 @@ def test_results_file_says_how_each_answer_came_about(base, captions, tmp_path, 
 def test_training_scores_what_evaluation_scores(base, captions, tmp_path, capfd):
     entries = [{"name": "coco_caption", "data_files": str(captions)}]
     options = {
-        "model_name_or_path": str(base), "dataset": {"train": entries, "eval": entries}, "max_steps": 80,
-        "per_device_train_batch_size": 4, "learning_rate": 3e-3, "num_workers": 0, "eval_steps": 40, "save_steps": 40,
-        "output_dir": str(tmp_path / "out"), "evaluation_strategy": "steps", "eval_with_do_generation": True,
-        "metric_for_best_model": "eval_rouge_l", "load_best_model_at_end": True, "disable_tqdm": True,
-    }  # fmt: skip
+        "model_name_or_path": str(base),
+        "dataset": {"train": entries, "eval": entries},
+        "max_steps": 80,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 3e-3,
+        "num_workers": 0,
+        "eval_steps": 40,
+        "save_steps": 40,
+        "output_dir": str(tmp_path / "out"),
+        "evaluation_strategy": "steps",
+        "eval_with_do_generation": True,
+        "metric_for_best_model": "eval_rouge_l",
+        "load_best_model_at_end": True,
+        "disable_tqdm": True,
+    }
     (tmp_path / "c.json").write_text(json.dumps(options))
     run([str(tmp_path / "c.json")])
     records = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
     evals = {r["step"]: r for r in records if "eval_cider" in r}
     assert evals.keys() == {40, 80}
     best = max(evals, key=lambda step: evals[step]["eval_rouge_l"])
-    argv = ["--model_name_or_path", str(tmp_path / f"out/checkpoint-{best}"), "--output", str(tmp_path / "r.json")]
+    argv = [
+        "--model_name_or_path",
+        str(tmp_path / f"out/checkpoint-{best}"),
+        "--output",
+        str(tmp_path / "r.json"),
+    ]
     evaluate.main([str(tmp_path / "c.json"), *argv])
     scores = json.loads((tmp_path / "r.json").read_text())["scores"]
     assert scores == {name: pytest.approx(evals[best][f"eval_{name}"], abs=1e-9) for name in scores}

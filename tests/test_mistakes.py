@@ -32,7 +32,8 @@ def child(main, argv):
 
 
 def run(main, argv) -> int:
-    """A script's main in a process of its own: one that has joined a process group cannot fork ranks any more."""
+    """A script's main in a process of its own: one that has joined a process group cannot fork ranks any
+    more."""
     process = get_context("fork").Process(target=child, args=(main, argv))
     process.start()
     process.join(120)
@@ -50,9 +51,16 @@ def fails(capfd, main, argv, *words):
 
 
 def common(base, dataset, out, **options):
-    options = {"model_name_or_path": str(base), "dataset": dataset, "output_dir": str(out), "max_steps": 3,
-               "num_workers": 0,
-               "disable_tqdm": True, "max_length": 128, **options}  # fmt: skip
+    options = {
+        "model_name_or_path": str(base),
+        "dataset": dataset,
+        "output_dir": str(out),
+        "max_steps": 3,
+        "num_workers": 0,
+        "disable_tqdm": True,
+        "max_length": 128,
+        **options,
+    }
     return [a for k, v in options.items() for a in (f"--{k}", v if isinstance(v, str) else json.dumps(v))]
 
 
@@ -126,16 +134,27 @@ def bad_records(tmp_path):
         "no picture": ([picture("text.png")], {}, ["text.png"]),
         "bomb": ([picture("bomb.png")], {}, ["12000x12000"]),
         "missing": ([picture("gone.png")], {}, ["gone.png", "data.jsonl:1"]),
-        "outside": ([picture("../good.png")], {"image_root": str(tmp_path / "in")}, ["../good.png", "image_root"]),
+        "outside": (
+            [picture("../good.png")],
+            {"image_root": str(tmp_path / "in")},
+            ["../good.png", "image_root"],
+        ),
         "malformed": ("\n".join([json.dumps(chat)] * 2 + ['{"conversations": [']), {}, ["data.jsonl:3"]),
         "empty": ("", {}, ["empty"]),
-        "no answer": ([{"conversations": [{"from": "user", "value": "hello"}]}], {}, ["data.jsonl:1", "assistant"]),
+        "no answer": (
+            [{"conversations": [{"from": "user", "value": "hello"}]}],
+            {},
+            ["data.jsonl:1", "assistant"],
+        ),
         "too long": ([{"conversations": [["word " * 300, "answer"]]}], {}, ["data.jsonl:1", "max_length"]),
         "unclosed": ([{"conversations": [["<img>good.png what?", "this"]]}], {}, ["data.jsonl:1", "<img>"]),
     }
 
 
-CASES = "truncated, zero bytes, no picture, bomb, missing, outside, malformed, empty, no answer, too long, unclosed"
+CASES = (
+    "truncated, zero bytes, no picture, bomb, missing, outside, malformed, "
+    "empty, no answer, too long, unclosed"
+)
 
 
 @pytest.mark.parametrize("case", CASES.split(", "))
@@ -161,7 +180,12 @@ def test_few_bad_pictures_are_named_and_left_out(capfd, base, dataset, tmp_path)
     (folder / "4.png").write_bytes(b"")
     entries = [{**e, "data_files": str(folder / Path(e["data_files"]).name)} for e in dataset["train"]]
     argv = common(
-        base, {"train": entries}, tmp_path / "out", max_bad_samples=0.05, max_steps=5, per_device_train_batch_size=8
+        base,
+        {"train": entries},
+        tmp_path / "out",
+        max_bad_samples=0.05,
+        max_steps=5,
+        per_device_train_batch_size=8,
     )
     assert run(train.main, argv) == 0
     warnings = [line for line in capfd.readouterr().err.splitlines() if "4.png" in line]
@@ -170,7 +194,9 @@ def test_few_bad_pictures_are_named_and_left_out(capfd, base, dataset, tmp_path)
 
 def test_output_directory_that_is_no_run(capfd, base, dataset, tmp_path):
     write(tmp_path / "thesis.txt", "precious")
-    fails(capfd, train.main, common(base, dataset, tmp_path, overwrite_output_dir=True), "not empty", tmp_path)
+    fails(
+        capfd, train.main, common(base, dataset, tmp_path, overwrite_output_dir=True), "not empty", tmp_path
+    )
     fails(capfd, train.main, common(base, dataset, tmp_path / "thesis.txt"), "is a file")
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
@@ -211,7 +237,8 @@ def limited(argv):
 
 
 def test_disk_that_fills_during_a_save(base, dataset, tmp_path):
-    """A file size limit stands in for a full disk. The checkpoint before stays good, and the run continues from it."""
+    """A file size limit stands in for a full disk. The checkpoint before stays good, and the run continues
+    from it."""
     out = tmp_path / "out"
     argv = common(base, dataset, out, save_steps=2, max_steps=2)
     assert run(train.main, argv) == 0
@@ -221,7 +248,9 @@ def test_disk_that_fills_during_a_save(base, dataset, tmp_path):
     process.join(120)
     err = (tmp_path / "err").read_text()
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert process.exitcode == 1 and len(lines) == 1 and "checkpoint-4" in lines[0] and "Traceback" not in err, err
+    assert (
+        process.exitcode == 1 and len(lines) == 1 and "checkpoint-4" in lines[0] and "Traceback" not in err
+    ), err
     assert checkpoint.last_checkpoint(out).name == "checkpoint-2"
     assert not list(out.glob("*.tmp"))
     assert run(train.main, argv) == 0
@@ -229,7 +258,8 @@ def test_disk_that_fills_during_a_save(base, dataset, tmp_path):
 
 
 def test_no_supervised_token_in_a_step(base, dataset, tmp_path, capfd):
-    """Cannot come from files, since such samples are dropped before; images that all fail can empty every step."""
+    """Cannot come from files, since such samples are dropped before; images that all fail can empty every
+    step."""
     folder = tmp_path / "data"
     shutil.copytree(Path(dataset["train"][0]["data_files"]).parent, folder)
     for path in folder.glob("*.png"):
@@ -258,8 +288,16 @@ SCRIPTS = [
     (generate.main, ["--prompt", "x", "--model_name_or_path", "nowhere"], ["nowhere"]),
     (evaluate.main, ["--data_files", "nowhere.json"], ["nowhere.json"]),
     (merge.main, ["--lora_path", "nowhere"], ["nowhere"]),
-    (generate.main, ["--prompt", "x", "--device", "cpu", "--use_flash_attention", "true"], ["true", "no GPU", "auto"]),
-    (evaluate.main, ["--device", "cpu", "--use_flash_attention", "true"], ["use_flash_attention=true", "no GPU"]),
+    (
+        generate.main,
+        ["--prompt", "x", "--device", "cpu", "--use_flash_attention", "true"],
+        ["true", "no GPU", "auto"],
+    ),
+    (
+        evaluate.main,
+        ["--device", "cpu", "--use_flash_attention", "true"],
+        ["use_flash_attention=true", "no GPU"],
+    ),
 ]
 
 
@@ -267,18 +305,18 @@ SCRIPTS = [
     "main, argv, words", SCRIPTS, ids=[f"{m.__module__} {' '.join(a)}"[:40] for m, a, _ in SCRIPTS]
 )
 def test_other_scripts(capfd, base, main, argv, words):
-    if main in (generate.main, evaluate.main) and "--model_name_or_path" not in argv and "--lora_path" not in argv:
+    if (
+        main in (generate.main, evaluate.main)
+        and "--model_name_or_path" not in argv
+        and "--lora_path" not in argv
+    ):
         argv = ["--model_name_or_path", str(base), *argv]
     fails(capfd, main, argv, *words)
 
 
 def test_malformed_request_names_its_line(capfd, base, tmp_path):
     path = write(tmp_path / "r.jsonl", '{"prompt": "hello"}\n{"prompt": ')
-    fails(
-        capfd,
-        generate.main,
-        ["--model_name_or_path", str(base), "--requests", path],
-        f"{path}:2")
+    fails(capfd, generate.main, ["--model_name_or_path", str(base), "--requests", path], f"{path}:2")
     assert not os.path.exists(tmp_path / "boxes.png")
 
 
@@ -291,8 +329,15 @@ def adapter(base, dataset, out, *options):
 
 
 def test_an_adapter_is_trained_on_as_a_whole(base, dataset, tmp_path, capfd):
-    first = adapter(base, dataset, tmp_path / "a", "--lora_target_modules", '[".*c_attn", ".*w1"]',
-                    "--freeze_exclude", '["lm_head.weight"]')  # fmt: skip
+    first = adapter(
+        base,
+        dataset,
+        tmp_path / "a",
+        "--lora_target_modules",
+        '[".*c_attn", ".*w1"]',
+        "--freeze_exclude",
+        '["lm_head.weight"]',
+    )
     assert len(first) == 2 * 4 + 1 and "lm_head.weight" in first
     capfd.readouterr()
     go_on = [*common(base, dataset, tmp_path / "b"), "--lora_path", str(tmp_path / "a")]
@@ -300,7 +345,10 @@ def test_an_adapter_is_trained_on_as_a_whole(base, dataset, tmp_path, capfd):
     for options, words in (
         (["--lora"], ["lm_head.weight", "freeze_exclude"]),
         (["--lora", *whole, "--lora_target_modules", '[".*c_attn"]'], ["tensors for transformer.h.0.mlp.w1"]),
-        (["--lora", *whole, "--lora_target_modules", '[".*c_attn", ".*w1", ".*w2"]'], ["no tensors for", "mlp.w2"]),
+        (
+            ["--lora", *whole, "--lora_target_modules", '[".*c_attn", ".*w1", ".*w2"]'],
+            ["no tensors for", "mlp.w2"],
+        ),
         (["--lora", *whole, "--lora_rank", "4"], ["rank 8", "rank 4"]),
         ([], ["lora_path", "--lora"]),
         (["--lora", "--init_from", str(base)], ["init_from", "lora=true"]),
@@ -312,8 +360,12 @@ def test_an_adapter_is_trained_on_as_a_whole(base, dataset, tmp_path, capfd):
     state = load_file(other / "model.safetensors")
     state["transformer.h.0.mlp.w1.weight"] += 0.1
     save_file(state, other / "model.safetensors")
-    fails(capfd, train.main, [*common(other, dataset, tmp_path / "d"), "--lora", *whole,
-                              "--lora_path", str(tmp_path / "a")], "trained on other weights")  # fmt: skip
+    fails(
+        capfd,
+        train.main,
+        [*common(other, dataset, tmp_path / "d"), "--lora", *whole, "--lora_path", str(tmp_path / "a")],
+        "trained on other weights",
+    )
 
 
 def test_a_directory_wins_over_a_preset_of_its_name(base, dataset, tmp_path, monkeypatch):

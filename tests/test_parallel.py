@@ -36,13 +36,22 @@ MODES = {  # name -> (which base, settings)
     "qwen sft": ("qwen", {}),
     "qwen lora": ("qwen", {**LORA, "lora_target_modules": [*qwen.LORA_TARGETS, r".*resblocks.*c_(fc|proj)"]}),
     "glm sft": ("glm", {}),
-    "glm lora": ("glm", {**LORA, "lora_target_modules": [r".*attention\.(query_key_value|dense)", ".*4h_to_h"]}),
+    "glm lora": (
+        "glm",
+        {**LORA, "lora_target_modules": [r".*attention\.(query_key_value|dense)", ".*4h_to_h"]},
+    ),
     "glm split lora": ("glm", {**LORA, "lora_split": True, "lora_rank": 3}),
     "glm ptuning": ("glm", {"pre_seq_len": 3, "learning_rate": 0.05}),
     "opt sft": ("opt", {}),
-    "opt lora": ("opt", {**LORA, "lora_target_modules": [r"language_model.*(q|v|out)_proj", r"language_model.*fc2"]}),
+    "opt lora": (
+        "opt",
+        {**LORA, "lora_target_modules": [r"language_model.*(q|v|out)_proj", r"language_model.*fc2"]},
+    ),
     "t5 sft": ("t5", {}),
-    "t5 lora": ("t5", {**LORA, "lora_target_modules": [r"language_model.*Attention\.[qvo]", r".*DenseReluDense\.wo"]}),
+    "t5 lora": (
+        "t5",
+        {**LORA, "lora_target_modules": [r"language_model.*Attention\.[qvo]", r".*DenseReluDense\.wo"]},
+    ),
     "stage 1": ("stage1", {"stage": "pretrain1"}),
 }
 
@@ -53,9 +62,12 @@ def bases(base, glm_base, dataset, glm_dataset, blip2_captions, tmp_path_factory
     root = tmp_path_factory.mktemp("blip2")
     write, opt, t5 = blip2_train.write_checkpoint, blip2_train.OPT, {**blip2_train.T5, "num_heads": 4}
     return {
-        "qwen": (base, dataset), "glm": (glm_base, glm_dataset), "opt": (write(root / "opt", opt), blip2_captions),
-        "t5": (write(root / "t5", t5), blip2_captions), "stage1": (write(root / "1", opt, True), blip2_captions),
-    }  # fmt: skip
+        "qwen": (base, dataset),
+        "glm": (glm_base, glm_dataset),
+        "opt": (write(root / "opt", opt), blip2_captions),
+        "t5": (write(root / "t5", t5), blip2_captions),
+        "stage1": (write(root / "1", opt, True), blip2_captions),
+    }
 
 
 @pytest.fixture(scope="session")
@@ -112,11 +124,13 @@ def assert_close(a, b, tolerance):
 
 
 def assert_same_norms(out, reference):
-    ratios = [a / b - 1 for a, b in zip(records(out, "grad_norm"), records(reference, "grad_norm"), strict=True)]
+    ratios = [
+        a / b - 1 for a, b in zip(records(out, "grad_norm"), records(reference, "grad_norm"), strict=True)
+    ]
     assert_close(ratios, [0] * len(ratios), 1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tensor parallelism
 
 TP2 = {"tensor_parallel_degree": 2}
@@ -156,12 +170,19 @@ def test_equals_one_process(bases, references, tmp_path, monkeypatch, mode, layo
 
 CHAINS = {  # mode -> layouts that a run goes through: (processes, settings)
     "qwen sft": [
-        (2, TP2), (4, TP2), (1, {}), (4, {**TP2, "sharding": "stage3"}), (2, {"sharding": "stage2"}), (2, TP2),
-        (4, {**TP2, "sharding": "stage1"}), (2, {"sharding": "stage3"}), (4, {**TP2, "sharding": "stage2"}),
+        (2, TP2),
+        (4, TP2),
+        (1, {}),
+        (4, {**TP2, "sharding": "stage3"}),
+        (2, {"sharding": "stage2"}),
+        (2, TP2),
+        (4, {**TP2, "sharding": "stage1"}),
+        (2, {"sharding": "stage3"}),
+        (4, {**TP2, "sharding": "stage2"}),
     ],
     "glm lora": [(1, {}), (2, TP2), (2, {"sharding": "stage3"})],
     "t5 sft": [(4, {**TP2, "sharding": "stage3"}), (1, {}), (2, TP2)],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mode", CHAINS)
@@ -176,7 +197,8 @@ def test_resumes_on_other_layouts(train_run, mode, tmp_path):
 
 @pytest.mark.parametrize("mode", ["qwen sft", "qwen lora", "glm sft"])
 def test_two_all_reduces_a_layer_and_direction(bases, tmp_path, monkeypatch, mode):
-    """4 activations a layer (arXiv:1909.08053 sec. 3), by size; besides, one for the embedding and one for the head."""
+    """4 activations a layer (arXiv:1909.08053 sec. 3), by size; besides, one for the embedding and one for
+    the head."""
     forward_backward, all_reduce = train.forward_backward, dist.all_reduce
 
     def counted(model, micro_batches, *args, **kwargs):
@@ -195,7 +217,13 @@ def test_two_all_reduces_a_layer_and_direction(bases, tmp_path, monkeypatch, mod
 
     monkeypatch.setattr(train, "forward_backward", counted)
     kind, _ = MODES[mode]
-    options = {"lora": "lora" in mode, **TP2, "max_steps": 1, "save_strategy": "no", "per_device_train_batch_size": 3}
+    options = {
+        "lora": "lora" in mode,
+        **TP2,
+        "max_steps": 1,
+        "save_strategy": "no",
+        "per_device_train_batch_size": 3,
+    }
     run(arguments(*bases[kind], tmp_path / "out", **options), world=2)
     ranks = [json.loads((tmp_path / f"{r}.json").read_text()) for r in range(2)]
     assert ranks[0] == ranks[1]
@@ -205,17 +233,21 @@ def test_two_all_reduces_a_layer_and_direction(bases, tmp_path, monkeypatch, mod
     expected = Counter({text: 4 * layers + 1}) + Counter({supervised * raw["hidden_size"]: 1})
     if mode == "qwen sft":  # the tiny resampler has one head, and stays whole
         expected += Counter({pictures * 16 * 32: 4 * 2})
-    elif mode == "qwen lora":  # a frozen tower; nothing goes back beyond the first block; A or B of each adapter
+    elif (
+        mode == "qwen lora"
+    ):  # a frozen tower; nothing goes back beyond the first block; A or B of each adapter
         expected += Counter({pictures * 16 * 32: 2 * 2}) + Counter({8 * raw["hidden_size"]: 4 * layers})
         expected.subtract({text: 1})
-    else:  # one block of the tower, two of the Q-Former, the first with cross-attention: a row of 32 channels each
+    # one block of the tower, two of the Q-Former, the first with cross-attention: a row of 32 channels each
+    else:
         expected += Counter({pictures * 17 * 32: 4 + 1}) + Counter({pictures * 4 * 32: 4 * 2 + 2})
     assert Counter(sizes) == expected
 
 
 @pytest.mark.parametrize("mode", ["qwen sft", "glm lora", "t5 sft"])
 def test_same_greedy_tokens(bases, references, tmp_path, monkeypatch, mode):
-    """From the weights or the adapter that training left; pictures in some requests only, where the model allows it."""
+    """From the weights or the adapter that training left; pictures in some requests only, where the model
+    allows it."""
     decode = generate.generate
 
     def recorded(*args, **kwargs):
@@ -234,14 +266,22 @@ def test_same_greedy_tokens(bases, references, tmp_path, monkeypatch, mode):
     common += ["--min_new_tokens", "6", "--max_new_tokens", "12"]
     for degree in (1, 2):
         output = tmp_path / f"{degree}.jsonl"
-        run([*common, "--output", str(output), "--tensor_parallel_degree", str(degree)], degree, generate.main)
+        run(
+            [*common, "--output", str(output), "--tensor_parallel_degree", str(degree)], degree, generate.main
+        )
         assert len(output.read_text().splitlines()) == len(requests)
     one, *two = (json.loads((tmp_path / f"{place}.json").read_text()) for place in ("1-0", "2-0", "2-1"))
     assert two == [one, one] and len(one) == len(requests) and min(map(len, one)) >= 6
 
 
 def test_evaluation_and_generation_in_training(train_run):
-    options = {"evaluation_strategy": "steps", "eval_steps": 2, "save_steps": 2, "max_steps": 4, "learning_rate": 1e-3}
+    options = {
+        "evaluation_strategy": "steps",
+        "eval_steps": 2,
+        "save_steps": 2,
+        "max_steps": 4,
+        "learning_rate": 1e-3,
+    }
     options |= {"eval_with_do_generation": True, "metric_for_best_model": "eval_loss"}
     reference = train_run("qwen sft", **options)
     out = train_run("qwen sft", 4, batch=4, **TP2, sharding="stage3", **options)
@@ -263,10 +303,20 @@ def test_bf16(train_run, world, options):
 @pytest.mark.parametrize(
     "model, preset, degree, words",
     [
-        (qwen, "qwen-vl-7b", 3, "=3 does not divide num_attention_heads=32; this model takes 1, 2, 4, 8, 16$"),
+        (
+            qwen,
+            "qwen-vl-7b",
+            3,
+            "=3 does not divide num_attention_heads=32; this model takes 1, 2, 4, 8, 16$",
+        ),
         (blip2, "blip2-opt-2.7b", 32, "=32 does not divide vision_config.num_attention_heads=16; this model"),
         (blip2, "blip2-flan-t5-xl", 6, "=6 does not divide vision_config.num_attention_heads=16"),
-        (glm, "visualglm-6b", 5, "=5 does not divide num_attention_heads=32; this model takes 1, 2, 4, 8, 16$"),
+        (
+            glm,
+            "visualglm-6b",
+            5,
+            "=5 does not divide num_attention_heads=32; this model takes 1, 2, 4, 8, 16$",
+        ),
     ],
 )
 def test_degrees_that_do_not_divide(model, preset, degree, words):
@@ -294,10 +344,17 @@ def test_cut_and_join():
     for cut in (parallel.Cut(0, 3, 0, 2), parallel.Cut(0, 1, 0, 4), parallel.Cut(1, 1, 0, 2)):
         parts = [replace(cut, rank=r).take(whole) for r in range(cut.size)]
         assert torch.equal(cut.join(parts), whole)
-    assert parallel.Cut(0, 3, 1, 2).take(whole)[:, 0].tolist() == [8, 12, 24, 28, 40, 44]  # rows 2, 3, 6, 7, 10, 11
+    assert parallel.Cut(0, 3, 1, 2).take(whole)[:, 0].tolist() == [
+        8,
+        12,
+        24,
+        28,
+        40,
+        44,
+    ]  # rows 2, 3, 6, 7, 10, 11
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pipeline stages
 
 PP2 = {"batch": 2, "pipeline_parallel_degree": 2}
@@ -345,17 +402,24 @@ def test_pipeline_schedules_change_nothing(train_run, options):
 
 
 FROZEN = {
-    "first stage": ("qwen sft", {"freeze_include": ["transformer.visual.*", "transformer.wte.*", "transformer.h.0.*"]}),
+    "first stage": (
+        "qwen sft",
+        {"freeze_include": ["transformer.visual.*", "transformer.wte.*", "transformer.h.0.*"]},
+    ),
     "last stage": ("qwen sft", {"freeze_include": ["transformer.h.*", "transformer.ln_f.*", "lm_head.*"]}),
-    "all but the tower": ("qwen sft", {"freeze_include": ["*.wte.*", "transformer.h.*", "*ln_f.*", "lm_head.*"]}),
+    "all but the tower": (
+        "qwen sft",
+        {"freeze_include": ["*.wte.*", "transformer.h.*", "*ln_f.*", "lm_head.*"]},
+    ),
     "tied embedding": ("opt sft", {"freeze_include": ["language_model.model.decoder.embed_tokens.*"]}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("layout", ["pp2", "pp2 x zero1"])
 @pytest.mark.parametrize("case", FROZEN)
 def test_frozen_stages(train_run, case, layout):
-    """No gradient, or none for a micro-batch without a picture, comes back to a stage; frozen weights are bit-equal."""
+    """No gradient, or none for a micro-batch without a picture, comes back to a stage; frozen weights are
+    bit-equal."""
     mode, options = FROZEN[case]
     options = {**options, "learning_rate": 1e-3}
     world, split = PIPELINES[layout]
@@ -425,10 +489,22 @@ def test_cut_balances_cost():
     "options, words",
     [
         ({}, "gradient_accumulation_steps=1 is less than pipeline_parallel_degree=2"),
-        ({"pipeline_schedule": "zigzag"}, "pipeline_schedule='zigzag'; expected one of gpipe, 1f1b, interleaved"),
-        ({"pipeline_schedule": "interleaved", "gradient_accumulation_steps": 5}, "pipeline_schedule=interleaved"),
-        ({"gradient_accumulation_steps": 2, "eval_with_do_generation": True}, "eval_with_do_generation.*pipeline_para"),
-        ({"gradient_accumulation_steps": 2, "cache_image_features": True}, "cache_image_features.*pipeline_parallel"),
+        (
+            {"pipeline_schedule": "zigzag"},
+            "pipeline_schedule='zigzag'; expected one of gpipe, 1f1b, interleaved",
+        ),
+        (
+            {"pipeline_schedule": "interleaved", "gradient_accumulation_steps": 5},
+            "pipeline_schedule=interleaved",
+        ),
+        (
+            {"gradient_accumulation_steps": 2, "eval_with_do_generation": True},
+            "eval_with_do_generation.*pipeline_para",
+        ),
+        (
+            {"gradient_accumulation_steps": 2, "cache_image_features": True},
+            "cache_image_features.*pipeline_parallel",
+        ),
     ],
 )
 def test_what_pipelines_refuse(options, words):
@@ -451,23 +527,25 @@ def test_shared_gradients_need_no_second_look():
         model = blip2.build_model(blip2.PRESETS["blip2-opt-2.7b"])
     blocks = pipeline.cut([1.0] * 32, 8.0, 2.0, 4)
     held = pipeline.stages_of_parameters(model, blip2.PIPELINE, blocks)
-    assert {n for n, where in held.items() if len(where) > 1} == {"language_model.model.decoder.embed_tokens.weight"}
+    assert {n for n, where in held.items() if len(where) > 1} == {
+        "language_model.model.decoder.embed_tokens.weight"
+    }
     assert held["language_model.model.decoder.embed_tokens.weight"] == {0, 3}
     sizes = [sum(p.numel() for n, p in model.named_parameters() if stage in held[n]) for stage in range(4)]
     tied = model.language_model.model.decoder.embed_tokens.weight.numel()
     assert sum(sizes) == sum(p.numel() for p in model.parameters()) + tied
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Communication of the data-parallel axes
 
 
 @pytest.mark.parametrize("batch", [4, 1])
 @pytest.mark.parametrize("sharding", ["stage1", "stage2", "stage3"])
 def test_zero_moves_no_more_than_it_must(bases, tmp_path, monkeypatch, sharding, batch):
-    """Counted numbers a step: parameters gathered once and gradients reduced once (2 x parameters) under ZeRO-1; with
-    ZeRO-2 reduced, with ZeRO-3 also gathered twice, every micro-batch: 3 x, apart from what only the ends of the model
-    use, which stays."""
+    """Counted numbers a step: parameters gathered once and gradients reduced once (2 x parameters) under
+    ZeRO-1; with ZeRO-2 reduced, with ZeRO-3 also gathered twice, every micro-batch: 3 x, apart from what only
+    the ends of the model use, which stays."""
     log = tmp_path / "log"
 
     def counting(name, place):
@@ -499,13 +577,13 @@ def test_zero_moves_no_more_than_it_must(bases, tmp_path, monkeypatch, sharding,
     assert moved["reduce_scatter_single"] == pytest.approx(reduced, rel=0.05)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Ranks that die
 
 
 def test_torchrun_restarts_after_a_kill(bases, tmp_path):
-    """kill -9 of one rank: the other ends by itself with one line, and torchrun goes on from the last checkpoint, even
-    of a run that overwrites an older one."""
+    """kill -9 of one rank: the other ends by itself with one line, and torchrun goes on from the last
+    checkpoint, even of a run that overwrites an older one."""
     options = {"max_steps": 24, "save_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
     options["gradient_accumulation_steps"] = 4
     run(arguments(*bases["qwen"], tmp_path / "reference", **options))
@@ -513,9 +591,14 @@ def test_torchrun_restarts_after_a_kill(bases, tmp_path):
     argv = arguments(*bases["qwen"], tmp_path / "out", **options)
     command = "-m torch.distributed.run --standalone --nproc_per_node 2 --max-restarts 1 train.py".split()
     process = subprocess.Popen(
-        [sys.executable, *command, *argv], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+        [sys.executable, *command, *argv],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     try:
         wait_for_step(tmp_path / "out", 6)
         holder = re.match(r"process (\d+) on ", (tmp_path / "out/.lock").read_text())  # rank 0 holds the lock
@@ -526,7 +609,9 @@ def test_torchrun_restarts_after_a_kill(bases, tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, output
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and re.match(r"error: \[rank 1\] another rank is gone .* continues from .*-\d+", errors[0])
+    assert len(errors) == 1 and re.match(
+        r"error: \[rank 1\] another rank is gone .* continues from .*-\d+", errors[0]
+    )
     assert re.search(r"continuing from .*checkpoint-\d+ at step", output), output
     assert_same_run(tmp_path / "out", tmp_path / "reference")
 

@@ -1,6 +1,6 @@
-"""Adapters of every model, here and in PEFT: what train.py saves gives our logits there, what PEFT saves gives its own
-here, and what would not is refused. For BLIP-2 the base there is transformers' model, else our own module under PEFT.
-"""
+"""Adapters of every model, here and in PEFT: what train.py saves gives our logits there, what PEFT saves
+gives its own here, and what would not is refused. For BLIP-2 the base there is transformers' model, else our
+own module under PEFT."""
 
 import json
 import shutil
@@ -27,7 +27,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 def recipes():
-    """(model file, settings) of every shipped configuration that trains an adapter, and of each model's defaults."""
+    """(model file, settings) of every shipped configuration that trains an adapter, and of each model's
+    defaults."""
     found = [(kind, {}) for kind in MODULES] + [("t5", {})]
     for path in sorted((ROOT / "configs").glob("*/*.json")):
         settings = json.loads(path.read_text())
@@ -36,14 +37,17 @@ def recipes():
             found.append((path.parent.name, {k: settings[k] for k in keys if k in settings}))
     found.append(("visualglm", {"lora_split": True}))
     # an adapted layer's own weight and bias trained too, and a parameter without a module of its own
-    found.append(("qwen_vl", {"freeze_exclude": ["transformer.h.0.attn.c_attn.*", "transformer.visual.proj"]}))
+    found.append(
+        ("qwen_vl", {"freeze_exclude": ["transformer.h.0.attn.c_attn.*", "transformer.visual.proj"]})
+    )
     found.append(("blip2", {"freeze_exclude": ["language_model.*.q_proj.bias", "query_tokens"]}))
     return found
 
 
 @pytest.fixture
 def base(tmp_path):
-    """A small checkpoint of a kind; t5 and the deep VisualGLM of a recipe are made anew, with random weights."""
+    """A small checkpoint of a kind; t5 and the deep VisualGLM of a
+    recipe are made anew, with random weights."""
 
     def make(kind: str, num_layers: int | None = None) -> Path:
         name = "blip2" if kind == "t5" else kind
@@ -57,10 +61,21 @@ def base(tmp_path):
         if kind == "t5":
             config["use_decoder_only_language_model"] = False
             config["text_config"] = {
-                "model_type": "t5", "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2,
-                "num_heads": 4, "vocab_size": 1002, "tie_word_embeddings": False, "feed_forward_proj": "gated-gelu",
-                "dense_act_fn": "gelu", "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1,
-            }  # fmt: skip
+                "model_type": "t5",
+                "d_model": 32,
+                "d_kv": 8,
+                "d_ff": 48,
+                "num_layers": 2,
+                "num_decoder_layers": 2,
+                "num_heads": 4,
+                "vocab_size": 1002,
+                "tie_word_embeddings": False,
+                "feed_forward_proj": "gated-gelu",
+                "dense_act_fn": "gelu",
+                "decoder_start_token_id": 0,
+                "pad_token_id": 0,
+                "eos_token_id": 1,
+            }
         checkpoint.write_json(path / "config.json", config)
         checkpoint.copy_side_files(source, path)
         model = MODULES[name].build_model(config)
@@ -81,8 +96,15 @@ def trained_adapter(directory: Path, out: Path, settings: dict) -> nn.Module:
     module = MODULES[checkpoint.model_kind(checkpoint.read_config(directory))]
     cfg = train.Config(lora=True, **settings)
     build.check_stage(cfg, module)
-    names = lora.inject(model, build.lora_targets(cfg, module), cfg.lora_rank, cfg.lora_alpha, 0.0,
-                        build.lora_parts(model, module, cfg), module.IMAGE_PARAMETERS)  # fmt: skip
+    names = lora.inject(
+        model,
+        build.lora_targets(cfg, module),
+        cfg.lora_rank,
+        cfg.lora_alpha,
+        0.0,
+        build.lora_parts(model, module, cfg),
+        module.IMAGE_PARAMETERS,
+    )
     build.choose_trainable(model, module, cfg)
     extra = [n for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n]
     generator = torch.Generator().manual_seed(0)
@@ -97,7 +119,9 @@ def trained_adapter(directory: Path, out: Path, settings: dict) -> nn.Module:
                 p.add_((1.0 if ".lora_" in name else 0.1) * torch.randn(p.shape, generator=generator))
     params = dict(model.named_parameters())
     out.mkdir()
-    lora.save_adapter(out, model, directory, cfg.lora_rank, cfg.lora_alpha, 0.0, names, extra, params.__getitem__)
+    lora.save_adapter(
+        out, model, directory, cfg.lora_rank, cfg.lora_alpha, 0.0, names, extra, params.__getitem__
+    )
     return model
 
 
@@ -120,7 +144,9 @@ def transformers_logits(model, batch: dict, kind: str, slot: int) -> torch.Tenso
 def their_base(directory: Path, kind: str, slot: int):
     if kind in ("blip2", "t5"):
         transformers = pytest.importorskip("transformers")
-        theirs = transformers.Blip2ForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
+        theirs = transformers.Blip2ForConditionalGeneration.from_pretrained(
+            directory, dtype=torch.float32
+        ).eval()
         theirs.config.image_token_index = theirs.config.image_token_id = slot
         return theirs
     ours = generate.load_model(directory)
@@ -128,7 +154,9 @@ def their_base(directory: Path, kind: str, slot: int):
     return ours
 
 
-@pytest.mark.parametrize("kind,settings", recipes(), ids=lambda v: v if isinstance(v, str) else "-".join(v) or "plain")
+@pytest.mark.parametrize(
+    "kind,settings", recipes(), ids=lambda v: v if isinstance(v, str) else "-".join(v) or "plain"
+)
 def test_every_recipe_computes_the_same_in_peft(base, tmp_path, kind, settings):
     needs_depth = any("14" in pattern for pattern in settings.get("lora_target_modules", ()))
     directory = base(kind, num_layers=15 if needs_depth else None)
@@ -140,23 +168,30 @@ def test_every_recipe_computes_the_same_in_peft(base, tmp_path, kind, settings):
         ramp = torch.linspace(-1, 1, 64)
         ids = torch.tensor([1001] * Q + [5, 6, 7, 1, 0])
         batch = {
-            "input_ids": ids, "position_ids": torch.arange(len(ids)), "max_len": len(ids),
-            "cu_seqlens": torch.tensor([0, len(ids)], dtype=torch.int32), "image_positions": torch.arange(Q)[None],
+            "input_ids": ids,
+            "position_ids": torch.arange(len(ids)),
+            "max_len": len(ids),
+            "cu_seqlens": torch.tensor([0, len(ids)], dtype=torch.int32),
+            "image_positions": torch.arange(Q)[None],
             "pixel_values": (ramp[:, None] * ramp).expand(1, 3, 64, 64),
-        }  # fmt: skip
+        }
     else:
         batch = module.probe_batch(processor)
     expected = logits_of(ours, batch)
     again = generate.load_model(directory, lora_path=tmp_path / "adapter")
     torch.testing.assert_close(logits_of(again, batch), expected, atol=1e-3, rtol=1e-3)
     slot = 1001
-    theirs = peft.PeftModel.from_pretrained(their_base(directory, kind, slot), str(tmp_path / "adapter")).eval()
+    theirs = peft.PeftModel.from_pretrained(
+        their_base(directory, kind, slot), str(tmp_path / "adapter")
+    ).eval()
     if kind in ("blip2", "t5"):
         got = transformers_logits(theirs, batch, kind, slot)
     else:
         got = logits_of(theirs.base_model.model, batch)
     scale = expected.abs().max()
-    assert (got - logits_of(generate.load_model(directory), batch)).abs().max() > 1e-2 * scale  # it changes something
+    assert (
+        got - logits_of(generate.load_model(directory), batch)
+    ).abs().max() > 1e-2 * scale  # it changes something
     torch.testing.assert_close(got / scale, expected / scale, atol=1e-3, rtol=0)
 
 
@@ -164,17 +199,45 @@ def test_every_recipe_computes_the_same_in_peft(base, tmp_path, kind, settings):
 
 
 CHANGES_THE_MATHS = [
-    ("init_lora_weights", "pissa"), ("init_lora_weights", "pissa_niter_4"), ("init_lora_weights", "olora"),
-    ("init_lora_weights", "corda"), ("init_lora_weights", "loftq"), ("init_lora_weights", "lora_ga"),
-    ("use_dora", True), ("use_qalora", True), ("lora_bias", True), ("bias", "all"), ("bias", "lora_only"),
-    ("fan_in_fan_out", True), ("alora_invocation_tokens", [1, 2]), ("layer_replication", [[0, 2]]),
-    ("trainable_token_indices", [3]), ("trainable_token_indices", {"wte": [3]}), ("target_parameters", ["x.weight"]),
-    ("megatron_config", {"a": 1}), ("use_bdlora", {"a": 1}), ("arrow_config", {"a": 1}), ("kasa_config", {"a": 1}),
-    ("a_key_of_tomorrow", None), ("r", 0), ("r", True), ("lora_alpha", float("nan")), ("lora_alpha", 0),
-    ("lora_dropout", 5), ("rank_pattern", {"(": 3}), ("rank_pattern", {"x": "3"}), ("alpha_pattern", {"x": None}),
-    ("target_modules", "("), ("target_modules", None), ("target_modules", []), ("modules_to_save", 5),
-    ("use_rslora", "x"), ("peft_type", ["LORA"]), ("layers_to_transform", "0"), ("base_model_name_or_path", 5),
-]  # fmt: skip
+    ("init_lora_weights", "pissa"),
+    ("init_lora_weights", "pissa_niter_4"),
+    ("init_lora_weights", "olora"),
+    ("init_lora_weights", "corda"),
+    ("init_lora_weights", "loftq"),
+    ("init_lora_weights", "lora_ga"),
+    ("use_dora", True),
+    ("use_qalora", True),
+    ("lora_bias", True),
+    ("bias", "all"),
+    ("bias", "lora_only"),
+    ("fan_in_fan_out", True),
+    ("alora_invocation_tokens", [1, 2]),
+    ("layer_replication", [[0, 2]]),
+    ("trainable_token_indices", [3]),
+    ("trainable_token_indices", {"wte": [3]}),
+    ("target_parameters", ["x.weight"]),
+    ("megatron_config", {"a": 1}),
+    ("use_bdlora", {"a": 1}),
+    ("arrow_config", {"a": 1}),
+    ("kasa_config", {"a": 1}),
+    ("a_key_of_tomorrow", None),
+    ("r", 0),
+    ("r", True),
+    ("lora_alpha", float("nan")),
+    ("lora_alpha", 0),
+    ("lora_dropout", 5),
+    ("rank_pattern", {"(": 3}),
+    ("rank_pattern", {"x": "3"}),
+    ("alpha_pattern", {"x": None}),
+    ("target_modules", "("),
+    ("target_modules", None),
+    ("target_modules", []),
+    ("modules_to_save", 5),
+    ("use_rslora", "x"),
+    ("peft_type", ["LORA"]),
+    ("layers_to_transform", "0"),
+    ("base_model_name_or_path", 5),
+]
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +258,8 @@ def test_keys_that_change_the_maths_are_refused(qwen_adapter, tmp_path, key, val
 
 
 def test_every_key_of_pefts_is_known(qwen_adapter, tmp_path):
-    """Those of a plain adapter, as the installed PEFT writes them, are read; none is missing from the three lists."""
+    """Those of a plain adapter, as the installed PEFT writes them, are read; none is missing from the three
+    lists."""
     shutil.copytree(qwen_adapter, tmp_path / "a")
     config = json.loads((tmp_path / "a/adapter_config.json").read_text())
     theirs = peft.LoraConfig(**{k: v for k, v in config.items() if k != "peft_type"})
@@ -205,16 +269,29 @@ def test_every_key_of_pefts_is_known(qwen_adapter, tmp_path):
     assert lora.read_adapter_config(tmp_path / "a")["r"] == config["r"]
 
 
-@pytest.mark.parametrize("options", [
-    {"target_modules": ["c_attn"], "layers_to_transform": 0},
-    {"target_modules": ["c_attn", "w1"], "layers_to_transform": [1], "layers_pattern": "h"},
-    {"target_modules": r"transformer\.h\.[01]\..*c_proj", "rank_pattern": {"mlp.c_proj": 3}, "use_rslora": True},
-    {"target_modules": ["c_attn"], "alpha_pattern": {r"h\.1\.attn\.c_attn": 3}, "exclude_modules": ["h.0.attn.c_attn"]},
-    {"target_modules": ["w2"], "modules_to_save": ["lm_head", "ln_f"], "init_lora_weights": "gaussian"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["c_attn"], "layers_to_transform": 0},
+        {"target_modules": ["c_attn", "w1"], "layers_to_transform": [1], "layers_pattern": "h"},
+        {
+            "target_modules": r"transformer\.h\.[01]\..*c_proj",
+            "rank_pattern": {"mlp.c_proj": 3},
+            "use_rslora": True,
+        },
+        {
+            "target_modules": ["c_attn"],
+            "alpha_pattern": {r"h\.1\.attn\.c_attn": 3},
+            "exclude_modules": ["h.0.attn.c_attn"],
+        },
+        {"target_modules": ["w2"], "modules_to_save": ["lm_head", "ln_f"], "init_lora_weights": "gaussian"},
+    ],
+)
 def test_what_peft_saves_computes_the_same_here(tmp_path, options):
     directory = ROOT / "samples/tiny_qwen_vl"
-    theirs = peft.get_peft_model(their_base(directory, "qwen_vl", 0), peft.LoraConfig(r=4, lora_alpha=6, **options))
+    theirs = peft.get_peft_model(
+        their_base(directory, "qwen_vl", 0), peft.LoraConfig(r=4, lora_alpha=6, **options)
+    )
     with torch.no_grad():
         for name, p in theirs.named_parameters():
             if "lora_" in name or "modules_to_save" in name:
@@ -240,15 +317,23 @@ def test_an_adapter_knows_its_base(qwen_adapter, tmp_path, monkeypatch):
     lora.check_base(qwen_adapter, checkpoint.open_model(other, qwen))  # in another precision it is the same
     name = "transformer.h.2.mlp.w1.weight"
     save_file({**state, name: state[name] * (1 + 2**-7)}, other / "model.safetensors")
-    for read in (lambda: generate.load_model(other, lora_path=qwen_adapter),
-                 lambda: merge.merge(other, qwen_adapter, tmp_path / "merged")):  # fmt: skip
+    for read in (
+        lambda: generate.load_model(other, lora_path=qwen_adapter),
+        lambda: merge.merge(other, qwen_adapter, tmp_path / "merged"),
+    ):
         with pytest.raises(ValueError, match="trained on other weights than those of .*other"):
             read()
     assert not (tmp_path / "merged").exists()
     shutil.copytree(qwen_adapter, tmp_path / "moved")
     config = json.loads((tmp_path / "moved/adapter_config.json").read_text())
-    for name, found in (("samples/tiny_qwen_vl", directory), ("/gone/other", tmp_path / "other"), ("gone", None)):
-        (tmp_path / "moved/adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": name}))
+    for name, found in (
+        ("samples/tiny_qwen_vl", directory),
+        ("/gone/other", tmp_path / "other"),
+        ("gone", None),
+    ):
+        (tmp_path / "moved/adapter_config.json").write_text(
+            json.dumps({**config, "base_model_name_or_path": name})
+        )
         if found:
             assert Path(lora.find_base("moved")) == found
         else:
@@ -256,11 +341,15 @@ def test_an_adapter_knows_its_base(qwen_adapter, tmp_path, monkeypatch):
                 lora.find_base("moved")
 
 
-@pytest.mark.parametrize("options", [
-    {"modules_to_save": ["embed_tokens"]}, {"modules_to_save": ["lm_head"]},
-    {"modules_to_save": ["embed_tokens", "lm_head"]},
-    {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ],
+)
 def test_tied_weights_that_peft_saves(tmp_path, options):
     """What PEFT saves of a tied weight is tied no longer; here and merged it computes what PEFT does."""
     directory, slot = ROOT / "samples/tiny_blip2", 1001
@@ -284,14 +373,18 @@ def test_tied_weights_that_peft_saves(tmp_path, options):
 
 def test_a_tied_weight_is_saved_under_all_its_names(tmp_path):
     directory, head = ROOT / "samples/tiny_blip2", "base_model.model.language_model.lm_head.weight"
-    ours = trained_adapter(directory, tmp_path / "a", {"freeze_exclude": ["language_model.*.embed_tokens.weight"]})
+    ours = trained_adapter(
+        directory, tmp_path / "a", {"freeze_exclude": ["language_model.*.embed_tokens.weight"]}
+    )
     state = load_file(tmp_path / "a/adapter_model.safetensors")
     assert torch.equal(state[head], ours.language_model.model.decoder.embed_tokens.weight)
     del state[head]
     save_file(state, tmp_path / "a/adapter_model.safetensors")
-    for read in (lambda: generate.load_model(directory, lora_path=tmp_path / "a"),
-                 lambda: lora.load_adapter(generate.load_model(directory), tmp_path / "a")):  # fmt: skip
-        with pytest.raises(ValueError, match="one tied tensor in this model, but the adapter holds only"):
+    for read in (
+        lambda: generate.load_model(directory, lora_path=tmp_path / "a"),
+        lambda: lora.load_adapter(generate.load_model(directory), tmp_path / "a"),
+    ):
+        with pytest.raises(ValueError, match="one tied tensor in this model, the adapter holds only"):
             read()
 
 
@@ -318,7 +411,9 @@ def test_a_base_with_nan_is_not_merged(qwen_adapter, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(ROOT / "samples/tiny_qwen_vl", base)
     state = load_file(base / "model.safetensors")
-    state["transformer.wte.weight"][7, 3] = float("nan")  # a value that the adapter's record of its base does not hold
+    state["transformer.wte.weight"][7, 3] = float(
+        "nan"
+    )  # a value that the adapter's record of its base does not hold
     save_file(state, base / "model.safetensors")
     with pytest.raises(ValueError, match="transformer.wte.weight holds NaN"):
         merge.merge(base, qwen_adapter, tmp_path / "merged")

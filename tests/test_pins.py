@@ -1,6 +1,6 @@
-"""What other programs compute, where else only our own runs would be compared with each other: schedules and the
-optimiser's step against transformers and torch, minimal lengths, norm epsilons, order of images, borders of segments.
-"""
+"""What other programs compute, where else only our own runs would be compared with each other: schedules and
+the optimiser's step against transformers and torch, minimal lengths, norm epsilons, order of images, borders
+of segments."""
 
 import copy
 
@@ -45,9 +45,12 @@ def test_a_step_is_torchs_clipping_and_adamw(max_grad_norm):
     decayed = [p for n, p in theirs.named_parameters() if n in ("0.weight", "2.weight")]
     plain = [p for n, p in theirs.named_parameters() if n not in ("0.weight", "2.weight")]
     reference = torch.optim.AdamW(
-        [{"params": decayed}, {"params": plain, "weight_decay": 0.0}], lr=1e-2, betas=(0.8, 0.95), eps=1e-3,
+        [{"params": decayed}, {"params": plain, "weight_decay": 0.0}],
+        lr=1e-2,
+        betas=(0.8, 0.95),
+        eps=1e-3,
         weight_decay=0.1,
-    )  # fmt: skip
+    )
     world = parallel.World(0, 1, torch.device("cpu"))
     for n in range(4):
         x = torch.randn(7, 6, dtype=torch.float64) * (1e-3 if n % 2 else 10)
@@ -65,10 +68,19 @@ def test_a_step_is_torchs_clipping_and_adamw(max_grad_norm):
 def tiny_opt() -> tuple:
     """The same random OPT as ours inside BLIP-2, and as transformers'."""
     text = {
-        "model_type": "opt", "vocab_size": 40, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "ffn_dim": 32, "max_position_embeddings": 48, "word_embed_proj_dim": 24, "dropout": 0.0, "eos_token_id": 5,
-        "bos_token_id": 2, "pad_token_id": 1,
-    }  # fmt: skip
+        "model_type": "opt",
+        "vocab_size": 40,
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "ffn_dim": 32,
+        "max_position_embeddings": 48,
+        "word_embed_proj_dim": 24,
+        "dropout": 0.0,
+        "eos_token_id": 5,
+        "bos_token_id": 2,
+        "pad_token_id": 1,
+    }
     vision = {
         "hidden_size": 16,
         "num_attention_heads": 2,
@@ -76,10 +88,22 @@ def tiny_opt() -> tuple:
         "num_hidden_layers": 1,
         "image_size": 14,
     }
-    qformer = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 2,
-               "encoder_hidden_size": 16, "vocab_size": 20}  # fmt: skip
-    config = {"model_type": "blip-2", "num_query_tokens": 2, "image_token_index": None, "vision_config": vision,
-              "qformer_config": qformer, "text_config": text}  # fmt: skip
+    qformer = {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "encoder_hidden_size": 16,
+        "vocab_size": 20,
+    }
+    config = {
+        "model_type": "blip-2",
+        "num_query_tokens": 2,
+        "image_token_index": None,
+        "vision_config": vision,
+        "qformer_config": qformer,
+        "text_config": text,
+    }
     ours = model_blip2.build_model(config)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -147,7 +171,8 @@ def test_norm_epsilons_are_those_of_transformers():
 
 
 def test_images_of_a_sample_stay_in_their_order(tmp_path):
-    """Through the reader, the processor, the batch and the model: the k-th features stand at the k-th image's slots."""
+    """Through the reader, the processor, the batch and the model: the k-th features stand at the k-th image's
+    slots."""
     processor = data.load_processor(str(data.ROOT / "samples/tiny_qwen_vl"))
     for name, colour in (("a.png", "red"), ("b.png", "blue"), ("c.png", "green")):
         Image.new("RGB", (32, 32), colour).save(tmp_path / name)
@@ -155,8 +180,13 @@ def test_images_of_a_sample_stay_in_their_order(tmp_path):
     content = [str(tmp_path / name) for name in names]
     conversation = data.request([("user", "x <image> y <image> z <image>")], content, "test")
     sample = {**processor.encode(conversation, 512), "num_image_tokens": processor.num_image_tokens}
-    other = {"input_ids": sample["input_ids"][:3], "labels": sample["labels"][:3], "image_starts": [], "images": [],
-             "num_image_tokens": processor.num_image_tokens}  # fmt: skip
+    other = {
+        "input_ids": sample["input_ids"][:3],
+        "labels": sample["labels"][:3],
+        "image_starts": [],
+        "images": [],
+        "num_image_tokens": processor.num_image_tokens,
+    }
     batch = data.collate([data.attach_images(other, processor), data.attach_images(sample, processor)])
     assert torch.equal(batch["pixel_values"], torch.stack([processor.load_image(p) for p in content]))
     slots = batch["image_positions"]
@@ -168,8 +198,9 @@ def test_losses_by_dataset_end_at_the_borders_of_segments():
     """Supervised at both ends of each segment; two of one dataset stand around one of the other."""
     targets = torch.tensor([4, -100, 5, 6, 7, -100, -100, 8, 9])  # segments of 3, 1, 5 tokens
     batch = {
-        "targets": targets, "cu_seqlens": torch.tensor([0, 3, 4, 9], dtype=torch.int32),
+        "targets": targets,
+        "cu_seqlens": torch.tensor([0, 3, 4, 9], dtype=torch.int32),
         "dataset_ids": torch.tensor([1, 0, 1]),
-    }  # fmt: skip
+    }
     sums = train.losses_by_dataset(batch, torch.tensor([1.0, 2.0, 10.0, 100.0, 200.0, 400.0]), 3)
     assert sums[:, 0].tolist() == [[10.0, 1.0], [703.0, 5.0], [0.0, 0.0]]

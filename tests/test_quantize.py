@@ -1,4 +1,5 @@
-"""generate.py --quantize for every model: what it prints and answers, against weights rounded here in numpy."""
+"""generate.py --quantize for every model: what it prints and answers,
+against weights rounded here in numpy."""
 
 import importlib
 import re
@@ -24,8 +25,11 @@ def bases(base, glm_base, tmp_path_factory):  # noqa: F811
 
 
 def rounded(weight: np.ndarray, bits: int) -> np.ndarray:
-    """Each row to a grid of 2 ** bits - 1 points, symmetric, the largest weight at its end; the step in fp16."""
-    step = (np.abs(weight).max(1, keepdims=True) / (2 ** (bits - 1) - 1)).astype(np.float16).astype(np.float64)
+    """Each row to a grid of 2 ** bits - 1 points, symmetric, the
+    largest weight at its end; the step in fp16."""
+    step = (
+        (np.abs(weight).max(1, keepdims=True) / (2 ** (bits - 1) - 1)).astype(np.float16).astype(np.float64)
+    )
     return np.rint(weight / step) * step
 
 
@@ -49,7 +53,8 @@ def test_printed_error_and_answers(bases, tmp_path, capsys, name, kind):
     probe = importlib.import_module(type(model).__module__).probe_batch(processor)
     before, after = (m.logits(m.hidden(probe)).double() for m in (exact, model))
     found = re.match(
-        rf"{kind}: (\d+) linear layers, .* weights off by (.*)% \(mean\), (.*)% \(worst layer\); logits off by (.*)%, "
+        rf"{kind}: (\d+) linear layers, .* weights off by (.*)% \(mean\), (.*)% \(worst layer\); "
+        r"logits off by (.*)%, "
         r"same best token at \d+% of \d+ positions \(against float32\)\n",
         line,
     )

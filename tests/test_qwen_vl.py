@@ -1,5 +1,5 @@
-"""Qwen-VL against frozen outputs of the original implementation (tolerances: 1e-4 on features, logits and hidden
-states, 1e-5 on losses, 1e-4 relative on gradients; greedy tokens, ids and labels exactly)."""
+"""Qwen-VL against frozen outputs of the original implementation (tolerances: 1e-4 on features, logits and
+hidden states, 1e-5 on losses, 1e-4 relative on gradients; greedy tokens, ids and labels exactly)."""
 
 import hashlib
 import json
@@ -14,9 +14,16 @@ from safetensors.torch import load_file
 import model_qwen_vl as qwen
 from generate import generate, sampling_probs
 
-IMAGES = {"image1": [0], "image2": [1, 0], "image2_train": [1, 0], "left_pad": [0], "right_pad": [0],
-          "left_pad_2img": [1, 0],
-          "gen_image": [0], "gen_left_pad": [0]}  # fmt: skip
+IMAGES = {
+    "image1": [0],
+    "image2": [1, 0],
+    "image2_train": [1, 0],
+    "left_pad": [0],
+    "right_pad": [0],
+    "left_pad_2img": [1, 0],
+    "gen_image": [0],
+    "gen_left_pad": [0],
+}
 
 
 class Variant:
@@ -41,7 +48,9 @@ class Variant:
             else self.io[f"{name}.input_ids"]
         )
         mask = self.io.get(f"{name}.attention_mask", torch.ones_like(ids)).bool()
-        return [(row[keep].long(), int(keep.int().argmax())) for row, keep in zip(ids, mask, strict=True)], ids.shape[1]
+        return [
+            (row[keep].long(), int(keep.int().argmax())) for row, keep in zip(ids, mask, strict=True)
+        ], ids.shape[1]
 
     def batch(self, name, labels=None):
         rows, padded_length = self.rows(name)
@@ -53,11 +62,15 @@ class Variant:
         if labels is not None:
             targets[:-1] = labels.long().flatten()[1:]
         return {
-            "input_ids": ids, "targets": targets, "cu_seqlens": lengths.cumsum(0).int(), "max_len": int(lengths.max()),
+            "input_ids": ids,
+            "targets": targets,
+            "cu_seqlens": lengths.cumsum(0).int(),
+            "max_len": int(lengths.max()),
             "position_ids": torch.cat([torch.arange(len(row)) + first for row, first in rows]),
-            "rope_lengths": torch.full((len(rows),), padded_length), "image_positions": slots,
+            "rope_lengths": torch.full((len(rows),), padded_length),
+            "image_positions": slots,
             "pixel_values": torch.stack([self.pixels[i] for i in IMAGES[name]]) if name in IMAGES else None,
-        }  # fmt: skip
+        }
 
 
 _variants = {}
@@ -92,7 +105,9 @@ def test_golden_vision(variant):
         "ln_post",
         *(f"transformer.resblocks.{i}" for i in range(len(model.vision_blocks))),
     ):
-        visual.get_submodule(name).register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: out}))
+        visual.get_submodule(name).register_forward_hook(
+            lambda _m, _i, out, name=name: seen.update({name: out})
+        )
     for i, pixels in enumerate(variant.pixels):
         close(model.encode_images(pixels[None])[0], io[f"image{i}.features"])
         if i == 0:
@@ -127,7 +142,9 @@ def test_golden_logits(variant):
         batch = variant.batch(name)
         rows, _ = variant.rows(name)
         inputs = []
-        hooks = [b.register_forward_pre_hook(lambda _m, args, to=inputs: to.append(args[0])) for b in model.blocks]
+        hooks = [
+            b.register_forward_pre_hook(lambda _m, args, to=inputs: to.append(args[0])) for b in model.blocks
+        ]
         x = model.hidden(batch)
         for hook in hooks:
             hook.remove()
@@ -143,7 +160,9 @@ def test_golden_logits(variant):
                 close(hidden[positions[-6:]][None], variant.io[f"{name}.hidden{i}"])
         if f"{name}.logits_bf16" in variant.io:
             half = variant.model(torch.bfloat16)
-            error = (half.logits(half.hidden(batch))[positions].float() - variant.io[f"{name}.logits"][0]).abs()
+            error = (
+                half.logits(half.hidden(batch))[positions].float() - variant.io[f"{name}.logits"][0]
+            ).abs()
             case = variant.golden["cases"][name]
             assert (
                 error.mean() < 1.5 * case["bf16_mean_abs_diff_to_fp32"]
@@ -187,7 +206,11 @@ def test_golden_gradients(variant):
                 assert grad is None, p_name
                 continue
             norm = float(grad.norm())
-            assert abs(norm - expected["norm"]) <= 1e-4 * expected["norm"] + 1e-9, (p_name, norm, expected["norm"])
+            assert abs(norm - expected["norm"]) <= 1e-4 * expected["norm"] + 1e-9, (
+                p_name,
+                norm,
+                expected["norm"],
+            )
             scale = expected["absmax"]
             assert abs(float(grad.abs().max()) - scale) <= 1e-4 * scale + 1e-9, p_name
             for index, value in expected["at"].items():
@@ -229,13 +252,15 @@ def test_golden_greedy(variant):
 
 def test_golden_sampling(variant):
     for top_p, expected in variant.golden["sampling"].items():
-        probs = sampling_probs(variant.io["sampling.logits"][None], temperature=1.0, top_k=0, top_p=float(top_p))[0]
+        probs = sampling_probs(
+            variant.io["sampling.logits"][None], temperature=1.0, top_k=0, top_p=float(top_p)
+        )[0]
         kept = probs.nonzero()[:, 0]
         assert kept.tolist() == expected["kept_ids"]
         close(probs[kept], torch.tensor(expected["probs"]), 1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_golden_published_names_and_shapes(goldens):
@@ -254,7 +279,10 @@ def test_golden_preprocess(goldens):
     assert expected
     for name, e in expected.items():
         with Image.open(root / name) as image:
-            assert hashlib.sha256(qwen.resize_image(image, 448).tobytes()).hexdigest() == e["resized_uint8_sha256"]
+            assert (
+                hashlib.sha256(qwen.resize_image(image, 448).tobytes()).hexdigest()
+                == e["resized_uint8_sha256"]
+            )
             pixels = qwen.preprocess_image(image, 448)
         stem = name if f"{name}.sample_idx" in tensors else name.rsplit(".", 1)[0]
         index = tensors[f"{stem}.sample_idx"].long()
@@ -288,7 +316,10 @@ def test_golden_tokenizer_strings(tokenizer, tokenizer_golden):
         g["pad_token_id"],
     )
     assert {t: tokenizer.special[t] for t in g["special"]} == g["special"]
-    assert tokenizer.special["<|extra_0|>"] == g["extra_0"] and tokenizer.special["<|extra_204|>"] == g["extra_204"]
+    assert (
+        tokenizer.special["<|extra_0|>"] == g["extra_0"]
+        and tokenizer.special["<|extra_204|>"] == g["extra_204"]
+    )
     assert tokenizer.newline == g["newline"] and tokenizer.encode("Human:") == g["stop_words_ids_raw"][0]
     for s in g["strings"]:
         assert tokenizer.encode(s["text"]) == s["ids"], s["text"]
@@ -363,7 +394,7 @@ def test_golden_chat_and_labels(tokenizer, chat_golden):
             assert reply == case["response"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_resampler_table_is_the_published_one(variant):

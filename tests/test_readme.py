@@ -26,7 +26,9 @@ COMMANDS = [
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
     path = tmp_path_factory.mktemp("readme") / "trimix"
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
     for name in filter(None, tracked.split("\0")):
         if (ROOT / name).is_file():
             (path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -44,7 +46,9 @@ def test_command(copy, command):
         command += " --max_steps 3"
     folder = str(Path(sys.executable).parent)
     env = {**os.environ, "PATH": folder + os.pathsep + os.environ["PATH"], "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, shell=True, cwd=copy, env=env, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        command, shell=True, cwd=copy, env=env, capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
 
 

@@ -1,4 +1,5 @@
-"""Records of other people's files: each shape means the same conversation; what can't be understood is named."""
+"""Records of other people's files: each shape means the same
+conversation; what can't be understood is named."""
 
 import base64
 import csv
@@ -292,7 +293,8 @@ def test_no_message_repeats_a_data_url(folder):
     assert len(str(e.value)) < 400 + len(str(folder))
 
 
-# --------------------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------------
+# files
 
 
 def entry_of(path, **settings):
@@ -426,7 +428,8 @@ def test_a_document_under_the_name_of_lines(folder):
     assert not found and all("UTF-16" in reason for _, reason in bad)
 
 
-# -------------------------------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------------------------------
+# images
 
 
 def saved(folder, name, image, **options):
@@ -507,7 +510,8 @@ def test_conversations_of_names_no_place_itself():
         conversations_of(5, "f:1", "", 0)
 
 
-# ------------------------------------------------------------------------------------------ each model's own wording
+# ------------------------------------------------------------------------------------------ each model's own
+# wording
 
 SYSTEM = {"system": "Be brief."}
 TWO_IMAGES = {**llava("<image>\nWhat?", "Red.", "<image>\nAnd?", "Blue.", image=["a.png", "b.png"]), **SYSTEM}
@@ -525,7 +529,8 @@ WORDING = {  # (model, stage, record) -> its text; slots are left out
         "qwen_vl",
         "sft",
         WORDED,
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nPicture 7: <img></img>What?"
+        "<|im_start|>system\nYou are a helpful "
+        "assistant.<|im_end|>\n<|im_start|>user\nPicture 7: <img></img>What?"
         "<|im_end|>\n<|im_start|>assistant\nRed.<|im_end|>\n",
     ),
     "qwen_vl raw": (
@@ -562,7 +567,8 @@ def test_a_model_words_a_record_in_its_own_way(folder, name):
     assert [Path(source).name for source in sample["images"]] == ["a.png", "b.png"][: len(sample["images"])]
 
 
-# ------------------------------------------------------------------------------------------------ a newcomer's commands
+# ------------------------------------------------------------------------------------------------ a
+# newcomer's commands
 
 
 @pytest.mark.slow
@@ -577,7 +583,8 @@ def test_a_model_words_a_record_in_its_own_way(folder, name):
     ],
 )
 def test_own_data_from_preview_to_merge(tmp_path, model, kind):
-    """preview, train, evaluate by the adapter's own data, merge: no configuration file and no name of a format."""
+    """preview, train, evaluate by the adapter's own data, merge: no configuration file and no name of a
+    format."""
     lines = (ROOT / "samples/flags_zh/train.jsonl").read_text(encoding="utf-8").splitlines()[:6]
     records = [json.loads(line) for line in lines]
     (tmp_path / "folder").mkdir()

@@ -18,7 +18,9 @@ MB = 1_000_000
 def tracked() -> list[Path]:
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         pytest.skip("not a git checkout")
-    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    names = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
     files = [ROOT / name for name in names.split("\0") if name]
     assert files, "git tracks no file"
     return [path for path in files if path.is_file()]
@@ -37,7 +39,9 @@ def test_sizes(tracked):
 
 
 def test_no_local_paths(tracked):
-    absolute = re.compile(r"(?<![\w.~/-])/wor" + r"k(?![\w-])")  # split, so that this line does not match itself
+    absolute = re.compile(
+        r"(?<![\w.~/-])/wor" + r"k(?![\w-])"
+    )  # split, so that this line does not match itself
     beside = "../" + "shared"
     hits = []
     for path in tracked:
@@ -71,7 +75,9 @@ def test_marked_copies_are_equal():
     marked = []
     for path in ROOT.glob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        starts = {node.lineno: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        starts = {
+            node.lineno: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        }
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             if match := COPY.match(line.strip()):
                 marked.append((path.name, match, starts[number + 1]))
@@ -98,7 +104,9 @@ def test_sample_images_exist(name):
     if isinstance(content, dict):  # COCO's own form; question and annotation files have no image names
         images = [image["file_name"] for image in content.get("images", [])]
     else:
-        images = [image for record in content for image in images_of(record)] or [record["file"] for record in content]
+        images = [image for record in content for image in images_of(record)] or [
+            record["file"] for record in content
+        ]
     missing = {image for image in images if not (SAMPLES / image).is_file()}
     assert not missing
 
@@ -113,9 +121,14 @@ def test_flags_are_held_out():
             assert flags and kept == [record for record in whole if record["source"] != "flag"]
             assert records(SAMPLES / f"flags_{language}/{split}.jsonl") == flags
     for split in ("train", "val"):
-        whole, kept = records(SAMPLES / f"chat/{split}.json"), records(SAMPLES / f"pretrain/chat_{split}.json")
+        whole, kept = (
+            records(SAMPLES / f"chat/{split}.json"),
+            records(SAMPLES / f"pretrain/chat_{split}.json"),
+        )
         assert kept == [record for record in whole if not record["id"].startswith("flag_")]
-    used = [path for file in SAMPLES.glob("pretrain/*") for record in records(file) for path in images_of(record)]
+    used = [
+        path for file in SAMPLES.glob("pretrain/*") for record in records(file) for path in images_of(record)
+    ]
     assert len(used) > 1000 and not [path for path in used if "images/flags/" in path]
     captioned = [i["file_name"] for file in SAMPLES.glob("caption/*.json") for i in records(file)["images"]]
     assert captioned and not [path for path in captioned if "images/flags/" in path]

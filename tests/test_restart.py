@@ -1,4 +1,5 @@
-"""A run that is started again: the same command, another number of ranks, other settings, other data, after a kill."""
+"""A run that is started again: the same command, another number of ranks, other settings, other data, after a
+kill."""
 
 import json
 import os
@@ -15,7 +16,13 @@ import checkpoint
 import data
 import train
 
-LORA = {"lora": True, "max_steps": None, "num_train_epochs": 1, "per_device_train_batch_size": 4, "save_steps": 2}
+LORA = {
+    "lora": True,
+    "max_steps": None,
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 4,
+    "save_steps": 2,
+}
 LORA |= {"lr_scheduler_type": "linear"}
 
 
@@ -80,8 +87,8 @@ def same_model(out, reference) -> bool:
 
 @pytest.mark.parametrize("mixtoken", [False, True])
 def test_another_batch_goes_on_at_the_right_sample(base, dataset, tmp_path, mixtoken, monkeypatch):
-    """Killed behind step 2, continued on two processes with twice the batch, killed again, continued on one: no unit
-    of the epoch is lost or repeated, and the learning rate follows the share of the data seen."""
+    """Killed behind step 2, continued on two processes with twice the batch, killed again, continued on one:
+    no unit of the epoch is lost or repeated, and the learning rate follows the share of the data seen."""
     out, seen = tmp_path / "out", tmp_path / "seen"
     options = {**LORA, "num_train_epochs": 2, "mixtoken": mixtoken, "save_total_limit": 99}
     options |= {"max_length": 64, "per_device_train_batch_size": 2 if mixtoken else 4, "save_steps": 1}
@@ -95,8 +102,12 @@ def test_another_batch_goes_on_at_the_right_sample(base, dataset, tmp_path, mixt
     monkeypatch.setattr(data.TrainLoader, "load", load)  # the ranks are forks of this process
     killed(arguments(base, dataset, out, **options), 3)
     position = state(out, 2)
-    assert position["facts"]["global_batch"] == options["per_device_train_batch_size"] and position["epoch"] == 0
-    done = set(seen.read_text().splitlines()[: position["samples"]])  # what the third step had taken is taken again
+    assert (
+        position["facts"]["global_batch"] == options["per_device_train_batch_size"] and position["epoch"] == 0
+    )
+    done = set(
+        seen.read_text().splitlines()[: position["samples"]]
+    )  # what the third step had taken is taken again
     seen.write_text("")
     run(arguments(base, dataset, out, **options), world=2)
     again = [line.rsplit(" ", 1)[0] for line in seen.read_text().splitlines()]
@@ -111,13 +122,16 @@ def test_another_batch_goes_on_at_the_right_sample(base, dataset, tmp_path, mixt
 
 
 def test_finished_run(base, dataset, tmp_path, capfd):
-    """The same command says so and writes nothing; another setting is refused by name; a longer one goes on."""
+    """The same command says so and writes nothing; another setting is
+    refused by name; a longer one goes on."""
     out = tmp_path / "out"
     run(arguments(base, dataset, out, **LORA))
     before = files(out)
     run(arguments(base, dataset, out, **{**LORA, "num_workers": 1}))
     assert "holds a finished run of 10 steps" in capfd.readouterr().out and files(out) == before
-    refused(arguments(base, dataset, out, **LORA, weight_decay=0.5), capfd, "weight_decay 0.0 -> 0.5", "overwrite")
+    refused(
+        arguments(base, dataset, out, **LORA, weight_decay=0.5), capfd, "weight_decay 0.0 -> 0.5", "overwrite"
+    )
     refused(arguments(base, dataset, out, **{**LORA, "num_train_epochs": 0.5}), capfd, "num_train_epochs")
     assert files(out) == before
     run(arguments(base, dataset, out, **{**LORA, "num_train_epochs": 2}))
@@ -139,7 +153,13 @@ def test_what_a_step_means_may_not_change(base, dataset, tmp_path, capfd, change
     killed(arguments(base, dataset, out, **options), 4)
     before = files(out)
     key, value = next(iter(CHANGES[change].items()))
-    refused(arguments(base, dataset, out, **{**options, **CHANGES[change]}), capfd, key, "checkpoint-2", str(value))
+    refused(
+        arguments(base, dataset, out, **{**options, **CHANGES[change]}),
+        capfd,
+        key,
+        "checkpoint-2",
+        str(value),
+    )
     assert files(out) == before
 
 
@@ -161,27 +181,44 @@ def test_changed_data_is_refused_or_accepted(base, dataset, tmp_path, capfd, byt
         file.write_text(text[:place] + "N" + text[place + 1 :])
     os.utime(file, ns=(time, time))
     key = state(tmp_path / "out", 2)["facts"]["data"]
-    refused(arguments(base, entries, tmp_path / "out", **options), capfd, "training data's key", key, "accept_changed")
+    refused(
+        arguments(base, entries, tmp_path / "out", **options),
+        capfd,
+        "training data's key",
+        key,
+        "accept_changed",
+    )
     run(arguments(base, entries, tmp_path / "out", **options, accept_changed_data=True))
-    assert steps(tmp_path / "out") == [1, 2, 3, 4, 5, 6] and state(tmp_path / "out", 6)["facts"]["data"] != key
+    assert (
+        steps(tmp_path / "out") == [1, 2, 3, 4, 5, 6] and state(tmp_path / "out", 6)["facts"]["data"] != key
+    )
 
 
 @pytest.mark.parametrize("how", ["overwrite", "elsewhere", "rollback"])
 def test_a_restart_of_the_same_command_goes_on(base, dataset, tmp_path, how):
-    """Whatever the first start was told: to overwrite, or to begin from a checkpoint of another or of the same run."""
-    first, options = tmp_path / "first", {**LORA, "max_steps": 10, "save_total_limit": 2 if how == "rollback" else 99}
+    """Whatever the first start was told: to overwrite, or to begin from a checkpoint of another or of the
+    same run."""
+    first, options = (
+        tmp_path / "first",
+        {**LORA, "max_steps": 10, "save_total_limit": 2 if how == "rollback" else 99},
+    )
     run(arguments(base, dataset, first, **{**options, "save_total_limit": 99}))
     out = tmp_path / "second" if how == "elsewhere" else first
     more = {"learning_rate": 5e-3}
     given = {"overwrite_output_dir": True} if how == "overwrite" else {}
     given = given or {"resume_from_checkpoint": str(first / "checkpoint-4")}
-    argv, begin = arguments(base, dataset, out, **{**options, **more}, **given), 0 if how == "overwrite" else 4
+    argv, begin = (
+        arguments(base, dataset, out, **{**options, **more}, **given),
+        0 if how == "overwrite" else 4,
+    )
     old = files(first)
     kept = shutil.copytree(first / "checkpoint-4", tmp_path / "kept" / "checkpoint-4")
     killed(argv, 2)  # before its first checkpoint: everything of the earlier run is there
     assert out != first or {p: b for p, b in files(first).items() if p in old} == old
     killed(argv, 4)
-    assert checkpoints(out) == {"overwrite": [2], "elsewhere": [6], "rollback": [4, 6]}[how]  # no abandoned ones
+    assert (
+        checkpoints(out) == {"overwrite": [2], "elsewhere": [6], "rollback": [4, 6]}[how]
+    )  # no abandoned ones
     assert how != "overwrite" or not (out / "adapter_model.safetensors").exists()
     killed(argv, 4)
     run(argv)
@@ -195,7 +232,9 @@ def test_a_restart_of_the_same_command_goes_on(base, dataset, tmp_path, how):
         whole = tmp_path / "third"
     assert losses(out)[-10 + begin :] == losses(whole) and same_model(out, whole)
     record = json.loads((out / "run.json").read_text())
-    (out / "run.json").write_text(json.dumps({**record, "finished": None}))  # killed before it says that it is finished
+    (out / "run.json").write_text(
+        json.dumps({**record, "finished": None})
+    )  # killed before it says that it is finished
     run(argv)
     assert not list(out.glob("*.tmp")) and not list(out.glob("*.next")) and same_model(out, whole)
     id = json.loads((out / "run.json").read_text())["id"]
@@ -214,7 +253,8 @@ def test_a_mistake_of_an_overwriting_command_costs_nothing(base, dataset, tmp_pa
 
 
 def test_saved_before_it_is_evaluated(base, dataset, tmp_path):
-    """A kill in the evaluation costs only that: it is taken again, and the log and the best step are as without."""
+    """A kill in the evaluation costs only that: it is taken again, and the log and the best step are as
+    without."""
     options = {**LORA, "max_steps": 6, "evaluation_strategy": "steps", "eval_steps": 2, "save_total_limit": 1}
     options |= {"load_best_model_at_end": True}
     run(arguments(base, dataset, tmp_path / "whole", **options))
@@ -238,7 +278,9 @@ def test_saved_before_it_is_evaluated(base, dataset, tmp_path):
     assert checkpoints(tmp_path / "out")[-1] == 4 and not state(tmp_path / "out", 4)["evaluated"]
     run(argv)
     keys = ("step", "loss", "eval_loss")
-    a, b = ([{k: r[k] for k in keys if k in r} for r in records(tmp_path / name)] for name in ("out", "whole"))
+    a, b = (
+        [{k: r[k] for k in keys if k in r} for r in records(tmp_path / name)] for name in ("out", "whole")
+    )
     assert a == b and same_model(tmp_path / "out", tmp_path / "whole")
 
 
@@ -252,7 +294,13 @@ def test_a_signal_breaks_off_an_evaluation(base, dataset, tmp_path, capfd, strat
         train.evaluate_loss = evaluate
         return train.main(argv)
 
-    options = {**LORA, "evaluation_strategy": "steps", "eval_steps": 3, "save_steps": 4, "save_strategy": strategy}
+    options = {
+        **LORA,
+        "evaluation_strategy": "steps",
+        "eval_steps": 3,
+        "save_steps": 4,
+        "save_strategy": strategy,
+    }
     with pytest.raises(AssertionError, match="143"):
         run(arguments(base, dataset, tmp_path / "out", **options), main=main)
     text = capfd.readouterr().out
@@ -294,7 +342,8 @@ def test_one_run_at_a_time(base, dataset, tmp_path, capfd):
 
 
 def test_features_of_another_tower_are_made_again(base, dataset, tmp_path, capfd):
-    """In the same place, or behind init_from; damaged ones too. A bad picture is left out, not trained as zeros."""
+    """In the same place, or behind init_from; damaged ones too. A bad picture is left out, not trained as
+    zeros."""
     model = tmp_path / "model"
     shutil.copytree(base, model)
     options = {**LORA, "lora": False, "freeze_include": ["*visual*"], "max_steps": 1, "save_strategy": "no"}
@@ -316,8 +365,10 @@ def test_features_of_another_tower_are_made_again(base, dataset, tmp_path, capfd
     assert loss(True, init_from=str(base), output_dir=str(tmp_path / "out")) != changed
     refused(
         arguments(model, dataset, tmp_path / "out", **options, cache_image_features=True, image_jitter=0.1),
-        capfd, "image_jitter", "cache_image_features",
-    )  # fmt: skip
+        capfd,
+        "image_jitter",
+        "cache_image_features",
+    )
 
 
 def test_ranks_compare_what_they_read(base, dataset, tmp_path, capfd, monkeypatch):
@@ -362,5 +413,3 @@ def test_nothing_that_is_not_finite_is_published(base, dataset, tmp_path, capfd)
         run(arguments(base, dataset, tmp_path / "out", **{**LORA, "max_steps": 1}), main=main)
     assert "the last checkpoint stands" in capfd.readouterr().err and not checkpoints(tmp_path / "out")
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
-
-

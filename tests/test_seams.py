@@ -1,6 +1,5 @@
-"""What crosses the seams, for every model: a rank without data, recomputation beside adapters, packing, cached
-features, 16 bits, a bad image. Tiny random models; one process without any of it is the reference.
-"""
+"""What crosses the seams, for every model: a rank without data, recomputation beside adapters, packing,
+cached features, 16 bits, a bad image. Tiny random models; one process without any of it is the reference."""
 
 import json
 import shutil
@@ -25,12 +24,36 @@ ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("qwen_vl", "visualglm", "opt", "t5", "pretrain1")
 TOWERS = {  # adapters in the vision part beside those of the language model
     "qwen_vl": [*model_qwen_vl.LORA_TARGETS, r".*attn_pool\.attn\.out_proj", r".*resblocks\.0\.mlp\.c_fc"],
-    "visualglm": [*model_visualglm.LORA_TARGETS, r"image_encoder.*query_key_value", r"image_encoder\.glm_proj"],
-    "opt": [r".*q_proj", r".*fc2", r"vision_model.*fc1", r"qformer.*query", r"qformer.*key", r"language_projection"],
-    "t5": [r".*SelfAttention\.q", r".*EncDecAttention\.[kq]", r".*wo", r"vision_model.*fc1", r"qformer.*dense"],
-    "pretrain1": [r"qformer.*query", r"qformer.*(key|value)", r"qformer.*dense", r"vision_model.*fc1", r".*projection",
-                  r"itm_head", r"cls\..*dense"],
-}  # fmt: skip
+    "visualglm": [
+        *model_visualglm.LORA_TARGETS,
+        r"image_encoder.*query_key_value",
+        r"image_encoder\.glm_proj",
+    ],
+    "opt": [
+        r".*q_proj",
+        r".*fc2",
+        r"vision_model.*fc1",
+        r"qformer.*query",
+        r"qformer.*key",
+        r"language_projection",
+    ],
+    "t5": [
+        r".*SelfAttention\.q",
+        r".*EncDecAttention\.[kq]",
+        r".*wo",
+        r"vision_model.*fc1",
+        r"qformer.*dense",
+    ],
+    "pretrain1": [
+        r"qformer.*query",
+        r"qformer.*(key|value)",
+        r"qformer.*dense",
+        r"vision_model.*fc1",
+        r".*projection",
+        r"itm_head",
+        r"cls\..*dense",
+    ],
+}
 STAGE = {"pretrain1": "pretrain1"}
 
 
@@ -67,7 +90,9 @@ def captions(tmp_path_factory):
     records = []
     for i in range(7):
         Image.fromarray(rng.integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(path / f"{i}.png")
-        records.append({"image": f"{i}.png", "caption": " ".join(WORDS[(i + k) % 20] for k in range(2 + i % 4))})
+        records.append(
+            {"image": f"{i}.png", "caption": " ".join(WORDS[(i + k) % 20] for k in range(2 + i % 4))}
+        )
     (path / "a.json").write_text(json.dumps(records))
     return path / "a.json"
 
@@ -75,11 +100,21 @@ def captions(tmp_path_factory):
 def arguments(bases, captions, model, out, **options):
     entries = [{"data_files": str(captions)}]
     options = {
-        "model_name_or_path": str(bases[model]), "stage": STAGE.get(model, "sft"), "output_dir": str(out),
-        "dataset": {"train": entries, "eval": entries}, "max_steps": 3, "lr_scheduler_type": "constant",
-        "learning_rate": 3e-3, "adam_epsilon": 1e-4, "num_workers": 0, "logging_steps": 1000, "max_length": 128,
-        "disable_tqdm": True, "per_device_train_batch_size": 4, **options,
-    }  # fmt: skip
+        "model_name_or_path": str(bases[model]),
+        "stage": STAGE.get(model, "sft"),
+        "output_dir": str(out),
+        "dataset": {"train": entries, "eval": entries},
+        "max_steps": 3,
+        "lr_scheduler_type": "constant",
+        "learning_rate": 3e-3,
+        "adam_epsilon": 1e-4,
+        "num_workers": 0,
+        "logging_steps": 1000,
+        "max_length": 128,
+        "disable_tqdm": True,
+        "per_device_train_batch_size": 4,
+        **options,
+    }
     return [a for k, v in options.items() for a in (f"--{k}", v if isinstance(v, str) else json.dumps(v))]
 
 
@@ -95,7 +130,8 @@ def adapter(model):
 @pytest.mark.parametrize("sharding", [None, "stage3"])
 @pytest.mark.parametrize("model", MODELS)
 def test_a_rank_without_data(bases, captions, tmp_path, model, sharding):
-    """Seven samples, four a step: with two ranks of one sample a micro-batch, the second step's last one is empty."""
+    """Seven samples, four a step: with two ranks of one sample a micro-batch, the second step's last one is
+    empty."""
     one = trained(bases, captions, model, tmp_path / "one", num_train_epochs=1, max_steps=2)
     split = {"per_device_train_batch_size": 2, "max_steps": 2, "sharding": sharding}
     if model != "pretrain1":  # where what is contrasted is a micro-batch of all ranks
@@ -116,27 +152,38 @@ def test_recomputation_beside_adapters_with_dropout(bases, captions, tmp_path, m
         return
     one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
     assert_same_run(trained(bases, captions, model, tmp_path / "b1", **one, **adapter(model)), whole)
-    assert_same_run(trained(bases, captions, model, tmp_path / "r1", recompute=True, **one, **adapter(model)), whole)
+    assert_same_run(
+        trained(bases, captions, model, tmp_path / "r1", recompute=True, **one, **adapter(model)), whole
+    )
 
 
 @pytest.mark.parametrize("model", [m for m in MODELS if m != "pretrain1"])
 def test_packed_and_cached_beside_adapters(bases, captions, tmp_path, model):
     """Streams of several samples, and features made once: the losses of the samples one by one."""
     language = {"opt": [r".*q_proj"], "t5": [r".*SelfAttention\.q"]}
-    adapters = {**adapter(model), "lora_target_modules": language.get(model, TOWERS[model][:2]), "max_length": 4096}
+    adapters = {
+        **adapter(model),
+        "lora_target_modules": language.get(model, TOWERS[model][:2]),
+        "max_length": 4096,
+    }
     options = {"per_device_train_batch_size": 7, "max_steps": 2, **adapters}
     whole = trained(bases, captions, model, tmp_path / "whole", **options)
     packed = {**options, "mixtoken": True, "per_device_train_batch_size": 1}
     assert_same_run(trained(bases, captions, model, tmp_path / "packed", **packed), whole)
-    if model in ("qwen_vl", "visualglm"):  # BLIP-2's Q-Former has a dropout, which a cache would leave out: refused
+    if model in (
+        "qwen_vl",
+        "visualglm",
+    ):  # BLIP-2's Q-Former has a dropout, which a cache would leave out: refused
         cached = trained(bases, captions, model, tmp_path / "cached", cache_image_features=True, **options)
         assert_same_run(cached, whole)
 
 
 PRECISIONS = {
-    "bf16": {"bf16": True}, "bf16-master": {"bf16": True, "fp16_opt_level": "O2"}, "fp16": {"fp16": True},
+    "bf16": {"bf16": True},
+    "bf16-master": {"bf16": True, "fp16_opt_level": "O2"},
+    "fp16": {"fp16": True},
     "fp16-master": {"fp16": True, "fp16_opt_level": "O2"},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -151,8 +198,18 @@ def test_sixteen_bits(bases, captions, tmp_path, model, precision):
     assert losses(out)[0] == pytest.approx(losses(reference)[0], rel=0.03)
     if model != "pretrain1":
         dtype = "bfloat16" if "bf16" in precision else "float16"
-        argv = ["--model_name_or_path", str(out), "--image", str(captions.parent / "0.png"), "--prompt", "what",
-                "--max_new_tokens", "3", "--dtype", dtype]  # fmt: skip
+        argv = [
+            "--model_name_or_path",
+            str(out),
+            "--image",
+            str(captions.parent / "0.png"),
+            "--prompt",
+            "what",
+            "--max_new_tokens",
+            "3",
+            "--dtype",
+            dtype,
+        ]
         run(argv, main=generate.main)
 
 
@@ -206,12 +263,16 @@ def test_a_pair_without_a_negative_learns_no_negative(bases):
             model.init_weights(name, p, build.named_generator(1, name))
     Q = model.num_image_tokens
     one = {
-        "input_ids": torch.cat((torch.zeros(Q, dtype=torch.long), torch.tensor([2, 9, 10, 3]))), "max_len": Q + 4,
+        "input_ids": torch.cat((torch.zeros(Q, dtype=torch.long), torch.tensor([2, 9, 10, 3]))),
+        "max_len": Q + 4,
         "targets": torch.cat((torch.full((Q,), -100), torch.tensor([9, 10, 3, -100]))),
-        "position_ids": torch.arange(Q + 4), "cu_seqlens": torch.tensor([0, Q + 4], dtype=torch.int32),
-        "image_positions": torch.arange(Q)[None], "pixel_values": torch.randn(1, 3, 28, 28),
-        "dropout_keys": torch.arange(Q + 4), "image_dropout_keys": torch.zeros(1, dtype=torch.long),
-    }  # fmt: skip
+        "position_ids": torch.arange(Q + 4),
+        "cu_seqlens": torch.tensor([0, Q + 4], dtype=torch.int32),
+        "image_positions": torch.arange(Q)[None],
+        "pixel_values": torch.randn(1, 3, 28, 28),
+        "dropout_keys": torch.arange(Q + 4),
+        "image_dropout_keys": torch.zeros(1, dtype=torch.long),
+    }
     model.eval()
     losses_of, _ = model.losses(one)
     rows, lengths = model.text_of(one)

@@ -13,7 +13,9 @@ import parallel
 import terminal
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = [p for p in sorted(ROOT.glob("*.py")) if 'if __name__ == "__main__":' in p.read_text(encoding="utf-8")]
+SCRIPTS = [
+    p for p in sorted(ROOT.glob("*.py")) if 'if __name__ == "__main__":' in p.read_text(encoding="utf-8")
+]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
@@ -33,11 +35,20 @@ def test_an_old_python_is_named(tmp_path):
     assert done.stderr.startswith("error: this needs Python 3.11 or newer") and "is 3.9" in done.stderr
 
 
-@pytest.mark.parametrize("environment", [
-    {"WORLD_SIZE": "two"}, {"WORLD_SIZE": ""}, {"RANK": "-1", "WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"},
-    {"RANK": "1"}, {"LOCAL_RANK": "0.5"}, {"WORLD_SIZE": "9" * 30}, {"TORCHELASTIC_RESTART_COUNT": "x"},
-    {"WORLD_SIZE": "0"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"WORLD_SIZE": "two"},
+        {"WORLD_SIZE": ""},
+        {"RANK": "-1", "WORLD_SIZE": "2"},
+        {"RANK": "2", "WORLD_SIZE": "2"},
+        {"RANK": "1"},
+        {"LOCAL_RANK": "0.5"},
+        {"WORLD_SIZE": "9" * 30},
+        {"TORCHELASTIC_RESTART_COUNT": "x"},
+        {"WORLD_SIZE": "0"},
+    ],
+)
 def test_nonsense_about_ranks_is_one_line(monkeypatch, capsys, environment):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
@@ -68,7 +79,9 @@ def test_a_reader_that_is_gone():
     reader, writer = os.pipe()
     os.close(reader)
     program = "import checkpoint, sys; sys.exit(checkpoint.cli(lambda: print(5, flush=True)))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True
+    )
     os.close(writer)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 1 and line.startswith("error: ") and "broken pipe" in line

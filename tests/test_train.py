@@ -1,6 +1,5 @@
-"""The loop against itself: layouts, splits, resumption, frozen parameters, precision modes. One process is the
-reference.
-"""
+"""The loop against itself: layouts, splits, resumption, frozen parameters, precision modes. One process is
+the reference."""
 
 import json
 import multiprocessing
@@ -28,7 +27,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def rank_main(rank, world, port, argv, main=train.main):
     os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
     sys.exit(checkpoint.cli(lambda: main(argv)))
@@ -56,15 +59,29 @@ def run(argv, world=1, main=train.main):
 
 
 def arguments(base, dataset, out, **options):
-    # the bias of attention's keys has no gradient but rounding, which an epsilon of 1e-8 would make whole steps of
-    options = {"model_name_or_path": str(base), "dataset": dataset, "output_dir": str(out), "learning_rate": 1e-2,
-               "adam_epsilon": 1e-5, "max_steps": 10, "lr_scheduler_type": "cosine", "num_workers": 0,
-               "logging_steps": 1000, "max_length": 128, "disable_tqdm": True, **options}  # fmt: skip
+    # the bias of attention's keys has no gradient but rounding, which an epsilon of 1e-8 would make whole
+    # steps of
+    options = {
+        "model_name_or_path": str(base),
+        "dataset": dataset,
+        "output_dir": str(out),
+        "learning_rate": 1e-2,
+        "adam_epsilon": 1e-5,
+        "max_steps": 10,
+        "lr_scheduler_type": "cosine",
+        "num_workers": 0,
+        "logging_steps": 1000,
+        "max_length": 128,
+        "disable_tqdm": True,
+        **options,
+    }
     return [a for k, v in options.items() for a in (f"--{k}", v if isinstance(v, str) else json.dumps(v))]
 
 
 def losses(out):
-    return [r["loss"] for r in map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines()) if "loss" in r]
+    return [
+        r["loss"] for r in map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines()) if "loss" in r
+    ]
 
 
 def weights(out):
@@ -85,7 +102,11 @@ def assert_same_run(out, reference, loss_tol=1e-5, weight_tol=1e-4):
 
 MODES = {
     "sft": {},
-    "lora": {"lora": True, "lora_dropout": 0.3, "lora_target_modules": [*qwen.LORA_TARGETS, r".*resblocks.*c_fc"]},
+    "lora": {
+        "lora": True,
+        "lora_dropout": 0.3,
+        "lora_target_modules": [*qwen.LORA_TARGETS, r".*resblocks.*c_fc"],
+    },
 }
 SPLIT = {"per_device_train_batch_size": 8}
 
@@ -128,7 +149,9 @@ def test_hybrid_sharding_of_four_processes_equals_one(references, base, dataset,
 
 
 def test_packed_streams_on_two_processes_equal_one(references, base, dataset, tmp_path):
-    run(arguments(base, dataset, tmp_path / "out", mixtoken=True, sharding="stage2", **MODES["lora"]), world=2)
+    run(
+        arguments(base, dataset, tmp_path / "out", mixtoken=True, sharding="stage2", **MODES["lora"]), world=2
+    )
     assert_same_run(tmp_path / "out", references["lora", True])
 
 
@@ -145,7 +168,11 @@ def test_options_that_must_not_change_a_run(references, base, dataset, tmp_path,
     run(arguments(base, dataset, tmp_path / "out", **SPLIT, **option, **frozen, **extra))
     assert_same_run(tmp_path / "out", reference, loss_tol=1e-6)
     if extra:
-        evals = [r for r in map(json.loads, (tmp_path / "out/log.jsonl").read_text().splitlines()) if "eval_loss" in r]
+        evals = [
+            r
+            for r in map(json.loads, (tmp_path / "out/log.jsonl").read_text().splitlines())
+            if "eval_loss" in r
+        ]
         assert [r["step"] for r in evals] == [3, 6, 9] and evals[0]["eval_loss"] > evals[-1]["eval_loss"]
 
 
@@ -172,7 +199,7 @@ def test_packed_equals_one_by_one(base, dataset):
         assert (packed[name] - single[name]).abs().max() < 1e-5, name
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def start(argv):
@@ -199,8 +226,14 @@ def wait_for_step(out, step):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_killed_run_continues_exactly(base, dataset, tmp_path, world):
-    options = {"save_steps": 3, "save_total_limit": 2, "max_steps": 30, "gradient_accumulation_steps": 2,
-               "per_device_train_batch_size": 2, **MODES["lora"]}  # fmt: skip
+    options = {
+        "save_steps": 3,
+        "save_total_limit": 2,
+        "max_steps": 30,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 2,
+        **MODES["lora"],
+    }
     run(arguments(base, dataset, tmp_path / "reference", **options))
     process = start(arguments(base, dataset, tmp_path / "out", **options))
     wait_for_step(tmp_path / "out", 8)
@@ -222,7 +255,9 @@ def test_killed_run_continues_exactly(base, dataset, tmp_path, world):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_and_the_same_command_continues(base, dataset, tmp_path, number):
     """The whole process group gets the signal, data workers too, as from a terminal."""
-    argv = arguments(base, dataset, tmp_path / "out", max_steps=60, per_device_train_batch_size=4, num_workers=1)
+    argv = arguments(
+        base, dataset, tmp_path / "out", max_steps=60, per_device_train_batch_size=4, num_workers=1
+    )
     process = start(argv)
     wait_for_step(tmp_path / "out", 5)
     os.killpg(process.pid, number)
@@ -267,22 +302,34 @@ def test_under_lora_freeze_exclude_trains_more(base, dataset, tmp_path):
 def test_pretraining_trains_vision_only(base, dataset, tmp_path):
     captions = tmp_path / "captions.json"
     root = Path(dataset["train"][0]["data_files"]).parent
-    captions.write_text(json.dumps([{"image": str(root / f"{i}.png"), "caption": f"picture {i}"} for i in range(8)]))
+    captions.write_text(
+        json.dumps([{"image": str(root / f"{i}.png"), "caption": f"picture {i}"} for i in range(8)])
+    )
     entry = {"train": [{"name": "coco_caption", "data_files": str(captions)}]}
     run(arguments(base, entry, tmp_path / "out", stage="pretrain", **SPLIT))
     before, after = weights(base), weights(tmp_path / "out")
     changed = {n for n in before if not torch.equal(before[n], after[n])}
     assert (
-        changed and all("visual" in n for n in changed) and losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0]
+        changed
+        and all("visual" in n for n in changed)
+        and losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0]
     )
 
 
 def test_best_model_is_kept_and_loaded(base, dataset, tmp_path):
     """With a learning rate that first helps and then destroys, the best is not the last."""
     out = tmp_path / "out"
-    options = {"evaluation_strategy": "steps", "eval_steps": 2, "save_steps": 2, "save_total_limit": 1,
-               "load_best_model_at_end": True, "lr_scheduler_type": "linear", "warmup_steps": 10, "learning_rate": 0.3,
-               "max_grad_norm": 0.0}  # fmt: skip
+    options = {
+        "evaluation_strategy": "steps",
+        "eval_steps": 2,
+        "save_steps": 2,
+        "save_total_limit": 1,
+        "load_best_model_at_end": True,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 10,
+        "learning_rate": 0.3,
+        "max_grad_norm": 0.0,
+    }
     run(arguments(base, dataset, out, **options, **SPLIT))
     evals = {
         r["step"]: r["eval_loss"]
@@ -338,7 +385,9 @@ def test_sixteen_bits(references, base, dataset, tmp_path, kind, level, mode):
 
 def test_dry_run_loads_nothing(capsys):
     assert (
-        train.main(["--model_name_or_path", "qwen-vl-7b", "--lora", "--bf16", "--fp16_opt_level", "O2", "--dry_run"])
+        train.main(
+            ["--model_name_or_path", "qwen-vl-7b", "--lora", "--bf16", "--fp16_opt_level", "O2", "--dry_run"]
+        )
         == 0
     )
     text = capsys.readouterr().out
@@ -347,26 +396,52 @@ def test_dry_run_loads_nothing(capsys):
     assert 17.9 < weights_gib < 40
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 PADDLEMIX = {  # the keys of that toolkit's qwen_vl/sft_argument.json and lora_sft_argument.json
-    "mixtoken": True, "overwrite_output_dir": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 16,
-    "per_device_eval_batch_size": 1, "eval_accumulation_steps": 16, "num_train_epochs": 1, "learning_rate": 1e-05,
-    "weight_decay": 0.1, "adam_beta2": 0.95, "warmup_ratio": 0.01, "lr_scheduler_type": "cosine", "logging_steps": 1,
-    "save_steps": 100, "evaluation_strategy": "epoch", "save_strategy": "epoch", "max_length": 2048, "bf16": True,
-    "fp16_opt_level": "O1", "do_train": True, "do_eval": False, "disable_tqdm": True, "load_best_model_at_end": False,
-    "eval_with_do_generation": False, "skip_memory_metrics": False, "benchmark": False, "save_total_limit": 1,
-}  # fmt: skip
+    "mixtoken": True,
+    "overwrite_output_dir": True,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 16,
+    "per_device_eval_batch_size": 1,
+    "eval_accumulation_steps": 16,
+    "num_train_epochs": 1,
+    "learning_rate": 1e-05,
+    "weight_decay": 0.1,
+    "adam_beta2": 0.95,
+    "warmup_ratio": 0.01,
+    "lr_scheduler_type": "cosine",
+    "logging_steps": 1,
+    "save_steps": 100,
+    "evaluation_strategy": "epoch",
+    "save_strategy": "epoch",
+    "max_length": 2048,
+    "bf16": True,
+    "fp16_opt_level": "O1",
+    "do_train": True,
+    "do_eval": False,
+    "disable_tqdm": True,
+    "load_best_model_at_end": False,
+    "eval_with_do_generation": False,
+    "skip_memory_metrics": False,
+    "benchmark": False,
+    "save_total_limit": 1,
+}
 PADDLEMIX_LORA = {
-    "lora": True, "lora_rank": 64, "lora_alpha": 16, "lora_dropout": 0.05,
+    "lora": True,
+    "lora_rank": 64,
+    "lora_alpha": 16,
+    "lora_dropout": 0.05,
     "lora_target_modules": [".*attn.c_attn.*", ".*attn.c_proj.*", ".*mlp.w1.*", ".*mlp.w2.*"],
-}  # fmt: skip
+}
 PADDLEMIX_SFT = {"freeze_include": ["*visual*"], "freeze_exclude": ["*visual.attn_pool*"], "benchmark": True}
 
 
 @pytest.mark.parametrize("own", [PADDLEMIX_LORA, PADDLEMIX_SFT])
 def test_paddlemix_files_run_unchanged(base, dataset, tmp_path, own):
-    entries = {split: [{**e, "chat_template": "chat_template.json"} for e in dataset[split]] for split in dataset}
+    entries = {
+        split: [{**e, "chat_template": "chat_template.json"} for e in dataset[split]] for split in dataset
+    }
     config = {
         **PADDLEMIX,
         **own,

@@ -1,4 +1,5 @@
-"""VisualGLM in the loop: SFT, LoRA, P-tuning and pre-training; packs, layouts, resumption, answers learned by heart."""
+"""VisualGLM in the loop: SFT, LoRA, P-tuning and pre-training; packs, layouts, resumption, answers learned by
+heart."""
 
 import fnmatch
 import io
@@ -45,15 +46,35 @@ def glm_base(tmp_path_factory):
     tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in (*special[:4], *CONTROL)])
     tokenizer.save(str(path / "tokenizer.json"))
     config = {
-        "model_type": "chatglm", "hidden_size": 64, "inner_hidden_size": 128, "num_layers": 2, "num_attention_heads": 4,
-        "vocab_size": len(pieces) + 3, "bos_token_id": pieces.index("<sop>"), "eos_token_id": pieces.index("<eop>"),
-        "mask_token_id": pieces.index("[MASK]"), "gmask_token_id": pieces.index("[gMASK]"), "pad_token_id": 3,
-        "image_length": 4, "initializer_range": 0.1,
-        "eva_config": {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "inner_hidden_size": 64,
-                       "image_size": [32, 32], "patch_size": 8},
-        "qformer_config": {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "vocab_size": 4,
-                           "is_decoder": [True, False]},
-    }  # fmt: skip
+        "model_type": "chatglm",
+        "hidden_size": 64,
+        "inner_hidden_size": 128,
+        "num_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": len(pieces) + 3,
+        "bos_token_id": pieces.index("<sop>"),
+        "eos_token_id": pieces.index("<eop>"),
+        "mask_token_id": pieces.index("[MASK]"),
+        "gmask_token_id": pieces.index("[gMASK]"),
+        "pad_token_id": 3,
+        "image_length": 4,
+        "initializer_range": 0.1,
+        "eva_config": {
+            "num_layers": 1,
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "inner_hidden_size": 64,
+            "image_size": [32, 32],
+            "patch_size": 8,
+        },
+        "qformer_config": {
+            "num_layers": 2,
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "vocab_size": 4,
+            "is_decoder": [True, False],
+        },
+    }
     checkpoint.write_json(path / "config.json", config)
     model = glm.build_model(config)
     with torch.no_grad():
@@ -66,7 +87,8 @@ def glm_base(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def glm_dataset(tmp_path_factory):
-    """24 records in the model's own format and as chats of one or two rounds, every third without a picture."""
+    """24 records in the model's own format and as chats of one or two
+    rounds, every third without a picture."""
     path = tmp_path_factory.mktemp("glm_data")
     rng, own, chats = np.random.default_rng(0), [], []
     for i in range(24):
@@ -110,7 +132,12 @@ LAYOUTS = [(mode, f"stage{i}") for mode in ("sft", "lora") for i in (1, 2, 3)]
 @pytest.mark.parametrize("mode, sharding", [*LAYOUTS, ("ptuning", "stage3")])
 def test_two_processes_equal_one(glm_references, glm_base, glm_dataset, tmp_path, mode, sharding):
     """Micro-batches of one sample, so that often only one of the ranks has a picture."""
-    split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 6, "sharding": sharding}
+    split = {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 4,
+        "max_steps": 6,
+        "sharding": sharding,
+    }
     run(arguments(glm_base, glm_dataset, tmp_path / "out", **{**split, **MODES[mode]}), world=2)
     assert_same_run(tmp_path / "out", glm_references[mode])
 
@@ -131,7 +158,8 @@ def test_stopped_run_continues_exactly(glm_references, glm_base, glm_dataset, tm
 
 @pytest.mark.parametrize("mode", ["sft", "lora"])
 def test_killed_run_continues_exactly(glm_base, glm_dataset, tmp_path, mode):
-    """kill -9 somewhere behind the second checkpoint, then the same command: losses and weights bit for bit."""
+    """kill -9 somewhere behind the second checkpoint, then the same
+    command: losses and weights bit for bit."""
     options = {**SIZE, **MODES[mode], "lr_scheduler_type": "constant", "max_steps": 60, "save_steps": 4}
     argv = arguments(glm_base, glm_dataset, tmp_path / "out", **options)
     process = multiprocessing.get_context("fork").Process(target=rank_main, args=(0, 1, 0, argv))
@@ -151,7 +179,8 @@ def test_killed_run_continues_exactly(glm_base, glm_dataset, tmp_path, mode):
 
 @pytest.mark.parametrize("pre_seq_len", [None, 3])
 def test_packed_equals_one_by_one(glm_base, glm_dataset, pre_seq_len):
-    """Loss and every gradient, the image encoder's included, with contexts and answers of different lengths."""
+    """Loss and every gradient, the image encoder's included, with
+    contexts and answers of different lengths."""
     processor = glm.load_processor(glm_base)
     index = data.build_index(glm_dataset["train"], processor, 128, None, 0, False)
     samples = [data.load_sample(index, n, 0, processor, 128, 0) for n in range(4, 20)]
@@ -194,11 +223,20 @@ def test_what_trains(glm_references, glm_base, glm_dataset, tmp_path):
     root = glm_dataset["train"][0]["data_files"].rsplit("/", 1)[0]
     entries = {"train": [{"name": "coco_caption", "data_files": str(file), "image_root": root}]}
     run(
-        arguments(glm_base, entries, tmp_path / "out", stage="pretrain", freeze_include=["image_encoder.vit.*"], **SIZE)
+        arguments(
+            glm_base,
+            entries,
+            tmp_path / "out",
+            stage="pretrain",
+            freeze_include=["image_encoder.vit.*"],
+            **SIZE,
+        )
     )
     after = weights(tmp_path / "out")
     changed = {n for n in after if not torch.equal(before[n], after[n])}
-    assert changed and all(n.startswith(("image_encoder.qformer.", "image_encoder.glm_proj.")) for n in changed)
+    assert changed and all(
+        n.startswith(("image_encoder.qformer.", "image_encoder.glm_proj.")) for n in changed
+    )
     assert losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0]
 
 
@@ -243,21 +281,47 @@ def test_four_samples_by_heart(glm_base, tmp_path, capsys):
     argv = ["--model_name_or_path", str(tmp_path / "out"), "--batch_size", "2"]
     evaluate.main([*argv, "--name", "visualglm_dataset", "--data_files", str(tmp_path / "four.json")])
     out, err = capsys.readouterr()
-    assert "scores of 4 answers: vqa_accuracy 1.000, accuracy 1.000" in out and "kernels: plain PyTorch" in err
+    assert (
+        "scores of 4 answers: vqa_accuracy 1.000, accuracy 1.000" in out and "kernels: plain PyTorch" in err
+    )
 
 
 TOOLKIT = {  # PaddleMIX's visualglm/sft_argument.json and lora_sft_argument.json, key for key
-    "mixtoken": True, "overwrite_output_dir": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4,
-    "per_device_eval_batch_size": 1, "eval_accumulation_steps": 16, "learning_rate": 3e-4, "logging_steps": 1,
-    "evaluation_strategy": "steps", "save_strategy": "steps", "src_length": 1024, "max_length": 2048, "fp16": True,
-    "fp16_opt_level": "O2", "do_train": True, "do_eval": False, "disable_tqdm": True, "load_best_model_at_end": True,
-    "eval_with_do_generation": False, "save_total_limit": 1,
-}  # fmt: skip
-TOOLKIT_SFT = {"freeze_include": ["*vision_model*"], "num_train_epochs": 2, "warmup_steps": 30, "save_steps": 10}
+    "mixtoken": True,
+    "overwrite_output_dir": True,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 4,
+    "per_device_eval_batch_size": 1,
+    "eval_accumulation_steps": 16,
+    "learning_rate": 3e-4,
+    "logging_steps": 1,
+    "evaluation_strategy": "steps",
+    "save_strategy": "steps",
+    "src_length": 1024,
+    "max_length": 2048,
+    "fp16": True,
+    "fp16_opt_level": "O2",
+    "do_train": True,
+    "do_eval": False,
+    "disable_tqdm": True,
+    "load_best_model_at_end": True,
+    "eval_with_do_generation": False,
+    "save_total_limit": 1,
+}
+TOOLKIT_SFT = {
+    "freeze_include": ["*vision_model*"],
+    "num_train_epochs": 2,
+    "warmup_steps": 30,
+    "save_steps": 10,
+}
 TOOLKIT_LORA = {
-    "lora": True, "num_train_epochs": 30, "warmup_ratio": 0.02, "lr_scheduler_type": "cosine", "save_steps": 5,
+    "lora": True,
+    "num_train_epochs": 30,
+    "warmup_ratio": 0.02,
+    "lr_scheduler_type": "cosine",
+    "save_steps": 5,
     "lora_target_modules": [".*query_key_value.*", ".*dense.*", ".*dense_h_to_4h", ".*dense_4h_to_h"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("own", [TOOLKIT_SFT, TOOLKIT_LORA])
@@ -278,14 +342,22 @@ def test_toolkit_files_run_unchanged(glm_base, tmp_path, own):
     (tmp_path / "argument.json").write_text(json.dumps(config))
     run([str(tmp_path / "argument.json"), "--num_workers", "0", "--max_steps", "10"])
     records = list(map(json.loads, (tmp_path / "out" / "log.jsonl").read_text().splitlines()))
-    assert len(losses(tmp_path / "out")) == 10 and sum("eval_loss" in r for r in records) == 10 // own["save_steps"]
+    assert (
+        len(losses(tmp_path / "out")) == 10
+        and sum("eval_loss" in r for r in records) == 10 // own["save_steps"]
+    )
     before, after = weights(glm_base), weights(tmp_path / "out")
     if "lora" in own:  # the language model's linear layers, no others
         changed = {n.partition(".lora_")[0] for n in after if ".lora_" in n}
         assert changed == {
             f"transformer.layers.{i}.{m}"
             for i in range(2)
-            for m in ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+            for m in (
+                "attention.query_key_value",
+                "attention.dense",
+                "mlp.dense_h_to_4h",
+                "mlp.dense_4h_to_h",
+            )
         }
     else:
         same = {n for n in after if torch.equal(after[n], before[n].to(after[n].dtype))}
@@ -295,12 +367,15 @@ def test_toolkit_files_run_unchanged(glm_base, tmp_path, own):
 
 @pytest.mark.parametrize("language", ["zh", "en"])
 def test_chat_at_the_command_line(glm_base, tmp_path, monkeypatch, capsys, language):
-    """Each question after all earlier rounds, the picture at the front of the first: ids as the format writes them."""
+    """Each question after all earlier rounds, the picture at the front of the first: ids as the format writes
+    them."""
     base = tmp_path / "base"
     base.mkdir()
     for file in ("tokenizer.json", "model.safetensors"):
         os.link(glm_base / file, base / file)
-    checkpoint.write_json(base / "config.json", {**checkpoint.read_config(glm_base), "prompt_language": language})
+    checkpoint.write_json(
+        base / "config.json", {**checkpoint.read_config(glm_base), "prompt_language": language}
+    )
     Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
     asked, plain = [], generate.generate
 
@@ -309,10 +384,21 @@ def test_chat_at_the_command_line(glm_base, tmp_path, monkeypatch, capsys, langu
         return plain(model, requests, *rest)
 
     monkeypatch.setattr(generate, "generate", watch)
-    questions = {"zh": ["这是什么？", "它是什么颜色？", "很亮"], "en": ["what is it?", "name it", "two"]}[language]
+    questions = {"zh": ["这是什么？", "它是什么颜色？", "很亮"], "en": ["what is it?", "name it", "two"]}[
+        language
+    ]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([questions[0], "", *questions[1:]])))
-    generate.main(["--model_name_or_path", str(base), "--image", str(tmp_path / "a.png"), "--chat",
-                   "--max_new_tokens", "3"])  # fmt: skip
+    generate.main(
+        [
+            "--model_name_or_path",
+            str(base),
+            "--image",
+            str(tmp_path / "a.png"),
+            "--chat",
+            "--max_new_tokens",
+            "3",
+        ]
+    )
     out, err = capsys.readouterr()
     answers, tk = out.splitlines(), glm.load_processor(base).tokenizer
     assert len(answers) == len(asked) == 3 and "kernels: plain PyTorch" in err
@@ -331,11 +417,17 @@ def test_generate_refuses_pictures(glm_base, tmp_path, capsys):
     later = {"conversations": [["what is it?", "two"], [f"<img>{pictures[0]}</img>name it", "later"]]}
     (tmp_path / "r.jsonl").write_text(json.dumps(later))
     for argv, words in (
-        (["--prompt", "what is it?", "--image", pictures[0], "--image", pictures[1]], "takes one image.*2 images"),
+        (
+            ["--prompt", "what is it?", "--image", pictures[0], "--image", pictures[1]],
+            "takes one image.*2 images",
+        ),
         (["--requests", str(tmp_path / "r.jsonl")], r"r.jsonl:1: .*one image, at the front.*in a later turn"),
         (["--prompt", "what is it?", "--image", "no.png"], "no.png"),
     ):
-        assert checkpoint.cli(lambda argv=argv: generate.main(["--model_name_or_path", str(glm_base), *argv])) == 1
+        assert (
+            checkpoint.cli(lambda argv=argv: generate.main(["--model_name_or_path", str(glm_base), *argv]))
+            == 1
+        )
         out, err = capsys.readouterr()
         assert not out and re.fullmatch(f"(device.*\n)?(warning: .*\n)?error: .*{words}.*\n", err), err
 
@@ -369,7 +461,10 @@ def test_sample_configurations(untrained_tiny, tmp_path, stage):
 @pytest.mark.parametrize(
     "record, words",
     [
-        ({"conversations": [["<img>0.png</img>a <img>1.png</img>b", "c"]]}, "one image, at the front.*2 images"),
+        (
+            {"conversations": [["<img>0.png</img>a <img>1.png</img>b", "c"]]},
+            "one image, at the front.*2 images",
+        ),
         ({"conversations": [["a", "b"], ["<img>0.png</img>c", "d"]]}, "at the front.*in a later turn"),
         ({"conversations": [["what is it? " * 40, "b"]]}, "no answer fits within max_length=128"),
     ],

@@ -1,6 +1,6 @@
-"""VisualGLM against frozen outputs of the original implementations, the Hugging Face code and SwissArmyTransformer
-(SAT): 1e-5 on features, hidden states, logits and losses, 1e-4 relative on gradients; greedy tokens, ids and labels
-exactly."""
+"""VisualGLM against frozen outputs of the original implementations, the Hugging Face code and
+SwissArmyTransformer (SAT): 1e-5 on features, hidden states, logits and losses, 1e-4 relative on gradients;
+greedy tokens, ids and labels exactly."""
 
 import fnmatch
 import hashlib
@@ -26,7 +26,10 @@ class Variant:
     def __init__(self, path):
         self.golden = json.loads((path / "golden.json").read_text())
         self.sat = json.loads((path / "sat_golden.json").read_text())
-        self.io, self.sat_io = load_file(path / "golden.safetensors"), load_file(path / "sat_golden.safetensors")
+        self.io, self.sat_io = (
+            load_file(path / "golden.safetensors"),
+            load_file(path / "sat_golden.safetensors"),
+        )
         self.config, self.cases = self.golden["config"], self.golden["cases"]
         self.weights = load_file(path / "weights.safetensors")
         sat_weights = path / "sat_weights.safetensors"
@@ -54,10 +57,13 @@ class Variant:
         cu_seqlens = lengths.cumsum(0).int()
         images = self.io.get(f"{name}.images")
         batch = {
-            "input_ids": ids, "cu_seqlens": cu_seqlens, "max_len": int(lengths.max()), "pixel_values": images,
+            "input_ids": ids,
+            "cu_seqlens": cu_seqlens,
+            "max_len": int(lengths.max()),
+            "pixel_values": images,
             "position_ids": torch.from_numpy(np.concatenate([p for p, _ in placed], 1)),
             "prefix_lens": torch.tensor([n for _, n in placed]),
-        }  # fmt: skip
+        }
         if images is not None:
             first = cu_seqlens[:-1, None].long() + self.cases[name]["pre_image_length"]
             batch["image_positions"] = first + torch.arange(self.config["image_length"])
@@ -120,7 +126,9 @@ def test_golden_logits(variant, case):
     logits, S = model.logits(x), len(io[f"{case}.input_ids"])
     close(logits.unflatten(0, (S, -1)), io[f"{case}.logits"])
     if f"{case}.position_ids" in io:
-        assert torch.equal(batch["position_ids"].unflatten(1, (S, -1)).transpose(0, 1), io[f"{case}.position_ids"])
+        assert torch.equal(
+            batch["position_ids"].unflatten(1, (S, -1)).transpose(0, 1), io[f"{case}.position_ids"]
+        )
     if f"{case}.attention_mask_4d_true_is_blocked" in io:
         i = torch.arange(len(x) // S)
         blocked = [(i > i[:, None]) & (i >= n) for n in batch["prefix_lens"]]
@@ -198,8 +206,12 @@ def test_golden_loss_and_gradients(variant):
 def test_golden_ptuning_of_hf(variant, case):
     options = {k: variant.cases[case][k] for k in ("pre_seq_len", "prefix_projection")}
     model = variant.model(**options)
-    prefix = {n.removeprefix(f"{case}."): t for n, t in variant.io.items() if n.startswith(f"{case}.transformer.")}
-    assert prefix.keys() == {n for n in dict(model.named_parameters()) if fnmatch.fnmatch(n, glm.PREFIX_TUNING)}
+    prefix = {
+        n.removeprefix(f"{case}."): t for n, t in variant.io.items() if n.startswith(f"{case}.transformer.")
+    }
+    assert prefix.keys() == {
+        n for n in dict(model.named_parameters()) if fnmatch.fnmatch(n, glm.PREFIX_TUNING)
+    }
     model.load_state_dict(prefix, strict=False)
     close(model.logits(model.hidden(variant.batch(case))), variant.io[f"{case}.logits"][0])
 
@@ -226,9 +238,9 @@ def test_golden_sat_names(variant):
     heads, names = variant.config["num_attention_heads"], variant.sat["name_map_sat_to_hf"]
     ours = dict(variant.model().named_parameters())
     assert {glm.sat_name(n): n for n in ours} == names
-    assert {n for n in ours if not torch.equal(glm.repack_qkv(n, ours[n], heads, to_sat=True), ours[n])} == set(
-        variant.sat["qkv_permuted"]
-    )
+    assert {
+        n for n in ours if not torch.equal(glm.repack_qkv(n, ours[n], heads, to_sat=True), ours[n])
+    } == set(variant.sat["qkv_permuted"])
     for name, tensor in ours.items():
         sat = glm.repack_qkv(name, tensor, heads, to_sat=True)
         assert torch.equal(glm.repack_qkv(name, sat, heads, to_sat=False), tensor)
@@ -238,18 +250,29 @@ def test_golden_sat_names(variant):
 
 def requests_of(variant, case):
     """The case's rows as requests."""
-    requests, images = [], variant.io.get(f"{case}.images", variant.io.get(f"{case.removesuffix('_rp12')}.images"))
+    requests, images = (
+        [],
+        variant.io.get(f"{case}.images", variant.io.get(f"{case.removesuffix('_rp12')}.images")),
+    )
     start = variant.cases[case.removesuffix("_rp12")].get("pre_image_length")
     for i, (row, _) in enumerate(variant.rows(case)):
         positions, context = glm.glm_positions(row, *variant.special)
-        requests.append({
-            "input_ids": row.numpy(), "position_ids": positions, "prefix_len": context, "seen": row.tolist(),
-            "image_starts": [] if images is None else [start], "pixel_values": [] if images is None else [images[i]],
-        })  # fmt: skip
+        requests.append(
+            {
+                "input_ids": row.numpy(),
+                "position_ids": positions,
+                "prefix_len": context,
+                "seen": row.tolist(),
+                "image_starts": [] if images is None else [start],
+                "pixel_values": [] if images is None else [images[i]],
+            }
+        )
     return requests
 
 
-@pytest.mark.parametrize("case", ["generate_image", "generate_image_rp12", "generate_text", "generate_leftpad"])
+@pytest.mark.parametrize(
+    "case", ["generate_image", "generate_image_rp12", "generate_text", "generate_leftpad"]
+)
 def test_golden_greedy(variant, case):
     model, eos, requests = variant.model(), variant.config["eos_token_id"], requests_of(variant, case)
     expected = [row[: row.index(eos) + 1] if eos in row else row for row in variant.cases[case]["new_tokens"]]
@@ -291,8 +314,13 @@ def test_generation_with_ptuning_equals_the_whole_text_at_once(visualglm_variant
     for request, answer in zip(requests, answers, strict=True):
         ids = torch.tensor([*request["input_ids"], *answer])
         positions, context = glm.glm_positions(ids, *variant.special)
-        batch = {"input_ids": ids, "position_ids": torch.from_numpy(positions), "prefix_lens": torch.tensor([context]),
-                 "cu_seqlens": torch.tensor([0, len(ids)], dtype=torch.int32), "max_len": len(ids)}  # fmt: skip
+        batch = {
+            "input_ids": ids,
+            "position_ids": torch.from_numpy(positions),
+            "prefix_lens": torch.tensor([context]),
+            "cu_seqlens": torch.tensor([0, len(ids)], dtype=torch.int32),
+            "max_len": len(ids),
+        }
         best = model.logits(model.hidden(batch)).argmax(-1)
         assert best[len(request["input_ids"]) - 1 : -1].tolist() == answer
 
@@ -305,7 +333,10 @@ def test_golden_sampling_of_hf(variant):
     expected = io["sampling_hf.after_processors"][0]
     finite = expected > torch.finfo(torch.float32).min
     close(row[finite], expected[finite])
-    close(sampling_probs(row[None], temperature=0.8, top_k=100, top_p=0.4), io["sampling_hf.after_warpers_probs"])
+    close(
+        sampling_probs(row[None], temperature=0.8, top_k=100, top_p=0.4),
+        io["sampling_hf.after_warpers_probs"],
+    )
 
 
 SAT_DEFAULTS = {"temperature": 0.95, "top_k": 30, "top_p": 0.7}  # of its chat function
@@ -322,7 +353,9 @@ def test_golden_sampling_of_sat(variant):
 
 def test_answers_are_not_shorter_than_asked(variant):
     model, requests = variant.model(), requests_of(variant, "generate_leftpad")
-    stop = [[t] for t in {row[0] for row in variant.cases["generate_leftpad"]["new_tokens"]}]  # every one stops at once
+    stop = [
+        [t] for t in {row[0] for row in variant.cases["generate_leftpad"]["new_tokens"]}
+    ]  # every one stops at once
     shortest = min(len(r["input_ids"]) for r in requests)
     assert [len(a) for a in generate(model, requests, 5, stop)] == [1] * len(requests)
     answers = generate(model, requests, 12, stop, min_length=shortest + 8)
@@ -354,7 +387,9 @@ def official_lora(variant):
     )
     layers = "|".join(map(str, golden["layer_range"]))
     targets = [rf"transformer\.layers\.({layers})\.attention\.{m}" for m in ("query_key_value", "dense")]
-    names = lora.inject(model, targets, golden["rank"], golden["lora_alpha"], 0.0, glm.lora_parts(model.config))
+    names = lora.inject(
+        model, targets, golden["rank"], golden["lora_alpha"], 0.0, glm.lora_parts(model.config)
+    )
     assert len(names) == 2 * len(golden["layer_range"])
     for name, p in model.named_parameters():
         p.requires_grad_(".lora_" in name)
@@ -395,24 +430,39 @@ def write_checkpoint(directory, variant, config=None):
 
 
 def test_golden_lora_file_merges_into_packed_rows(variant, official_lora, tmp_path):
-    """Saved as an ordinary adapter, read back, folded: the rows of SAT's merged weights, also in SAT's own file."""
+    """Saved as an ordinary adapter, read back, folded: the rows of SAT's merged weights, also in SAT's own
+    file."""
     golden = variant.sat["lora"]
     model, names = official_lora
     parameters = dict(model.named_parameters())
     lora.save_adapter(
-        tmp_path, model, "base", golden["rank"], golden["lora_alpha"], 0.0, names, [], lambda n: parameters[n].detach()
+        tmp_path,
+        model,
+        "base",
+        golden["rank"],
+        golden["lora_alpha"],
+        0.0,
+        names,
+        [],
+        lambda n: parameters[n].detach(),
     )
     config, tensors = lora.read_adapter(tmp_path)
-    scalings, extra = lora.adapter_updates(config, tensors, {n: p.shape for n, p in variant.model().named_parameters()})
+    scalings, extra = lora.adapter_updates(
+        config, tensors, {n: p.shape for n, p in variant.model().named_parameters()}
+    )
     assert sorted(scalings) == sorted(names) and not extra
     base = write_checkpoint(tmp_path / "base", variant)
     weights, merged = checkpoint.open_weights(base), tmp_path / "merged"
     merged.mkdir()
-    checkpoint.save_weights(merged, ((n, merge.merged_tensor(n, weights, scalings, tensors, None)) for n in weights))
+    checkpoint.save_weights(
+        merged, ((n, merge.merged_tensor(n, weights, scalings, tensors, None)) for n in weights)
+    )
     checkpoint.write_json(merged / "config.json", checkpoint.read_config(base))
     convert_sat.main(["export", str(merged), str(tmp_path / "sat"), "--qkv", "split"])
     state = torch.load(tmp_path / "sat" / "1" / "mp_rank_00_model_states.pt", weights_only=True)["module"]
-    expected = {n.removeprefix("lora.merged."): t for n, t in variant.sat_io.items() if n.startswith("lora.merged.")}
+    expected = {
+        n.removeprefix("lora.merged."): t for n, t in variant.sat_io.items() if n.startswith("lora.merged.")
+    }
     assert expected
     for name, tensor in expected.items():
         close(state[name], tensor, 3e-6)
@@ -429,7 +479,9 @@ def test_golden_lora_file_merges_into_packed_rows(variant, official_lora, tmp_pa
     wanted.prepare_inputs_for_generation = None  # PEFT asks for it
     theirs = peft.PeftModel.from_pretrained(wanted, str(tmp_path)).base_model.model
     close(theirs.logits(theirs.hidden(batch)), model.logits(model.hidden(batch)), 1e-6)
-    mixed = {lora.PREFIX + n: t + 1 for n, t in tensors.items()}  # an ordinary adapter can't go on as a split one
+    mixed = {
+        lora.PREFIX + n: t + 1 for n, t in tensors.items()
+    }  # an ordinary adapter can't go on as a split one
     save_file(mixed, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="lora_split"):
         lora.load_adapter(model, tmp_path)
@@ -451,7 +503,9 @@ def test_golden_sat_checkpoints_there_and_back(variant, tmp_path, qkv):
     state = torch.load(tmp_path / "sat" / "1" / "mp_rank_00_model_states.pt", weights_only=True)["module"]
     if variant.sat_weights is not None and qkv == "split":
         assert state.keys() - variant.sat_weights.keys() <= set(convert_sat.LEFT_OUT)
-        assert all(torch.equal(state[n], t) for n, t in variant.sat_weights.items() if n not in convert_sat.LEFT_OUT)
+        assert all(
+            torch.equal(state[n], t) for n, t in variant.sat_weights.items() if n not in convert_sat.LEFT_OUT
+        )
     wrong = {"split": "per_head", "per_head": "split"}[qkv]
     convert_sat.main(["import", str(tmp_path / "sat"), str(tmp_path / "wrong"), "--qkv", wrong])
     name = "transformer.layers.0.attention.query_key_value.weight"
@@ -469,13 +523,18 @@ def test_golden_sat_checkpoints_there_and_back(variant, tmp_path, qkv):
 def test_golden_weights_quantised_close_to_fp32(variant, kind, limit):
     batch, exact, model = variant.batch("image"), variant.io["image.logits"][0], variant.model()
     linears = {
-        n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.startswith("transformer.layers.")
+        n: m
+        for n, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear) and n.startswith("transformer.layers.")
     }
     report = quantize(model, kind, batch)
     logits = model.logits(model.hidden(batch))
     error = float((logits - exact).norm() / exact.norm())
     assert 0 < error < limit and f"{len(linears)} linear layers" in report
-    for name, linear in linears.items():  # no weight is further off than half a step, up to the scale's fp16 rounding
+    for (
+        name,
+        linear,
+    ) in linears.items():  # no weight is further off than half a step, up to the scale's fp16 rounding
         top = 2 ** (int(kind[3:]) - 1) - 1
         step = linear.weight.abs().amax(1, keepdim=True) / top
         new = model.get_submodule(name)
@@ -487,7 +546,7 @@ def test_golden_weights_quantised_close_to_fp32(variant, kind, limit):
         quantize(adapted, kind)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files beside the variants
 
 
@@ -581,7 +640,9 @@ def test_golden_tokenizer_strings(tokenizer, tokenizer_golden):
 
 def test_golden_left_padded_batch(tokenizer, tokenizer_golden):
     batch = tokenizer_golden["batch_leftpad"]
-    for ids, mask, positions in zip(batch["input_ids"], batch["attention_mask"], batch["position_ids"], strict=True):
+    for ids, mask, positions in zip(
+        batch["input_ids"], batch["attention_mask"], batch["position_ids"], strict=True
+    ):
         row = np.array(ids)[np.array(mask, bool)]
         ours, _ = glm.glm_positions(row, tokenizer.sop, tokenizer.gmask, tokenizer.mask)
         assert ours.tolist() == np.array(positions)[:, -len(row) :].tolist()
@@ -599,10 +660,15 @@ def test_golden_prompts_and_responses(tokenizer, tokenizer_golden):
         assert ("<img></img>" if Q else "") + text == case["prompt"]
         if "input_ids_hf" in case:
             assert glm.chat_prompt(tokenizer, case["query"], history, Q, language) == case["input_ids_hf"]
-        assert glm.chat_prompt(tokenizer, case["query"], history, Q, language, tokenizer.pad) == case["input_ids_sat"]
+        assert (
+            glm.chat_prompt(tokenizer, case["query"], history, Q, language, tokenizer.pad)
+            == case["input_ids_sat"]
+        )
         assert glm.context_ids(tokenizer, text, Q, 0)[1] == ([case["pre_image"]] if Q else [])
         if "context_length" in case:
-            positions, context = glm.glm_positions(case["input_ids_hf"], tokenizer.sop, tokenizer.gmask, tokenizer.mask)
+            positions, context = glm.glm_positions(
+                case["input_ids_hf"], tokenizer.sop, tokenizer.gmask, tokenizer.mask
+            )
             assert (context, positions[0, -1]) == (case["context_length"], case["mask_position"])
     for case in tokenizer_golden["process_response"]:
         assert glm.clean_response(case["in"]) == case["out"]

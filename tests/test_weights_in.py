@@ -1,7 +1,8 @@
-"""What is read from other people's files is whole, of the right types and means what it says, or is refused in a line.
+"""What is read from other people's files is whole, of the right types and means what it says, or is refused
+in a line.
 
-Every case is a small model of the right family with one thing changed, and the message that it must give (None: it is
-read, and right).
+Every case is a small model of the right family with one thing changed, and the message that it must give
+(None: it is read, and right).
 """
 
 import base64
@@ -27,7 +28,12 @@ import model_qwen_vl as qwen
 import model_visualglm as glm
 
 ROOT = Path(__file__).resolve().parent.parent
-SAMPLES = {"qwen_vl": "tiny_qwen_vl", "blip2": "tiny_blip2", "visualglm": "tiny_visualglm", "stage1": "blip2_stage1"}
+SAMPLES = {
+    "qwen_vl": "tiny_qwen_vl",
+    "blip2": "tiny_blip2",
+    "visualglm": "tiny_visualglm",
+    "stage1": "blip2_stage1",
+}
 MODULES = {"qwen_vl": qwen, "blip2": blip2, "visualglm": glm, "stage1": blip2}
 
 
@@ -93,7 +99,17 @@ def test_every_field_of_every_config_is_checked(kind):
 def test_deep_models_and_foreign_files_are_refused(kind, copy, tmp_path):
     directory = copy(kind)
     module = MODULES[kind]
-    for text in ("", "null", "[]", "{}", "5", "{", "[" * 10**5, '{"model_type": ["qwen"]}', '{"model_type": {}}'):
+    for text in (
+        "",
+        "null",
+        "[]",
+        "{}",
+        "5",
+        "{",
+        "[" * 10**5,
+        '{"model_type": ["qwen"]}',
+        '{"model_type": {}}',
+    ):
         (directory / "config.json").write_text(text)
         refused("config.json", lambda: module.build_model(checkpoint.read_config(directory)))
         if kind != "stage1":
@@ -111,14 +127,18 @@ def test_deep_models_and_foreign_files_are_refused(kind, copy, tmp_path):
 @pytest.mark.parametrize(
     "kind,path,value",
     [
-        ("qwen_vl", ("scale_attn_weights",), False), ("qwen_vl", ("attn_dropout_prob",), 0.1),
-        ("blip2", ("vision_config", "hidden_act"), "relu"), ("blip2", ("qformer_config", "hidden_act"), "relu"),
-        ("blip2", ("text_config", "activation_function"), "gelu"), ("blip2", ("text_config", "enable_bias"), False),
+        ("qwen_vl", ("scale_attn_weights",), False),
+        ("qwen_vl", ("attn_dropout_prob",), 0.1),
+        ("blip2", ("vision_config", "hidden_act"), "relu"),
+        ("blip2", ("qformer_config", "hidden_act"), "relu"),
+        ("blip2", ("text_config", "activation_function"), "gelu"),
+        ("blip2", ("text_config", "enable_bias"), False),
         ("blip2", ("qformer_config", "position_embedding_type"), "relative_key"),
-        ("visualglm", ("eva_config", "layernorm_order"), "post"), ("visualglm", ("position_encoding_2d",), False),
+        ("visualglm", ("eva_config", "layernorm_order"), "post"),
+        ("visualglm", ("position_encoding_2d",), False),
         ("visualglm", ("qformer_config", "cross_attn_hidden_size"), 64),
     ],
-)  # fmt: skip
+)
 def test_keys_that_change_what_is_computed_are_refused(kind, path, value):
     config = checkpoint.read_config(ROOT / "samples" / SAMPLES[kind])
     refused(path[-1], MODULES[kind].build_model, changed(config, path, value))
@@ -142,12 +162,42 @@ HEADERS = {
     "hole": lambda h: h.pop("a"),
     "behind the last": lambda h: h.pop("c"),
     **{f"dtype {v!r}": entry(dtype=v) for v in (None, 5, "F99", [], {}, "I64", "f32")},
-    **{f"offsets {v!r}": entry(data_offsets=v) for v in (
-        None, 5, "x", [], [0], [0, 1, 2], ["a", "b"], [-24, 0], [48, 24], [0, 10**18], [1.5, 2.5], [10**30, 10**31],
-        [True, 25])},
-    **{f"shape {v!r}": entry(shape=v) for v in (
-        None, 5, "x", [], [-2, -3], ["a"], [1.5, 4], [10**30], [0, 6], [[6]], [0, 10**30], [True, 6])},
-}  # fmt: skip
+    **{
+        f"offsets {v!r}": entry(data_offsets=v)
+        for v in (
+            None,
+            5,
+            "x",
+            [],
+            [0],
+            [0, 1, 2],
+            ["a", "b"],
+            [-24, 0],
+            [48, 24],
+            [0, 10**18],
+            [1.5, 2.5],
+            [10**30, 10**31],
+            [True, 25],
+        )
+    },
+    **{
+        f"shape {v!r}": entry(shape=v)
+        for v in (
+            None,
+            5,
+            "x",
+            [],
+            [-2, -3],
+            ["a"],
+            [1.5, 4],
+            [10**30],
+            [0, 6],
+            [[6]],
+            [0, 10**30],
+            [True, 6],
+        )
+    },
+}
 
 
 def safetensors(path: Path, header, data: bytes) -> None:
@@ -157,7 +207,10 @@ def safetensors(path: Path, header, data: bytes) -> None:
 
 @pytest.mark.parametrize("case", HEADERS)
 def test_safetensors_headers(tmp_path, case):
-    header = {n: {"dtype": "F32", "shape": [2, 3], "data_offsets": [24 * i, 24 * i + 24]} for i, n in enumerate("abc")}
+    header = {
+        n: {"dtype": "F32", "shape": [2, 3], "data_offsets": [24 * i, 24 * i + 24]}
+        for i, n in enumerate("abc")
+    }
     safetensors(tmp_path / "model.safetensors", header, bytes(72))
     assert checkpoint.open_weights(tmp_path).names == {*"abc"}
     HEADERS[case](header)
@@ -165,11 +218,20 @@ def test_safetensors_headers(tmp_path, case):
     refused("model.safetensors", checkpoint.open_weights, tmp_path)
 
 
-@pytest.mark.parametrize("text", [
-    b"[]", b"5", b"null", b"", b"{", b"[" * 10**5, b'{"\xff": 1}',
-    b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}, "a": {"dtype": "U8", "shape": [1], '
-    b'"data_offsets": [0, 1]}}',
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"[]",
+        b"5",
+        b"null",
+        b"",
+        b"{",
+        b"[" * 10**5,
+        b'{"\xff": 1}',
+        b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}, "a": {"dtype": "U8", "shape": [1], '
+        b'"data_offsets": [0, 1]}}',
+    ],
+)
 def test_safetensors_headers_that_are_no_objects(tmp_path, text):
     safetensors(tmp_path / "model.safetensors", text, b"1")
     refused("model.safetensors", checkpoint.open_weights, tmp_path)
@@ -223,8 +285,12 @@ def test_values_that_no_model_has(kind, copy, case):
     if case == "zeros":
         state = {n: torch.zeros_like(t) for n, t in state.items()}
     save_file(state, directory / "model.safetensors")
-    match = {"int": "int8, expected floating", "bool": "bool, expected floating", "overflow": "too large for",
-             "zeros": "every weight is zero"}.get(case, "holds NaN or infinity")  # fmt: skip
+    match = {
+        "int": "int8, expected floating",
+        "bool": "bool, expected floating",
+        "overflow": "too large for",
+        "zeros": "every weight is zero",
+    }.get(case, "holds NaN or infinity")
     refused(match, generate.load_model, directory, dtype)
 
 
@@ -237,9 +303,19 @@ def test_tensors_of_a_bin_file(tmp_path):
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/ran",)
 
-    for bad in ([1], {"state_dict": good}, {1: good["a"]}, {**good, "a": None}, good["a"], torch.nn.Linear(2, 2),
-                {"a": good["a"].to_sparse()}, {"a": good["a"].to(torch.complex64)}, {"a": good["a"].to("meta")},
-                {"a": Evil()}, Evil()):  # fmt: skip
+    for bad in (
+        [1],
+        {"state_dict": good},
+        {1: good["a"]},
+        {**good, "a": None},
+        good["a"],
+        torch.nn.Linear(2, 2),
+        {"a": good["a"].to_sparse()},
+        {"a": good["a"].to(torch.complex64)},
+        {"a": good["a"].to("meta")},
+        {"a": Evil()},
+        Evil(),
+    ):
         torch.save(bad, tmp_path / "pytorch_model.bin")
         refused("pytorch_model.bin", checkpoint.open_weights, tmp_path)
     assert not (tmp_path / "ran").exists()
@@ -255,7 +331,8 @@ TIED = {
 
 
 def tied_checkpoint(tmp_path, kind: str):
-    """A small model with tied weights, freshly initialised -> (module, directory, name of the tied tensor)."""
+    """A small model with tied weights, freshly initialised ->
+    (module, directory, name of the tied tensor)."""
     module = MODULES.get(kind, blip2)
     config = checkpoint.read_config(ROOT / "samples" / SAMPLES.get(kind, "tiny_blip2"))
     if kind == "qwen_vl":
@@ -263,9 +340,16 @@ def tied_checkpoint(tmp_path, kind: str):
     if kind == "t5":
         config["use_decoder_only_language_model"] = False
         config["text_config"] = {
-            "model_type": "t5", "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
-            "vocab_size": 1002, "tie_word_embeddings": False, "feed_forward_proj": "gated-gelu",
-        }  # fmt: skip
+            "model_type": "t5",
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 48,
+            "num_layers": 2,
+            "num_heads": 4,
+            "vocab_size": 1002,
+            "tie_word_embeddings": False,
+            "feed_forward_proj": "gated-gelu",
+        }
     model = module.build_model(config)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -284,7 +368,9 @@ def test_tied_names_must_be_equal(tmp_path, kind):
     expected = dict(generate.load_model(directory).named_parameters())
     assert not expected.keys() & {*TIED[kind]}
     for held in ([name, *TIED[kind]], TIED[kind], TIED[kind][:1]):  # beside it, and instead of it
-        save_file({**{n: t for n, t in state.items() if n != name}, **{n: state[name].clone() for n in held}}, file)
+        save_file(
+            {**{n: t for n, t in state.items() if n != name}, **{n: state[name].clone() for n in held}}, file
+        )
         loaded = dict(generate.load_model(directory).named_parameters())
         assert all(torch.equal(loaded[n], p) for n, p in expected.items())
     for alias in TIED[kind]:
@@ -300,7 +386,9 @@ def test_a_tied_qwen_computes_with_its_embedding(tmp_path):
     config = {**checkpoint.read_config(directory), "tie_word_embeddings": False}
     checkpoint.write_json(directory / "config.json", config)
     state = load_file(directory / "model.safetensors")
-    save_file({**state, "lm_head.weight": state["transformer.wte.weight"].clone()}, directory / "model.safetensors")
+    save_file(
+        {**state, "lm_head.weight": state["transformer.wte.weight"].clone()}, directory / "model.safetensors"
+    )
     untied = generate.load_model(directory)
     assert torch.equal(tied.logits(tied.hidden(batch)), untied.logits(untied.hidden(batch)))
     batch["targets"] = torch.arange(len(batch["input_ids"]))
@@ -318,15 +406,28 @@ def test_a_tied_qwen_computes_with_its_embedding(tmp_path):
 def spoilt(data: bytes) -> dict[str, bytes]:
     lines = data.splitlines(keepends=True)
     return {
-        "empty": b"", "half": data[: len(data) // 2], "binary": bytes(range(256)) * 3, "{}": b"{}", "[]": b"[]",
-        "null": b"null", "deep": b"[" * 10**5, "lfs": b"version https://git-lfs.github.com/spec/v1\n",
-        "a line twice": data + lines[0], "html": b"<html>403</html>",
-    }  # fmt: skip
+        "empty": b"",
+        "half": data[: len(data) // 2],
+        "binary": bytes(range(256)) * 3,
+        "{}": b"{}",
+        "[]": b"[]",
+        "null": b"null",
+        "deep": b"[" * 10**5,
+        "lfs": b"version https://git-lfs.github.com/spec/v1\n",
+        "a line twice": data + lines[0],
+        "html": b"<html>403</html>",
+    }
 
 
-@pytest.mark.parametrize("kind,file", [
-    ("qwen_vl", "qwen.tiktoken"), ("visualglm", "tokenizer.json"), ("blip2", "vocab.json"), ("blip2", "merges.txt"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind,file",
+    [
+        ("qwen_vl", "qwen.tiktoken"),
+        ("visualglm", "tokenizer.json"),
+        ("blip2", "vocab.json"),
+        ("blip2", "merges.txt"),
+    ],
+)
 def test_damaged_tokenizers(copy, kind, file):
     directory, module = copy(kind), MODULES[kind]
     data = (directory / file).read_bytes()
@@ -338,7 +439,10 @@ def test_damaged_tokenizers(copy, kind, file):
     ids = lambda: module.load_processor(directory).tokenizer.encode("Which animal? 这是什么 1/2")  # noqa: E731
     (directory / file).write_bytes(data)
     expected = ids()
-    for good in (data.replace(b"\n", b"\r\n"), b"\xef\xbb\xbf" + data if file.endswith(("json", "tiktoken")) else data):
+    for good in (
+        data.replace(b"\n", b"\r\n"),
+        b"\xef\xbb\xbf" + data if file.endswith(("json", "tiktoken")) else data,
+    ):
         if file != "vocab.json":
             (directory / file).write_bytes(good)
             assert ids() == expected
@@ -351,10 +455,14 @@ def test_tiktoken_lines(copy):
     path = directory / "qwen.tiktoken"
     lines = path.read_text().splitlines()
     a = base64.b64encode(b"a").decode()
-    for bad in (lines[:-1] + [lines[-1].split()[0] + " -5"], lines[:-1] + [lines[-1].split()[0] + " 5"],
-                lines[:-1] + [lines[-1].split()[0] + " five"], lines[:-1] + ["%% 1500"],
-                [line for line in lines if line.split()[0] != a] + ["YWFhYWFh " + str(lines.index(next(
-                    line for line in lines if line.split()[0] == a)))]):  # fmt: skip
+    for bad in (
+        lines[:-1] + [lines[-1].split()[0] + " -5"],
+        lines[:-1] + [lines[-1].split()[0] + " 5"],
+        lines[:-1] + [lines[-1].split()[0] + " five"],
+        lines[:-1] + ["%% 1500"],
+        [line for line in lines if line.split()[0] != a]
+        + ["YWFhYWFh " + str(lines.index(next(line for line in lines if line.split()[0] == a)))],
+    ):
         path.write_text("\n".join(bad))
         refused("qwen.tiktoken", qwen.read_tiktoken, path)
     path.write_text("\n".join(lines[::-1]))  # any order: the ranks say it
@@ -381,7 +489,9 @@ def field(number: int, payload: bytes) -> bytes:
 
 
 def piece(text: str, score: float = 0.0, kind: int = 1) -> bytes:
-    return field(1, field(1, text.encode()) + bytes([2 << 3 | 5]) + struct.pack("<f", score) + b"\x18" + varint(kind))
+    return field(
+        1, field(1, text.encode()) + bytes([2 << 3 | 5]) + struct.pack("<f", score) + b"\x18" + varint(kind)
+    )
 
 
 def test_sentencepiece_files(tmp_path):
@@ -392,9 +502,18 @@ def test_sentencepiece_files(tmp_path):
     path.write_bytes(b"".join(pieces))
     assert glm.GLMTokenizer(tmp_path).encode("ab")
     whole = b"".join(pieces)
-    for bad in (whole[:-1], whole[: len(whole) // 2], whole + b"\xff", b"", b"{}", whole + pieces[-1],
-                whole + piece("c", float("nan")), whole + piece("c", 0.0, 9), whole + field(1, b""),
-                whole + field(3, field(2, b"\x05\0\0\0abc"))):  # fmt: skip
+    for bad in (
+        whole[:-1],
+        whole[: len(whole) // 2],
+        whole + b"\xff",
+        b"",
+        b"{}",
+        whole + pieces[-1],
+        whole + piece("c", float("nan")),
+        whole + piece("c", 0.0, 9),
+        whole + field(1, b""),
+        whole + field(3, field(2, b"\x05\0\0\0abc")),
+    ):
         path.write_bytes(bad)
         refused("ice_text.model|the tokenizer", glm.GLMTokenizer, tmp_path)
 
@@ -403,7 +522,9 @@ def test_sentencepiece_files(tmp_path):
 
 
 def sat_directory(tmp_path) -> Path:
-    convert_sat.main(["export", str(ROOT / "samples/tiny_visualglm"), str(tmp_path / "sat"), "--qkv", "split"])
+    convert_sat.main(
+        ["export", str(ROOT / "samples/tiny_visualglm"), str(tmp_path / "sat"), "--qkv", "split"]
+    )
     return tmp_path / "sat"
 
 
@@ -412,10 +533,15 @@ def test_a_sat_checkpoint_with_random_states_is_imported(tmp_path):
     file = source / "1/mp_rank_00_model_states.pt"
     state = torch.load(file, weights_only=True)
     training = {
-        "random_rng_state": random.getstate(), "np_rng_state": np.random.get_state(), "iteration": 300,
-        "torch_rng_state": torch.get_rng_state(), "rng_tracker_states": {"model-parallel-rng": torch.get_rng_state()},
-        "client_lr_scheduler": {"num_iters": 300, "lr": np.float64(1e-4).item()}, "ds_config": {}, "buffer_names": [],
-    }  # fmt: skip
+        "random_rng_state": random.getstate(),
+        "np_rng_state": np.random.get_state(),
+        "iteration": 300,
+        "torch_rng_state": torch.get_rng_state(),
+        "rng_tracker_states": {"model-parallel-rng": torch.get_rng_state()},
+        "client_lr_scheduler": {"num_iters": 300, "lr": np.float64(1e-4).item()},
+        "ds_config": {},
+        "buffer_names": [],
+    }
     torch.save({**state, **training}, file)
     convert_sat.main(["import", str(source), str(tmp_path / "back"), "--qkv", "split"])
     weights = checkpoint.open_weights(tmp_path / "back")
@@ -427,10 +553,16 @@ def test_a_sat_checkpoint_with_random_states_is_imported(tmp_path):
             return os.system, (f"touch {tmp_path}/ran",)
 
     name = next(iter(state["module"]))
-    for bad in ({**state, **training, "client_lr_scheduler": Evil()}, {"module": [1]}, {}, [], Evil(),
-                {"module": {**state["module"], name: 5}},
-                {"module": {**state["module"], name: state["module"][name].to(torch.int8)}},
-                {"module": {**state["module"], name: state["module"][name] * float("nan")}}):  # fmt: skip
+    for bad in (
+        {**state, **training, "client_lr_scheduler": Evil()},
+        {"module": [1]},
+        {},
+        [],
+        Evil(),
+        {"module": {**state["module"], name: 5}},
+        {"module": {**state["module"], name: state["module"][name].to(torch.int8)}},
+        {"module": {**state["module"], name: state["module"][name] * float("nan")}},
+    ):
         torch.save(bad, file)
         argv = ["import", str(source), str(tmp_path / "bad"), "--qkv", "split"]
         refused("SAT checkpoint|plain|NaN|int8", convert_sat.main, argv)
@@ -467,12 +599,17 @@ def test_visualglm_takes_images_that_are_not_square(copy, tmp_path):
     proj = vit.mixins["patch_embedding"].proj
     for row, column in ((0, 0), (0, 4), (2, 1)):
         patch = pixels[:, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
-        expected = (proj.weight * patch).sum((1, 2, 3)) + proj.bias + state[name][1 + 5 * row + column].float()
+        expected = (
+            (proj.weight * patch).sum((1, 2, 3)) + proj.bias + state[name][1 + 5 * row + column].float()
+        )
         torch.testing.assert_close(seen[0][1 + 5 * row + column], expected, atol=1e-4, rtol=1e-4)
     (text,) = generate.answer(
-        model, processor, [data.request([("user", "what is it?")], [str(tmp_path / "a.png")], "test")],
-        processor.stop_words, generate.Decoding(max_new_tokens=3),
-    )  # fmt: skip
+        model,
+        processor,
+        [data.request([("user", "what is it?")], [str(tmp_path / "a.png")], "test")],
+        processor.stop_words,
+        generate.Decoding(max_new_tokens=3),
+    )
     assert isinstance(text, str)
     batch = glm.probe_batch(processor)
     assert model.logits(model.hidden(batch)).isfinite().all()
@@ -520,33 +657,53 @@ def test_answers_end_at_the_last_position(tmp_path, capsys, beams):
         (answer,) = generate.generate(model, [request], 100, stop_words=[])
         assert "last position" in capsys.readouterr().err
     else:
-        ((_, answer), *_), = generate.beam_search(model, [request], 100, [[999]], beams)  # fmt: skip
+        (((_, answer), *_),) = generate.beam_search(model, [request], 100, [[999]], beams)
     assert len(answer) == room
     model.config.text.max_position_embeddings = len(request["input_ids"])
     refused("positions", generate.generate, model, [request], 5, [])
 
 
 def test_positions_of_each_model():
-    limits = {kind: MODULES[kind].build_model(checkpoint.read_config(ROOT / "samples" / name)).config.max_positions
-              for kind, name in SAMPLES.items()}  # fmt: skip
+    limits = {
+        kind: MODULES[kind].build_model(checkpoint.read_config(ROOT / "samples" / name)).config.max_positions
+        for kind, name in SAMPLES.items()
+    }
     assert limits == {"qwen_vl": None, "blip2": 128, "visualglm": None, "stage1": 8 + 64}
 
 
 # ---- what stands beside the weights
 
 
-@pytest.mark.parametrize("change", [
-    {"image_mean": [0.5, 0.5, 0.5]}, {"image_std": [0.5, 0.5, 0.5]}, {"image_mean": "x"}, {"resample": 2},
-    {"size": {"height": 32, "width": 64}}, {"size": 32}, {"size": {"shortest_edge": 64}}, {"size": "64"},
-    {"do_normalize": False}, {"do_center_crop": True}, {"rescale_factor": 1.0},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_mean": [0.5, 0.5, 0.5]},
+        {"image_std": [0.5, 0.5, 0.5]},
+        {"image_mean": "x"},
+        {"resample": 2},
+        {"size": {"height": 32, "width": 64}},
+        {"size": 32},
+        {"size": {"shortest_edge": 64}},
+        {"size": "64"},
+        {"do_normalize": False},
+        {"do_center_crop": True},
+        {"rescale_factor": 1.0},
+    ],
+)
 def test_a_preprocessor_that_differs_is_refused(kind, copy, change):
     directory, stage = copy(kind), "pretrain1" if kind == "stage1" else "sft"
     right = {
-        "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
-        "resample": 3, "size": {"height": 64, "width": 64}, "do_resize": True, "do_rescale": True, "do_normalize": True,
-        "do_convert_rgb": True, "rescale_factor": 0.00392156862745098, "image_processor_type": "BlipImageProcessor",
-    }  # fmt: skip
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "resample": 3,
+        "size": {"height": 64, "width": 64},
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "do_convert_rgb": True,
+        "rescale_factor": 0.00392156862745098,
+        "image_processor_type": "BlipImageProcessor",
+    }
     path = directory / "preprocessor_config.json"
     checkpoint.write_json(path, right)
     MODULES[kind].load_processor(directory, stage)
@@ -556,21 +713,33 @@ def test_a_preprocessor_that_differs_is_refused(kind, copy, change):
     refused("preprocessor_config.json", MODULES[kind].load_processor, directory, stage)
 
 
-@pytest.mark.parametrize("kind,key,value", [
-    ("visualglm", "num_image_tokens", 20000), ("blip2", "add_prefix_space", True), ("stage1", "do_lower_case", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind,key,value",
+    [
+        ("visualglm", "num_image_tokens", 20000),
+        ("blip2", "add_prefix_space", True),
+        ("stage1", "do_lower_case", False),
+    ],
+)
 def test_a_tokenizer_config_that_differs_is_refused(copy, kind, key, value):
     directory, stage = copy(kind), "pretrain1" if kind == "stage1" else "sft"
     checkpoint.write_json(directory / "tokenizer_config.json", {key: value})
     refused(key, MODULES[kind].load_processor, directory, stage)
 
 
-@pytest.mark.parametrize("kind,path,value", [
-    ("qwen_vl", ("visual", "image_start_id"), 1713), ("qwen_vl", ("vocab_size",), 1700),
-    ("visualglm", ("gmask_token_id",), 1404), ("visualglm", ("vocab_size",), 1400),
-    ("blip2", ("text_config", "bos_token_id"), 3), ("blip2", ("text_config", "vocab_size"), 900),
-    ("blip2", ("image_token_index",), 1002), ("stage1", ("qformer_config", "vocab_size"), 900),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind,path,value",
+    [
+        ("qwen_vl", ("visual", "image_start_id"), 1713),
+        ("qwen_vl", ("vocab_size",), 1700),
+        ("visualglm", ("gmask_token_id",), 1404),
+        ("visualglm", ("vocab_size",), 1400),
+        ("blip2", ("text_config", "bos_token_id"), 3),
+        ("blip2", ("text_config", "vocab_size"), 900),
+        ("blip2", ("image_token_index",), 1002),
+        ("stage1", ("qformer_config", "vocab_size"), 900),
+    ],
+)
 def test_tokenizer_and_config_that_do_not_belong_together(copy, kind, path, value):
     directory, stage = copy(kind), "pretrain1" if kind == "stage1" else "sft"
     checkpoint.write_json(directory / "config.json", changed(checkpoint.read_config(directory), path, value))
@@ -601,10 +770,21 @@ def test_damaged_lavis_files(tmp_path):
     name, table, head = "opt_proj.weight", "visual_encoder.pos_embed", "opt_model.lm_head.weight"
     w = state[name]
     for change in (
-        {name: w.to(torch.int8)}, {name: w * float("nan")}, {name: None}, {1: w}, {name: w.to_sparse()},
-        {name: w.to("meta")}, {name: w.to(torch.complex64)}, {"zzz": w}, {head: state[head] + 1}, {name: w[:-1]},
-        {table: torch.zeros(5)}, {table: torch.zeros(1, 7, 128)}, {table: torch.zeros(1, 65, 64)}, {"x": Evil()},
-    ):  # fmt: skip
+        {name: w.to(torch.int8)},
+        {name: w * float("nan")},
+        {name: None},
+        {1: w},
+        {name: w.to_sparse()},
+        {name: w.to("meta")},
+        {name: w.to(torch.complex64)},
+        {"zzz": w},
+        {head: state[head] + 1},
+        {name: w[:-1]},
+        {table: torch.zeros(5)},
+        {table: torch.zeros(1, 7, 128)},
+        {table: torch.zeros(1, 65, 64)},
+        {"x": Evil()},
+    ):
         refused(None, import_lavis, {"model": {**state, **change}})
     for gone in ("visual_encoder.blocks.0.attn.q_bias", "visual_encoder.blocks.0.attn.v_bias", name):
         refused(None, import_lavis, {"model": {n: t for n, t in state.items() if n != gone}})
