@@ -589,28 +589,44 @@ def cut_at_stop(processor, ids: list[int], stop_texts: list[str]) -> tuple[str, 
     return shown, False
 
 
-class Printer:
-    """Shows the answer to one request while its tokens come, whole characters only and no part of a stop
-    text."""
+class Shown:
+    """The text of an answer while its tokens come: whole characters only, no part of a stop text, and nothing
+    that the next token may still change."""
 
     def __init__(self, processor, stop_texts: list[str] = ()):
-        self.processor, self.stop_texts, self.tokens, self.shown = processor, stop_texts, [], ""
+        self.processor, self.stop_texts, self.tokens, self.text = processor, stop_texts, [], ""
 
-    def __call__(self, _, token: int) -> None:
+    def more(self, token: int) -> str:
+        """What can be shown now that the token is there."""
         self.tokens.append(token)
         text, stopped = cut_at_stop(self.processor, self.tokens, self.stop_texts)
         if stopped:
-            return
-        held = 1  # the next token may change the last character, and may complete a stop text
-        for stop in self.stop_texts:
+            return ""
+        # a mark may change with what follows (VisualGLM's punctuation), a letter or digit does not
+        held = 0 if text[-1:].isalnum() else 1
+        for stop in self.stop_texts:  # the next token may complete a stop text
             held = max([held, *(n for n in range(1, len(stop)) if text.endswith(stop[:n]))])
-        text = text[:-held].rstrip()
-        if text.startswith(self.shown) and not text.endswith("\ufffd"):
-            print(text[len(self.shown) :], end="", flush=True)
-            self.shown = text
+        text = text[: len(text) - held].rstrip()
+        if not text.startswith(self.text) or text.endswith("\ufffd"):
+            return ""
+        piece, self.text = text[len(self.text) :], text
+        return piece
+
+    def rest(self, text: str) -> str | None:
+        """What is missing of the whole answer; None where something else was shown."""
+        return text[len(self.text) :] if text.startswith(self.text) else None
+
+
+class Printer(Shown):
+    """Prints the answer to one request while its tokens come."""
+
+    def __call__(self, _, token: int) -> None:
+        if piece := self.more(token):
+            print(piece, end="", flush=True)
 
     def end(self, text: str) -> None:
-        print(text[len(self.shown) :] if text.startswith(self.shown) else "\n" + text, flush=True)
+        rest = self.rest(text)
+        print("\n" + text if rest is None else rest, flush=True)
 
 
 def answer(

@@ -211,7 +211,7 @@ def test_stop_texts_lie_anywhere_and_are_never_shown(pieces, stops, shown, capsy
     for n in range(len(pieces)):
         printer(0, n)
         text, stopped = g.cut_at_stop(processor, list(range(n + 1)), stops)
-        assert shown.startswith(printer.shown)
+        assert shown.startswith(printer.text)
         if stopped:
             break
     printer.end(text)
