@@ -54,6 +54,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 import parallel
 import terminal
+from records import printable
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -87,8 +88,8 @@ class SaveError(OSError):
 
     def __init__(self, path, reason: str):
         super().__init__(
-            f"could not save {path}: {reason}; free space or choose another output_dir; "
-            "the previous checkpoint is untouched"
+            f"could not save {path}: {reason}; free space or choose another place; "
+            "what was saved there before is untouched"
         )
 
 
@@ -115,7 +116,7 @@ def cli(main) -> int:
     except (ValueError, OSError) as e:
         many = "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1"
         rank = f"[rank {os.environ['RANK'][:9]}] " if many else ""
-        print(f"error: {rank}{' '.join(str(e).splitlines())}", file=sys.stderr)
+        print(f"error: {rank}{printable(' '.join(str(e).splitlines()))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -140,6 +141,20 @@ def read_json(path, what: str) -> dict:
     return value
 
 
+def check_place(path: str, key: str, devices: bool = False) -> None:
+    """ValueError unless a file can be written there: known before the work that it is to hold."""
+    path = Path(path)
+    if devices and path.exists() and not path.is_file() and not path.is_dir():
+        return
+    if path.exists() and not path.is_file():
+        what = "a directory" if path.is_dir() else "no regular file"
+        raise ValueError(f"{key}={path} is {what}; name a file")
+    if not path.parent.is_dir():
+        raise ValueError(f"{key}={path}: there is no directory {path.parent}; make it, or name another file")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{key}={path}: {path.parent} cannot be written to; name a file elsewhere")
+
+
 @contextlib.contextmanager
 def atomic_file(path, mode: str = "wb"):
     """Yield an open file that becomes `path` when the body has succeeded: whole, synced, or not there at all.
@@ -148,6 +163,8 @@ def atomic_file(path, mode: str = "wb"):
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
+    if path.exists() and not path.is_file():  # a device, say, which a rename would replace
+        raise SaveError(path, "no regular file")
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file

@@ -50,6 +50,7 @@ from records import (
     open_files,
     parts_of_text,
     place_images,
+    printable,
     read_document,
     resolve_image,
     text_of,
@@ -1022,7 +1023,8 @@ def coloured(sample: dict, processor) -> str:
         while end < len(ids) and end not in spans and supervised[end] == supervised[t]:
             end += 1
         colour, after = (green, "«" if plain else end_colour) if supervised[t] else (grey, end_colour)
-        pieces.append(f"{colour}{processor.tokenizer.decode(ids[t:end].tolist())}{after}")
+        text = printable(processor.tokenizer.decode(ids[t:end].tolist()), keep="\n\t")
+        pieces.append(f"{colour}{text}{after}")
         t = end
     return "".join(pieces)
 
@@ -1058,8 +1060,10 @@ def main(argv: list[str] | None = None) -> int:
 
     argv = sys.argv[1:] if argv is None else argv
     usage = "data.py check|preview [CONFIG.json ...] [--key value ...]"
-    if not argv or argv[0] not in ("check", "preview", "-h", "--help"):
-        raise ValueError(f"usage: python {usage}; got {' '.join(argv) or 'nothing'}")
+    commands = ("check", "preview", "-h", "--help")
+    if not argv or argv[0] not in commands:
+        got = f"got {cut(argv[0])}{nearest(argv[0], commands)}" if argv else "got nothing"
+        raise ValueError(f"usage: python {usage}; {got}")
     cfg = parse_config(argv[argv[0] in ("check", "preview") :], PreviewConfig, usage)
     dataset = cfg.dataset or DEFAULT_DATASET
     dataset = {split: dataset[split] for split in ("train", "eval") if dataset.get(split)}

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import checkpoint
 from images import open_image, short
+from records import printable
 
 TAGGED = re.compile(r"<ref>(?P<label>.*?)</ref>|<box>(?P<box>.*?)</box>", re.S)
 NUMBER = r"\s*([-+]?(?:\d+\.?\d*|\.\d+))\s*"
@@ -54,7 +55,7 @@ def boxes_of(text: str) -> tuple[list[tuple[str, list[float]]], list[str]]:
             label = ""
         end = match.end()
         if match["box"] is None:
-            label = " ".join(match["label"].split())
+            label = printable(" ".join(match["label"].split()))
         elif numbers := CORNERS.fullmatch(match["box"]):
             # a number of thousands of digits is infinite here, and so at the edge
             x1, y1, x2, y2 = (min(max(float(n), 0.0), 1000.0) for n in numbers.groups())

@@ -20,18 +20,20 @@ def mix(x: torch.Tensor) -> torch.Tensor:
 
 
 def dropout_mask(
-    x: torch.Tensor, keys: torch.Tensor, p: float, seed: int, first_channel: int = 0, per_image: bool = False
+    x: torch.Tensor, keys: torch.Tensor, p: float, seed: int, first_channel: int = 0, images: int = 0
 ) -> torch.Tensor:
     """Boolean mask, shape of x, True with probability 1 - p: a hash of (row key, channel, seed) and nothing
     else.
 
     So it is the same in any packing, layout, number of processes and recomputation. keys: one for each row of
-    x (..., C), or with `per_image` one for each image, whose rows follow one another.
+    x (..., C), or one for each of `images`, whose rows follow one another.
     """
     C, rows = x.shape[-1], x.numel() // x.shape[-1]
-    if per_image:
-        assert len(keys) and rows % len(keys) == 0, f"{rows} rows are not from {len(keys)} images"
-        keys = keys_of_rows(keys, rows // len(keys))
+    if images:
+        assert len(keys) == images and rows % images == 0, (
+            f"{rows} rows of {images} images, but dropout keys of {len(keys)}"
+        )
+        keys = keys_of_rows(keys, rows // images)
     assert rows == len(keys), f"{rows} rows, but dropout keys of {len(keys)}"
     low, high = keys.contiguous().view(torch.int32).view(-1, 2).unbind(1)  # int64 -> two halves
     row = mix(mix(low + mix(torch.full_like(low, seed))) ^ high)
@@ -51,24 +53,23 @@ class Rows:
     """Whose rows the adapters see just now; changed by dropout_rows alone."""
 
     keys: torch.Tensor | None = None  # None: no dropout
-    per_image: bool = False
+    images: int = 0  # not 0: a key is that of an image, and there are so many
 
 
 @contextlib.contextmanager
-def dropout_rows(keys: torch.Tensor | None, per_image: bool = False):
-    """Inside, adapters see rows with these dropout keys: one a row,
-    or with `per_image` one for each image."""
-    before = Rows.keys, Rows.per_image
-    Rows.keys, Rows.per_image = keys, per_image
+def dropout_rows(keys: torch.Tensor | None, images: int = 0):
+    """Inside, adapters see rows with these dropout keys: one a row, or one for each of so many images."""
+    before = Rows.keys, Rows.images
+    Rows.keys, Rows.images = keys, images
     try:
         yield
     finally:
-        Rows.keys, Rows.per_image = before
+        Rows.keys, Rows.images = before
 
 
 def with_rows_of_now(function):
     """The function as it would run now, whenever it runs: recomputation happens in the backward pass."""
-    now = Rows.keys, Rows.per_image
+    now = Rows.keys, Rows.images
 
     def run(*args):
         with dropout_rows(*now):

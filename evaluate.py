@@ -294,6 +294,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     how = Decoding.of(args)
+    if args.output:
+        checkpoint.check_place(args.output, "output")
     for key in ("batch_size", "rerank"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise ValueError(f"{key}={getattr(args, key)}; expected at least 1")

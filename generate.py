@@ -818,6 +818,8 @@ def check_arguments(args) -> None:
         raise ValueError(f"max_bad_samples={args.max_bad_samples}; expected 0 to 1")
     if "" in args.stop:
         raise ValueError("--stop is empty; give the text that ends an answer")
+    if args.output:
+        checkpoint.check_place(args.output, "output", devices=True)
     for name, others in (("requests", ("prompt", "image", "system", "chat")), ("chat", ("prompt", "output"))):
         for other in others if getattr(args, name) else ():
             if getattr(args, other):

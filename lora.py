@@ -52,7 +52,7 @@ class LoraLinear(nn.Linear):
         """scaling * B A x, with dropout on x."""
         scaling = self.scaling
         if self.training and self.dropout > 0 and Rows.keys is not None:
-            x = x * dropout_mask(x, Rows.keys, self.dropout, self.seed, self.first_channel, Rows.per_image)
+            x = x * dropout_mask(x, Rows.keys, self.dropout, self.seed, self.first_channel, Rows.images)
             scaling /= 1 - self.dropout
         if x.is_meta or not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.lora_A.weight.dtype)  # the adapter may be fp32 beside 16-bit weights

@@ -520,7 +520,7 @@ class QFormerAttention(nn.Module):
         rows = ctx.keys if image is None else ctx.query_keys
         with dropout_rows(rows):
             q = a.query(y).unflatten(-1, (-1, self.head_dim))
-        with dropout_rows(rows) if image is None else dropout_rows(ctx.image_keys, per_image=True):
+        with dropout_rows(rows) if image is None else dropout_rows(ctx.image_keys, len(image)):
             k, v = (layer(kv).unflatten(-1, (-1, self.head_dim)) for layer in (a.key, a.value))
         if image is not None:
             N, P, _ = image.shape
@@ -961,7 +961,7 @@ class Blip2(nn.Module):
 
     def encode_images(self, pixel_values: Tensor, keys: Tensor | None = None) -> Tensor:
         """(N, 3, H, W) -> (N, Q, C of the language model); `keys` (N,) for dropout."""
-        with dropout_rows(keys, per_image=True):
+        with dropout_rows(keys, len(pixel_values)):
             return self.language_projection(encode_queries(self, self.vision_model(pixel_values), keys))
 
     def embed(self, batch: dict) -> Tensor:
@@ -1104,7 +1104,7 @@ class Blip2Qformer(nn.Module):
         )
         if slots is not None and len(slots):
             if image is None:
-                with dropout_rows(batch.get("image_dropout_keys"), per_image=True):
+                with dropout_rows(batch.get("image_dropout_keys"), len(batch["pixel_values"])):
                     image = self.vision_model(batch["pixel_values"])
             is_text = torch.ones(len(text_rows), dtype=torch.bool, device=text_rows.device)
             query_rows, prefix = slots.flatten(), Q
@@ -1142,7 +1142,7 @@ class Blip2Qformer(nn.Module):
         """Matching logits (S, 2) of picture s (S, P, W) with text s:
         the mean over the queries, who see both."""
         queries = self.multimodal(image, ids, lengths, keys)
-        with dropout_rows(keys, per_image=True):
+        with dropout_rows(keys, len(queries)):
             return self.itm_head(queries).mean(1)
 
     def multimodal(self, image: Tensor, ids: Tensor, lengths: Tensor, keys: Tensor | None = None) -> Tensor:
@@ -1216,7 +1216,7 @@ class Blip2Qformer(nn.Module):
         rows, lengths = self.text_of(batch)
         ids, keys = batch["input_ids"][rows], batch["image_dropout_keys"]
         dropout = keys if self.training else None
-        with dropout_rows(dropout, per_image=True):
+        with dropout_rows(dropout, len(batch["pixel_values"])):
             image = self.vision_model(batch["pixel_values"])
 
         # a caption begins with [DEC] where it is generated; queries don't see it, so this pass gives them
@@ -1225,11 +1225,11 @@ class Blip2Qformer(nn.Module):
             0, rows[segments(lengths)[:-1].to(device).long()], self.decoder_start
         )
         x = self.hidden({**batch, "input_ids": started}, image)
-        with dropout_rows(dropout, per_image=True):
+        with dropout_rows(dropout, B):
             image_feats = self.image_features(x[batch["image_positions"]])  # (B, Q, E)
         text_keys = None if dropout is None else batch["dropout_keys"][rows] + 1
         encoded = self.encode_text(ids, lengths, text_keys)
-        with dropout_rows(dropout, per_image=True):
+        with dropout_rows(dropout, B):
             text_feats = self.text_features(encoded, lengths)  # (B, E)
 
         # contrast: the gathered side is detached, also in one process, as in LAVIS: each direction trains one

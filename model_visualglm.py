@@ -556,7 +556,7 @@ class VisualGLM(nn.Module):
         x = self.transformer.word_embeddings(batch["input_ids"])
         features = batch.get("image_features")
         if features is None and batch.get("pixel_values") is not None:
-            with dropout_rows(batch.get("image_dropout_keys"), per_image=True):
+            with dropout_rows(batch.get("image_dropout_keys"), len(batch["pixel_values"])):
                 features = self.encode_images(batch["pixel_values"])
         if features is not None:
             positions = batch["image_positions"].flatten()

@@ -88,6 +88,22 @@ def layout(size: int, tp: int, pp: int, sharding: str | None, sharding_degree: i
     return pp, dp // degree, degree, tp
 
 
+def check_meeting_place() -> None:
+    """ValueError unless the environment says where the ranks meet, as torchrun does."""
+    place = {name: os.environ.get(name) for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    if lacking := [name for name, value in place.items() if not value]:
+        raise ValueError(
+            f"the environment has RANK={os.environ['RANK']} but no {' and no '.join(lacking)}; unset RANK, "
+            "or use torchrun"
+        )
+    port = place["MASTER_PORT"]
+    if not re.fullmatch(r"\d{1,5}", port) or not 0 < int(port) < 65536:
+        raise ValueError(
+            f"the environment has MASTER_PORT={port[:40]!r}, expected a number from 1 to 65535; set "
+            "it alike on all processes, or use torchrun"
+        )
+
+
 class Meeting:
     """The ranks before they are a process group: they wait for each other however long that takes, and share
     texts."""
@@ -95,6 +111,7 @@ class Meeting:
     def __init__(self):
         self.rank, self.size, self.store = 0, 1, dist.HashStore()
         if "RANK" in os.environ:
+            check_meeting_place()
             store, self.rank, self.size = next(rendezvous("env://"))
             # ranks that torchrun started again find what the dead ones left in its store
             self.store = dist.PrefixStore(f"start-{restart_count()}", store)

@@ -18,6 +18,7 @@ import math
 import os
 import re
 import sys
+import unicodedata
 from array import array
 from collections import Counter
 from dataclasses import dataclass
@@ -58,8 +59,16 @@ def one_line(error: BaseException | str, limit: int = 300) -> str:
         or not text.strip()
     ):
         text = f"{type(error).__name__}: {text}"  # such a text alone says little
-    text = " ".join(text[: 4 * limit].split()).encode("utf-8", "backslashreplace").decode()
+    text = printable(" ".join(text[: 4 * limit].split()))
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def printable(text: str, keep: str = "") -> str:
+    """With codes in place of what no terminal shows or what would steer it: control characters, invisible
+    ones, half characters; but for those of `keep`."""
+    # category Zs: blanks of any width
+    shown = (c.isprintable() or c in keep or unicodedata.category(c) == "Zs" for c in text)
+    return "".join(c if s else c.encode("unicode_escape").decode() for c, s in zip(text, shown, strict=True))
 
 
 @contextlib.contextmanager

@@ -153,9 +153,14 @@ class RunDir:
                 "train_config.json); choose another "
                 "directory"
             )
-        out.mkdir(parents=True, exist_ok=True)
         while self.file is None:
-            file = open(out / ".lock", "a+", encoding="utf-8")
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+                file = open(out / ".lock", "a+", encoding="utf-8")
+            except OSError as e:
+                raise ValueError(
+                    f"output_dir={out} cannot be written to ({e.strerror}); choose another directory"
+                ) from None
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -37,7 +37,9 @@ def check_environment() -> None:
     rank, size = numbers["RANK"], numbers["WORLD_SIZE"]
     if size == 0:
         raise ValueError("the environment has WORLD_SIZE=0, expected 1 or more; unset it, or use torchrun")
-    if rank is not None and not rank < (1 if size is None else size):
+    if rank is not None and size is None:
+        raise ValueError(f"the environment has RANK={rank} but no WORLD_SIZE; unset it, or use torchrun")
+    if rank is not None and rank >= size:
         raise ValueError(
             f"the environment has RANK={rank} with WORLD_SIZE={size}; unset both, or use torchrun"
         )

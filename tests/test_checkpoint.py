@@ -189,8 +189,8 @@ def test_atomic_dir(tmp_path):
             raise error
         assert (final / "a").read_text() == "1" and os.listdir(final.parent) == ["checkpoint-1"]
     assert str(info.value) == (
-        f"could not save {final}: No space left on device; free space or choose another output_dir; "
-        "the previous checkpoint is untouched"
+        f"could not save {final}: No space left on device; free space or choose another place; "
+        "what was saved there before is untouched"
     )
     with ck.atomic_dir(final) as directory:  # replaces
         (directory / "b").write_text("2")

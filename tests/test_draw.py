@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 import draw
+from records import printable
 
 RED = (255, 0, 0)
 
@@ -63,6 +64,7 @@ def test_a_label_holds_for_the_boxes_behind_it():
 @pytest.mark.parametrize("label", ["犬", "собака", "Größe", "🐕" * 3, "a\u0000b"])
 def test_a_label_is_drawn_or_printed_with_its_number(image, tmp_path, capsys, monkeypatch, label):
     text = f"<box>(0,0),(10,10)</box><ref>{label}</ref><box>(0,0),(999,999)</box>"
+    label = printable(label)
     drawn = draw.font_for(label, 12) is not None
     assert draw.draw_boxes(image, text, tmp_path / "b.png") == 2
     assert capsys.readouterr().err == ("" if drawn else f"box 2: {label}\n")
@@ -82,3 +84,12 @@ def test_a_box_in_the_smallest_image(tmp_path):
     text = "<ref>" + "long " * 50 + "</ref><box>(0,0),(999,999)</box>"
     assert draw.draw_boxes(str(tmp_path / "one.png"), text, tmp_path / "b.png") == 1
     assert math.prod(Image.open(tmp_path / "b.png").size) == 1
+
+
+def test_what_no_terminal_shows_has_its_code(image, tmp_path, capsys):
+    assert printable("a\u3000b 图 \x1b[31m\u202e\ud800\n") == "a\u3000b 图 \\x1b[31m\\u202e\\ud800\\n"
+    assert printable("a\n\tb", keep="\n\t") == "a\n\tb"
+    text = "<ref>\u0e01\x1b[2J\u202e\u200b</ref><box>(1,1),(900,900)</box>"  # no font here has the first
+    assert draw.boxes_of(text)[0][0][0] == "\u0e01\\x1b[2J\\u202e\\u200b"
+    draw.draw_boxes(image, text, tmp_path / "out.png")
+    assert "\x1b" not in (said := capsys.readouterr().err) and "\u202e" not in said

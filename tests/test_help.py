@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
+import checkpoint
 import config
+import data
+import evaluate
+import generate
+import parallel
+import run_dir
 import terminal
 from records import Conversation, ImageRef
 
@@ -146,7 +152,7 @@ def test_next_commands_work_as_they_stand(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "environment", [{"WORLD_SIZE": "two"}, {"RANK": "1", "WORLD_SIZE": "1"}, {"RANK": ""}]
+    "environment", [{"WORLD_SIZE": "two"}, {"RANK": "1", "WORLD_SIZE": "1"}, {"RANK": ""}, {"RANK": "0"}]
 )
 def test_a_nonsensical_environment_is_one_line(environment):
     done = subprocess.run(
@@ -158,4 +164,51 @@ def test_a_nonsensical_environment_is_one_line(environment):
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, (
         done.stderr
     )
-    assert "the environment has" in done.stderr
+    assert "the environment has" in done.stderr and "None" not in done.stderr
+    assert all(name in done.stderr for name in environment), done.stderr
+
+
+@pytest.mark.parametrize(
+    "place, said",
+    [
+        ({}, "RANK=0 but no MASTER_ADDR and no MASTER_PORT"),
+        ({"MASTER_ADDR": "127.0.0.1"}, "RANK=0 but no MASTER_PORT"),
+        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "http"}, "MASTER_PORT='http', expected a number"),
+        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "70000"}, "MASTER_PORT='70000', expected a number"),
+    ],
+)
+def test_where_the_ranks_meet_is_said_by_its_name(monkeypatch, place, said):
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", **place}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=said):
+        parallel.Meeting()
+
+
+def test_a_command_that_is_nearly_one():
+    with pytest.raises(ValueError, match="got 'chek'; did you mean 'check'"):
+        data.main(["chek"])
+
+
+@pytest.mark.parametrize(
+    "path, said",
+    [("none/a.json", "there is no directory"), (".", "is a directory"), (os.devnull, "no regular")],
+)
+def test_a_place_that_holds_no_file_is_refused_before_the_work(tmp_path, path, said):
+    for main in (evaluate.main, generate.main) if path != os.devnull else (evaluate.main,):
+        with pytest.raises(ValueError, match=f"^output=.*{said}.*; "):
+            main(["--output", str(tmp_path / path)])
+
+
+def test_a_device_is_not_replaced():
+    with pytest.raises(checkpoint.SaveError, match="no regular file"), checkpoint.atomic_file(os.devnull):
+        pass
+    assert not os.path.isfile(os.devnull)
+
+
+def test_an_output_dir_that_cannot_be_made_has_a_remedy(tmp_path):
+    (tmp_path / "file").touch()
+    run = run_dir.RunDir(config.Config(output_dir=str(tmp_path / "file/run")))
+    with pytest.raises(ValueError, match="output_dir=.*cannot be written to.*; choose another directory"):
+        run.lock()

@@ -278,15 +278,17 @@ def test_dropout_depends_on_keys_only():
     assert torch.equal(packed[order], mask(torch.cat([a, b])[order]))
     assert torch.equal(packed[:, 4:], mask(torch.cat([a, b]), C=5, first=4))  # a tensor-parallel slice
     images = keys_of(3, 2)  # of 4 tokens each
-    both = dropout.dropout_mask(torch.zeros(2, 4, 9), images, 0.5, 3, per_image=True)
+    both = dropout.dropout_mask(torch.zeros(2, 4, 9), images, 0.5, 3, images=2)
     assert both.shape == (2, 4, 9) and not torch.equal(both[:, 0], both[:, 1])
-    assert torch.equal(
-        both[1:], dropout.dropout_mask(torch.zeros(1, 4, 9), images[1:], 0.5, 3, per_image=True)
-    )
+    assert torch.equal(both[1:], dropout.dropout_mask(torch.zeros(1, 4, 9), images[1:], 0.5, 3, images=1))
     with pytest.raises(AssertionError, match="8 rows"):
         dropout.dropout_mask(torch.zeros(8, 9), a, 0.5, 3)
-    with pytest.raises(AssertionError, match="9 rows are not from 2 images"):
-        dropout.dropout_mask(torch.zeros(9, 9), images, 0.5, 3, per_image=True)
+    with pytest.raises(AssertionError, match="9 rows of 2 images, but dropout keys of 2"):
+        dropout.dropout_mask(torch.zeros(9, 9), images, 0.5, 3, images=2)
+    with pytest.raises(
+        AssertionError, match="8 rows of 4 images, but dropout keys of 2"
+    ):  # though 2 divides 8
+        dropout.dropout_mask(torch.zeros(8, 9), images, 0.5, 3, images=4)
 
 
 def test_dropout_in_the_layer():
