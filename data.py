@@ -11,6 +11,7 @@ set belongs in JSONL: its lines stay on disk, while a JSON document is held in m
 import python_version  # noqa: F401  (first: it says which Python is needed)
 
 import bisect
+import contextlib
 import hashlib
 import importlib
 import json
@@ -42,6 +43,7 @@ from records import (
     Content,
     Conversation,
     ImageRef,
+    check_text,
     conversations_of,
     cut,
     nearest,
@@ -54,6 +56,7 @@ from records import (
     read_document,
     resolve_image,
     text_of,
+    unused_keys,
 )
 
 ROOT = Path(__file__).resolve().parent
@@ -229,6 +232,19 @@ def open_entries(entries: list[dict]) -> list[Entry]:
         if (n := seen[entry.base_label]) > 1:
             entry.label = f"{entry.base_label}#{n}"
     return entries
+
+
+def say_unused_keys(entries: list[Entry], first: int = 100) -> None:
+    """Names the keys of each entry's first records that nothing reads."""
+    for entry in entries:
+        found: Counter = Counter()
+        for i in range(min(first, len(entry))):
+            source, n = entry.locate(i)
+            with contextlib.suppress(ValueError):  # named elsewhere
+                found.update(unused_keys(source[n]))
+        if found:
+            keys = ", ".join(printable(key)[:60] for key in sorted(found)[:20])
+            print(f"note: {entry.label}: keys that are not used: {keys}", file=sys.stderr)
 
 
 def dataset_of(value: str | dict) -> dict:
@@ -909,7 +925,11 @@ def request(
         (role, parts_of_text(content) if isinstance(content, str) else content) for role, content in turns
     ]
     place_images([("user", parts[-1][1])], images)
-    return Conversation(id, [(role, list(map(found, c))) for role, c in parts], "chat", where, [], "request")
+    if any(not isinstance(part, str) for role, content in parts if role == "system" for part in content):
+        raise ValueError(f"{where}: an image in the system text; images belong into the question")
+    turns = [(role, list(map(found, content))) for role, content in parts]
+    check_text([turn for turn in turns if turn[0] != "assistant"])
+    return Conversation(id, turns, "chat", where, [], "request")
 
 
 def read_requests(path: str, elsewhere=()) -> tuple[list[Conversation], list[BadRecord]]:
@@ -950,6 +970,7 @@ def check(dataset: dict, processor, settings: dict) -> int:
         index = build_index(entries, processor, max_length, None, settings["num_workers"], **options)
         for where, reason in index.problems:
             print(f"{where}: {reason}")
+        say_unused_keys(index.entries)
         found += len(index.problems)
         if not len(index):
             print(f"{split}: no usable sample")
@@ -1036,6 +1057,7 @@ def preview(dataset: dict, processor, settings: dict) -> int:
     )
     for where, reason in index.problems:
         print(f"left out {where}: {reason}")
+    say_unused_keys(index.entries)
     plan = Plan(index, settings["seed"], max_length, settings["mixtoken"], settings["max_images"])
     for n, unit in enumerate(plan.units(0)[: settings["packs"]]):
         print(f"=== stream {n}: {len(unit)} samples, {index.length[unit].sum():,} of {max_length:,} tokens")

@@ -550,27 +550,37 @@ TABLE_KEYS = {
     "messages",
     "conversations",
 }
+# What some reader takes as a record's content. Beside another kind's keys it would be dropped: refused.
+CONTENT_KEYS = {
+    *TABLE_KEYS.difference(IMAGE_KEYS),
+    "conversation",
+    "multiple_choice_answer",
+    "system",
+    "history",
+    "input",
+    "objects",
+}
 LIST_KEYS = {*IMAGE_KEYS, "caption", "captions", "answers", "messages", "conversations", "history", "objects"}
 MEDIA_WORD = re.compile(r"image|img|picture|photo|video|audio|speech|media|frames?$|pixel", re.I)
 ABOUT_MEDIA = re.compile(  # facts about an image, no image
     r"_(ids?|sizes?|width|height|sources?|licen[sc]es?|credits?|authors?|types?|formats?|hash|md5|sha\d*|"
-    r"keys?|split|"
-    r"titles?|names?|count|num|index|date|description)$|^(num|n)_",
+    r"keys?|split|titles?|names?|count|num|index|date|description|class(es)?|tags?|labels?|categor(y|ies)|"
+    r"captions?|lang(uage)?|quality|scores?|domain|dataset)$|^(num|n)_|(?-i:[a-z]Ids?$)",
     re.I,
 )
 MEDIA_FILE = re.compile(
     r"\S+\.(jpe?g|png|webp|bmp|gif|tiff?|mp4|avi|mov|mkv|webm|mp3|wav|flac)$|data:image/", re.I
 )
-ELSEWHERE = {  # keys that change what a record means, and that no stage here knows
-    "tools",
-    "functions",
-    "chosen",
-    "rejected",
-    "rejected_response",
-    "rejected_messages",
-    "tool_calls",
-    "function_call",
-}
+# Keys that change what a record means, and that no stage here knows: tools, preferences, the choices of a
+# question, what is learned of a text
+ELSEWHERE = re.compile(
+    r"tools?|functions?|tool_calls|function_call|chosen(_\w+)?|rejected(_\w+)?|kto_tag|"
+    r"(positive|negative)(_messages)?|(choice|option|candidate)s?(_?\w)?|[A-H]|"
+    r"mask_(history|prompt|inputs?)|train_on_\w+|loss_mask|"
+    r"(system|sys)_?(prompt|message|text|instruction)s?|sys"
+)
+# Shares of the loss, of a record or a turn: all there is here is the whole
+WEIGHTS = ("loss", "loss_scale", "loss_weight", "weight", "sample_weight", "train", "trainable")
 ROLES = {
     "system": "system",
     "developer": "system",
@@ -608,8 +618,18 @@ def check_keys(record: dict, known: set[str]) -> None:
     for key, value in record.items():
         if key in known or is_empty(value):
             continue
-        if key in ELSEWHERE:
+        if ELSEWHERE.fullmatch(key):
             raise ValueError(f"the key {key!r} is not supported; remove it or the record")
+        if key in WEIGHTS and not (value in (1, "default") and isinstance(value, bool | int | float | str)):
+            raise ValueError(
+                f"{key}={cut(value)} excludes it from the loss or weights it, which is not supported; "
+                "remove it or the record"
+            )
+        if key in CONTENT_KEYS:
+            others = ", ".join(repr(k) for k in record if k in known and k not in IMAGE_KEYS)
+            raise ValueError(
+                f"the key {key!r} does not go with {others}: two kinds of record in one; keep one"
+            )
         many = value if isinstance(value, list) else [value]
         file = any(isinstance(v, str) and len(v) < 4096 and MEDIA_FILE.fullmatch(v) for v in many)
         named = (
@@ -625,13 +645,34 @@ def check_keys(record: dict, known: set[str]) -> None:
             )
 
 
+# Facts about a record that no reader needs
+ABOUT = {"id", "question_id", "image_id", "question_type", "answer_type", "source", "split"}
+
+
+def unused_keys(record) -> set[str]:
+    """The record's keys that nothing reads and that are not refused either: they may be a misspelt one."""
+    if not isinstance(record, dict):
+        return set()
+    found = set(record) - CONTENT_KEYS - set(IMAGE_KEYS) - ABOUT - set(WEIGHTS)
+    turns = record.get("messages") or record.get("conversations")
+    for turn in turns if isinstance(turns, list) else ():
+        if isinstance(turn, dict):
+            known = {"role", "content", "from", "value", *IMAGE_KEYS, *WEIGHTS}
+            found |= {f"{key} (of a turn)" for key in set(turn) - known}
+    return found
+
+
 def read_caption(record: dict, answered: bool = True):
     known = {"caption", "captions", "text", *IMAGE_KEYS}
     check_keys(record, known)
     keys = [key for key in ("caption", "captions", "text") if not is_empty(record.get(key))]
-    if len(keys) > 1 and "text" in keys:
-        keys.remove("text")
-    captions = record[keys[0]] if len(keys) == 1 else record.get("caption")
+    if len(keys) > 1:
+        raise ValueError(f"the keys {' and '.join(map(repr, keys))} both are captions; keep one")
+    if keys == ["text"] and not answered:
+        raise ValueError(
+            "'text' beside an image is its caption, which nobody asks for; a question is 'prompt'"
+        )
+    captions = record[keys[0]] if keys else record.get("caption")
     captions = captions if isinstance(captions, list) else [captions]
     if not captions or not all(isinstance(c, str) and c.strip() for c in captions):
         raise ValueError(f"'caption' must be a text or a list of texts, got {cut(captions)}")
@@ -700,7 +741,10 @@ def read_visualglm(record: dict, answered: bool = True):
 def single_exchange(record: dict) -> list[tuple[str, object]]:
     """[(role, content)] of a record whose question and answer have keys of their own: query/response,
     instruction/input/output, prompt/completion; "history" holds the pairs before."""
-    asked, replied = EXCHANGES[next(key for key in EXCHANGES if not is_empty(record.get(key)))]
+    asked = next(key for key in ASKED if not is_empty(record.get(key)))
+    replied = [key for key in REPLIED if not is_empty(record.get(key))]
+    if len(replied) > 1:
+        raise ValueError(f"the keys {' and '.join(map(repr, replied))} both answer {asked!r}; keep one")
     raw = []
     for pair in record.get("history") or []:
         if not isinstance(pair, list) or len(pair) != 2:
@@ -713,7 +757,7 @@ def single_exchange(record: dict) -> list[tuple[str, object]]:
         raw += [message_of(n, m) for n, m in enumerate(question)]  # TRL's conversational prompt
     else:
         raw.append(("user", question))
-    answer = record.get(replied)
+    answer = record[replied[0]] if replied else None
     if isinstance(answer, list) and answer and isinstance(answer[0], dict) and "role" in answer[0]:
         raw += [message_of(n, m) for n, m in enumerate(answer)]
     elif answer is not None:
@@ -721,11 +765,7 @@ def single_exchange(record: dict) -> list[tuple[str, object]]:
     return raw
 
 
-EXCHANGES = {
-    "query": ("query", "response"),
-    "instruction": ("instruction", "output"),
-    "prompt": ("prompt", "completion"),
-}
+ASKED, REPLIED = ("query", "instruction", "prompt"), ("response", "output", "completion", "answer")
 
 
 def message_of(n: int, message) -> tuple[object, object]:
@@ -735,11 +775,12 @@ def message_of(n: int, message) -> tuple[object, object]:
     role_key, text_key = (
         ("role", "content") if "role" in message or "content" in message else ("from", "value")
     )
-    if message.get("loss", True) in (False, 0) or message.get("weight", 1) == 0:
-        raise ValueError(
-            f"turn {n} is excluded from the loss, which is not supported; remove it or the record"
-        )
-    check_keys(message, {"role", "content", "from", "value", *IMAGE_KEYS})
+    # what is no answer is not learned anyway
+    learned = ROLES.get(str(message.get(role_key))) == "assistant"
+    try:
+        check_keys(message, {"role", "content", "from", "value", *IMAGE_KEYS, *(() if learned else WEIGHTS)})
+    except ValueError as e:
+        raise ValueError(f"turn {n}: {e}") from None
     content = message.get(text_key)
     if own := given_images(message):
         content = read_content(content)
@@ -750,9 +791,7 @@ def message_of(n: int, message) -> tuple[object, object]:
 def raw_turns(record: dict) -> list[tuple[object, object]]:
     """[(role, content)] of a chat record as they stand there."""
     shapes = [
-        key
-        for key in ("messages", "conversations", "conversation", *EXCHANGES)
-        if not is_empty(record.get(key))
+        key for key in ("messages", "conversations", "conversation", *ASKED) if not is_empty(record.get(key))
     ]
     if len(shapes) != 1:
         found = (
@@ -761,7 +800,11 @@ def raw_turns(record: dict) -> list[tuple[object, object]]:
         raise ValueError(
             f"a chat needs one of 'messages', 'conversations', 'query', 'instruction', 'prompt'; {found}"
         )
-    if shapes[0] in EXCHANGES:
+    own = {shapes[0], "system", "objects", *IMAGE_KEYS}
+    if shapes[0] in ASKED:
+        own |= {*REPLIED, "history"} | ({"input"} if shapes[0] == "instruction" else set())
+    check_keys(record, own)
+    if shapes[0] in ASKED:
         return single_exchange(record)
     turns = record[shapes[0]]
     if not isinstance(turns, list):
@@ -782,8 +825,6 @@ def raw_turns(record: dict) -> list[tuple[object, object]]:
 def chat_turns(record: dict, answered: bool = True) -> list[tuple[str, list]]:
     """[(role, content), ...] of a chat record in any of its shapes; users and assistants alternate. Images
     are in place. answered: the last turn is the assistant's; else a last answer is dropped."""
-    used = {"messages", "conversations", "conversation", "system", "history", "input", "objects", *IMAGE_KEYS}
-    check_keys(record, used.union(*EXCHANGES.values()))
     turns = []
     for n, (role, content) in enumerate(raw_turns(record)):
         if not isinstance(role, str) or role not in ROLES:
@@ -886,14 +927,14 @@ READERS = {
 
 def reader_of(record: dict):
     """The reader that a record's own keys ask for."""
-    have = {key for key, value in record.items() if value is not None}
+    have = {key for key, value in record.items() if not is_empty(value)}
     if have & {"messages", "conversations", "conversation"}:
         return read_chat
     if {"img", "prompt"} <= have and "label" in have:
         return read_visualglm
     if "question" in have:
         return read_vqa
-    if have & EXCHANGES.keys():
+    if have & {*ASKED}:
         return read_chat
     if have & {"caption", "captions"} or "text" in have and have & set(IMAGE_KEYS):
         return read_caption
@@ -946,8 +987,19 @@ def conversations_of(
     return found
 
 
+# Other projects' words for the place of an image or a film, which would be learned as text
+LEFT_OVER = re.compile(
+    r"</?\|?\s*(image|img|video|audio)s?([ _-]?(\d+|placeholder|here|pad|token|start|end))*\s*/?\|?>", re.I
+)
+
+
 def check_text(turns: list[tuple[str, Content]]) -> None:
     for n, (role, content) in enumerate(turns):
+        if found := LEFT_OVER.search(text_of(content)):
+            raise ValueError(
+                f"turn {n} ({role}) has {found[0]} in its text, which stands for no image here; images stand "
+                f"where {PLACEHOLDER} stands in a question or an answer of a chat"
+            )
         try:
             text_of(content).encode()
         except UnicodeEncodeError as e:

@@ -574,6 +574,7 @@ def read_plan(
     index = data.build_index(*args, max_bad_samples=cfg.max_bad_samples)
     if meeting.main:
         meeting.share(f"{split} index", "made")
+        data.say_unused_keys(index.entries)
         for where, reason in index.problems[:10]:
             print(f"warning: left out {where}: {reason}", file=sys.stderr)
         if cut := int(index.truncated.sum()):

@@ -172,6 +172,46 @@ def test_a_record_means_what_its_author_meant(folder, name):
     assert shape(read(folder, record), folder) == expected
 
 
+@pytest.mark.parametrize("asked", ["query", "instruction", "prompt"])
+@pytest.mark.parametrize("replied", ["response", "output", "completion", "answer"])
+def test_a_question_and_its_answer_under_any_names(folder, asked, replied):
+    record = {asked: "What?", replied: "Red.", "image": "a.png"}
+    assert shape(read(folder, record), folder) == [("user", ["a.png", "What?"]), ("assistant", ["Red."])]
+
+
+def test_facts_and_whole_weights_change_nothing(folder):
+    facts = {"imageId": "7", "image_classes": ["x"], "image_caption": "x", "weight": 1, "loss": True}
+    assert read(folder, {**_vqa, **facts, "category": "colour"}) == read(folder, _vqa)
+    turns = [
+        {"role": "user", "content": "q", "loss": False},
+        {"role": "assistant", "content": "x", "loss": True},
+    ]
+    assert shape(read(folder, {"messages": turns}), folder) == [("user", ["q"]), ("assistant", ["x"])]
+
+
+def test_keys_that_nothing_reads_are_said(folder, capsys):
+    path = folder / "t.jsonl"
+    turns = [{"role": "user", "content": "q", "mood": "x"}, {"role": "assistant", "content": "x"}]
+    records = [_vqa, {**_vqa, "hint": "It is warm.", "answer_type": "other"}, {"messages": turns}]
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    data.say_unused_keys([data.Entry({"data_files": str(path)})])
+    assert capsys.readouterr().err == "note: data:t: keys that are not used: hint, mood (of a turn)\n"
+    path.write_text(json.dumps(_vqa) + "\n")
+    data.say_unused_keys([data.Entry({"data_files": str(path)})])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_single_request_has_no_leftovers_either(folder):
+    image = str(folder / "a.png")
+    turns = [("system", "Be short."), ("user", "<image>What?")]
+    asked = data.request(turns, [image], "--prompt")
+    assert shape(asked, folder)[1] == ("user", ["a.png", "What?"])
+    with pytest.raises(ValueError, match="turn 0 .user. has <image_1>"):
+        data.request([("user", "<image_1>What?")], [image], "--prompt")
+    with pytest.raises(ValueError, match="an image in the system text"):
+        data.request([("system", "<image>"), ("user", "What?")], [image], "--prompt")
+
+
 def test_data_urls_and_file_urls_are_images(folder):
     url = data_url(folder / "a.png")
     conversation = read(
@@ -223,7 +263,7 @@ BAD = {  # what is wrong -> (record, part of the reason)
                 {"role": "assistant", "content": "x", "loss": False},
             ]
         },
-        "excluded",
+        "excludes it",
     ),
     "unknown role": ({"messages": [{"role": "tool", "content": "q"}]}, "expected a role"),
     "role that is a list": ({"messages": [{"role": ["user"], "content": "q"}]}, "expected a role"),
@@ -254,6 +294,42 @@ BAD = {  # what is wrong -> (record, part of the reason)
         "the text has 0",
     ),
 }
+# Keys that say something about what is learned, beside a record that is whole without them
+_chat = messages("<image>What?", "Red.", images=["a.png"])
+_vqa = {"image": "a.png", "question": "What?", "answer": "Red."}
+_caption, _glm = {"image": "a.png", "caption": "Red."}, {"img": "a.png", "prompt": "What?", "label": "Red."}
+for _key, _value in {
+    "kto_tag": False,
+    "negative_messages": [[]],
+    "choices": ["Red.", "Blue."],
+    "option_a": "Red.",
+    "B": "Blue.",
+    "mask_history": True,
+    "train_on_prompt": True,
+    "system_prompt": "Be short.",
+    "loss_scale": 0.0,
+    "weight": 0.5,
+    "history": [["q", "x"]],
+    "conversation": [["q", "x"]],
+}.items():
+    for _name, _record in (("chat", _chat), ("vqa", _vqa), ("caption", _caption), ("glm", _glm)):
+        BAD[f"{_key} of a {_name}"] = ({**_record, _key: _value}, _key)
+for _key, _value in {"label": False, "answer": "Blue.", "caption": "x", "output": "x", "input": "x"}.items():
+    BAD[f"{_key} beside messages"] = ({**_chat, _key: _value}, f"{_key!r} does not go with 'messages'")
+BAD["system of a vqa"] = ({**_vqa, "system": "Be short."}, "'system' does not go with 'question', 'answer'")
+BAD["system of a caption"] = ({**_caption, "system": "Be short."}, "'system' does not go with 'caption'")
+BAD["text of a caption"] = ({**_caption, "text": "Blue."}, "'caption' and 'text' both are captions")
+BAD["two answers"] = ({"query": "q", "response": "x", "output": "y"}, "both answer 'query'")
+# What other projects write where an image stands, and what stands where none can be
+for _word in ("<Image>", "<IMAGE>", "<image >", "<image_1>", "<image 1>", "<|image_1|>", "<ImageHere>"):
+    BAD[f"{_word} in a question"] = (llava(f"{_word}\nq", "x", image="a.png"), f"turn 0 (user) has {_word}")
+for _word in ("<image-placeholder>", "<|image_pad|>", "<image/>", "<video>", "<audio>", "<video_2>"):
+    BAD[f"{_word} in a question"] = (llava(f"q {_word}", "x"), f"turn 0 (user) has {_word}")
+BAD["place in a caption"] = ({**_caption, "caption": "<image> Red."}, "turn 1 (assistant) has <image>")
+BAD["tag in a caption"] = ({**_caption, "caption": "<img>b.png</img>x"}, "turn 1 (assistant) has <img>")
+BAD["place in an answer"] = ({**_vqa, "answer": "<image>"}, "turn 1 (assistant) has <image>")
+BAD["place in a label"] = ({**_glm, "label": "<image>x"}, "turn 1 (assistant) has <image>")
+BAD["place in a system"] = ({**_chat, "system": "<image> Look."}, "turn 0 (system) has <image>")
 for _value in (True, None, {}, [], "", float("nan")):
     BAD[f"vqa answer {_value!r}"] = ({"image": "a.png", "question": "q", "answer": _value}, "answer")
     BAD[f"vqa answers [{_value!r}]"] = ({"image": "a.png", "question": "q", "answers": [_value]}, "answer")
