@@ -503,6 +503,9 @@ def build_index(
         raise ValueError(f"{share} {int(max_bad_samples * total):,}: {first}{more}")
     if not len(rows) and not decode_images:
         files = ", ".join(p for entry in entries for p in entry.paths)
+        if listed:
+            where, reason = listed[0]
+            raise ValueError(f"none of the {num_bad:,} records in {files} is usable; {where}: {reason}")
         raise ValueError(f"the dataset is empty: no sample in {files} (after splits and max_samples)")
     if path and fresh:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1003,9 +1006,12 @@ def odd_samples(index: Index) -> Iterator[tuple[str, str]]:
                 seen[source] = is_constant(open_image(source))
             if seen[source]:
                 yield conversation.where, f"image {short(source)} has one colour throughout"
-        for _, content in conversation.turns:
-            if problem := box_problems(text_of(content)):
+        for role, content in conversation.turns:
+            text = text_of(content)
+            if problem := box_problems(text):
                 yield conversation.where, problem
+            if text.strip().lower() in ("nan", "null", "none", "n/a", "undefined", "<na>", "[]", "{}"):
+                yield conversation.where, f"the {role}'s text is {cut(text)}: a missing value?"
 
 
 def box_problems(text: str) -> str | None:

@@ -230,11 +230,11 @@ def read_table(path: str) -> Records:
 
 
 def row_record(header: list[str], cells: list[str]) -> dict | Exception:
+    if len(cells) != len(header):
+        return ValueError(f"a row of {len(cells)} cells under a header of {len(header)}")
     try:
-        return dict(zip(header, map(cell_value, header, cells), strict=True))
+        return {column: cell_value(column, cell) for column, cell in zip(header, cells, strict=True)}
     except ValueError as e:
-        if len(cells) != len(header):
-            return ValueError(f"a row of {len(cells)} cells under a header of {len(header)}")
         return e
 
 
@@ -245,20 +245,29 @@ def is_tsv(path: str) -> bool:
 def cell_value(column: str, cell: str):
     """A cell of a column that may hold a list or an object is JSON if it looks so; an empty cell is a missing
     key."""
-    if not cell.strip():
+    text = cell.strip()
+    if not text:
         return None
-    if column in LIST_KEYS and cell.lstrip()[:1] in "[{":
-        return parse_json(cell)
+    if column in LIST_KEYS and text[0] + text[-1] in ("[]", "{}"):
+        try:
+            return parse_json(cell)
+        except ValueError as e:
+            raise ValueError(f"the cell of {column!r} looks like JSON and is none: {e}") from None
     return cell
 
 
 def read_folder(path: str) -> list:
     """A folder of images beside .txt files of the same name, each line of which is a caption of the image; or
     one that describes itself in metadata.jsonl or metadata.csv."""
+    files = sorted(p for p in Path(path).rglob("*") if p.is_file() and not p.name.startswith("."))
     for name in ("metadata.jsonl", "metadata.csv"):
         if (Path(path) / name).is_file():
+            if unused := sum(p.suffix.lower() == ".txt" for p in files):
+                print(
+                    f"note: {path}: {name} has the captions; {unused:,} .txt files are not used",
+                    file=sys.stderr,
+                )
             return open_files([str(Path(path) / name)])
-    files = sorted(p for p in Path(path).rglob("*") if p.is_file() and not p.name.startswith("."))
     pictures = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
     texts = {p.with_suffix("") for p in files if p.suffix.lower() == ".txt"}
     if not pictures or not texts:
@@ -271,7 +280,9 @@ def read_folder(path: str) -> list:
         caption = picture.with_suffix(".txt")
         try:
             lines = [line.strip() for line in read_text(str(caption)).splitlines() if line.strip()]
-            records.append({"image": name, "caption": lines or None})
+            if not lines:
+                raise ValueError(f"{caption.name} is empty")
+            records.append({"image": name, "caption": lines})
         except (OSError, ValueError) as e:
             records.append(ValueError(f"no caption beside it ({one_line(e)})"))
         places.append(name)
@@ -332,6 +343,11 @@ def coco_captions(path: str, document: dict) -> list[dict]:
     if len(records) < len(document["images"]):
         raise ValueError(f"{path}: two images have one id")
     for annotation in document["annotations"]:
+        if annotation["image_id"] not in records:
+            raise ValueError(
+                f"{path}: a caption is of image_id={cut(annotation['image_id'])}, which is no id among its "
+                "images; the two lists do not belong together"
+            )
         records[annotation["image_id"]]["caption"].append(annotation["caption"])
     if without := sum(not record["caption"] for record in records.values()):
         print(f"warning: {path}: {without:,} images have no caption and are left out", file=sys.stderr)
@@ -349,6 +365,10 @@ def vqa_v2(path: str, document: dict, annotations: dict) -> list[dict]:
             raise ValueError(
                 f"{path}: question {question['question_id']} is about image {image}, its annotation about "
                 f"{annotation['image_id']}; the files do not belong together"
+            )
+        if not files and not str(image).isdecimal():
+            raise ValueError(
+                f"{path}: image_id={cut(image)} is no number, and no list of images names its file"
             )
         name = files.get(image) if files else f"{subset}/COCO_{subset}_{int(image):012d}.jpg"
         records.append({**annotation, **question, "image": name})
@@ -476,6 +496,8 @@ def read_content(value) -> list:
     if isinstance(value, str):
         return parts_of_text(value)
     if isinstance(value, list):
+        if len(value) > 1 and all(isinstance(part, str) for part in value):
+            raise ValueError(f"expected one text, got a list of texts {cut(value)}")
         return [found for part in value for found in read_part(part)]
     raise ValueError(f"expected a text or a list of content parts, got {cut(value)}")
 
@@ -596,9 +618,14 @@ def is_empty(value) -> bool:
     return value is None or isinstance(value, str | list | dict) and not value
 
 
+def says_something(text: str) -> bool:
+    """Whether there is more to see than blanks and what is invisible."""
+    return any(c.isprintable() and not c.isspace() for c in text)
+
+
 def text_value(value, what: str) -> str:
     """A text that says something."""
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not says_something(value):
         raise ValueError(f"{what} must be a text that is not empty, got {cut(value)}")
     return value
 
@@ -674,7 +701,7 @@ def read_caption(record: dict, answered: bool = True):
         )
     captions = record[keys[0]] if keys else record.get("caption")
     captions = captions if isinstance(captions, list) else [captions]
-    if not captions or not all(isinstance(c, str) and c.strip() for c in captions):
+    if not captions or not all(isinstance(c, str) and says_something(c) for c in captions):
         raise ValueError(f"'caption' must be a text or a list of texts, got {cut(captions)}")
     found = given_images(record)
     if len(found) != 1:
@@ -716,7 +743,7 @@ def read_vqa(record: dict, answered: bool = True):
         if answers
         else ""
     )
-    if answered and not answer.strip():
+    if answered and not says_something(answer):
         raise ValueError("no answer: expected 'answer' or a non-empty list 'answers'")
     found = given_images(record)
     if not found:
@@ -746,7 +773,10 @@ def single_exchange(record: dict) -> list[tuple[str, object]]:
     if len(replied) > 1:
         raise ValueError(f"the keys {' and '.join(map(repr, replied))} both answer {asked!r}; keep one")
     raw = []
-    for pair in record.get("history") or []:
+    history = record.get("history")
+    if not is_empty(history) and not isinstance(history, list):
+        raise ValueError(f"'history' must be a list of [question, answer], got {cut(history)}")
+    for pair in history or []:
         if not isinstance(pair, list) or len(pair) != 2:
             raise ValueError(f"'history' must be a list of [question, answer], got {cut(pair)}")
         raw += [("user", pair[0]), ("assistant", pair[1])]
@@ -833,7 +863,10 @@ def chat_turns(record: dict, answered: bool = True) -> list[tuple[str, list]]:
             parts = read_content(content)
         except ValueError as e:
             raise ValueError(f"turn {n} ({role}): {e}") from None
-        empty = not any(part is PICTURE or isinstance(part, ImageRef) or part.strip() for part in parts)
+        # an image alone asks something, and answers nothing
+        empty = not any(
+            says_something(part) if isinstance(part, str) else ROLES[role] != "assistant" for part in parts
+        )
         if empty and ROLES[role] != "system":
             raise ValueError(f"turn {n} ({role}) has no text")
         if not empty:  # an empty system text is none
@@ -939,7 +972,7 @@ def reader_of(record: dict):
     if have & {"caption", "captions"} or "text" in have and have & set(IMAGE_KEYS):
         return read_caption
     raise ValueError(
-        f"no known kind of record among the keys {cut(sorted(record))}; "
+        f"no known kind of record among the keys {cut(sorted(have))}; "
         "expected 'messages', 'conversations', "
         "'query' and 'response', 'instruction' and 'output', 'question' and "
         "'answer', or 'image' and 'caption'"

@@ -330,6 +330,18 @@ BAD["tag in a caption"] = ({**_caption, "caption": "<img>b.png</img>x"}, "turn 1
 BAD["place in an answer"] = ({**_vqa, "answer": "<image>"}, "turn 1 (assistant) has <image>")
 BAD["place in a label"] = ({**_glm, "label": "<image>x"}, "turn 1 (assistant) has <image>")
 BAD["place in a system"] = ({**_chat, "system": "<image> Look."}, "turn 0 (system) has <image>")
+BAD["history that is no list"] = (
+    {"query": "q", "response": "x", "history": False},
+    "'history' must be a list",
+)
+BAD["several texts as one"] = ({"query": "q", "response": ["x", "y"]}, "got a list of texts")
+BAD["an image for an answer"] = (messages("q", "<image>", images=["a.png"]), "turn 1 (assistant) has no text")
+for _value in ("\u200b", "\0", " \ufeff\n"):  # nothing to see
+    BAD[f"question {_value!a}"] = (messages(_value, "x"), "turn 0 (user) has no text")
+    BAD[f"answer {_value!a}"] = (messages("q", _value), "turn 1 (assistant) has no text")
+    BAD[f"vqa {_value!a}"] = ({"image": "a.png", "question": "q", "answer": _value}, "no answer")
+    BAD[f"caption {_value!a}"] = ({"image": "a.png", "caption": _value}, "'caption' must be a text")
+    BAD[f"label {_value!a}"] = ({"img": "a.png", "prompt": "q", "label": _value}, "'label' must be a text")
 for _value in (True, None, {}, [], "", float("nan")):
     BAD[f"vqa answer {_value!r}"] = ({"image": "a.png", "question": "q", "answer": _value}, "answer")
     BAD[f"vqa answers [{_value!r}]"] = ({"image": "a.png", "question": "q", "answers": [_value]}, "answer")
@@ -396,20 +408,28 @@ def test_tables(folder, suffix, delimiter):
             ["a.png", "q"],
             ["a.png", "q", "", ""],
             ["gone.png", "q", "x", ""],
+            ["a.png", "q", "x", "", "a comma too many"],
+            ["a.png", "q", "", "['x', 'y']"],
+            ["a.png", "q", "[sic] x", ""],
         ]
     )
     path = folder / f"t{suffix}"
     path.write_text("\ufeff" + text.getvalue(), encoding="utf-8")
     found, bad = entry_of(path)
-    assert [text_of(c.turns[0][1]) for c in found] == ['a "quoted",\nlong one?', "q"]
-    assert [c.turns[1][1] for c in found] == [["2"], ["y"]] and found[1].answers == ["x", "y", "y"]
-    assert [where for where, _ in bad] == [f"{path}:{n}" for n in (5, 6, 7)] and "2 cells" in bad[0][1]
+    assert [text_of(c.turns[0][1]) for c in found] == ['a "quoted",\nlong one?', "q", "q"]
+    assert [c.turns[1][1] for c in found] == [["2"], ["y"], ["[sic] x"]] and found[1].answers == [
+        "x",
+        "y",
+        "y",
+    ]
+    assert [where for where, _ in bad] == [f"{path}:{n}" for n in (5, 6, 7, 8, 9)] and "2 cells" in bad[0][1]
+    assert "5 cells" in bad[3][1] and "'answers' looks like JSON" in bad[4][1]
     path.write_text(f"foo{delimiter}bar\n1{delimiter}2\n", encoding="utf-8")
     with pytest.raises(ValueError, match=f"{path}:1: the header .* names no known column"):
         data.Entry({"data_files": str(path)})
 
 
-def test_a_folder_of_captioned_images(folder):
+def test_a_folder_of_captioned_images(folder, capsys):
     (folder / "a.txt").write_text("one\n\ntwo\n", encoding="utf-8")
     (folder / "lost.txt").write_text("x", encoding="utf-8")
     found, bad = entry_of(folder)
@@ -418,6 +438,10 @@ def test_a_folder_of_captioned_images(folder):
     ]
     assert found[0].answers == ["one", "two"]
     assert sorted(where for where, _ in bad) == [f"{folder}/b.png", f"{folder}/lost.txt"]
+    (folder / "b.txt").write_text(" \n")
+    assert "b.txt is empty" in dict(entry_of(folder)[1])[f"{folder}/b.png"]
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n')
+    assert len(entry_of(folder)[0]) == 1 and "3 .txt files are not used" in capsys.readouterr().err
     (folder / "empty").mkdir()
     with pytest.raises(ValueError, match="folder without images"):
         data.Entry({"data_files": str(folder / "empty")})
@@ -474,6 +498,36 @@ def test_files_that_do_not_belong_together_are_refused(folder):
         (folder / "n.json").write_text(json.dumps({"annotations": annotations}))
         with pytest.raises(ValueError, match=message):
             data.Entry({"data_files": [str(folder / "q.json"), str(folder / "n.json")]})
+    (folder / "q.json").write_text(json.dumps({"questions": [{**ask[0], "image_id": "five"}]}))
+    (folder / "n.json").write_text(
+        json.dumps({"annotations": [{**pairs["two annotations"][0], "image_id": "five"}]})
+    )
+    with pytest.raises(ValueError, match="q.json: image_id='five' is no number"):
+        data.Entry({"data_files": [str(folder / "q.json"), str(folder / "n.json")]})
+    captions = [{"image_id": "1", "caption": "x"}]
+    images = [{"id": 1, "file_name": "a.png"}]
+    (folder / "c.json").write_text(json.dumps({"images": images, "annotations": captions}))
+    with pytest.raises(ValueError, match="c.json: a caption is of image_id='1', which is no id"):
+        data.Entry({"data_files": str(folder / "c.json")})
+
+
+def test_where_all_records_are_bad_the_first_is_said(folder):
+    (folder / "r.jsonl").write_text('{"image": "gone.png", "caption": "x"}\n' * 2)
+    with pytest.raises(
+        ValueError, match="none of the 2 records .* is usable; .*r.jsonl:1: image gone.png not found"
+    ):
+        processor = data.load_processor(data.model_directory("qwen_vl", "tiny"))
+        data.build_index([{"data_files": str(folder / "r.jsonl")}], processor, 512, None, max_bad_samples=1.0)
+
+
+def test_a_text_that_looks_like_a_missing_value_is_noted(folder):
+    (folder / "r.jsonl").write_text(
+        '{"image": "a.png", "caption": "NaN"}\n{"image": "a.png", "caption": "no"}\n'
+    )
+    processor = data.load_processor(data.model_directory("qwen_vl", "tiny"))
+    index = data.build_index([{"data_files": str(folder / "r.jsonl")}], processor, 512, None)
+    notes = [note for _, note in data.odd_samples(index) if "missing" in note]
+    assert notes == ["the assistant's text is 'NaN': a missing value?"]
 
 
 @pytest.mark.parametrize(
