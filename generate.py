@@ -4,17 +4,14 @@
     python generate.py --lora_path output --requests requests.jsonl --output answers.jsonl
     python generate.py --image picture.png --chat        # questions from standard input, one a line
 
-A batch is ragged, never padded: the prompts are one packed stream in the prefill, then every live sequence
-contributes one token a step. So a batch gives what its requests give alone. Sampling follows transformers'
-order: repetition penalty, minimal length, temperature, top-k, top-p; each request draws from its own
-generator.
+Answers come from engine.py, so a batch gives what its requests give alone. Sampling follows transformers'
+order: repetition penalty, minimal length, temperature, top-k, top-p; each request has draws of its own.
 """
 
 import python_version  # noqa: F401  (first: it says which Python is needed)
 
 import argparse
 import contextlib
-import hashlib
 import importlib
 import json
 import math
@@ -34,8 +31,8 @@ import lora
 import parallel
 import terminal
 from draw import draw_boxes
+from engine import NOT_FINITE, Engine, Request, check_minimum, cut_at_stop, penalised_tokens, room_for
 from kernels import dispatch
-from kernels.attention import attention
 from quantize import BITS, quantize
 from records import BadRecord, Conversation, one_record
 
@@ -128,133 +125,6 @@ class Decoding:
         return how
 
 
-class KVCache:
-    """Keys and values of each sequence: one (capacity, H, D) buffer per layer and sequence, so nothing is
-    padded. An encoder's keys and values, which its decoder attends to, are the memory: kept once, never
-    appended to."""
-
-    def __init__(self, capacities: list[int]):
-        self.capacities = capacities
-        self.lengths = [0] * len(capacities)
-        self.active = list(range(len(capacities)))  # the sequences in the stream, in its order
-        self.buffers: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        self.memory: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        self.positions: Tensor | None = None  # (S,) or (n, S): of each sequence's last token
-        self.counts: list[int] = []  # tokens that the current pass adds to each active sequence
-
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens: Tensor,
-        max_len: int,
-        prefix_lens: Tensor | None = None,
-        bias: Tensor | None = None,
-        tuned: Tensor | None = None,
-    ) -> Tensor:
-        """Appends k and v (T, H, D) of the segments to their sequences, and attends to all that those hold
-        then.
-
-        prefix_lens (S,) as attention() takes them, in the prefill. A bias says itself what is visible. tuned
-        (2, P, H, D): keys and values that every sequence has before its own (P-tuning).
-        """
-        if layer not in self.buffers:
-            self.buffers[layer] = [
-                (k.new_empty(n, *k.shape[1:]), v.new_empty(n, *v.shape[1:])) for n in self.capacities
-            ]
-        bounds, keys, values = cu_seqlens.tolist(), [], []
-        self.counts = cu_seqlens.diff().tolist()
-        for s, i in enumerate(self.active):
-            old, new = self.lengths[i], self.lengths[i] + bounds[s + 1] - bounds[s]
-            for buffer, x, out in zip(self.buffers[layer][i], (k, v), (keys, values), strict=True):
-                buffer[old:new] = x[bounds[s] : bounds[s + 1]]
-                out.append(buffer[:new])
-            if tuned is not None:
-                for t, x in zip(tuned, (keys, values), strict=True):
-                    x[-1] = torch.cat((t.to(x[-1].dtype), x[-1]))
-        if tuned is not None and prefix_lens is not None:
-            prefix_lens = prefix_lens + tuned.shape[1]
-        cu_seqlens_k = torch.tensor([0, *(len(x) for x in keys)], dtype=torch.int32).cumsum(
-            0, dtype=torch.int32
-        )
-        k, v = (x[0] if len(x) == 1 else torch.cat(x) for x in (keys, values))
-        longest = int(cu_seqlens_k.diff().max())
-        return attention(q, k, v, cu_seqlens, cu_seqlens_k, longest, bias is None, prefix_lens, bias)
-
-    def attend_memory(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor | None,
-        v: Tensor | None,
-        cu_seqlens: Tensor,
-        memory_cu_seqlens: Tensor | None,
-    ) -> Tensor:
-        """Attends to the memory of the segments' sequences, all of it; k and v (Tm, H, D) make it in the
-        first pass."""
-        if k is not None:
-            lengths = memory_cu_seqlens.diff().tolist()
-            self.memory[layer] = list(zip(k.split(lengths), v.split(lengths), strict=True))
-        keys, values = zip(*(self.memory[layer][i] for i in self.active), strict=True)
-        cu_seqlens_k = torch.tensor([0, *(len(x) for x in keys)], dtype=torch.int32).cumsum(
-            0, dtype=torch.int32
-        )
-        longest = int(cu_seqlens_k.diff().max())
-        return attention(
-            q, torch.cat(keys), torch.cat(values), cu_seqlens, cu_seqlens_k, longest, causal=False
-        )
-
-    def common_length(self) -> int:
-        """The length of the active sequences, where it is the same: a decoder's, which begin together."""
-        (length,) = {self.lengths[i] for i in self.active}
-        return length
-
-    def advance(self) -> None:
-        """After a whole forward pass: the sequences in the stream have grown."""
-        for i, n in zip(self.active, self.counts, strict=True):
-            self.lengths[i] += n
-
-    def reorder(self, parents: list[int]) -> None:
-        """Sequence n goes on from sequence parents[n]; all are active then."""
-        for layer, buffers in self.buffers.items():
-            taken, new = set(), []
-            for p in parents:  # the first heir takes the buffers, the others copy what is in use
-                pair = buffers[p]
-                if p in taken:
-                    pair = tuple(b.new_empty(b.shape) for b in buffers[p])
-                    for fresh, old in zip(pair, buffers[p], strict=True):
-                        fresh[: self.lengths[p]] = old[: self.lengths[p]]
-                taken.add(p)
-                new.append(pair)
-            self.buffers[layer] = new
-        self.memory = {layer: [pairs[p] for p in parents] for layer, pairs in self.memory.items()}
-        self.positions = self.positions[..., parents]
-        self.lengths, self.capacities = (
-            [self.lengths[p] for p in parents],
-            [self.capacities[p] for p in parents],
-        )
-        self.active = list(range(len(parents)))
-
-
-def sampling_probs(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """logits (B, V) -> probabilities (B, V). top_k 0 and top_p 1 keep all; top_p keeps the smallest set of
-    most probable tokens whose total before each member is below top_p, and at least one."""
-    logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # nothing overflows at a low temperature
-    if top_k > 0:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
-    if top_p < 1.0:
-        ordered, order = logits.sort(descending=True)
-        probs = ordered.softmax(-1)
-        drop = probs.cumsum(-1) - probs >= top_p
-        drop[:, 0] = False
-        logits = logits.masked_fill(drop.scatter(1, order, drop), float("-inf"))
-    return logits.softmax(-1)
-
-
 def penalise_repetition(
     logits: Tensor, seen: list[int], penalty: float, always_divide: bool = False
 ) -> Tensor:
@@ -267,7 +137,6 @@ def penalise_repetition(
     return logits.index_copy(0, index, values)
 
 
-@torch.no_grad()
 def generate(
     model: nn.Module,
     requests: list[dict],
@@ -295,53 +164,42 @@ def generate(
     default those outside pictures) and the answer's; "sat": of the answer's alone, always divided.
     `on_token(request, token)` sees each token as it comes.
     """
-    model.eval()
-    prompts, seen, cache, batch = prefill(model, requests, max_new_tokens)
-    generators = [random_stream(seed, r.get("id", "")) for r in requests]
-    outputs: list[list[int]] = [[] for _ in prompts]
-    room = [room_for(model, p, max_new_tokens) for p in prompts]
-    seen = seen if penalty_rule == "hf" else [[] for _ in seen]
-    ends = [word[0] for word in stop_words if len(word) == 1]
-    given = [given_tokens(model, p) for p in prompts]
-    check_minimum(given, max_new_tokens, min_length)
-    while True:
-        logits = next_logits(model, batch, cache)
-        still = []
-        for row, i in zip(logits, cache.active, strict=True):
-            if repetition_penalty != 1.0:
-                row = penalise_repetition(
-                    row, seen[i], repetition_penalty, always_divide=penalty_rule == "sat"
-                )
-            made = len(outputs[i])
-            if ends and (made < min_new_tokens or given[i] + made < min_length):
-                row = row.index_fill(0, torch.tensor(ends, device=row.device), float("-inf"))
-            if temperature == 0:
-                token = int(row.argmax())
-            else:
-                probs = sampling_probs(row[None], temperature, top_k, top_p)[0].cpu()
-                token = int(torch.multinomial(probs, 1, generator=generators[i]))
-            outputs[i].append(token)
-            seen[i].append(token)
+    how = Decoding(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        penalty_rule=penalty_rule,
+        min_new_tokens=min_new_tokens,
+        min_length=min_length,
+        seed=seed,
+    )
+    engine = Engine(model, stop_words=stop_words, max_running=len(requests))
+    wanted = [Request(r.get("id", ""), r, how, logprobs=-1, stopped=stopped) for r in requests]
+    sequences = [engine.sequence(request) for request in wanted]
+    engine.use_pool(sum(s.rows for s in sequences))
+    for sequence in sequences:
+        engine.enqueue(sequence)
+    outputs: list[list[int]] = [[] for _ in requests]
+    numbers = {request: i for i, request in enumerate(wanted)}
+    while engine.has_work():
+        for event in engine.step():
+            if event.error:
+                raise ValueError(event.error)
+            i = numbers[event.request]
+            outputs[i].append(event.token)
             if on_token:
-                on_token(i, token)
-            text = prompts[i] + outputs[i]
-            ended = any(text[-len(word) :] == word for word in stop_words) or bool(
-                stopped and stopped(outputs[i])
-            )
-            if not ended and len(outputs[i]) < room[i]:
-                still.append(i)
-            elif not ended and room[i] < max_new_tokens:
+                on_token(i, event.token)
+            if event.finish == "length" and len(outputs[i]) < max_new_tokens:
                 print(
-                    f"warning: an answer ends after {room[i]} tokens, at the model's last position",
+                    f"warning: an answer ends after {len(outputs[i])} tokens, at the model's last position",
                     file=sys.stderr,
                 )
-        if not still:
-            return outputs
-        cache.active = still
-        batch = step_batch(model, cache, [outputs[i][-1] for i in still], [len(prompts[i]) for i in still])
+    return outputs
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def beam_search(
     model: nn.Module,
     requests: list[dict],
@@ -368,13 +226,20 @@ def beam_search(
     K, ends, lavis = num_beams, {word[0] for word in stop_words if len(word) == 1}, rule == "lavis"
     if len(ends) < len(stop_words):
         raise ValueError("beam search ends at single tokens; a stop word of several tokens needs num_beams=1")
-    prompts, seen, cache, batch = prefill(model, requests, max_new_tokens)
-    given = [1 if lavis else given_tokens(model, p) for p in prompts]
-    check_minimum(given, max_new_tokens, min_length)
+    engine = Engine(model, stop_words=stop_words)
+    how = Decoding(max_new_tokens=max_new_tokens, min_length=0 if lavis else min_length)
+    # request -> its sequences: one in the first pass, then one a beam
+    sequences = {i: [engine.sequence(Request("", r, how))] for i, r in enumerate(requests)}
+    rows = max(s.rows for (s,) in sequences.values())  # all the same: any range that is free will do
+    engine.use_pool(len(requests) * K * rows)
+    for (s,) in sequences.values():
+        s.rows, s.start = rows, engine.pool.take(rows)
+    given = [1 if lavis else s.given - s.encoder for (s,) in sequences.values()]
+    check_minimum(min(given), max_new_tokens, min_length)
+    seen = [penalised_tokens(model, r) for r in requests]
     seen = [tokens[:1] for tokens in seen] if lavis else seen
-    room = [room_for(model, p, max_new_tokens) for p in prompts]
-    # requests that are still open; each has K sequences in the cache after the first pass
-    live = list(range(len(requests)))
+    room = [len(s.tokens) - s.given for (s,) in sequences.values()]
+    live = list(range(len(requests)))  # requests that are still open
     beams = {i: [(0.0, [])] for i in live}  # request -> its running (sum of log-probabilities, new tokens)
     finished: list[list[tuple[float, list[int]]]] = [[] for _ in requests]
 
@@ -384,8 +249,10 @@ def beam_search(
         ]
 
     for n in range(1, max(room) + 1):
-        logits = next_logits(model, batch, cache)
-        offset, parents, last, still = 0, [], [], []
+        logits = engine.forward([(s, s.total - s.fed) for i in live for s in sequences[i]])
+        if not bool(logits.isfinite().all()):
+            raise ValueError(NOT_FINITE)
+        offset, still = 0, []
         for i in live:
             rows = logits[offset : offset + len(beams[i])].log_softmax(-1)  # (1 or K, V)
             V = rows.shape[1]
@@ -413,7 +280,7 @@ def beam_search(
                         finish(i, total, tokens, n)
                 elif len(running) < K:
                     running.append((total, tokens))
-                    sources.append(offset + at // V)
+                    sources.append(at // V)
             offset += len(beams[i])
             reachable = (
                 (float(best[0]) / (n + 1) ** length_penalty)
@@ -431,99 +298,12 @@ def beam_search(
             if n < room[i] and not closed:
                 still.append(i)
                 beams[i] = running
-                parents += sources
-                last += [tokens[-1] for _, tokens in running]
+                last = [tokens[-1] for _, tokens in running]
+                sequences[i] = engine.fork(sequences[i], sources, last)
         live = still
         if not live:
             break
-        cache.reorder(parents)
-        batch = step_batch(model, cache, last, [len(prompts[i]) for i in live for _ in beams[i]])
     return finished
-
-
-def random_stream(seed: int, id: str) -> torch.Generator:
-    """The draws of one request, whatever it is batched with."""
-    digest = hashlib.sha256(f"{seed}:{id}".encode("utf-8", "surrogatepass")).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def given_tokens(model: nn.Module, prompt: list[int]) -> int:
-    """Tokens before the answer that min_length counts: of an encoder-decoder, the one that its decoder begins
-    with."""
-    return 1 if getattr(getattr(model, "config", None), "is_t5", False) else len(prompt)
-
-
-def check_minimum(given: list[int], max_new_tokens: int, min_length: int) -> None:
-    if min(given) + max_new_tokens < min_length:
-        raise ValueError(
-            f"min_length={min_length} cannot be reached: {min(given)} tokens are given and max_new_tokens is "
-            f"{max_new_tokens}; lower one or raise the other"
-        )
-
-
-def room_for(model: nn.Module, prompt: list[int], max_new_tokens: int) -> int:
-    """New tokens that fit: fewer than max_new_tokens where the model's learned positions end before.
-    ValueError for none."""
-    limit = getattr(getattr(model, "config", None), "max_positions", None)
-    if limit is not None and len(prompt) >= limit:
-        raise ValueError(
-            f"the prompt has {len(prompt)} tokens, but the model has {limit} positions; shorten it"
-        )
-    return max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
-
-
-def prefill(model: nn.Module, requests: list[dict], max_new_tokens: int) -> tuple[list, list, KVCache, dict]:
-    """-> (prompts, the tokens of each that the repetition penalty sees, an empty cache, the prompts as one
-    stream)"""
-    prompts = [[int(t) for t in r["input_ids"]] for r in requests]
-    for p in prompts:
-        room_for(model, p, max_new_tokens)
-    Q = model.num_image_tokens
-    batch = data.collate(
-        [{"labels": p, "num_image_tokens": Q, **r} for p, r in zip(prompts, requests, strict=True)]
-    )
-    seen = []
-    for r, p in zip(requests, prompts, strict=True):
-        slots = {
-            i for s in r["image_starts"] for i in range(s, s + Q)
-        }  # a picture's slots are no tokens of the text
-        seen.append(list(map(int, r.get("seen", (t for i, t in enumerate(p) if i not in slots)))))
-    cache = KVCache([len(p) + room_for(model, p, max_new_tokens) for p in prompts])
-    cache.positions = batch["position_ids"][..., batch["cu_seqlens"][1:].long() - 1]
-    return prompts, seen, cache, batch
-
-
-def next_logits(model: nn.Module, batch: dict, cache: KVCache) -> Tensor:
-    """(B, V) fp32 of each segment's last position; the cache grows by the batch. ValueError unless all are
-    finite."""
-    device = next(model.parameters()).device
-    batch = {
-        k: v.to(device) if torch.is_tensor(v) and k not in data.HOST_TENSORS else v for k, v in batch.items()
-    }
-    logits = model({**batch, "cache": cache}, output="logits").float()
-    cache.advance()
-    if not bool(logits.isfinite().all()):
-        raise ValueError(
-            "the model's logits are not finite (NaN or infinity): its weights are "
-            "damaged, or 16 bits overflow; fetch "
-            "the checkpoint again, or use --dtype float32"
-        )
-    return logits
-
-
-def step_batch(model: nn.Module, cache: KVCache, tokens: list[int], prompt_lengths: list[int]) -> dict:
-    """One token more for each active sequence; its position is the last one plus the model's own step
-    (default 1)."""
-    cache.positions[..., cache.active] += getattr(model, "position_step", 1)
-    return {
-        "input_ids": torch.tensor(tokens),
-        "position_ids": cache.positions[..., cache.active],
-        "cu_seqlens": torch.arange(len(tokens) + 1, dtype=torch.int32),
-        "max_len": 1,
-        "rope_lengths": torch.tensor(
-            prompt_lengths
-        ),  # the cached keys were turned with the prompt's NTK base
-    }
 
 
 def base_of(model_name_or_path: str | None, lora_path: str | None) -> str:
@@ -575,18 +355,6 @@ def read_requests(args) -> tuple[list[Conversation], list[tuple[str, str]]]:
         raise ValueError("nothing to answer: give --prompt (and --image), --chat, or --requests FILE.jsonl")
     turns = [("user", args.prompt)] if not args.system else [("system", args.system), ("user", args.prompt)]
     return [data.request(turns, args.image, where="--prompt")], []
-
-
-def cut_at_stop(processor, ids: list[int], stop_texts: list[str]) -> tuple[str, bool]:
-    """The answer's text before the first stop text, and whether there was one, wherever the borders of tokens
-    lie."""
-    shown = processor.decode(ids)
-    for text in (
-        (shown, processor.tokenizer.decode(ids)) if stop_texts else ()
-    ):  # blanks at the ends are in the second
-        if found := [text.index(stop) for stop in stop_texts if stop in text]:
-            return text[: min(found)].strip(), True
-    return shown, False
 
 
 class Shown:

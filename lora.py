@@ -9,6 +9,7 @@ y = W x + b + (alpha / rank) B A x; A (rank, in) starts random and B (out, rank)
 4.1). File format: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
+import contextlib
 import difflib
 import fnmatch
 import functools
@@ -69,6 +70,38 @@ class LoraLinear(nn.Linear):
             F.linear(part, blocks[:, j, :, j].flatten(0, 1)) for j, part in enumerate(z.chunk(P, -1))
         ]  # P x (T, G*D)
         return torch.stack([part.unflatten(-1, (-1, D)) for part in y], -2).flatten(-3)
+
+
+class SharedLinear(nn.Linear):
+    """A linear layer that several adapters share, made by `add_adapters`; each acts on its own rows, as
+    `adapted` says."""
+
+    adapters: dict[str, tuple[torch.Tensor, torch.Tensor, float]]  # A (r, in), B (out, r), scaling
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        for name, rows in Adapted.rows:
+            if name in self.adapters:
+                A, B, scaling = self.adapters[name]
+                update = F.linear(F.linear(x if rows is None else x[rows], A), B) * scaling
+                y = y + update if rows is None else y.index_add(0, rows, update)
+        return y
+
+
+class Adapted:
+    """Which rows are whose just now; changed by `adapted` alone."""
+
+    rows: list[tuple[str, torch.Tensor | None]] = []  # (adapter, its rows; None: all of them)
+
+
+@contextlib.contextmanager
+def adapted(rows: list[tuple[str, torch.Tensor | None]]):
+    """Inside, these rows are computed with these adapters, all others with the base alone."""
+    before, Adapted.rows = Adapted.rows, rows
+    try:
+        yield
+    finally:
+        Adapted.rows = before
 
 
 # ---- putting adapters into a model
@@ -549,3 +582,34 @@ def load_adapter(
         if not params[name].is_meta:
             copy(params[name], tensor)
     return list(scalings)
+
+
+@torch.no_grad()
+def add_adapters(model: nn.Module, directories: dict[str, str]) -> dict[str, bool]:
+    """Puts several adapters beside one base, for rows that `adapted` names -> {adapter: whether it changes
+    what an image's features are}. ValueError for one that does not belong to the model, or that holds
+    parameters whole: those cannot be two things in one batch."""
+    patterns = sys.modules[type(model).__module__].IMAGE_PARAMETERS
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    changes_images = {}
+    for adapter, directory in directories.items():
+        config, tensors = read_adapter(directory, aliases_of(model))
+        scalings, extra = adapter_updates(config, tensors, shapes)
+        if extra:
+            raise ValueError(
+                f"{directory}: the adapter holds {extra[0]} whole ({len(extra)} such), which cannot share a "
+                "batch with others; merge it (python merge.py) and serve the result"
+            )
+        for name, scaling in scalings.items():
+            module = model.get_submodule(name)
+            if type(module) not in (nn.Linear, SharedLinear):
+                kind = type(module).__name__
+                raise ValueError(f"the adapter changes {name!r}, a {kind}; expected a linear layer")
+            if type(module) is nn.Linear:
+                module.__class__, module.adapters = SharedLinear, {}
+            A, B = (tensors[f"{name}.lora_{x}.weight"].to(module.weight) for x in "AB")
+            module.adapters[adapter] = A, B, scaling
+        changes_images[adapter] = any(
+            fnmatch.fnmatch(f"{name}.weight", pattern) for name in scalings for pattern in patterns
+        )
+    return changes_images

@@ -459,7 +459,7 @@ class QFormerContext:
     )
     keys: Tensor | None = None  # (R,) dropout keys of the rows
     image_keys: Tensor | None = None  # (N,) of the pictures
-    cache: object | None = None  # generate.KVCache
+    cache: object | None = None  # engine.KVCache
 
     def __post_init__(self):
         both = self.query_rows is not None and self.text_rows is not None
@@ -621,7 +621,7 @@ class Context:
     cu_seqlens: Tensor  # (S+1,) int32, host
     max_len: int
     keys: Tensor | None  # (T,) dropout keys of the rows
-    cache: object | None = None  # generate.KVCache
+    cache: object | None = None  # engine.KVCache
     # T5 only
     memory: Tensor | None = (
         None  # (Te, C) encoder output; None in a decoding step: its keys and values are cached
@@ -787,7 +787,7 @@ class T5Attention(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         if self.relative_attention_bias is not None:
-            first = 0 if ctx.cache is None else ctx.cache.common_length()
+            first = 0 if ctx.cache is None else ctx.cache.longest_past()
             ctx.shared.bias = self.bias(first, first + ctx.max_len, x.device)
         x = parallel.copy_to_tp(x, self.q)
         q, k, v = (self.project(layer, x) for layer in (self.q, self.k, self.v))
@@ -900,7 +900,7 @@ class T5(nn.Module):
     def hidden(self, x: Tensor, batch: dict, keys: Tensor | None, blocks=None) -> Tensor:
         """(T, C) -> the decoder's rows (Td, C), normalised. `blocks`: all of them, always."""
         cache = batch.get("cache")
-        if cache is not None and cache.memory:  # a decoding step: decoder tokens only
+        if cache is not None and not cache.encode:  # a decoding step: decoder tokens only
             return self.decoder(x, Context(batch["cu_seqlens"], batch["max_len"], keys, cache))
         in_decoder = self.decoder_rows(batch)
         rows = (~in_decoder).nonzero()[:, 0], in_decoder.nonzero()[:, 0]
@@ -933,6 +933,16 @@ class T5(nn.Module):
 
 
 class Blip2(nn.Module):
+    @property
+    def has_encoder(self) -> bool:
+        """Whether a prompt's tokens but the last are the encoder's."""
+        return self.config.is_t5
+
+    @property
+    def prefill(self) -> str:
+        """How a prompt may enter the engine: an encoder takes it whole, while no answer runs beside it."""
+        return "alone" if self.config.is_t5 else "chunks"
+
     def __init__(self, config: Blip2Config):
         super().__init__()
         self.config = config
@@ -1037,6 +1047,7 @@ CONTRASTED = ("pretrain1",)  # stages that compare the samples of a micro-batch,
 
 
 class Blip2Qformer(nn.Module):
+    prefill = "alone"  # a prompt enters the engine whole, without running sequences: queries see one another
     LOSSES = ("itc", "itm", "lm")
     pipeline_obstacle = "stage=pretrain1 passes a picture's features to every layer in several passes"
     MASKED = -10000.0  # added to similarities that may not be drawn
@@ -1103,6 +1114,7 @@ class Blip2Qformer(nn.Module):
             0,
         )
         if slots is not None and len(slots):
+            image = batch.get("image_features") if image is None else image
             if image is None:
                 with dropout_rows(batch.get("image_dropout_keys"), len(batch["pixel_values"])):
                     image = self.vision_model(batch["pixel_values"])
@@ -1318,6 +1330,8 @@ class Blip2Qformer(nn.Module):
         stage 1 alone); "itc" (S, S) similarities of every picture with every text; "itm" (S,) probability
         that picture and text match. `x`, `blocks`: a pipeline's, for which this model has no stages."""
         assert x is None and blocks is None, "stage 1 has no pipeline stages"
+        if output == "features":
+            return self.vision_model(batch["pixel_values"])
         if output == "logits":
             x = self.hidden(batch)
             return self.logits(x[batch["cu_seqlens"][1:].to(x.device) - 1])

@@ -178,7 +178,7 @@ class Context:
     cos: Tensor  # (T, D/2) fp32
     sin: Tensor
     logn: Tensor | None  # (T, 1, 1), evaluation only
-    cache: object | None = None  # generate.KVCache
+    cache: object | None = None  # engine.KVCache
 
 
 class RMSNorm(nn.Module):
@@ -383,6 +383,8 @@ class Visual(nn.Module):
 
 
 class QwenVL(nn.Module):
+    prefill = "chunks"  # how a prompt may enter the engine: no token sees later ones
+
     def __init__(self, config: QwenVLConfig):
         super().__init__()
         self.config = config
@@ -433,6 +435,14 @@ class QwenVL(nn.Module):
                 x = x + 0.0 * features[len(positions) :].sum()
         return x
 
+    def ntk_alpha(self, lengths: Tensor) -> Tensor:
+        """What the rotary base is stretched by for a prompt of that length, fp64."""
+        return (2.0 ** (torch.log2(lengths.double() / self.config.seq_length) + 1).ceil() - 1).clamp(min=1)
+
+    def cache_group(self, length: int) -> float:
+        """Prompts of one group may share cached keys: those that are turned with one base."""
+        return float(self.ntk_alpha(torch.tensor(length))) if self.config.use_dynamic_ntk else 1.0
+
     def context(self, batch: dict) -> Context:
         """Rotary angles and log-n factors. Both extrapolations act in evaluation only, as in the original.
 
@@ -445,8 +455,7 @@ class QwenVL(nn.Module):
         if self.training or not c.use_dynamic_ntk:
             inv_freq = 1.0 / c.rotary_emb_base**half
         else:
-            rope_lengths = batch.get("rope_lengths", lengths).double()
-            alpha = (2.0 ** (torch.log2(rope_lengths / c.seq_length) + 1).ceil() - 1).clamp(min=1)
+            alpha = self.ntk_alpha(batch.get("rope_lengths", lengths))
             base = c.rotary_emb_base * alpha ** (c.kv_channels / (c.kv_channels - 2))
             inv_freq = 1.0 / base.to(positions.device, torch.float32)[:, None] ** half  # (S, D/2)
             inv_freq = inv_freq.repeat_interleave(lengths.to(positions.device), dim=0)

@@ -249,7 +249,7 @@ class Context:
     cos: Tensor  # (2, T, D/4) fp32: place in the context, place in the answer
     sin: Tensor
     tuned: Tensor | None = None  # P-tuning's (layers, 2, P, H, D) keys and values
-    cache: object | None = None  # generate.KVCache
+    cache: object | None = None  # engine.KVCache
 
 
 def inverse_frequencies(head_dim: int, exact: bool = False, device=None) -> Tensor:
@@ -514,6 +514,7 @@ class ImageEncoder(nn.Module):
 
 
 class VisualGLM(nn.Module):
+    prefill = "whole"  # a prompt enters the engine whole: each token of the context sees all of it
     # what a decoding step adds to a sequence's last position: the place in the context stays, that in the
     # answer grows
     position_step = torch.tensor([[0], [1]])

@@ -58,20 +58,53 @@ def attention_ref(
             continue
         # (count * L, H, D) -> (count, H, L, D): four axes also select SDPA's flash path on CPU
         qs, ks, vs = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (qs, ks, vs))
-        mask, is_causal = None, False
-        if causal:
-            if prefix <= 1 and num_q == num_k and bias is None:
-                is_causal = True
-            elif num_q > 1 and prefix < num_k:
-                key = torch.arange(num_k, device=q.device)
-                query = torch.arange(num_k - num_q, num_k, device=q.device)[:, None]
-                mask = (key <= query) | (key < prefix)
-        if bias is not None:
-            here = bias[..., :num_q, :num_k]
-            mask = here if mask is None else here.masked_fill(~mask, float("-inf"))
-        o = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=mask, is_causal=is_causal)
-        outputs.append(o.transpose(1, 2).flatten(0, 1))
+        here = None if bias is None else bias[..., :num_q, :num_k]
+        outputs.append(_segments(qs, ks, vs, causal, prefix, here).transpose(1, 2).flatten(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _segments(q: Tensor, k: Tensor, v: Tensor, causal: bool, prefix: int, bias: Tensor | None) -> Tensor:
+    """Equally long segments: q (N, H, Lq, D), k and v (N, H, Lk, D), bias (H, Lq, Lk) -> (N, H, Lq, D)."""
+    num_q, num_k = q.shape[2], k.shape[2]
+    mask, is_causal = bias, False
+    if causal:
+        if prefix <= 1 and num_q == num_k and bias is None:
+            is_causal = True
+        elif num_q > 1 and prefix < num_k:
+            key = torch.arange(num_k, device=q.device)
+            query = torch.arange(num_k - num_q, num_k, device=q.device)[:, None]
+            seen = (key <= query) | (key < prefix)
+            mask = seen if bias is None else bias.masked_fill(~seen, float("-inf"))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+
+
+def attention_ranges_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    keys: list[tuple[int, int]],
+    causal: bool,
+    prefix_lens: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Segment by segment, each over a view of its range of k and v.
+
+    Measured on two CPU cores (fp32, 4 heads of 32, 200 keys a segment): 0.23 ms for 16 segments, 0.9 ms for
+    64; with the keys brought together first 0.75 and 4.3 ms, padded to one batched call 6.7 and 3.7 ms.
+    """
+    bounds = cu_seqlens_q.tolist()
+    prefixes = prefix_lens.tolist() if causal and prefix_lens is not None else [0] * len(keys)
+    # 16 bits on a CPU are computed in fp32, as in attention_ref
+    dtype = torch.float32 if q.device.type == "cpu" and q.element_size() == 2 else q.dtype
+    q, outputs = q.to(dtype)[None].transpose(1, 2), []  # (1, H, T, D)
+    for s, ((first, end), prefix) in enumerate(zip(keys, prefixes, strict=True)):
+        ks, vs = (x[first:end].to(dtype)[None].transpose(1, 2) for x in (k, v))
+        qs, here = q[:, :, bounds[s] : bounds[s + 1]], None
+        if bias is not None:  # it ends with the last query and the last key
+            here = bias.to(dtype)[..., bias.shape[-2] - qs.shape[2] :, bias.shape[-1] - (end - first) :]
+        outputs.append(_segments(qs, ks, vs, causal, prefix, here))
+    return torch.cat(outputs, 2)[0].transpose(0, 1).to(v.dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -611,18 +644,16 @@ def key_blocks(segments, block_m: int, block_n: int) -> list[tuple[int, ...]]:
 def plan(
     kind,
     bounds_q: tuple,
-    bounds_k: tuple,
+    keys: tuple,
     prefixes: tuple | None,
     block_m: int,
     block_n: int,
     device: torch.device,
 ) -> Tensor:
-    """query_blocks or key_blocks on the device. Kept, so that all layers of a step share one copy over the
-    bus."""
+    """query_blocks or key_blocks on the device; keys: each segment's (first row, end). Kept, so that all
+    layers of a step share one copy over the bus."""
     segments = []
-    for s, (q0, q_end, k0, k_end) in enumerate(
-        zip(bounds_q, bounds_q[1:], bounds_k, bounds_k[1:], strict=False)
-    ):
+    for s, ((q0, q_end), (k0, k_end)) in enumerate(zip(itertools.pairwise(bounds_q), keys, strict=True)):
         segments.append((q0, q_end, k0, k_end, k_end if prefixes is None else min(k_end, k0 + prefixes[s])))
     table = torch.tensor(kind(segments, block_m, block_n), dtype=torch.int32).view(-1, 8)
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
@@ -733,22 +764,29 @@ class _Attention(torch.autograd.Function):
 
 @torch.compiler.disable
 def attention_triton(q, k, v, cu_seqlens_q, cu_seqlens_k, causal: bool, prefix_lens=None) -> Tensor:
-    bounds_q, bounds_k = tuple(cu_seqlens_q.tolist()), tuple(cu_seqlens_k.tolist())
-    D = q.shape[-1]
+    rows = cu_seqlens_k.tolist()
+    if rows[-1] != len(k):
+        raise ValueError(f"cu_seqlens_k ends at {rows[-1]}, but there are {len(k)} keys")
+    return attention_ranges_triton(q, k, v, cu_seqlens_q, itertools.pairwise(rows), causal, prefix_lens)
+
+
+def attention_ranges_triton(q, k, v, cu_seqlens_q, keys, causal: bool, prefix_lens=None) -> Tensor:
+    bounds_q, keys = tuple(cu_seqlens_q.tolist()), tuple(keys)
+    D, end = q.shape[-1], max((end for _, end in keys), default=0)
     if D % 8 or D > 128 or q.dtype not in PRECISION:
         takes = "multiples of 8 up to 128 in fp32, fp16, bf16"
         raise ValueError(
             f"head_dim={D}, {q.dtype}: the Triton kernel takes {takes}; set use_flash_attention=false"
         )
-    if bounds_q[-1] != len(q) or bounds_k[-1] != len(k):
+    if bounds_q[-1] != len(q) or end > len(k):
         rows = f"{len(q)} queries and {len(k)} keys"
-        raise ValueError(f"cu_seqlens end at {bounds_q[-1]} and {bounds_k[-1]}, but there are {rows}")
+        raise ValueError(f"cu_seqlens end at {bounds_q[-1]} and {end}, but there are {rows}")
     prefixes = None
     if causal:
-        prefixes = (0,) * (len(bounds_q) - 1) if prefix_lens is None else tuple(prefix_lens.tolist())
+        prefixes = (0,) * len(keys) if prefix_lens is None else tuple(prefix_lens.tolist())
     if torch.is_autocast_enabled(q.device.type):  # as scaled_dot_product_attention does
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    return _Attention.apply(q, k, v, bounds_q, bounds_k, prefixes)
+    return _Attention.apply(q, k, v, bounds_q, keys, prefixes)
 
 
 # segments are as long as the data says: a compiled loop over them would be compiled anew
@@ -775,3 +813,22 @@ def attention(
     if bias is None and use_triton(impl, q):
         return attention_triton(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, prefix_lens)
     return attention_ref(q, k, v, cu_seqlens_q, cu_seqlens_k, max_len, causal, prefix_lens, bias)
+
+
+def attention_ranges(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    keys: list[tuple[int, int]],
+    causal: bool,
+    prefix_lens: Tensor | None = None,
+    bias: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """attention() over keys and values that lie anywhere: keys[s] is the (first row, end) of segment s in k
+    and v, the pool of a decoder; nothing is copied. A bias (H, Lq, Lk) ends with the last query and the last
+    key of every segment. Without gradients."""
+    if bias is None and use_triton(impl, q):
+        return attention_ranges_triton(q, k, v, cu_seqlens_q, keys, causal, prefix_lens)
+    return attention_ranges_ref(q, k, v, cu_seqlens_q, keys, causal, prefix_lens, bias)

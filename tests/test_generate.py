@@ -15,6 +15,7 @@ from test_train import run
 import checkpoint
 import data
 import draw
+import engine
 import generate as g
 import lora
 import merge
@@ -107,7 +108,7 @@ def test_sampling_follows_transformers(temperature, top_k, top_p, penalty):
         expected = hf.TopPLogitsWarper(top_p)(seen, expected)
     ours = g.penalise_repetition(logits[0], seen[0].tolist(), penalty)
     torch.testing.assert_close(
-        g.sampling_probs(ours[None], temperature, top_k, top_p), expected.softmax(-1), atol=1e-6, rtol=0
+        engine.sampling_probs(ours[None], temperature, top_k, top_p), expected.softmax(-1), atol=1e-6, rtol=0
     )
 
 

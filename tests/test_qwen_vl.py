@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import model_qwen_vl as qwen
-from generate import generate, sampling_probs
+from engine import sampling_probs
+from generate import generate
 
 IMAGES = {
     "image1": [0],

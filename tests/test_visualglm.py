@@ -18,7 +18,8 @@ import convert_sat
 import lora
 import merge
 import model_visualglm as glm
-from generate import generate, penalise_repetition, sampling_probs
+from engine import sampling_probs
+from generate import generate, penalise_repetition
 from quantize import quantize
 
 
@@ -288,19 +289,19 @@ def test_golden_greedy(variant, case):
 def test_golden_scores_of_every_step(variant, case):
     """Decoding with the cache gives the logits of the whole text at once."""
     model, eos, scores = variant.model(), variant.config["eos_token_id"], variant.io[f"{case}.scores"]
-    seen = [[] for _ in scores]
-    forward = model.forward
+    seen, forward = {}, model.forward
 
     def watch(batch, output="loss"):
-        logits = forward(batch, output)
-        for row, i in zip(logits, batch["cache"].active, strict=True):
-            seen[i].append(row)
-        return logits
+        result = forward(batch, output)
+        if output == "logits":  # a sequence is known by where its rows of the pool begin
+            for row, start in zip(result, batch["cache"].starts, strict=True):
+                seen.setdefault(start, []).append(row)
+        return result
 
     model.forward = watch
     generate(model, requests_of(variant, case), scores.shape[1], [[eos]])
-    for i, rows in enumerate(seen):
-        close(torch.stack(rows), scores[i, : len(rows)])
+    for rows, expected in zip(seen.values(), scores, strict=True):
+        close(torch.stack(rows), expected[: len(rows)])
 
 
 @torch.no_grad()

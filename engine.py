@@ -1,0 +1,804 @@
+"""Continuous batching: many answers at once, each as it would be alone.
+
+    engine = Engine(model, processor)
+    engine.submit(Request("a", processor.prompt(conversation), Decoding(max_new_tokens=20)))
+    while engine.has_work():
+        for event in engine.step():
+            print(event.request.id, event.token, event.finish)
+
+A step is one forward pass over one stream: a token of each running sequence and pieces of waiting prompts,
+under a budget of tokens. Requests join and leave between steps. Keys and values lie in one pool; a sequence
+owns a range of its rows, attention reads them where they are. The range of an answer that has ended stays
+until room is needed: a prompt that begins like it (same tokens, images, adapter) computes only what is new.
+"""
+
+import hashlib
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import lora
+from data import HOST_TENSORS, hash_keys
+from kernels.attention import attention_ranges
+
+IMAGES_AT_ONCE = 16  # images that the vision tower takes in one pass
+NOT_FINITE = (
+    "the model's logits are not finite (NaN or infinity): its weights are damaged, or 16 bits overflow; "
+    "fetch the checkpoint again, or use --dtype float32"
+)
+
+
+@dataclass(eq=False)
+class Request:
+    """One answer that is wanted."""
+
+    id: str  # names its random stream together with how.seed
+    prompt: dict  # what processor.prompt(conversation) gave; with pixel_values, `images` are not opened
+    how: "Decoding"  # noqa: F821  (generate.Decoding)
+    stop: list[str] = field(default_factory=list)  # texts that end the answer and are not part of it
+    adapter: str | None = None  # one of the engine's; None: the base
+    logprobs: int = 0  # best tokens whose log-probabilities are reported; -1: none at all
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    stopped: Callable[[list[int]], bool] | None = None  # ends the answer by its ids
+
+
+@dataclass(slots=True)
+class Event:
+    """One token of a request, or its end."""
+
+    request: Request
+    token: int | None  # None: nothing but the end
+    logprob: float | None = None
+    top: list[tuple[int, float]] = field(default_factory=list)
+    finish: str | None = None  # None while it runs; "stop", "length", "error"
+    error: str | None = None  # one line, with finish="error"
+    cached_tokens: int = 0  # tokens of the prompt that were not computed again
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request inside the engine."""
+
+    request: Request
+    tokens: np.ndarray  # the prompt, then room for the answer
+    total: int  # tokens that are known
+    positions: np.ndarray  # (n, len(tokens)) or (len(tokens),)
+    given: int  # tokens of the prompt
+    encoder: int  # of them, those that an encoder sees; the others are rows of the pool
+    rows: int  # that it needs
+    images: list[Tensor]  # their pixels until they are encoded
+    digests: dict[int, bytes]  # place of an image's first slot -> what the image is
+    group: tuple  # sequences of one group may share cached rows
+    start: int = -1  # its first row
+    fed: int = 0  # tokens whose keys and values are in the pool
+    cached: int = 0  # of them, those that came from another sequence
+    slot: int = -1  # its place in the sampler's tables
+    features: list[Tensor] | None = None
+    feature_keys: list[tuple] = field(default_factory=list)
+
+    @property
+    def answer(self) -> list[int]:
+        return self.tokens[self.given : self.total].tolist()
+
+    def row(self, token: int) -> int:
+        """Rows of the pool that the tokens before this one take."""
+        return max(0, token - self.encoder)
+
+
+# --------------------------------------------------------------------------------------------------
+# Keys and values
+
+
+class Pool:
+    """Rows for the keys and values of all sequences, the same rows in every layer. `memory` holds what an
+    encoder-decoder's layers see of the encoder."""
+
+    def __init__(self, size: int, before: int = 0):
+        self.size, self.before = size, before  # rows in front of each sequence's own (P-tuning)
+        self.free = [(0, size)]  # (first, end) of each gap, in order
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.memory: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def take(self, rows: int) -> int | None:
+        """The first row of a range that is free, None where there is no such gap."""
+        for n, (first, end) in enumerate(self.free):
+            if end - first >= rows:
+                self.free[n : n + 1] = [(first + rows, end)] if end - first > rows else []
+                return first
+        return None
+
+    def give_back(self, first: int, rows: int) -> None:
+        self.free = joined([*self.free, (first, first + rows)])
+
+    def would_fit(self, rows: int, ranges: list[tuple[int, int]]) -> bool:
+        """Whether there is a gap of so many rows once these ranges are free."""
+        return any(end - first >= rows for first, end in joined([*self.free, *ranges]))
+
+    def copy(self, source: int, target: int, rows: int, memory: int = 0) -> None:
+        for buffers, count in ((self.layers, rows), (self.memory, memory)):
+            for pair in buffers.values():
+                for x in pair:
+                    x[target : target + count] = x[source : source + count]
+
+
+def joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """In order, neighbours as one."""
+    out: list[tuple[int, int]] = []
+    for first, end in sorted(ranges):
+        if out and out[-1][1] == first:
+            first = out.pop()[0]
+        out.append((first, end))
+    return out
+
+
+class KVCache:
+    """The pool as one forward pass sees it: the ranges of the segments of its stream."""
+
+    def __init__(self, pool: Pool, starts: list[int], past: list[int], memory: list[int], encode: bool):
+        self.pool, self.starts, self.past, self.memory_lengths = pool, starts, past, memory
+        self.encode = encode  # an encoder-decoder's prompts: the stream holds the encoder's tokens too
+        self.rows: Tensor | None = None  # (T,) where the stream's tokens go, known at the first layer
+        self.keys: list[tuple[int, int]] = []
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor,
+        max_len: int,
+        prefix_lens: Tensor | None = None,
+        bias: Tensor | None = None,
+        tuned: Tensor | None = None,
+    ) -> Tensor:
+        """Puts k and v (T, H, D) of the segments behind what their sequences hold, and attends to all of it.
+
+        prefix_lens (S,) as attention() takes them. A bias (H, Lq, Lk) says itself what is visible; it ends
+        with the last query and the last key. tuned (2, P, H, D): keys and values that every sequence has
+        before its own (P-tuning).
+        """
+        before = self.pool.before
+        if self.rows is None:
+            counts = cu_seqlens.diff().tolist()
+            first = [s + before + n for s, n in zip(self.starts, self.past, strict=True)]
+            self.keys = [(s, f + n) for s, f, n in zip(self.starts, first, counts, strict=True)]
+            self.rows = ranges_of(first, counts).to(q.device)
+        pair = self.buffers(self.pool.layers, layer, k, v)
+        for buffer, x in zip(pair, (k, v), strict=True):
+            buffer[self.rows] = x
+        if before:
+            new = [s for s, n in zip(self.starts, self.past, strict=True) if n == 0]
+            for buffer, x in zip(pair, tuned, strict=True):
+                for s in new:
+                    buffer[s : s + before] = x
+            prefix_lens = None if prefix_lens is None else prefix_lens + before
+        return attention_ranges(q, *pair, cu_seqlens, self.keys, bias is None, prefix_lens, bias)
+
+    def attend_memory(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        cu_seqlens: Tensor,
+        memory_cu_seqlens: Tensor | None,
+    ) -> Tensor:
+        """Attends to the memory of the segments' sequences, all of it; k and v (Tm, H, D) make it in the
+        first pass."""
+        if k is not None:
+            rows = ranges_of(self.starts, memory_cu_seqlens.diff().tolist()).to(q.device)
+            for buffer, x in zip(self.buffers(self.pool.memory, layer, k, v), (k, v), strict=True):
+                buffer[rows] = x
+        keys = [(s, s + n) for s, n in zip(self.starts, self.memory_lengths, strict=True)]
+        return attention_ranges(q, *self.pool.memory[layer], cu_seqlens, keys, causal=False)
+
+    def longest_past(self) -> int:
+        """Of the sequences, before this pass."""
+        return max(self.past)
+
+    def buffers(self, where: dict, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if layer not in where:
+            where[layer] = tuple(x.new_empty(self.pool.size, *x.shape[1:]) for x in (k, v))
+        return where[layer]
+
+
+def ranges_of(first: list[int], counts: list[int]) -> Tensor:
+    """The whole numbers of the ranges first[n] .. first[n] + counts[n] - 1, one range after the other."""
+    counts = np.array(counts)
+    ends = counts.cumsum()
+    return torch.from_numpy(np.repeat(np.array(first) - ends + counts, counts) + np.arange(ends[-1]))
+
+
+# --------------------------------------------------------------------------------------------------
+# Choosing a token
+
+
+def sampling_probs(logits: Tensor, temperature, top_k, top_p) -> Tensor:
+    """logits (B, V) -> probabilities (B, V). top_k 0 and top_p 1 keep all; top_p keeps the smallest set of
+    most probable tokens whose total before each member is below top_p, and at least one. Each setting: a
+    number, or one of each row, on the host."""
+    V, device = logits.shape[-1], logits.device
+    temperature, top_k, top_p = (torch.as_tensor(x).reshape(-1, 1) for x in (temperature, top_k, top_p))
+    logits = logits.float()
+    # nothing overflows at a low temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature.to(device, torch.float32)
+    if (top_k > 0).any():
+        k = torch.where(top_k > 0, top_k, V).clamp(max=V).long()
+        best = logits.topk(int(torch.where(top_k > 0, k, 1).max())).values
+        kth = best.gather(1, (k - 1).clamp(max=best.shape[1] - 1).to(device).expand(len(logits), 1))
+        logits = logits.masked_fill((logits < kth) & (top_k > 0).to(device), float("-inf"))
+    if (top_p < 1).any():
+        ordered, order = logits.sort(descending=True)
+        probs = ordered.softmax(-1)
+        drop = (probs.cumsum(-1) - probs >= top_p.to(device)) & (top_p < 1).to(device)
+        drop[:, 0] = False
+        logits = logits.masked_fill(drop.scatter(1, order, drop), float("-inf"))
+    return logits.softmax(-1)
+
+
+class Sampler:
+    """Chooses a token for each row of logits, each row by its own settings, in transformers' order:
+    penalties, bias, minimal length, temperature, top-k, top-p. A sequence has a slot in the tables while it
+    runs."""
+
+    NAMES = "temperature top_k top_p repetition sat presence frequency minimum logprobs".split()
+
+    def __init__(self, slots: int, ends: list[int]):
+        self.settings = np.zeros((slots, len(self.NAMES)))
+        self.streams = np.zeros(slots, np.uint64)  # names of the random streams
+        self.made = np.zeros(slots, np.int64)  # tokens of each answer
+        self.ends, self.slots = torch.tensor(ends, dtype=torch.int64), slots
+        # (slots, V), made when the first request needs them
+        self.seen: Tensor | None = None  # what the repetition penalty counts
+        self.counts: Tensor | None = None  # how often a token is in the answer
+        self.bias: Tensor | None = None
+
+    def join(self, slot: int, sequence: Sequence, seen: list[int], minimum: int, logits: Tensor) -> None:
+        request, how, V = sequence.request, sequence.request.how, logits.shape[-1]
+        sat = how.penalty_rule == "sat"
+        penalties = how.repetition_penalty, sat, request.presence_penalty, request.frequency_penalty
+        self.settings[slot] = (
+            *(how.temperature, min(how.top_k, V), how.top_p),
+            *penalties,
+            *(minimum, request.logprobs),
+        )
+        self.streams[slot], self.made[slot] = stream_of(how.seed, request.id), 0
+
+        def table(now: Tensor | None, dtype: torch.dtype) -> Tensor:
+            now = logits.new_zeros(self.slots, V, dtype=dtype) if now is None else now
+            now[slot] = 0
+            return now
+
+        if how.repetition_penalty != 1:
+            self.seen = table(self.seen, torch.bool)
+            self.seen[slot, torch.tensor([] if sat else seen, dtype=torch.int64)] = True
+        if request.presence_penalty or request.frequency_penalty:
+            self.counts = table(self.counts, torch.float32)
+        if request.logit_bias or self.bias is not None:
+            self.bias = table(self.bias, torch.float32)
+            for token, value in request.logit_bias.items():
+                self.bias[slot, token] = value
+
+    def __call__(self, logits: Tensor, slots: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """logits (B, V) fp32 -> tokens (B,), whether a row's logits are finite (B,), log-probabilities (B, V)
+        where a row asks for them."""
+        device, s = (
+            logits.device,
+            dict(zip(self.NAMES, torch.from_numpy(self.settings[slots].T), strict=True)),
+        )
+        at = torch.tensor(slots, device=device)
+        finite = logits.isfinite().all(-1)
+        logprobs = logits.log_softmax(-1) if bool((s["logprobs"] >= 0).any()) else None
+
+        def column(name: str) -> Tensor:
+            return s[name].to(device, torch.float32)[:, None]
+
+        repeats = bool((s["repetition"] != 1).any())
+        counted = bool(((s["presence"] != 0) | (s["frequency"] != 0)).any())
+        if repeats:  # arXiv:1909.05858; SwissArmyTransformer divides negative logits too
+            penalty = column("repetition")
+            lower = torch.where((logits > 0) | (column("sat") > 0), logits / penalty, logits * penalty)
+            logits = torch.where(self.seen[at] & (penalty != 1), lower, logits)
+        if counted:
+            used = (column("presence") != 0) | (column("frequency") != 0)
+            counts = torch.where(used, self.counts[at], 0.0)
+            logits = logits - column("presence") * (counts > 0) - column("frequency") * counts
+        if self.bias is not None:
+            logits = logits + self.bias[at]
+        early = torch.from_numpy(self.made[slots]) < s["minimum"]
+        if len(self.ends) and bool(early.any()):
+            mask = torch.zeros_like(logits[:1], dtype=torch.bool).index_fill(1, self.ends.to(device), True)
+            logits = logits.masked_fill(early.to(device)[:, None] & mask, float("-inf"))
+        tokens = logits.argmax(-1)
+        hot = (s["temperature"] > 0).nonzero()[:, 0]
+        if len(hot):
+            settings = (s[name][hot] for name in ("temperature", "top_k", "top_p"))
+            probs = sampling_probs(logits[hot.to(device)], *settings)
+            # a number in [0, 1) for each row: a function of its stream and its place, and nothing else
+            draws = hash_keys(self.streams[slots][hot], self.made[slots][hot]).view(np.uint64) >> np.uint64(
+                32
+            )
+            draws = torch.from_numpy(draws * 2.0**-32).to(device)[:, None]
+            # fp64 where there is: fp32 sums of a large vocabulary lose the small probabilities
+            sums = probs.cumsum(-1, dtype=torch.float64)
+            found = torch.searchsorted(sums, draws * sums[:, -1:], right=True)[:, 0]
+            tokens[hot.to(device)] = found.clamp(max=logits.shape[-1] - 1)
+        if repeats:
+            self.seen[at, tokens] = True
+        if counted:
+            self.counts[at, tokens] += 1
+        self.made[slots] += 1
+        return tokens, finite, logprobs
+
+
+def stream_of(seed: int, id: str) -> int:
+    """The draws of one request, whatever it is batched with."""
+    digest = hashlib.sha256(f"{seed}:{id}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
+# --------------------------------------------------------------------------------------------------
+# Prompts
+
+
+def room_for(model: nn.Module, prompt, max_new_tokens: int) -> int:
+    """New tokens that fit: fewer than max_new_tokens where the model's learned positions end before.
+    ValueError for none."""
+    limit = getattr(getattr(model, "config", None), "max_positions", None)
+    if limit is not None and len(prompt) >= limit:
+        raise ValueError(
+            f"the prompt has {len(prompt)} tokens, but the model has {limit} positions; shorten it"
+        )
+    return max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
+
+
+def check_minimum(given: int, max_new_tokens: int, min_length: int) -> None:
+    if given + max_new_tokens < min_length:
+        raise ValueError(
+            f"min_length={min_length} cannot be reached: {given} tokens are given and max_new_tokens is "
+            f"{max_new_tokens}; lower one or raise the other"
+        )
+
+
+def penalised_tokens(model: nn.Module, prompt: dict) -> list[int]:
+    """What a repetition penalty counts of a prompt: `seen`, by default the tokens outside images."""
+    if "seen" in prompt:
+        return [int(t) for t in prompt["seen"]]
+    Q = model.num_image_tokens
+    slots = {i for s in prompt["image_starts"] for i in range(s, s + Q)}
+    return [int(t) for i, t in enumerate(prompt["input_ids"]) if i not in slots]
+
+
+def cut_at_stop(processor, ids: list[int], stop_texts: list[str]) -> tuple[str, bool]:
+    """The answer's text before the first stop text, and whether there was one, wherever the borders of tokens
+    lie."""
+    shown = processor.decode(ids)
+    for text in (
+        (shown, processor.tokenizer.decode(ids)) if stop_texts else ()
+    ):  # blanks at the ends are in the second
+        if found := [text.index(stop) for stop in stop_texts if stop in text]:
+            return text[: min(found)].strip(), True
+    return shown, False
+
+
+def digest_of(pixels: Tensor) -> bytes:
+    data = pixels.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+# --------------------------------------------------------------------------------------------------
+# The engine
+
+
+class Engine:
+    """Answers requests; one thread calls it. The model is in evaluation mode from then on.
+
+    step_tokens: tokens of a forward pass; cache_tokens: rows of the pool (keys and values of one token each);
+    image_cache_mb: features of images that were seen lately; max_running: answers at once; stop_words: tokens
+    that end an answer (default: the processor's).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor=None,
+        adapters: dict[str, str] | None = None,
+        *,
+        step_tokens: int = 2048,
+        cache_tokens: int = 32768,
+        image_cache_mb: float = 512,
+        max_running: int = 64,
+        stop_words: list[list[int]] | None = None,
+    ):
+        self.model, self.processor = model.eval(), processor
+        parameter = next(model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        # how a prompt may enter: in "chunks"; "whole", where later tokens change what earlier ones are; or
+        # "alone", in a pass without running sequences
+        self.prefill = getattr(model, "prefill", "chunks")
+        stop_words = processor.stop_words if stop_words is None else stop_words
+        self.end_tokens = {word[0] for word in stop_words if len(word) == 1}
+        self.end_words = [word for word in stop_words if len(word) > 1]
+        self.adapters = lora.add_adapters(model, adapters) if adapters else {}
+        self.step_tokens, self.max_running = step_tokens, max_running
+        self.tuned = getattr(getattr(model, "config", None), "pre_seq_len", None) or 0
+        self.use_pool(cache_tokens)
+        self.sampler = Sampler(max_running, sorted(self.end_tokens))
+        self.free_slots = list(range(max_running))[::-1]
+        self.queue: deque[Sequence] = deque()
+        self.active: list[Sequence] = []  # in the order in which they came
+        self.kept: list[Sequence] = []  # their rows are still there, the latest used last
+        self.by_request: dict[Request, Sequence] = {}
+        self.features: OrderedDict[tuple, Tensor] = OrderedDict()  # (digest, adapter) -> an image's features
+        self.feature_bytes, self.feature_limit = 0, image_cache_mb * 2**20
+
+    # ---- requests
+
+    def submit(self, request: Request) -> None:
+        """ValueError in one line where it can never run."""
+        sequence = self.sequence(request)
+        how, size = request.how, getattr(getattr(self.model, "config", None), "vocab_size", None)
+        if bad := [t for t in request.logit_bias if not 0 <= t < (size or t + 1)]:
+            raise ValueError(f"logit_bias: token {bad[0]}; expected 0 to {size - 1}")
+        if how.num_beams > 1:
+            raise ValueError(f"num_beams={how.num_beams}: a beam search does not share a batch; use 1")
+        if sequence.rows > self.pool.size:
+            raise ValueError(
+                f"the prompt's {sequence.given} tokens and max_new_tokens={how.max_new_tokens} need "
+                f"{sequence.rows} rows of the cache, which has {self.pool.size}; shorten one"
+            )
+        self.enqueue(sequence)
+
+    def enqueue(self, sequence: Sequence) -> None:
+        self.queue.append(sequence)
+        self.by_request[sequence.request] = sequence
+
+    def sequence(self, request: Request) -> Sequence:
+        """The request as the engine needs it, its images opened."""
+        model, prompt, how = self.model, request.prompt, request.how
+        if request.adapter is not None and request.adapter not in self.adapters:
+            names = ", ".join(self.adapters) or "none"
+            raise ValueError(f"adapter {request.adapter!r} is not here; there is {names}")
+        given = len(prompt["input_ids"])
+        room = room_for(model, prompt["input_ids"], how.max_new_tokens)
+        encoder = given - 1 if getattr(model, "has_encoder", False) else 0
+        check_minimum(given - encoder, how.max_new_tokens, how.min_length)
+        tokens = np.zeros(given + room, np.int64)
+        tokens[:given] = prompt["input_ids"]
+        positions = np.asarray(prompt.get("position_ids", np.arange(given)))
+        step = np.asarray(getattr(model, "position_step", 1))
+        later = positions[..., -1:] + step * np.arange(1, room + 1)
+        images = prompt.get("pixel_values")
+        if images is None:
+            images = [self.processor.load_image(image) for image in prompt.get("images", ())]
+        digests = [digest_of(pixels) for pixels in images]
+        group = getattr(model, "cache_group", lambda length: None)(given)
+        return Sequence(
+            request=request,
+            tokens=tokens,
+            total=given,
+            positions=np.concatenate((positions, later), -1),
+            given=given,
+            encoder=encoder,
+            rows=max(encoder, given - encoder + room) + self.tuned,
+            images=images,
+            digests=dict(zip(prompt["image_starts"], digests, strict=True)),
+            group=(request.adapter, group),
+        )
+
+    def cancel(self, request: Request) -> None:
+        """Frees its place before the next step; nothing is said of it any more."""
+        sequence = self.by_request.pop(request, None)
+        if sequence in self.queue:
+            self.queue.remove(sequence)
+        elif sequence is not None:
+            self.leave(sequence)
+
+    def has_work(self) -> bool:
+        return bool(self.by_request)
+
+    @property
+    def waiting(self) -> int:
+        return len(self.queue)
+
+    @property
+    def running(self) -> int:
+        return len(self.active)
+
+    # ---- rows of the pool
+
+    def use_pool(self, size: int) -> None:
+        self.pool = Pool(size, self.tuned)
+
+    def common_prefix(self, a: Sequence, b: Sequence, known: int) -> int:
+        """Tokens of `a`'s prompt that begin like the first `known` of `b`; at least one is left over."""
+        if a.group != b.group:
+            return 0
+        n = min(a.given - 1, known)
+        differs = (a.tokens[:n] != b.tokens[:n]).nonzero()[0]
+        n = int(differs[0]) if len(differs) else n
+        for place in a.digests.keys() | b.digests.keys():
+            if place < n and a.digests.get(place) != b.digests.get(place):
+                n = place
+        # where later tokens change what earlier ones are, nothing but a whole prompt is the same
+        if self.prefill != "chunks" and not (n == a.given - 1 and a.given == b.given):
+            return 0
+        return n
+
+    def admit(self, sequence: Sequence) -> bool:
+        """Gives it rows, and what another sequence has computed of its prompt. False: it has to wait."""
+        donor, shared = None, 0
+        for other in [*self.active, *self.kept]:
+            n = self.common_prefix(sequence, other, other.fed)
+            if n > shared:
+                donor, shared = other, n
+            # one that will be computed soon is worth waiting for: the other answers to a prompt (n > 1)
+            if other.fed < other.given and self.common_prefix(sequence, other, other.given) > max(n, shared):
+                return False
+        start = self.pool.take(sequence.rows)
+        if start is None:
+            kept = [(k.start, k.start + k.rows) for k in self.kept]
+            if not self.pool.would_fit(sequence.rows, kept):
+                return False
+            while start is None:  # the longest unused first, the donor last
+                victim = next((k for k in self.kept if k is not donor), donor)
+                if victim is donor:
+                    donor, shared = None, 0
+                self.kept.remove(victim)
+                self.pool.give_back(victim.start, victim.rows)
+                start = self.pool.take(sequence.rows)
+        sequence.start, sequence.slot = start, self.free_slots.pop()
+        if donor is not None:
+            rows = sequence.row(shared) + self.pool.before
+            self.pool.copy(donor.start, start, rows, sequence.encoder)
+            sequence.fed = sequence.cached = shared
+            if donor in self.kept:
+                self.kept.remove(donor)
+                if donor.fed > shared or self.prefill != "chunks":
+                    self.kept.append(donor)
+                else:  # all that it has is in the new one too
+                    self.pool.give_back(donor.start, donor.rows)
+        self.active.append(sequence)
+        return True
+
+    def leave(self, sequence: Sequence) -> None:
+        """Its rows stay until room is needed."""
+        self.active.remove(sequence)
+        self.free_slots.append(sequence.slot)
+        sequence.features, sequence.images = None, []
+        whole = self.prefill == "chunks" or sequence.fed >= sequence.given
+        if sequence.fed and whole:
+            self.kept.append(sequence)
+        else:
+            self.pool.give_back(sequence.start, sequence.rows)
+
+    def fork(self, sequences: list[Sequence], parents: list[int], tokens: list[int]) -> list[Sequence]:
+        """Beams of one prompt: sequence n goes on from sequences[parents[n]] with tokens[n]. The first heir
+        takes the rows over, the others copy what is in use."""
+        for n, s in enumerate(sequences):
+            if n not in parents:
+                self.pool.give_back(s.start, s.rows)
+        heirs = []
+        for n, p in enumerate(parents):
+            s = sequences[p]
+            if p in parents[:n]:
+                s = replace(s, tokens=s.tokens.copy(), start=self.pool.take(s.rows))
+                self.pool.copy(sequences[p].start, s.start, s.row(s.fed) + self.tuned, s.encoder)
+            heirs.append(s)
+        for s, token in zip(heirs, tokens, strict=True):
+            s.tokens[s.total] = token
+            s.total += 1
+        return heirs
+
+    # ---- a step
+
+    def schedule(self) -> list[tuple[Sequence, int]]:
+        """(sequence, tokens of it) of the next pass."""
+        whole, alone = self.prefill != "chunks", self.prefill == "alone"
+        decode = [(s, 1) for s in self.active if s.fed and s.total - s.fed == 1]
+        prompts, left = [], self.step_tokens - (0 if alone else len(decode))
+
+        def add(sequence: Sequence) -> None:
+            nonlocal left
+            rest = sequence.total - sequence.fed
+            count = rest if whole else min(rest, left)
+            if count <= left or not prompts:  # a prompt beyond the budget is alone in its step
+                prompts.append((sequence, count))
+                left -= count
+
+        for sequence in self.active:
+            if left > 0 and not (sequence.fed and sequence.total - sequence.fed == 1):
+                add(sequence)
+        for sequence in list(self.queue):
+            if left <= 0 or not self.free_slots:
+                break
+            if self.admit(sequence):
+                self.queue.remove(sequence)
+                if sequence.fed and sequence.total - sequence.fed == 1:
+                    decode.append((sequence, 1))
+                    left -= 1
+                else:
+                    add(sequence)
+            elif self.pool_is_short(sequence):
+                break  # the others wait behind it: a long one is never overtaken for ever
+        if not alone:
+            return decode + prompts
+        # its prompts have a pass of their own, for one adapter
+        adapter = prompts[0][0].request.adapter if prompts else None
+        return [p for p in prompts if p[0].request.adapter == adapter] or decode
+
+    def pool_is_short(self, sequence: Sequence) -> bool:
+        kept = [(k.start, k.start + k.rows) for k in self.kept]
+        return not self.pool.would_fit(sequence.rows, kept)
+
+    @torch.inference_mode()
+    def forward(self, entries: list[tuple[Sequence, int]]) -> Tensor:
+        """Logits (S, V) fp32 behind the next tokens of each sequence; the pool grows by them."""
+        entries = [(s, s.fed, count) for s, count in entries]
+        Q = self.model.num_image_tokens
+        self.encode_images([s for s, a, n in entries if any(a < p + Q and p < a + n for p in s.digests)])
+        batch = self.batch(entries)
+        batch["cache"] = KVCache(
+            self.pool,
+            [s.start for s, _, _ in entries],
+            [s.row(first) for s, first, _ in entries],
+            [s.encoder for s, _, _ in entries],
+            encode=any(first == 0 for _, first, _ in entries),
+        )
+        batch = {
+            k: v.to(self.device) if torch.is_tensor(v) and k not in HOST_TENSORS else v
+            for k, v in batch.items()
+        }
+        with lora.adapted(self.rows_of_adapters(entries)):
+            logits = self.model(batch, output="logits").float()
+        for s, first, count in entries:
+            s.fed = first + count
+        return logits
+
+    def batch(self, entries: list[tuple[Sequence, int, int]]) -> dict:
+        """The tokens first .. first + count - 1 of each sequence as one stream."""
+        counts = [count for _, _, count in entries]
+        bounds = np.cumsum([0, *counts])
+        batch = {
+            "input_ids": torch.from_numpy(np.concatenate([s.tokens[f : f + n] for s, f, n in entries])),
+            "position_ids": torch.from_numpy(
+                np.concatenate([s.positions[..., f : f + n] for s, f, n in entries], -1)
+            ),
+            "cu_seqlens": torch.from_numpy(bounds.astype(np.int32)),
+            "max_len": max(counts),
+            # cached keys were turned with the base that the prompt's length decides
+            "rope_lengths": torch.tensor([s.given for s, _, _ in entries]),
+        }
+        prefixes = [s.request.prompt.get("prefix_len", 0) for s, _, _ in entries]
+        if any(prefixes):
+            batch["prefix_lens"] = torch.tensor(prefixes)
+        features, places = [], []
+        Q = self.model.num_image_tokens
+        for (s, first, count), start in zip(entries, bounds.tolist(), strict=False):
+            for n, slot in enumerate(s.digests):
+                a, b = max(slot, first), min(slot + Q, first + count)  # the part of the image in this piece
+                if a < b:
+                    features.append(s.features[n][a - slot : b - slot] if b - a < Q else s.features[n])
+                    places.append(np.arange(a, b) + start - first)
+        if features and self.prefill == "alone":  # whole images, which need not have a row a slot
+            batch["image_features"] = torch.stack(features)
+            batch["image_positions"] = torch.from_numpy(np.stack(places))
+        elif features:
+            batch["image_features"] = torch.cat(features)[None]
+            batch["image_positions"] = torch.from_numpy(np.concatenate(places))[None]
+        return batch
+
+    def rows_of_adapters(self, entries: list[tuple[Sequence, int, int]]) -> list[tuple[str, Tensor | None]]:
+        """(adapter, rows of the stream that are its; None: all of them)."""
+        counts = [count for _, _, count in entries]
+        names = [s.request.adapter for s, _, _ in entries]
+        if len({*names}) == 1:
+            return [] if names[0] is None else [(names[0], None)]
+        owners = np.repeat([list(self.adapters).index(n) if n is not None else -1 for n in names], counts)
+        rows = [(name, torch.from_numpy((owners == n).nonzero()[0])) for n, name in enumerate(self.adapters)]
+        return [(name, index.to(self.device)) for name, index in rows if len(index)]
+
+    def encode_images(self, sequences: list[Sequence]) -> None:
+        """The features of their images, of those that no request had lately in one pass an adapter."""
+        needed: dict[str | None, dict[tuple, Tensor]] = {}
+        for s in sequences:
+            if s.features is None:
+                adapter = s.request.adapter if self.adapters.get(s.request.adapter) else None
+                s.feature_keys = [(digest, adapter) for digest in s.digests.values()]
+                for key, pixels in zip(s.feature_keys, s.images, strict=True):
+                    if key not in self.features:
+                        needed.setdefault(adapter, {})[key] = pixels
+        found = {}
+        for adapter, images in needed.items():
+            keys = list(images)
+            for first in range(0, len(keys), IMAGES_AT_ONCE):
+                some = keys[first : first + IMAGES_AT_ONCE]
+                pixels = torch.stack([images[key] for key in some]).to(self.device, self.dtype)
+                with lora.adapted([] if adapter is None else [(adapter, None)]):
+                    features = self.model({"pixel_values": pixels}, output="features")
+                found |= zip(some, features, strict=True)
+        for s in sequences:
+            if s.features is None:
+                s.features = [found[k] if k in found else self.features[k] for k in s.feature_keys]
+                for key, x in zip(s.feature_keys, s.features, strict=True):
+                    self.features[key] = x
+                    self.features.move_to_end(key)
+        self.feature_bytes += sum(x.numel() * x.element_size() for x in found.values())
+        while self.feature_bytes > self.feature_limit:
+            _, x = self.features.popitem(last=False)
+            self.feature_bytes -= x.numel() * x.element_size()
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """One forward pass; [] if there is nothing to do."""
+        entries = self.schedule()
+        if not entries:
+            return []
+        logits = self.forward(entries)
+        done = [
+            n for n, (s, _) in enumerate(entries) if s.fed == s.total
+        ]  # the others are inside their prompt
+        if not done:
+            return []
+        sequences = [entries[n][0] for n in done]
+        if len(done) < len(entries):
+            logits = logits[done]
+        for s, row in zip(sequences, logits, strict=True):
+            if s.total == s.given:
+                how = s.request.how
+                least = max(how.min_new_tokens, how.min_length - (s.given - s.encoder))
+                self.sampler.join(s.slot, s, penalised_tokens(self.model, s.request.prompt), least, row)
+        tokens, finite, logprobs = self.sampler(logits, [s.slot for s in sequences])
+        tokens, finite = torch.stack((tokens, finite.long())).tolist()
+        chosen, best = self.report(sequences, tokens, logprobs)
+        events = []
+        for n, s in enumerate(sequences):
+            event = Event(s.request, tokens[n], chosen[n], best[n], cached_tokens=s.cached)
+            if finite[n]:
+                s.tokens[s.total] = tokens[n]
+                s.total += 1
+                event.finish = self.finish(s, tokens[n])
+            else:
+                event = Event(s.request, None, finish="error", error=NOT_FINITE, cached_tokens=s.cached)
+                s.fed = 0  # no other request goes on from its rows
+            events.append(event)
+            if event.finish:
+                self.leave(s)
+                del self.by_request[s.request]
+        return events
+
+    def finish(self, s: Sequence, token: int) -> str | None:
+        """Why the answer ends with this token; None: it goes on."""
+        ended = token in self.end_tokens
+        ended |= any(s.tokens[: s.total][-len(word) :].tolist() == word for word in self.end_words)
+        if not ended and s.request.stop:
+            ended = cut_at_stop(self.processor, s.answer, s.request.stop)[1]
+        if not ended and s.request.stopped:
+            ended = s.request.stopped(s.answer)
+        return "stop" if ended else "length" if s.total == len(s.tokens) else None
+
+    @staticmethod
+    def report(
+        sequences: list[Sequence], tokens: list[int], logprobs: Tensor | None
+    ) -> tuple[list[float | None], list[list[tuple[int, float]]]]:
+        """Log-probabilities of the tokens, and of the best ones, as each request asks for them."""
+        wanted = [s.request.logprobs for s in sequences]
+        if logprobs is None:
+            return [None] * len(tokens), [[] for _ in tokens]
+        index = torch.tensor(tokens, device=logprobs.device)[:, None]
+        chosen = logprobs.gather(1, index)[:, 0].tolist()
+        best = [[] for _ in tokens]
+        if max(wanted) > 0:
+            values, indices = (x.tolist() for x in logprobs.topk(min(max(wanted), logprobs.shape[1])))
+            best = [
+                list(zip(i, v, strict=True))[: max(w, 0)]
+                for i, v, w in zip(indices, values, wanted, strict=True)
+            ]
+        return [c if w >= 0 else None for c, w in zip(chosen, wanted, strict=True)], best
