@@ -641,26 +641,44 @@ class Engine:
     @torch.inference_mode()
     def forward(self, entries: list[tuple[Sequence, int]]) -> Tensor:
         """Logits (S, V) fp32 behind the next tokens of each sequence; the pool grows by them."""
-        entries = [(s, s.fed, count) for s, count in entries]
-        Q = self.model.num_image_tokens
-        self.encode_images([s for s, a, n in entries if any(a < p + Q and p < a + n for p in s.digests)])
-        batch = self.batch(entries)
+        pieces, Q = [(s, s.fed, count) for s, count in entries], self.model.num_image_tokens
+        self.encode_images([s for s, a, n in pieces if any(a < p + Q and p < a + n for p in s.digests)])
+        # an adapter that holds parameters of the language model whole has a pass of its own
+        groups: dict[str | None, list[int]] = {}
+        for n, (s, _, _) in enumerate(pieces):
+            adapter = s.request.adapter
+            groups.setdefault(adapter if adapter and self.adapters[adapter].text else None, []).append(n)
+        logits = [self.one_pass(adapter, [pieces[n] for n in rows]) for adapter, rows in groups.items()]
+        for s, first, count in pieces:
+            s.fed = first + count
+        if len(groups) == 1:
+            return logits[0]
+        order = np.argsort([n for rows in groups.values() for n in rows])
+        return torch.cat(logits)[torch.from_numpy(order).to(self.device)]
+
+    def one_pass(self, whole: str | None, pieces: list[tuple[Sequence, int, int]]) -> Tensor:
+        """The model on one stream; `whole`: the adapter whose whole parameters it has."""
+        batch = self.batch(pieces)
         batch["cache"] = KVCache(
             self.pool,
-            [s.start for s, _, _ in entries],
-            [s.row(first) for s, first, _ in entries],
-            [s.encoder for s, _, _ in entries],
-            encode=any(first == 0 for _, first, _ in entries),
+            [s.start for s, _, _ in pieces],
+            [s.row(first) for s, first, _ in pieces],
+            [s.encoder for s, _, _ in pieces],
+            encode=any(first == 0 for _, first, _ in pieces),
         )
         batch = {
             k: v.to(self.device) if torch.is_tensor(v) and k not in HOST_TENSORS else v
             for k, v in batch.items()
         }
-        with lora.adapted(self.rows_of_adapters(entries)):
-            logits = self.model(batch, output="logits").float()
-        for s, first, count in entries:
-            s.fed = first + count
-        return logits
+        with lora.adapted(self.rows_of_adapters(pieces)):
+            return self.run(whole, batch, "logits").float()
+
+    def run(self, adapter: str | None, batch: dict, output: str) -> Tensor:
+        """The model with the parameters that the adapter holds whole in place of the base's."""
+        whole = self.adapters[adapter].whole if adapter else {}
+        if not whole:
+            return self.model(batch, output=output)
+        return torch.func.functional_call(self.model, whole, (batch,), {"output": output})
 
     def batch(self, entries: list[tuple[Sequence, int, int]]) -> dict:
         """The tokens first .. first + count - 1 of each sequence as one stream."""
@@ -710,7 +728,8 @@ class Engine:
         needed: dict[str | None, dict[tuple, Tensor]] = {}
         for s in sequences:
             if s.features is None:
-                adapter = s.request.adapter if self.adapters.get(s.request.adapter) else None
+                adapter = s.request.adapter
+                adapter = adapter if adapter and self.adapters[adapter].changes_images else None
                 s.feature_keys = [(digest, adapter) for digest in s.digests.values()]
                 for key, pixels in zip(s.feature_keys, s.images, strict=True):
                     if key not in self.features:
@@ -722,7 +741,7 @@ class Engine:
                 some = keys[first : first + IMAGES_AT_ONCE]
                 pixels = torch.stack([images[key] for key in some]).to(self.device, self.dtype)
                 with lora.adapted([] if adapter is None else [(adapter, None)]):
-                    features = self.model({"pixel_values": pixels}, output="features")
+                    features = self.run(adapter, {"pixel_values": pixels}, "features")
                 found |= zip(some, features, strict=True)
         for s in sequences:
             if s.features is None:

@@ -19,6 +19,7 @@ import os
 import re
 import sys
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -584,22 +585,30 @@ def load_adapter(
     return list(scalings)
 
 
+@dataclass
+class Added:
+    """What an adapter is beside the low-rank updates of its layers."""
+
+    changes_images: bool  # whether an image's features are others with it
+    text: dict[str, torch.Tensor]  # parameters that it holds whole: those of the language model, and all
+    whole: dict[str, torch.Tensor]
+
+
 @torch.no_grad()
-def add_adapters(model: nn.Module, directories: dict[str, str]) -> dict[str, bool]:
-    """Puts several adapters beside one base, for rows that `adapted` names -> {adapter: whether it changes
-    what an image's features are}. ValueError for one that does not belong to the model, or that holds
-    parameters whole: those cannot be two things in one batch."""
+def add_adapters(model: nn.Module, directories: dict[str, str]) -> dict[str, Added]:
+    """Puts several adapters beside one base, for rows that `adapted` names. ValueError for one that does not
+    belong to the model."""
     patterns = sys.modules[type(model).__module__].IMAGE_PARAMETERS
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    changes_images = {}
+    parameters = dict(model.named_parameters())
+    shapes = {name: p.shape for name, p in parameters.items()}
+    added = {}
+
+    def of_images(name: str) -> bool:
+        return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
     for adapter, directory in directories.items():
         config, tensors = read_adapter(directory, aliases_of(model))
         scalings, extra = adapter_updates(config, tensors, shapes)
-        if extra:
-            raise ValueError(
-                f"{directory}: the adapter holds {extra[0]} whole ({len(extra)} such), which cannot share a "
-                "batch with others; merge it (python merge.py) and serve the result"
-            )
         for name, scaling in scalings.items():
             module = model.get_submodule(name)
             if type(module) not in (nn.Linear, SharedLinear):
@@ -609,7 +618,8 @@ def add_adapters(model: nn.Module, directories: dict[str, str]) -> dict[str, boo
                 module.__class__, module.adapters = SharedLinear, {}
             A, B = (tensors[f"{name}.lora_{x}.weight"].to(module.weight) for x in "AB")
             module.adapters[adapter] = A, B, scaling
-        changes_images[adapter] = any(
-            fnmatch.fnmatch(f"{name}.weight", pattern) for name in scalings for pattern in patterns
-        )
-    return changes_images
+        whole = {name: tensors[name].to(parameters[name]) for name in extra}
+        text = {name: x for name, x in whole.items() if not of_images(name)}
+        changed = [*whole, *(f"{name}.weight" for name in scalings)]
+        added[adapter] = Added(any(map(of_images, changed)), text, whole)
+    return added
