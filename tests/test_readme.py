@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -40,20 +41,48 @@ def test_there_are_commands():
     assert sum("train.py" in c for c in COMMANDS) >= 4 and any("merge.py" in c for c in COMMANDS)
 
 
+@pytest.fixture(scope="module")
+def servers():
+    """What commands have started and left running: port -> process."""
+    started = {}
+    yield started
+    for process in started.values():
+        process.terminate()
+        process.wait(60)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command(copy, command):
+def test_command(copy, command, servers):
     if "train.py" in command and "--dry_run" not in command:
         command += " --max_steps 3"
     folder = str(Path(sys.executable).parent)
     env = {**os.environ, "PATH": folder + os.pathsep + os.environ["PATH"], "OMP_NUM_THREADS": "1"}
+    if re.match(r"python serve.py (?!bench)", command):
+        port, place = serve_in_background(f"{command} --port 0", copy, env)
+        servers[port] = place
+        return
+    if ":8000" in command:
+        command = command.replace(":8000", f":{max(servers)}")
     result = subprocess.run(
         command, shell=True, cwd=copy, env=env, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
 
 
+def serve_in_background(command: str, folder: Path, env: dict) -> tuple[int, subprocess.Popen]:
+    """-> the server's port, which a line of it tells when it is ready, and its process."""
+    with open(folder / "server.log", "w") as log:
+        process = subprocess.Popen(command.split(), cwd=folder, env=env, stderr=log)
+    while process.poll() is None:
+        if found := re.search(r"serving .*:(\d+)\n", (folder / "server.log").read_text()):
+            return int(found[1]), process
+        time.sleep(0.1)
+    raise AssertionError((folder / "server.log").read_text())
+
+
 def test_files_of_the_tree_exist():
     tree = re.search(r"```text\n(train\.py.*?)```", README, re.DOTALL)[1]
     names = [line.split()[0] for line in tree.splitlines() if line.strip()]
+    names += re.findall(r"; ([\w/]+(?:\.py|/|\.md)):", tree)
     assert len(names) > 10 and not [name for name in names if not (ROOT / name).exists()]
     assert len(README.splitlines()) < 250

@@ -1,0 +1,167 @@
+"""What a server of OpenAI's chat API gives, ours or any other: serve.py bench URL.
+
+    python serve.py bench http://127.0.0.1:8000 --concurrency 8 --image samples/images/digits/0001.png
+
+Time to the first token, between tokens, and of whole answers; tokens/s; goodput, the rate of answers that
+keep an objective.
+"""
+
+import base64
+import concurrent.futures
+import http.client
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import torch
+
+import images
+import records
+import terminal
+
+
+def one_answer(url, args, number: int, picture: str | None) -> dict:
+    """Asks once and streams the answer: times of its pieces, its tokens, or the error."""
+    content = [{"type": "text", "text": args.prompt.replace("{n}", str(number))}]
+    if picture:
+        content.insert(0, {"type": "image_url", "image_url": {"url": picture}})
+    body = {"messages": [{"role": "user", "content": content}], "stream": True, "max_tokens": args.max_tokens}
+    body |= {"model": args.model_name, "stream_options": {"include_usage": True}, "temperature": 0}
+    body |= args.body
+    headers = {"Content-Type": "application/json"}
+    headers |= {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
+    kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
+    connection = kind(url.hostname, url.port, timeout=600)
+    found = {"began": time.perf_counter(), "times": [], "tokens": 0, "error": None}
+    try:
+        path = url.path.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
+        connection.request("POST", path, json.dumps(body), headers)
+        response = connection.getresponse()
+        if response.status != 200:
+            found["error"] = f"status {response.status}"
+        for line in response if response.status == 200 else ():
+            if not line.startswith(b"data: {"):
+                continue
+            chunk = json.loads(line[6:])
+            if "error" in chunk:
+                found["error"] = str(chunk["error"])[:100]
+            if any(choice["delta"].get("content") for choice in chunk.get("choices", ())):
+                found["times"].append(time.perf_counter())
+            found["tokens"] = (chunk.get("usage") or {}).get("completion_tokens", found["tokens"])
+    except (OSError, ValueError, http.client.HTTPException) as e:
+        found["error"] = f"{type(e).__name__}: {e}"[:100]
+    finally:
+        connection.close()
+    found["ended"] = time.perf_counter()
+    found["tokens"] = found["tokens"] or len(found["times"])
+    found["times"] = found["times"] or [found["ended"]]  # an answer without text
+    return found
+
+
+def percentiles(values: list[float]) -> str:
+    ordered = sorted(values) or [math.nan]
+    return " ".join(
+        f"{1000 * ordered[min(len(ordered) - 1, int(q * len(ordered)))]:9.1f}" for q in (0.5, 0.9, 0.99)
+    )
+
+
+def main(argv: list[str]) -> int:
+    parser = terminal.Parser(prog="serve.py bench", description=__doc__)
+    add = parser.add_argument
+    add("url", help="the server, e.g. http://127.0.0.1:8000")
+    add(
+        "--concurrency",
+        type=int,
+        default=8,
+        help="closed loop: so many clients, each asks again when answered",
+    )
+    add(
+        "--rate",
+        type=float,
+        default=None,
+        help="requests a second with Poisson arrivals, instead of --concurrency",
+    )
+    add("--num_requests", type=int, default=64)
+    add("--max_tokens", type=int, default=64)
+    add("--prompt", default="Question {n}: describe the image.", help="{n}: the request's number")
+    add("--image", action="append", default=[], help="image file; of several each request takes the next one")
+    add("--model_name", default=None, help="default: the first of the server's /v1/models")
+    add("--api_key", default=None)
+    add("--ttft_ms", type=float, default=1000.0, help="goodput: first token within so many ms ...")
+    add("--itl_ms", type=float, default=100.0, help="... and later ones on average every so many ms")
+    add("--body", default="{}", help='more fields of each body as JSON, e.g. {"min_tokens": 64}')
+    add("--seed", type=int, default=0, help="of the arrivals")
+    args = parser.parse_args(argv)
+    url = urlsplit(args.url)
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise ValueError(f"url={args.url!r}; expected http://HOST:PORT or https://HOST")
+    if args.num_requests < 1 or args.concurrency < 1 or (args.rate is not None and args.rate <= 0):
+        raise ValueError("bench: num_requests, concurrency and rate must be above 0")
+    pictures = []
+    for path in args.image:
+        images.open_image(path)
+        pictures.append("data:image/png;base64," + base64.b64encode(Path(path).read_bytes()).decode())
+    args.body = records.parse_json(args.body)
+    if not isinstance(args.body, dict):
+        raise ValueError('body: expected an object such as {"min_tokens": 64}')
+    args.model_name = args.model_name or first_model(url, args.api_key)
+
+    def ask(number: int) -> dict:
+        return one_answer(url, args, number, pictures[number % len(pictures)] if pictures else None)
+
+    began = time.perf_counter()
+    if args.rate is None:
+        with concurrent.futures.ThreadPoolExecutor(args.concurrency) as clients:
+            answers = list(clients.map(ask, range(args.num_requests)))
+    else:
+        gaps = torch.empty(args.num_requests).exponential_(
+            args.rate, generator=torch.Generator().manual_seed(args.seed)
+        )
+        with concurrent.futures.ThreadPoolExecutor(args.num_requests) as clients:
+            asked = []
+            for number, due in enumerate((gaps.cumsum(0) - gaps[0]).tolist()):
+                time.sleep(max(0.0, began + due - time.perf_counter()))
+                asked.append(clients.submit(ask, number))
+            answers = [one.result() for one in asked]
+    return report(args, answers, time.perf_counter() - began)
+
+
+def first_model(url, api_key: str | None) -> str:
+    kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
+    connection = kind(url.hostname, url.port, timeout=30)
+    path = url.path.rstrip("/").removesuffix("/v1") + "/v1/models"
+    try:
+        connection.request("GET", path, headers={"Authorization": f"Bearer {api_key}"} if api_key else {})
+        return json.loads(connection.getresponse().read())["data"][0]["id"]
+    except OSError as e:
+        raise ValueError(
+            f"no server answers at {url.geturl()} ({e.strerror or e}); start one first"
+        ) from None
+    except (ValueError, LookupError, TypeError, http.client.HTTPException):
+        raise ValueError(f"{path} of the server lists no model; give --model_name (and --api_key?)") from None
+
+
+def report(args, answers: list[dict], seconds: float) -> int:
+    good = [a for a in answers if not a["error"]]
+    first = [a["times"][0] - a["began"] for a in good]
+    gaps = [b - a for one in good for a, b in zip(one["times"], one["times"][1:], strict=False)]
+    mean = [(a["times"][-1] - a["times"][0]) / max(a["tokens"] - 1, 1) for a in good]
+    within = sum(
+        f <= args.ttft_ms / 1000 and m <= args.itl_ms / 1000 for f, m in zip(first, mean, strict=True)
+    )
+    tokens = sum(a["tokens"] for a in good)
+    load = f"{args.rate:g} requests/s" if args.rate else f"{args.concurrency} clients"
+    print(f"{load}: {len(good)} of {len(answers)} answered in {seconds:.1f} s, {tokens:,} tokens")
+    print(f"{tokens / seconds:.1f} tokens/s, {len(good) / seconds:.2f} requests/s")
+    print("ms                        p50       p90       p99")
+    print(f"first token         {percentiles(first)}")
+    print(f"between tokens      {percentiles(gaps)}")
+    print(f"whole answer        {percentiles([a['ended'] - a['began'] for a in good])}")
+    objective = f"first token <= {args.ttft_ms:g} ms, then <= {args.itl_ms:g} ms a token"
+    print(f"goodput {within / seconds:.2f} requests/s ({objective})")
+    if errors := [a["error"] for a in answers if a["error"]]:
+        print(f"{len(errors)} failed, the first: {errors[0]}", file=sys.stderr)
+    return 1 if len(good) < len(answers) else 0
