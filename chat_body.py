@@ -48,7 +48,7 @@ DECODING = {
     "min_tokens": "min_new_tokens",
 }
 DECODING |= {name: name for name in ("temperature", "top_p", "top_k", "repetition_penalty", "seed")}
-FLAGS = ("stream", "logprobs")
+FLAGS = ("stream", "logprobs", "continue_final_message")
 OTHERS = ("model", "messages", "stop", "stream_options", "logit_bias")
 # of no effect on an answer: accepted
 HARMLESS = (
@@ -60,7 +60,14 @@ HARMLESS = (
     "prompt_cache_key",
     "prediction",
 )
-HARMLESS += ("prompt_cache_retention", "parallel_tool_calls", "request_id", "priority", "return_token_ids")
+HARMLESS += (
+    "prompt_cache_retention",
+    "parallel_tool_calls",
+    "request_id",
+    "priority",
+    "return_token_ids",
+    "add_generation_prompt",
+)
 NEUTRAL = {  # would change the answer and is not there: accepted where it asks for nothing
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -82,8 +89,6 @@ NEUTRAL = {  # would change the answer and is not there: accepted where it asks 
     "stop_token_ids": ([],),
     "skip_special_tokens": (True,),
     "include_stop_str_in_output": (False,),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
@@ -130,6 +135,7 @@ class Wanted:
     logit_bias: dict[int, float] = field(default_factory=dict)
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    begun: str | None = None  # the beginning of the answer, which is not part of what is made
 
 
 def read_wanted(content: bytes, limits, defaults: Decoding, vocab_size: int) -> Wanted:
@@ -147,7 +153,7 @@ def read_wanted(content: bytes, limits, defaults: Decoding, vocab_size: int) -> 
     include_usage = read_stream_options(body.get("stream_options", {}), stream)
     stop, bias = read_stop(body.get("stop", [])), read_bias(body.get("logit_bias", {}), vocab_size)
     how = read_decoding(numbers, defaults)
-    turns, places = read_messages(body["messages"], limits)
+    turns, places, begun = read_messages(body["messages"], limits, body.get("continue_final_message", False))
     return Wanted(
         model=body["model"],
         turns=turns,
@@ -161,6 +167,7 @@ def read_wanted(content: bytes, limits, defaults: Decoding, vocab_size: int) -> 
         logit_bias=bias,
         presence_penalty=numbers.get("presence_penalty", 0.0),
         frequency_penalty=numbers.get("frequency_penalty", 0.0),
+        begun=begun,
     )
 
 
@@ -249,9 +256,9 @@ def read_decoding(numbers: dict, defaults: Decoding) -> Decoding:
         raise Refused(400, message, message.partition("=")[0]) from None
 
 
-def read_messages(messages, limits) -> tuple[list, list[str]]:
-    """The turns of a conversation, and where its images stand. Texts stay texts (no tag in them opens a
-    file); images are data URLs."""
+def read_messages(messages, limits, go_on: bool) -> tuple[list, list[str], str | None]:
+    """The turns of a conversation, where its images stand, and the beginning of the answer, if its last
+    message is one to go on from. Texts stay texts (no tag opens a file); images are data URLs."""
     if not isinstance(messages, list) or not messages or len(messages) > 4096:
         raise bad("messages", "a list of messages, at least one", messages)
     cleaned, places = [], []
@@ -275,8 +282,14 @@ def read_messages(messages, limits) -> tuple[list, list[str]]:
         if len(places) > limits.max_images:
             raise Refused(400, f"{where}: more than {limits.max_images} images", f"{where}.content")
         cleaned.append({"role": message["role"], "content": content})
-    if cleaned[-1]["role"] != "user":
-        raise bad(f"messages[{len(cleaned) - 1}].role", "a last message of the user", cleaned[-1]["role"])
+    last, begun = cleaned[-1], None
+    if last["role"] != ("assistant" if go_on else "user"):
+        whose = "the assistant, to go on from" if go_on else "the user"
+        raise bad(f"messages[{len(cleaned) - 1}].role", f"a last message of {whose}", last["role"])
+    if go_on:
+        begun = last["content"]
+        if not isinstance(begun, str):
+            raise bad(f"messages[{len(cleaned) - 1}].content", "a text to go on from", begun)
     try:
         turns = records.chat_turns({"messages": cleaned}, answered=False)
         records.check_text(turns)
@@ -284,7 +297,7 @@ def read_messages(messages, limits) -> tuple[list, list[str]]:
         number = re.match(r"turn (\d+) ", str(e))
         where = f"messages[{number[1]}].content" if number else "messages"
         raise Refused(400, f"{where}: {records.one_line(e)}", where) from None
-    return turns, places
+    return turns, places, begun
 
 
 def check_text(text: str, where: str) -> None:

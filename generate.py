@@ -359,15 +359,22 @@ def read_requests(args) -> tuple[list[Conversation], list[tuple[str, str]]]:
 
 class Shown:
     """The text of an answer while its tokens come: whole characters only, no part of a stop text, and nothing
-    that the next token may still change."""
+    that the next token may still change. Of a long answer the last tokens alone are decoded.
 
-    def __init__(self, processor, stop_texts: list[str] = ()):
-        self.processor, self.stop_texts, self.tokens, self.text = processor, stop_texts, [], ""
+    begun: tokens of the answer that are shown already, as the text `text`.
+    """
+
+    WINDOW = 96
+
+    def __init__(self, processor, stop_texts: list[str] = (), begun: list[int] = (), text: str = ""):
+        self.processor, self.stop_texts = processor, stop_texts
+        self.tokens, self.text = list(begun), text
+        self.start, self.window = 0, text  # the first token that is decoded, and what is shown from there on
 
     def more(self, token: int) -> str:
         """What can be shown now that the token is there."""
         self.tokens.append(token)
-        text, stopped = cut_at_stop(self.processor, self.tokens, self.stop_texts)
+        text, stopped = cut_at_stop(self.processor, self.tokens[self.start :], self.stop_texts)
         if stopped:
             return ""
         # a mark may change with what follows (VisualGLM's punctuation), a letter or digit does not
@@ -375,9 +382,15 @@ class Shown:
         for stop in self.stop_texts:  # the next token may complete a stop text
             held = max([held, *(n for n in range(1, len(stop)) if text.endswith(stop[:n]))])
         text = text[: len(text) - held].rstrip()
-        if not text.startswith(self.text) or text.endswith("\ufffd"):
+        if not text.startswith(self.window) or text.endswith("\ufffd"):
             return ""
-        piece, self.text = text[len(self.text) :], text
+        piece, self.window = text[len(self.window) :], text
+        self.text += piece
+        if not held and not self.stop_texts and len(self.tokens) - self.start > self.WINDOW:
+            start = len(self.tokens) - self.WINDOW // 3
+            window = self.processor.decode(self.tokens[start:])
+            if self.text.endswith(window):  # else it begins inside a character, or is worded anew
+                self.start, self.window = start, window
         return piece
 
     def rest(self, text: str) -> str | None:

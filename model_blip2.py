@@ -1942,6 +1942,10 @@ class Blip2Processor:
             "seen": seen,
         }
 
+    def answer_ids(self, text: str) -> list[int]:
+        """Ids of the beginning of an answer, behind the prompt, that generation goes on from."""
+        return self.tokenizer.encode(f" {text}" if self.kind == "opt" else text)
+
     def decode(self, ids: list[int]) -> str:
         """The reply: cut at the first end token, blanks at both ends removed."""
         stop = next((i for i, token in enumerate(ids) if token == self.eos), len(ids))

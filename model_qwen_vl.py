@@ -1041,6 +1041,10 @@ class QwenVLProcessor:
             "truncated": False,
         }
 
+    def answer_ids(self, text: str) -> list[int]:
+        """Ids of the beginning of an answer, behind the prompt, that generation goes on from."""
+        return self.tokenizer.encode(text, special="vision")
+
     def decode(self, ids: list[int]) -> str:
         """The reply: cut at the first end marker, special text such as boxes kept."""
         ends = {self.tokenizer.im_start, self.tokenizer.im_end, self.eos}

@@ -1236,6 +1236,10 @@ class VisualGLMProcessor:
         except ValueError as e:
             raise ValueError(f"{conversation.where}: {e}") from None
 
+    def answer_ids(self, text: str) -> list[int]:
+        """Ids of the beginning of an answer, behind the prompt, that generation goes on from."""
+        return self.tokenizer.encode(text)
+
     def decode(self, ids: list[int]) -> str:
         """The reply: cut at the end marker, punctuation restored."""
         ids = list(ids)

@@ -47,6 +47,7 @@ try:
     from starlette.routing import Route
 except ImportError as e:
     sys.exit(f"error: {e.name} is not installed; pip install -r requirements-serve.txt")
+import numpy as np
 import torch
 from PIL import Image
 
@@ -141,7 +142,8 @@ class Chat:
         settings |= {"frequency_penalty": w.frequency_penalty}
         # like the numbers of records in a file of requests: so one seed gives the answers of generate.py
         self.wishes = [Wish(str(n), prompt, w.how, **settings, chat=self, index=n) for n in range(w.n)]
-        self.choices = [Choice(service.processor, w.stop, w.logprobs, n) for n in range(w.n)]
+        begun = prompt["begun"], wanted.begun or ""
+        self.choices = [Choice(service.processor, w.stop, w.logprobs, n, *begun) for n in range(w.n)]
         self.running = set(range(w.n))
 
     async def accepted(self) -> None:
@@ -173,7 +175,7 @@ class Chat:
             self.service.metrics.add("request_success", len(self.running), finished_reason="abort")
 
     def usage(self) -> dict:
-        made = sum(len(choice.shown.tokens) for choice in self.choices)
+        made = sum(choice.made for choice in self.choices)
         details = {"cached_tokens": self.cached_tokens, "image_tokens": self.image_tokens, "audio_tokens": 0}
         return {
             "prompt_tokens": self.prompt_tokens,
@@ -242,12 +244,18 @@ class Chat:
 class Choice:
     """One answer as it grows."""
 
-    def __init__(self, processor, stop: list[str], top: int, index: int):
+    def __init__(self, processor, stop: list[str], top: int, index: int, begun: list[int], text: str):
         self.processor, self.stop, self.top, self.index = processor, stop, top, index
-        self.shown, self.finish = Shown(processor, stop), None
+        if begun and not text.startswith(processor.decode(begun)):
+            text = processor.decode(begun)  # what the model makes of it
+        self.shown, self.finish, self.begun = Shown(processor, stop, begun, text), None, len(begun)
         self.entries: list[
             tuple[int, dict]
         ] = []  # log-probabilities to be sent, with where their text begins
+
+    @property
+    def made(self) -> int:
+        return len(self.shown.tokens) - self.begun
 
     def add(self, event) -> tuple[str, list[dict]]:
         """-> the text and the log-probabilities that can be sent now."""
@@ -449,7 +457,7 @@ class Metrics:
     def ended(self, chat: Chat, choice: Choice) -> None:
         self.add("request_success", 1, finished_reason=choice.finish)
         self.observe("e2e_request_latency_seconds", time.monotonic() - chat.started)
-        self.observe("request_generation_tokens", len(choice.shown.tokens))
+        self.observe("request_generation_tokens", choice.made)
         self.add("prefix_cache_queries", chat.prompt_tokens)
         self.add("prefix_cache_hits", chat.cached_tokens)
 
@@ -514,6 +522,7 @@ class Service:
         try:
             with records.one_record("the request"):
                 prompt = self.processor.prompt(conversation)
+                prompt["begun"] = self.go_on(prompt, wanted.begun) if wanted.begun else []
                 prompt["pixel_values"] = []
                 sources = prompt["images"]  # the last ones, where the model's window has dropped old turns
                 for where, source in zip(wanted.places[-len(sources) :], sources, strict=False):
@@ -522,6 +531,20 @@ class Service:
         except records.BadRecord as e:
             raise Refused(400, e.reason, place) from None
         return wanted, prompt, wanted.model if wanted.model in self.limits.adapters else None
+
+    def go_on(self, prompt: dict, text: str) -> list[int]:
+        """Puts the beginning of an answer behind the prompt -> its ids."""
+        if getattr(self.engine.model, "has_encoder", False):
+            raise ValueError("continue_final_message: an encoder-decoder does not go on; leave it out")
+        ids = self.processor.answer_ids(text)
+        prompt["input_ids"] = np.append(prompt["input_ids"], ids)
+        if "position_ids" in prompt:
+            given, step = prompt["position_ids"], np.asarray(getattr(self.engine.model, "position_step", 1))
+            later = given[..., -1:] + step * np.arange(1, len(ids) + 1)
+            prompt["position_ids"] = np.concatenate((given, later), -1)
+        if "seen" in prompt:
+            prompt["seen"] = [*prompt["seen"], *ids]
+        return ids
 
     def names(self) -> str:
         return ", ".join([self.name, *self.limits.adapters])

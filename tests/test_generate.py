@@ -219,6 +219,27 @@ def test_stop_texts_lie_anywhere_and_are_never_shown(pieces, stops, shown, capsy
     assert (text, capsys.readouterr().out) == (shown, shown + "\n")
 
 
+@pytest.mark.parametrize("kind", ["qwen_vl", "blip2", "visualglm"])
+def test_a_long_answer_is_shown_from_its_last_tokens(kind, monkeypatch):
+    """All of it, whatever the tokens are, and without decoding all of it for each."""
+    processor = data.load_processor(data.model_directory(kind, "tiny"))
+    random_ids = torch.Generator().manual_seed(1)
+    words = [processor.answer_ids(text) for text in ("Two flags, 3 ", "你好，世界！", "🙂 é", "a.b: c\n")]
+    ids = [i for n in torch.randint(0, 4, (400,), generator=random_ids).tolist() for i in words[n]]
+    whole, longest, decode = processor.decode(ids), 0, processor.decode
+
+    def counted(some):
+        nonlocal longest
+        longest = max(longest, len(some))
+        return decode(some)
+
+    monkeypatch.setattr(processor, "decode", counted)
+    shown = g.Shown(processor)
+    pieces = [shown.more(i) for i in ids]
+    assert "".join(pieces) + shown.rest(whole) == whole
+    assert longest < 3 * g.Shown.WINDOW < len(ids) / 2 and sum(map(bool, pieces)) > 400
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_stop_text_of_an_answer(model, processor, dataset, beams):
     """Any piece of the free answer, at borders that no tokenizer would choose, ends the answer before it."""

@@ -233,7 +233,13 @@ def test_a_stream_is_the_whole_answer(clients, model):
         assert [c["finish_reason"] for c in mine] == [None] * (len(mine) - 1) + ["length"]
         assert mine[-1]["delta"] == {} and choice["finish_reason"] == "length"
         entries = [entry for c in mine if c["logprobs"] for entry in c["logprobs"]["content"]]
-        assert entries == choice["logprobs"]["content"] and len(entries) == 40
+        expected = choice["logprobs"]["content"]
+        assert [e["bytes"] for e in entries] == [e["bytes"] for e in expected] and len(entries) == 40
+        for entry, other in zip(entries, expected, strict=True):
+            assert entry["logprob"] == pytest.approx(other["logprob"], abs=1e-4)
+            assert [top["bytes"] for top in entry["top_logprobs"]] == [
+                top["bytes"] for top in other["top_logprobs"]
+            ]
     first, second = whole["choices"]
     assert first["message"] != second["message"]  # its own draws
 
@@ -280,6 +286,26 @@ def test_a_stop_text_is_never_shown(client):
     chunks = client.stream(stop=stop, **fields)
     assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks) == cut
     assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_an_answer_is_gone_on_with(clients, model):
+    """From a half of it, the other half: also where a blank stands between them."""
+    client, fields = clients(model), {"min_tokens": 24, "logit_bias": {}}
+    whole = client.ask(max_tokens=24, logprobs=True, **fields)["choices"][0]
+    entries, processor = whole["logprobs"]["content"], client.service.processor
+    text, tried = whole["message"]["content"], 0
+    for half in range(6, 18):
+        begun = bytes(b for e in entries[:half] for b in e["bytes"]).decode("utf-8", "replace").strip()
+        if not text.startswith(begun) or len(processor.answer_ids(begun)) != half:
+            continue  # its tokens would be others
+        messages = [*asked(), {"role": "assistant", "content": begun}]
+        more = {"continue_final_message": True, "add_generation_prompt": False, "max_tokens": 24 - half}
+        answer = client.ask(messages, **{**fields, "min_tokens": 24 - half}, **more)
+        assert begun + answer["choices"][0]["message"]["content"] == text
+        assert answer["usage"]["completion_tokens"] == 24 - half
+        tried += 1
+    assert tried > 1
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -422,6 +448,8 @@ BAD = [  # what is changed in a good body, the field that the error names
     ({"audio": {"voice": "a"}}, "audio"),
     ({"num_beams": 4}, "num_beams"),
     ({"temprature": 1}, "temprature"),
+    ({"continue_final_message": True}, "messages[0].role"),
+    ({"continue_final_message": 1}, "continue_final_message"),
     ({"max_tokens": 60_000}, "messages"),  # no room in the cache
 ]
 
@@ -609,6 +637,7 @@ ATTACKS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attacks_by_images_are_refused(client, monkeypatch, name):
     def nowhere(*args, **options):
