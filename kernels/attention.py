@@ -96,13 +96,16 @@ def attention_ranges_ref(
     bounds = cu_seqlens_q.tolist()
     prefixes = prefix_lens.tolist() if causal and prefix_lens is not None else [0] * len(keys)
     # 16 bits on a CPU are computed in fp32, as in attention_ref
-    dtype = torch.float32 if q.device.type == "cpu" and q.element_size() == 2 else q.dtype
-    q, outputs = q.to(dtype)[None].transpose(1, 2), []  # (1, H, T, D)
+    cast = q.device.type == "cpu" and q.element_size() == 2
+    q, k, v = (x[None].transpose(1, 2) for x in (q, k, v))  # (1, H, T, D)
+    outputs = []
     for s, ((first, end), prefix) in enumerate(zip(keys, prefixes, strict=True)):
-        ks, vs = (x[first:end].to(dtype)[None].transpose(1, 2) for x in (k, v))
-        qs, here = q[:, :, bounds[s] : bounds[s + 1]], None
+        num_q, num_k, here = bounds[s + 1] - bounds[s], end - first, None
+        qs, ks, vs = q.narrow(2, bounds[s], num_q), k.narrow(2, first, num_k), v.narrow(2, first, num_k)
+        if cast:
+            qs, ks, vs = qs.float(), ks.float(), vs.float()
         if bias is not None:  # it ends with the last query and the last key
-            here = bias.to(dtype)[..., bias.shape[-2] - qs.shape[2] :, bias.shape[-1] - (end - first) :]
+            here = bias[..., bias.shape[-2] - num_q :, bias.shape[-1] - num_k :].to(qs.dtype)
         outputs.append(_segments(qs, ks, vs, causal, prefix, here))
     return torch.cat(outputs, 2)[0].transpose(0, 1).to(v.dtype)
 

@@ -85,6 +85,7 @@ EXTRA = (
     "skipped_blocks",
     "deterministic",
     "plan_is_shared",
+    "key_ranges",
     "refusals",
     "autocast",
     "vocab_parallel",
@@ -190,20 +191,19 @@ def bounds(lengths: list[int]):
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
 
-def attention_call(lengths: str, mask: str, **options):
+def prefixes_of(lengths_k: list[int]):
+    """Of nothing, of one key, of some, of all."""
     import torch
 
+    prefix = torch.tensor([(0, 20, 1, 10**6)[i % 4] for i in range(1, 1 + len(lengths_k))])
+    return torch.minimum(prefix, torch.tensor(lengths_k))
+
+
+def attention_call(lengths: str, mask: str, **options):
     from kernels.attention import attention
 
     lengths_q, lengths_k = LENGTHS[lengths]
-    # a prefix of nothing, of one key, of some, of all
-    prefix = (
-        torch.tensor([(0, 20, 1, 10**6)[i % 4] for i in range(1, 1 + len(lengths_q))])
-        if mask == "prefix"
-        else None
-    )
-    if prefix is not None:
-        prefix = torch.minimum(prefix, torch.tensor(lengths_k))
+    prefix = prefixes_of(lengths_k) if mask == "prefix" else None
     arguments = (bounds(lengths_q), bounds(lengths_k), max(lengths_q + lengths_k), mask != "full", prefix)
     return lambda q, k, v, **more: attention(q, k, v, *arguments, **options, **more)
 
@@ -359,10 +359,42 @@ def plan_is_shared() -> list[str]:
 
     small_tiles()
     attention.plan.cache_clear()
-    for _ in range(3):  # three layers, each with bounds of its own as KVCache makes them
+    for _ in range(3):  # three layers, each with bounds of its own as a cache makes them
         attention_call("decode", "causal", impl="triton")(*[x.detach() for x in qkv("decode", 64)])
     info = attention.plan.cache_info()
     return [] if (info.misses, info.hits) == (1, 2) else [f"three layers made {info.misses} plans"]
+
+
+def key_ranges() -> list[str]:
+    """Keys that lie anywhere in a pool, in any order, give what they give brought together."""
+    import torch
+
+    from kernels.attention import attention_ranges
+
+    small_tiles()
+    problems = []
+    for lengths, mask in (
+        ("decode", "causal"),
+        ("append", "causal"),
+        ("append", "prefix"),
+        ("cross", "full"),
+    ):
+        q, k, v = (x.detach() for x in qkv(lengths, 64))
+        expected = attention_call(lengths, mask, impl="ref")(q, k, v)
+        counts, pool = LENGTHS[lengths][1], torch.full((2, 400, *k.shape[1:]), float("nan"))
+        keys, first = [], 380
+        for count in counts:  # from the end to the front, with gaps
+            first -= count + 5
+            keys.append((first, first + count))
+        for (first, end), ks, vs in zip(keys, k.split(counts), v.split(counts), strict=True):
+            pool[0, first:end], pool[1, first:end] = ks, vs
+        cu_seqlens = torch.tensor([0, *itertools.accumulate(LENGTHS[lengths][0])], dtype=torch.int32)
+        prefix_lens = prefixes_of(counts) if mask == "prefix" else None
+        for impl in ("ref", "triton"):
+            o = attention_ranges(q, *pool, cu_seqlens, keys, mask != "full", prefix_lens, impl=impl)
+            if not float((o - expected).abs().max()) < 1e-5:
+                problems.append(f"{impl}, {lengths}, {mask}: off by {float((o - expected).abs().max())}")
+    return problems
 
 
 def refusals() -> list[str]:
