@@ -647,8 +647,8 @@ class Plan:
         return epoch, [units_of_round[dp_rank::dp_size] for units_of_round in rounds]
 
 
-# -------------------------------------------------------------------------------------------------- samples
-# and batches
+# --------------------------------------------------------------------------------------------------
+# samples and batches
 
 
 def splitmix64(x: np.ndarray) -> np.ndarray:

@@ -4,8 +4,8 @@ hardware's limit.
     torchrun --nproc_per_node 8 train.py configs/qwen_vl/sft.json --sharding stage1 --dry_run
 
 Activations are what autograd would keep: one forward pass on the meta device counts it. The rest is
-arithmetic. tests/test_py holds it to a tenth of the measured peak for eight layouts; two tensor-parallel
-ranks took 10% more than it says.
+arithmetic. tests/test_estimate.py holds it to a tenth of the measured peak for eight layouts; two
+tensor-parallel ranks took 10% more than it says.
 """
 
 import copy

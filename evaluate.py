@@ -1,10 +1,9 @@
 """Dataset -> answers -> scores: captions (CIDEr-D, BLEU, ROUGE-L), VQA accuracy, exact match, BLIP-2's
 retrieval.
 
-python evaluate.py --lora_path output                      # an adapter, on the eval entries of its own run
-python evaluate.py --model blip2 --data_files samples/caption/captions_val_en.json --name coco_caption
---num_beams 5 python evaluate.py configs/blip2/samples_sft.json --model_name_or_path output --output
-results.json
+    python evaluate.py --lora_path output  # an adapter, on the eval entries of its own run
+    python evaluate.py --model blip2 --data_files captions.json --image_root images --num_beams 5
+    python evaluate.py configs/blip2/samples_sft.json --model_name_or_path output --output results.json
 
 A configuration is read as train.py reads it, and the same samples are scored; options of the command line
 win. With none, it is the train_config.json of the run that --lora_path or --model_name_or_path comes from.

@@ -375,8 +375,8 @@ def vqa_v2(path: str, document: dict, annotations: dict) -> list[dict]:
     return records
 
 
-# -------------------------------------------------------------------------------------------------- images of
-# a turn
+# --------------------------------------------------------------------------------------------------
+# images of a turn
 
 
 @dataclass(frozen=True)
@@ -550,8 +550,7 @@ def resolve_image(path: str, image_root: str | None, folder: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------
-# readers A reader turns one record into [(kind, turns, answers)]; most give one conversation, a caption list
-# gives several.
+# readers: one turns a record into [(kind, turns, answers)]; most give one, a caption list several
 
 IMAGE_KEYS = ("image", "images", "img", "image_path", "image_paths", "image_file", "image_url", "file_name")
 TABLE_KEYS = {

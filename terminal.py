@@ -1,8 +1,8 @@
 """What a person sees at the terminal: help, one-line errors of the command line, a progress bar, the next
 command.
 
-bar = Progress(total=2000, what="training")
-bar.update(120, "loss 2.31")      # [####......] 120/2000 training, loss 2.31, 3:05 left
+    bar = Progress(total=2000, what="training")
+    bar.update(120, "loss 2.31")      # [####......] 120/2000 training, loss 2.31, 3:05 left
 """
 
 import argparse

@@ -1,9 +1,9 @@
 """A small untrained BLIP-2: tokenizers trained on samples/, random weights. See runs/make_tiny.sh.
 
-PYTHONPATH=. python runs/make_tiny_blip2.py init runs/out/blip2             # .../language_model and
-.../stage1 PYTHONPATH=. python runs/make_tiny_blip2.py tower runs/out/blip2/trained1 runs/out/blip2/tower    #
-the ViT alone PYTHONPATH=. python runs/make_tiny_blip2.py round runs/out/blip2/trained2 samples/tiny_blip2
-# weights to bf16
+export PYTHONPATH=.
+python runs/make_tiny_blip2.py init runs/out/blip2  # .../language_model and .../stage1
+python runs/make_tiny_blip2.py tower runs/out/blip2/trained1 runs/out/blip2/tower  # the ViT alone
+python runs/make_tiny_blip2.py round runs/out/blip2/trained2 samples/tiny_blip2  # weights to bf16
 """
 
 import json

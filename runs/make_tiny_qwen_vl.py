@@ -1,8 +1,9 @@
 """A small untrained Qwen-VL: config.json, a byte-level BPE trained on samples/, random weights. See
 runs/make_tiny.sh.
 
-PYTHONPATH=. python runs/make_tiny_qwen_vl.py init runs/out/init PYTHONPATH=. python runs/make_tiny_qwen_vl.py
-round runs/out/trained samples/tiny_qwen_vl      # weights to bf16
+    export PYTHONPATH=.
+    python runs/make_tiny_qwen_vl.py init runs/out/init
+    python runs/make_tiny_qwen_vl.py round runs/out/trained samples/tiny_qwen_vl  # weights to bf16
 """
 
 import base64

@@ -1,9 +1,10 @@
 """A small VisualGLM to train: config.json, a unigram tokenizer trained on samples/, the tiny Qwen-VL's vision
 tower, random weights elsewhere.
 
-PYTHONPATH=. python runs/make_tiny_visualglm.py init runs/out/init_glm python train.py
-runs/tiny_visualglm.json PYTHONPATH=. python runs/make_tiny_visualglm.py round runs/out/trained_glm
-samples/tiny_visualglm      # weights to bf16
+    export PYTHONPATH=.
+    python runs/make_tiny_visualglm.py init runs/out/init_glm
+    python train.py runs/tiny_visualglm.json
+    python runs/make_tiny_visualglm.py round runs/out/trained_glm samples/tiny_visualglm  # weights to bf16
 """
 
 import json
