@@ -79,12 +79,25 @@ class Sequence:
     fed: int = 0  # tokens whose keys and values are in the pool
     cached: int = 0  # of them, those that came from another sequence
     slot: int = -1  # its place in the sampler's tables
+    stopped: Callable[[list[int]], bool] | None = None  # whether an answer ends, by its ids
+    beams: "Beams | None" = None  # the search that it belongs to
     features: list[Tensor] | None = None
     feature_keys: list[tuple] = field(default_factory=list)
 
     @property
     def answer(self) -> list[int]:
         return self.tokens[self.given : self.total].tolist()
+
+    @property
+    def running(self) -> "list[Sequence]":
+        """Itself, or the beams that it has become."""
+        return self.beams.sequences if self.beams and self.beams.sequences else [self]
+
+    @property
+    def decodes(self) -> bool:
+        """Whether one token is left to compute, and others are there."""
+        first = self.running[0]
+        return first.fed > 0 and first.total - first.fed == 1
 
     def row(self, token: int) -> int:
         """Rows of the pool that the tokens before this one take."""
@@ -243,6 +256,20 @@ def sampling_probs(logits: Tensor, temperature, top_k, top_p) -> Tensor:
     return logits.softmax(-1)
 
 
+def penalise_repetition(logits: Tensor, seen: Tensor, penalty, always_divide=False) -> Tensor:
+    """logits (..., V): those of tokens in `seen` (..., V) are divided by the penalty where positive, else
+    multiplied (arXiv:1909.05858). always_divide: negative ones too, which makes them likelier, as
+    SwissArmyTransformer does. Penalty and rule: one, or one of each row (B, 1)."""
+    lower = torch.where((logits > 0) | always_divide, logits / penalty, logits * penalty)
+    return torch.where(seen, lower, logits)
+
+
+def seen_mask(tokens: list[int], V: int, device: torch.device | str = "cpu") -> Tensor:
+    """(V,) whether a token is one of these."""
+    index = torch.tensor(tokens, dtype=torch.int64, device=device)
+    return torch.zeros(V, dtype=torch.bool, device=device).index_fill(0, index, True)
+
+
 class Sampler:
     """Chooses a token for each row of logits, each row by its own settings, in transformers' order:
     penalties, bias, minimal length, temperature, top-k, top-p. A sequence has a slot in the tables while it
@@ -278,7 +305,7 @@ class Sampler:
 
         if how.repetition_penalty != 1:
             self.seen = table(self.seen, torch.bool)
-            self.seen[slot, torch.tensor([] if sat else seen, dtype=torch.int64)] = True
+            self.seen[slot] = seen_mask([] if sat else seen, V, logits.device)
         if request.presence_penalty or request.frequency_penalty:
             self.counts = table(self.counts, torch.float32)
         if request.logit_bias or self.bias is not None:
@@ -302,10 +329,10 @@ class Sampler:
 
         repeats = bool((s["repetition"] != 1).any())
         counted = bool(((s["presence"] != 0) | (s["frequency"] != 0)).any())
-        if repeats:  # arXiv:1909.05858; SwissArmyTransformer divides negative logits too
+        if repeats:
             penalty = column("repetition")
-            lower = torch.where((logits > 0) | (column("sat") > 0), logits / penalty, logits * penalty)
-            logits = torch.where(self.seen[at] & (penalty != 1), lower, logits)
+            seen = self.seen[at] & (penalty != 1)
+            logits = penalise_repetition(logits, seen, penalty, column("sat") > 0)
         if counted:
             used = (column("presence") != 0) | (column("frequency") != 0)
             counts = torch.where(used, self.counts[at], 0.0)
@@ -336,6 +363,70 @@ class Sampler:
             self.counts[at, tokens] += 1
         self.made[slots] += 1
         return tokens, finite, logprobs
+
+
+class Beams:
+    """The search for the best answers to one request: a few sequences that go on side by side."""
+
+    def __init__(
+        self,
+        request: Request,
+        room: int,
+        given: int,
+        seen: list[int],
+        ends: set[int],
+        stopped: Callable[[list[int]], bool] | None,
+    ):
+        how = request.how
+        self.request, self.how, self.room = request, how, room
+        self.ends, self.stopped = sorted(ends), stopped
+        self.lavis = how.beam_rule == "lavis"
+        # lavis knows of the prompt the token alone that the answer begins with
+        self.given, self.seen = (1, seen[:1]) if self.lavis else (given, seen)
+        self.made = 0  # tokens of each
+        self.running: list[tuple[float, list[int]]] = [(0.0, [])]  # (sum of log-probabilities, new tokens)
+        self.finished: list[tuple[float, list[int]]] = []  # (score, new tokens), best first
+        self.sequences: list[Sequence] = []  # of the running ones
+
+    def finish(self, total: float, tokens: list[int], length: int) -> None:
+        self.finished.append((total / length**self.how.length_penalty, tokens))
+        self.finished = sorted(self.finished, key=lambda h: -h[0])[: self.how.num_beams]
+
+    def advance(self, logits: Tensor) -> tuple[list[int], list[int]] | None:
+        """logits (B, V) behind the running ones -> the one that each goes on from and its next token; None at
+        the end."""
+        how, K, stopped = self.how, self.how.num_beams, self.stopped
+        rows, V = logits.log_softmax(-1), logits.shape[1]
+        self.made += 1
+        if how.repetition_penalty != 1.0:
+            masks = [seen_mask(self.seen + tokens, V, rows.device) for _, tokens in self.running]
+            rows = penalise_repetition(rows, torch.stack(masks), how.repetition_penalty)
+        if self.made <= how.min_new_tokens or self.given + self.made - 1 < how.min_length:
+            rows = rows.index_fill(1, torch.tensor(self.ends, device=rows.device), float("-inf"))
+        totals = rows + torch.tensor([total for total, _ in self.running], device=rows.device)[:, None]
+        best, index = totals.flatten().topk(min(2 * K, totals.numel()))
+        running, parents = [], []
+        for rank, (total, at) in enumerate(zip(best.tolist(), index.tolist(), strict=True)):
+            tokens = [*self.running[at // V][1], at % V]
+            ended = tokens[-1] in self.ends or bool(stopped and stopped(tokens))
+            if ended or (self.made == self.room and not self.lavis):
+                if rank < K:
+                    self.finish(total, tokens, self.made)
+            elif len(running) < K:
+                running.append((total, tokens))
+                parents.append(at // V)
+        if self.lavis:
+            reachable = float(best[0]) / (self.made + 1) ** how.length_penalty
+        else:
+            reachable = running[0][0] / self.made**how.length_penalty if running else float("-inf")
+        self.running = running
+        if len(self.finished) == K and self.finished[-1][0] >= reachable:
+            return None
+        if self.made < self.room:
+            return parents, [tokens[-1] for _, tokens in running]
+        for total, tokens in running if self.lavis else ():
+            self.finish(total, tokens, self.made + 1)
+        return None
 
 
 def stream_of(seed: int, id: str) -> int:
@@ -444,11 +535,7 @@ class Engine:
     def submit(self, request: Request) -> None:
         """ValueError in one line where it can never run."""
         sequence = self.sequence(request)
-        how, size = request.how, getattr(getattr(self.model, "config", None), "vocab_size", None)
-        if bad := [t for t in request.logit_bias if not 0 <= t < (size or t + 1)]:
-            raise ValueError(f"logit_bias: token {bad[0]}; expected 0 to {size - 1}")
-        if how.num_beams > 1:
-            raise ValueError(f"num_beams={how.num_beams}: a beam search does not share a batch; use 1")
+        how = request.how
         if sequence.rows > self.pool.size:
             raise ValueError(
                 f"the prompt's {sequence.given} tokens and max_new_tokens={how.max_new_tokens} need "
@@ -469,7 +556,14 @@ class Engine:
         given = len(prompt["input_ids"])
         room = room_for(model, prompt["input_ids"], how.max_new_tokens)
         encoder = given - 1 if getattr(model, "has_encoder", False) else 0
-        check_minimum(given - encoder, how.max_new_tokens, how.min_length)
+        stopped = request.stopped
+        if request.stop:
+            stopped = lambda ids: cut_at_stop(self.processor, ids, request.stop)[1]  # noqa: E731
+        beams = self.beams(request, room, given - encoder, stopped) if how.num_beams > 1 else None
+        check_minimum(beams.given if beams else given - encoder, how.max_new_tokens, how.min_length)
+        size = getattr(getattr(model, "config", None), "vocab_size", None)
+        if bad := [t for t in request.logit_bias if not 0 <= t < (size or t + 1)]:
+            raise ValueError(f"logit_bias: token {bad[0]}; expected 0 to {size - 1}")
         tokens = np.zeros(given + room, np.int64)
         tokens[:given] = prompt["input_ids"]
         positions = np.asarray(prompt.get("position_ids", np.arange(given)))
@@ -487,11 +581,29 @@ class Engine:
             positions=np.concatenate((positions, later), -1),
             given=given,
             encoder=encoder,
-            rows=max(encoder, given - encoder + room) + self.tuned,
+            rows=(max(encoder, given - encoder + room) + self.tuned) * how.num_beams,
             images=images,
             digests=dict(zip(prompt["image_starts"], digests, strict=True)),
             group=(request.adapter, group),
+            stopped=stopped,
+            beams=beams,
         )
+
+    def beams(self, request: Request, room: int, given: int, stopped) -> Beams:
+        """ValueError for what a beam search does not take."""
+        how, size = request.how, getattr(getattr(self.model, "config", None), "vocab_size", None)
+        if self.end_words:
+            raise ValueError(
+                "beam search ends at single tokens; a stop word of several tokens needs num_beams=1"
+            )
+        if size is not None and how.num_beams > size // 2:
+            raise ValueError(
+                f"num_beams={how.num_beams}; expected at most {size // 2}, half of the vocabulary"
+            )
+        if request.logit_bias or request.presence_penalty or request.frequency_penalty:
+            raise ValueError("logit_bias and presence or frequency penalties need num_beams=1")
+        seen = penalised_tokens(self.model, request.prompt)
+        return Beams(request, room, given, seen, self.end_tokens, stopped)
 
     def cancel(self, request: Request) -> None:
         """Frees its place before the next step; nothing is said of it any more."""
@@ -536,7 +648,8 @@ class Engine:
         """Gives it rows, and what another sequence has computed of its prompt. False: it has to wait."""
         donor, shared = None, 0
         for other in [*self.active, *self.kept]:
-            n = self.common_prefix(sequence, other, other.fed)
+            known = min(other.fed, other.given) if other.beams else other.fed
+            n = self.common_prefix(sequence, other, known)
             if n > shared:
                 donor, shared = other, n
             # one that will be computed soon is worth waiting for: the other answers to a prompt (n > 1)
@@ -573,36 +686,43 @@ class Engine:
         self.active.remove(sequence)
         self.free_slots.append(sequence.slot)
         sequence.features, sequence.images = None, []
+        if (
+            sequence.beams
+        ):  # of its first place, the prompt's rows are what they were; the answer's are anyone's
+            rows = sequence.rows // sequence.request.how.num_beams
+            self.pool.give_back(sequence.start + rows, sequence.rows - rows)
+            sequence.rows, sequence.fed = rows, min(sequence.fed, sequence.given)
         whole = self.prefill == "chunks" or sequence.fed >= sequence.given
         if sequence.fed and whole:
             self.kept.append(sequence)
         else:
             self.pool.give_back(sequence.start, sequence.rows)
 
-    def fork(self, sequences: list[Sequence], parents: list[int], tokens: list[int]) -> list[Sequence]:
-        """Beams of one prompt: sequence n goes on from sequences[parents[n]] with tokens[n]. The first heir
-        takes the rows over, the others copy what is in use."""
-        for n, s in enumerate(sequences):
-            if n not in parents:
-                self.pool.give_back(s.start, s.rows)
+    def fork(self, leader: Sequence, parents: list[int], tokens: list[int]) -> None:
+        """Each beam goes on from its parent with its token. The first heir takes the rows over, the others
+        copy what is in use to other places of the leader's range."""
+        before = leader.running
+        rows = leader.rows // leader.beams.how.num_beams
+        taken = {before[p].start for p in parents}
+        free = [s for s in range(leader.start, leader.start + leader.rows, rows) if s not in taken]
         heirs = []
         for n, p in enumerate(parents):
-            s = sequences[p]
+            s = before[p]
             if p in parents[:n]:
-                s = replace(s, tokens=s.tokens.copy(), start=self.pool.take(s.rows))
-                self.pool.copy(sequences[p].start, s.start, s.row(s.fed) + self.tuned, s.encoder)
+                s = replace(s, tokens=s.tokens.copy(), start=free.pop())
+                self.pool.copy(before[p].start, s.start, s.row(s.fed) + self.tuned, s.encoder)
             heirs.append(s)
         for s, token in zip(heirs, tokens, strict=True):
             s.tokens[s.total] = token
             s.total += 1
-        return heirs
+        leader.beams.sequences = heirs
 
     # ---- a step
 
     def schedule(self) -> list[tuple[Sequence, int]]:
         """(sequence, tokens of it) of the next pass."""
         whole, alone = self.prefill != "chunks", self.prefill == "alone"
-        decode = [(s, 1) for s in self.active if s.fed and s.total - s.fed == 1]
+        decode = [(x, 1) for s in self.active for x in s.running if s.decodes]
         prompts, left = [], self.step_tokens - (0 if alone else len(decode))
 
         def add(sequence: Sequence) -> None:
@@ -614,14 +734,14 @@ class Engine:
                 left -= count
 
         for sequence in self.active:
-            if left > 0 and not (sequence.fed and sequence.total - sequence.fed == 1):
+            if left > 0 and not sequence.decodes:
                 add(sequence)
         for sequence in list(self.queue):
             if left <= 0 or not self.free_slots:
                 break
             if self.admit(sequence):
                 self.queue.remove(sequence)
-                if sequence.fed and sequence.total - sequence.fed == 1:
+                if sequence.decodes:
                     decode.append((sequence, 1))
                     left -= 1
                 else:
@@ -764,11 +884,25 @@ class Engine:
         done = [
             n for n, (s, _) in enumerate(entries) if s.fed == s.total
         ]  # the others are inside their prompt
-        if not done:
+        plain = [n for n in done if not entries[n][0].beams]
+        events = self.sample(
+            [entries[n][0] for n in plain], logits if len(plain) == len(entries) else logits[plain]
+        )
+        searches: dict[Beams, list[int]] = {}
+        for n in done:
+            if entries[n][0].beams:
+                searches.setdefault(entries[n][0].beams, []).append(n)
+        for beams, rows in searches.items():
+            events += self.search(self.by_request[beams.request], logits[rows])
+        for event in events:
+            if event.finish:
+                self.leave(self.by_request.pop(event.request))
+        return events
+
+    def sample(self, sequences: list[Sequence], logits: Tensor) -> list[Event]:
+        """A token more for each."""
+        if not sequences:
             return []
-        sequences = [entries[n][0] for n in done]
-        if len(done) < len(entries):
-            logits = logits[done]
         for s, row in zip(sequences, logits, strict=True):
             if s.total == s.given:
                 how = s.request.how
@@ -779,28 +913,39 @@ class Engine:
         chosen, best = self.report(sequences, tokens, logprobs)
         events = []
         for n, s in enumerate(sequences):
-            event = Event(s.request, tokens[n], chosen[n], best[n], cached_tokens=s.cached)
-            if finite[n]:
-                s.tokens[s.total] = tokens[n]
-                s.total += 1
-                event.finish = self.finish(s, tokens[n])
-            else:
-                event = Event(s.request, None, finish="error", error=NOT_FINITE, cached_tokens=s.cached)
-                s.fed = 0  # no other request goes on from its rows
-            events.append(event)
-            if event.finish:
-                self.leave(s)
-                del self.by_request[s.request]
+            if not finite[n]:
+                events.append(self.failed(s))
+                continue
+            s.tokens[s.total] = tokens[n]
+            s.total += 1
+            finish = self.finish(s, tokens[n])
+            events.append(Event(s.request, tokens[n], chosen[n], best[n], finish, cached_tokens=s.cached))
         return events
+
+    def search(self, leader: Sequence, logits: Tensor) -> list[Event]:
+        """A token more for each beam of a request; at the end, the tokens of its best answer."""
+        if not bool(logits.isfinite().all()):
+            return [self.failed(leader)]
+        beams = leader.beams
+        if (chosen := beams.advance(logits)) is not None:
+            self.fork(leader, *chosen)
+            return []
+        tokens = beams.finished[0][1]
+        ended = tokens[-1] in self.end_tokens or bool(beams.stopped and beams.stopped(tokens))
+        events = [Event(leader.request, token, cached_tokens=leader.cached) for token in tokens]
+        events[-1].finish = "stop" if ended else "length"
+        return events
+
+    def failed(self, s: Sequence) -> Event:
+        s.fed = 0  # no other request goes on from its rows
+        return Event(s.request, None, finish="error", error=NOT_FINITE, cached_tokens=s.cached)
 
     def finish(self, s: Sequence, token: int) -> str | None:
         """Why the answer ends with this token; None: it goes on."""
         ended = token in self.end_tokens
         ended |= any(s.tokens[: s.total][-len(word) :].tolist() == word for word in self.end_words)
-        if not ended and s.request.stop:
-            ended = cut_at_stop(self.processor, s.answer, s.request.stop)[1]
-        if not ended and s.request.stopped:
-            ended = s.request.stopped(s.answer)
+        if not ended and s.stopped:
+            ended = s.stopped(s.answer)
         return "stop" if ended else "length" if s.total == len(s.tokens) else None
 
     @staticmethod

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import checkpoint
 import data
@@ -31,7 +31,7 @@ import lora
 import parallel
 import terminal
 from draw import draw_boxes
-from engine import NOT_FINITE, Engine, Request, check_minimum, cut_at_stop, penalised_tokens, room_for
+from engine import Engine, Request, Sequence, cut_at_stop, room_for
 from kernels import dispatch
 from quantize import BITS, quantize
 from records import BadRecord, Conversation, one_record
@@ -125,18 +125,6 @@ class Decoding:
         return how
 
 
-def penalise_repetition(
-    logits: Tensor, seen: list[int], penalty: float, always_divide: bool = False
-) -> Tensor:
-    """logits (V,): those of tokens seen before are divided by the penalty where positive, else multiplied
-    (arXiv:1909.05858). always_divide: negative ones too, which makes them likelier, as SwissArmyTransformer
-    does."""
-    index = torch.tensor(sorted(set(seen)), dtype=torch.int64, device=logits.device)
-    values = logits[index]
-    values = torch.where((values > 0) | always_divide, values / penalty, values * penalty)
-    return logits.index_copy(0, index, values)
-
-
 def generate(
     model: nn.Module,
     requests: list[dict],
@@ -178,11 +166,18 @@ def generate(
     engine = Engine(model, stop_words=stop_words, max_running=len(requests))
     wanted = [Request(r.get("id", ""), r, how, logprobs=-1, stopped=stopped) for r in requests]
     sequences = [engine.sequence(request) for request in wanted]
+    return answers_of(engine, sequences, on_token)
+
+
+def answers_of(
+    engine: Engine, sequences: list[Sequence], on_token: Callable[[int, int], None] | None = None
+) -> list[list[int]]:
+    """New token ids of each, the engine's pool being as large as all of them need."""
     engine.use_pool(sum(s.rows for s in sequences))
     for sequence in sequences:
         engine.enqueue(sequence)
-    outputs: list[list[int]] = [[] for _ in requests]
-    numbers = {request: i for i, request in enumerate(wanted)}
+    outputs: list[list[int]] = [[] for _ in sequences]
+    numbers = {sequence.request: i for i, sequence in enumerate(sequences)}
     while engine.has_work():
         for event in engine.step():
             if event.error:
@@ -191,7 +186,7 @@ def generate(
             outputs[i].append(event.token)
             if on_token:
                 on_token(i, event.token)
-            if event.finish == "length" and len(outputs[i]) < max_new_tokens:
+            if event.finish == "length" and len(outputs[i]) < event.request.how.max_new_tokens:
                 print(
                     f"warning: an answer ends after {len(outputs[i])} tokens, at the model's last position",
                     file=sys.stderr,
@@ -199,7 +194,6 @@ def generate(
     return outputs
 
 
-@torch.inference_mode()
 def beam_search(
     model: nn.Module,
     requests: list[dict],
@@ -222,88 +216,20 @@ def beam_search(
     token as one more, and knows that token alone of the prompt, also for the repetition penalty and
     min_length).
     """
-    model.eval()
-    K, ends, lavis = num_beams, {word[0] for word in stop_words if len(word) == 1}, rule == "lavis"
-    if len(ends) < len(stop_words):
-        raise ValueError("beam search ends at single tokens; a stop word of several tokens needs num_beams=1")
-    engine = Engine(model, stop_words=stop_words)
-    how = Decoding(max_new_tokens=max_new_tokens, min_length=0 if lavis else min_length)
-    # request -> its sequences: one in the first pass, then one a beam
-    sequences = {i: [engine.sequence(Request("", r, how))] for i, r in enumerate(requests)}
-    rows = max(s.rows for (s,) in sequences.values())  # all the same: any range that is free will do
-    engine.use_pool(len(requests) * K * rows)
-    for (s,) in sequences.values():
-        s.rows, s.start = rows, engine.pool.take(rows)
-    given = [1 if lavis else s.given - s.encoder for (s,) in sequences.values()]
-    check_minimum(min(given), max_new_tokens, min_length)
-    seen = [penalised_tokens(model, r) for r in requests]
-    seen = [tokens[:1] for tokens in seen] if lavis else seen
-    room = [len(s.tokens) - s.given for (s,) in sequences.values()]
-    live = list(range(len(requests)))  # requests that are still open
-    beams = {i: [(0.0, [])] for i in live}  # request -> its running (sum of log-probabilities, new tokens)
-    finished: list[list[tuple[float, list[int]]]] = [[] for _ in requests]
-
-    def finish(i: int, total: float, tokens: list[int], length: int) -> None:
-        finished[i] = sorted([*finished[i], (total / length**length_penalty, tokens)], key=lambda h: -h[0])[
-            :K
-        ]
-
-    for n in range(1, max(room) + 1):
-        logits = engine.forward([(s, s.total - s.fed) for i in live for s in sequences[i]])
-        if not bool(logits.isfinite().all()):
-            raise ValueError(NOT_FINITE)
-        offset, still = 0, []
-        for i in live:
-            rows = logits[offset : offset + len(beams[i])].log_softmax(-1)  # (1 or K, V)
-            V = rows.shape[1]
-            if K > V // 2:
-                raise ValueError(f"num_beams={K}; expected at most {V // 2}, half of the vocabulary")
-            if repetition_penalty != 1.0:
-                rows = torch.stack(
-                    [
-                        penalise_repetition(row, seen[i] + tokens, repetition_penalty)
-                        for row, (_, tokens) in zip(rows, beams[i], strict=True)
-                    ]
-                )
-            if n <= min_new_tokens or given[i] + n - 1 < min_length:
-                rows = rows.index_fill(1, torch.tensor(sorted(ends), device=rows.device), float("-inf"))
-            totals = rows + torch.tensor([total for total, _ in beams[i]], device=rows.device)[:, None]
-            best, index = totals.flatten().topk(min(2 * K, totals.numel()))
-            running, sources = [], []
-            for rank, (total, at) in enumerate(zip(best.tolist(), index.tolist(), strict=True)):
-                tokens = [*beams[i][at // V][1], at % V]
-                if tokens[-1] in ends or (stopped and stopped(tokens)):
-                    if rank < K:
-                        finish(i, total, tokens, n)
-                elif n == room[i] and not lavis:
-                    if rank < K:
-                        finish(i, total, tokens, n)
-                elif len(running) < K:
-                    running.append((total, tokens))
-                    sources.append(at // V)
-            offset += len(beams[i])
-            reachable = (
-                (float(best[0]) / (n + 1) ** length_penalty)
-                if lavis
-                else (running[0][0] / n**length_penalty if running else float("-inf"))
-            )
-            closed = len(finished[i]) == K and finished[i][-1][0] >= reachable
-            if n == room[i] < max_new_tokens and not closed:
-                print(
-                    f"warning: an answer ends after {n} tokens, at the model's last position", file=sys.stderr
-                )
-            if n == room[i] and lavis and not closed:
-                for total, tokens in running:
-                    finish(i, total, tokens, n + 1)
-            if n < room[i] and not closed:
-                still.append(i)
-                beams[i] = running
-                last = [tokens[-1] for _, tokens in running]
-                sequences[i] = engine.fork(sequences[i], sources, last)
-        live = still
-        if not live:
-            break
-    return finished
+    how = Decoding(
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+        repetition_penalty=repetition_penalty,
+        min_new_tokens=min_new_tokens,
+        beam_rule=rule,
+        min_length=min_length,
+    )
+    engine = Engine(model, stop_words=stop_words, max_running=len(requests))
+    wanted = [Request(r.get("id", ""), r, how, logprobs=-1, stopped=stopped) for r in requests]
+    sequences = [engine.sequence(request) for request in wanted]
+    answers_of(engine, sequences)
+    return [sequence.beams.finished for sequence in sequences]
 
 
 def base_of(model_name_or_path: str | None, lora_path: str | None) -> str:

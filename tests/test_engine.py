@@ -82,8 +82,15 @@ def prompt_of(kind: str, processor, rng, images) -> dict:
     return processor.prompt(data.request([("user", text)], chosen, "test"))
 
 
-def decoding_of(rng, **more) -> Decoding:
+def decoding_of(rng) -> Decoding:
     how = {"max_new_tokens": int(rng.integers(1, 14)), "seed": int(rng.integers(3))}
+    if rng.random() < 0.15:
+        how |= {
+            "num_beams": 3,
+            "length_penalty": 0.5,
+            "beam_rule": str(rng.choice(["transformers", "lavis"])),
+        }
+        return Decoding(**how)
     if rng.random() < 0.5:
         how |= {"temperature": float(rng.choice([0.5, 1.0, 3.0])), "top_k": int(rng.choice([0, 5, 40]))}
         how |= {"top_p": float(rng.choice([1.0, 0.8]))}
@@ -91,15 +98,18 @@ def decoding_of(rng, **more) -> Decoding:
         how |= {"repetition_penalty": 1.3, "penalty_rule": str(rng.choice(["hf", "sat"]))}
     if rng.random() < 0.3:
         how |= {"min_new_tokens": how["max_new_tokens"]}
-    return Decoding(**how, **more)
+    return Decoding(**how)
 
 
 def alone(model, processor, request: Request) -> list[int]:
     how = dataclasses.asdict(request.how)
-    for name in ("num_beams", "length_penalty", "beam_rule"):
-        del how[name]
+    beams, rule, penalty = (how.pop(name) for name in ("num_beams", "beam_rule", "length_penalty"))
     pixels = [processor.load_image(image) for image in request.prompt["images"]]
     prompt = {**request.prompt, "pixel_values": pixels, "id": request.id}
+    if beams > 1:
+        options = {"rule": rule, "length_penalty": penalty}
+        new = how["max_new_tokens"]
+        return generate.beam_search(model, [prompt], new, processor.stop_words, beams, **options)[0][0][1]
     (ids,) = generate.generate(model, [prompt], stop_words=processor.stop_words, **how)
     return ids
 
@@ -266,7 +276,8 @@ def test_what_can_never_run_is_refused(loaded, tmp_path):
         (Request("", prompt, Decoding(2), adapter="gone"), "adapter 'gone' is not here; there is none"),
         (Request("", bad, Decoding(2)), "bad.png"),
         (Request("", prompt, Decoding(2), logit_bias={10**9: 1.0}), "logit_bias: token 1000000000"),
-        (Request("", prompt, Decoding(2, num_beams=2)), "num_beams=2"),
+        (Request("", prompt, Decoding(2, num_beams=900)), "num_beams=900; expected at most 864"),
+        (Request("", prompt, Decoding(2, num_beams=2), presence_penalty=1.0), "need num_beams=1"),
         (Request("", prompt, Decoding(2, min_length=99)), "min_length=99 cannot be reached"),
     ):
         with pytest.raises(ValueError, match=reason) as e_info:

@@ -18,8 +18,8 @@ import convert_sat
 import lora
 import merge
 import model_visualglm as glm
-from engine import sampling_probs
-from generate import generate, penalise_repetition
+from engine import penalise_repetition, sampling_probs, seen_mask
+from generate import generate
 from quantize import quantize
 
 
@@ -329,7 +329,7 @@ def test_generation_with_ptuning_equals_the_whole_text_at_once(visualglm_variant
 def test_golden_sampling_of_hf(variant):
     io = variant.io
     logits, ids = io["sampling_hf.logits"][0], io["sampling_hf.input_ids"][0].tolist()
-    row = penalise_repetition(logits, ids, 1.2)
+    row = penalise_repetition(logits, seen_mask(ids, len(logits)), 1.2)
     row[variant.config["eos_token_id"]] = float("-inf")
     expected = io["sampling_hf.after_processors"][0]
     finite = expected > torch.finfo(torch.float32).min
@@ -348,7 +348,7 @@ def test_golden_sampling_of_sat(variant):
     logits = variant.io["sampling_hf.logits"][0]
     close(sampling_probs(logits[None], **SAT_DEFAULTS), io["sat.sampling.probs"])
     answer = io["sat.sampling_rp.tokens"][0].tolist()[len(variant.io["sampling_hf.input_ids"][0]) :]
-    row = penalise_repetition(logits, answer, 1.2, always_divide=True)
+    row = penalise_repetition(logits, seen_mask(answer, len(logits)), 1.2, always_divide=True)
     close(sampling_probs(row[None], **SAT_DEFAULTS), io["sat.sampling_rp.probs"])
 
 
