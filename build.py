@@ -1,6 +1,6 @@
 """What trains, and the order in which a model is made ready for it.
 
-    model, whole, module, lora_modules, stages = build(cfg, directory, world, sizes)
+    model, whole, definition, lora_modules, stages = build(cfg, directory, world, sizes)
     optimizer = make_optimizer(model, cfg)
 
 Prefix, adapter, freezing, 16 bits, pipeline, tensor cut, compile, recomputation, sharding, loading: in
@@ -11,7 +11,6 @@ import copy
 import difflib
 import fnmatch
 import hashlib
-import importlib
 import os
 import re
 from dataclasses import dataclass
@@ -25,17 +24,20 @@ import data
 import lora
 import parallel
 import pipeline
+import vlm
 from config import Config
 
 
-def check_stage(cfg: Config, module) -> None:
+def check_stage(cfg: Config, definition) -> None:
     """Refuses another model's stage, and gives patterns this model's names for the toolkit's."""
     for key in ("freeze_include", "freeze_exclude", "lora_target_modules"):
-        for theirs, ours in getattr(module, "LEGACY_NAMES", {}).items():
+        for theirs, ours in definition.legacy_names.items():
             if getattr(cfg, key):
                 setattr(cfg, key, [pattern.replace(theirs, ours) for pattern in getattr(cfg, key)])
-    if cfg.stage not in module.STAGES:
-        raise ValueError(f"stage={cfg.stage!r}; expected one of {', '.join(module.STAGES)} for this model")
+    if cfg.stage not in definition.stages:
+        raise ValueError(
+            f"stage={cfg.stage!r}; expected one of {', '.join(definition.stages)} for this model"
+        )
 
 
 def check_adapter(cfg: Config) -> None:
@@ -56,11 +58,11 @@ def check_adapter(cfg: Config) -> None:
             )
 
 
-def lora_targets(cfg: Config, module) -> list[str]:
+def lora_targets(cfg: Config, definition) -> list[str]:
     """The patterns to adapt: those asked for, else the continued adapter's own modules, else the model's
     default."""
     if cfg.lora_target_modules or not cfg.lora_path:
-        return cfg.lora_target_modules or module.LORA_TARGETS
+        return cfg.lora_target_modules or definition.lora_targets
     return [re.escape(name) for name in lora.contents(cfg.lora_path)[0]]
 
 
@@ -68,7 +70,7 @@ def matches(name: str, patterns: list[str] | None) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns or ())
 
 
-def choose_trainable(model: nn.Module, module, cfg: Config) -> None:
+def choose_trainable(model: nn.Module, definition, cfg: Config) -> None:
     """Sets requires_grad: adapters and what freeze_exclude carves out train; what freeze_include matches, the
     rest under `lora` and the language model in pre-training are frozen."""
     names = [name for name, _ in model.named_parameters()]
@@ -77,14 +79,14 @@ def choose_trainable(model: nn.Module, module, cfg: Config) -> None:
             if not fnmatch.filter(names, pattern):
                 near = difflib.get_close_matches(pattern.strip("*"), names, n=2, cutoff=0)
                 raise ValueError(f"{key}: {pattern!r} matches no parameter; near names: {', '.join(near)}")
-    frozen = (cfg.freeze_include or []) + module.PRETRAIN_FREEZE.get(cfg.stage, [])
+    frozen = (cfg.freeze_include or []) + definition.pretrain_freeze.get(cfg.stage, [])
     for name, p in model.named_parameters():
         if ".lora_A." in name or ".lora_B." in name:
             p.requires_grad_(True)
         elif matches(name, frozen):
             p.requires_grad_(matches(name, cfg.freeze_exclude))
         elif cfg.pre_seq_len:
-            p.requires_grad_(matches(name, [module.PREFIX_TUNING]))
+            p.requires_grad_(matches(name, [definition.prefix_tuning]))
         elif cfg.lora:
             p.requires_grad_(matches(name, cfg.freeze_exclude))
     if not any(p.requires_grad for p in model.parameters()):
@@ -119,20 +121,18 @@ def named_generator(seed: int, name: str) -> torch.Generator:
     )
 
 
-def with_prefix(config: dict, module, cfg: Config) -> dict:
+def with_prefix(config: dict, definition, cfg: Config) -> dict:
     """config.json's contents, with P-tuning's prefix if one is asked for."""
-    if cfg.pre_seq_len and not hasattr(module, "PREFIX_TUNING"):
-        raise ValueError(f"pre_seq_len={cfg.pre_seq_len}: {module.__name__} has no P-tuning; use lora=true")
+    if cfg.pre_seq_len and definition.prefix_tuning is None:
+        raise ValueError(f"pre_seq_len={cfg.pre_seq_len}: this model has no P-tuning; use lora=true")
     return {**config, "pre_seq_len": cfg.pre_seq_len} if cfg.pre_seq_len else config
 
 
-def lora_parts(model: nn.Module, module, cfg: Config) -> dict:
+def lora_parts(model: nn.Module, definition, cfg: Config) -> dict:
     """The packed weights that lora_split adapts part by part."""
-    if cfg.lora_split and not hasattr(module, "lora_parts"):
-        raise ValueError(
-            f"lora_split=true: {module.__name__} has no packed weight whose parts are adapted apart"
-        )
-    return module.lora_parts(model.config) if cfg.lora_split else {}
+    if cfg.lora_split and definition.lora_parts is None:
+        raise ValueError("lora_split=true: this model has no packed weight whose parts are adapted apart")
+    return definition.lora_parts(model.config) if cfg.lora_split else {}
 
 
 @dataclass
@@ -151,16 +151,18 @@ def stream_sizes(plan: data.Plan, cfg: Config) -> StreamSizes:
     return StreamSizes(*sums, float(index.length.mean()))
 
 
-def pipeline_blocks(model: nn.Module, module, cfg: Config, sizes: StreamSizes) -> list[range]:
+def pipeline_blocks(model: nn.Module, definition, cfg: Config, sizes: StreamSizes) -> list[range]:
     """The blocks of each pipeline stage, by the FLOPs of their forward and backward passes."""
     degree = f"pipeline_parallel_degree={cfg.pipeline_parallel_degree}"
-    if obstacle := getattr(model, "pipeline_obstacle", None):
+    if obstacle := model.pipeline_obstacle:
         raise ValueError(f"{degree}: {obstacle}; use tensor_parallel_degree or sharding=stage3")
-    flops = module.forward_flops(model.config, sizes.tokens, sizes.supervised, sizes.images, sizes.segment)
+    flops = definition.forward_flops(
+        model.config, sizes.tokens, sizes.supervised, sizes.images, sizes.segment
+    )
     trained = {n for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n}
-    prefix, N = module.PIPELINE["blocks"] + ".", len(model.blocks)
-    image = any(matches(n, module.IMAGE_PARAMETERS) for n in trained)
-    head = any(matches(n, module.PIPELINE["last"]) for n in trained)
+    prefix, N = definition.pipeline["blocks"] + ".", len(model.blocks)
+    image = any(matches(n, definition.image_parameters) for n in trained)
+    head = any(matches(n, definition.pipeline["last"]) for n in trained)
     # forward 1; gradients of inputs 1, of weights 1; the tower's inputs are pixels, which need none if it is
     # frozen
     block = flops.pop("language model") / N * (2 + any(n.startswith(prefix) for n in trained) + cfg.recompute)
@@ -175,15 +177,14 @@ def pipeline_blocks(model: nn.Module, module, cfg: Config, sizes: StreamSizes) -
 
 def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSizes):
     """-> (model on the device with its weights, the same before its cut into pipeline stages and without
-    weights, model file, LoRA module names, pipeline or None)."""
+    weights, model file, LoRA definition names, pipeline or None)."""
     config = checkpoint.read_config(directory)
-    module = importlib.import_module("model_" + checkpoint.model_kind(config))
-    config = with_prefix(config, module, cfg)
-    weights = checkpoint.open_model(directory, module)
-    with torch.device("meta"):
-        model = module.build_model(config)
+    definition = vlm.find(config)
+    config = with_prefix(config, definition, cfg)
+    weights = checkpoint.open_model(directory, definition)
+    model = definition.network(config)
     # P-tuning's parameters are new, unless the base was P-tuned before
-    tuned = [module.PREFIX_TUNING] if cfg.pre_seq_len else None
+    tuned = [definition.prefix_tuning] if cfg.pre_seq_len else None
     new = {name for name, _ in model.named_parameters() if matches(name, tuned)} - weights.names
     checkpoint.check_names(
         {name: p.shape for name, p in model.named_parameters() if name not in new}, weights
@@ -196,14 +197,14 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
         )  # for the adapter's file: read now, whatever happens to the base in the meantime
         lora_modules = lora.inject(
             model,
-            lora_targets(cfg, module),
+            lora_targets(cfg, definition),
             cfg.lora_rank,
             cfg.lora_alpha,
             cfg.lora_dropout,
-            lora_parts(model, module, cfg),
-            module.IMAGE_PARAMETERS,
+            lora_parts(model, definition, cfg),
+            definition.image_parameters,
         )
-    choose_trainable(model, module, cfg)
+    choose_trainable(model, definition, cfg)
     if cfg.lora_path:
         lora.check_base(cfg.lora_path, weights)
         frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
@@ -224,8 +225,8 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
     shapes = {name: p.shape for name, p in model.named_parameters()}
     if world.pp_size > 1:
         whole = copy.deepcopy(model)
-        blocks = pipeline_blocks(model, module, cfg, sizes)
-        held_by = pipeline.stages_of_parameters(model, module.PIPELINE, blocks)
+        blocks = pipeline_blocks(model, definition, cfg, sizes)
+        held_by = pipeline.stages_of_parameters(model, definition.pipeline, blocks)
         here = {
             n for n, held in held_by.items() if world.pp_rank in {stage % world.pp_size for stage in held}
         }
@@ -233,7 +234,7 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
         trainable = {n for n, p in whole.named_parameters() if p.requires_grad}
         stages = pipeline.Pipeline(
             model,
-            module.PIPELINE,
+            definition.pipeline,
             blocks,
             held_by,
             trainable,
@@ -241,7 +242,7 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
             world,
             compute_dtype or torch.float32,
         )
-    parallel.tensor_parallel(model, module.tp_plan(model.config, world.tp_size), world)
+    parallel.tensor_parallel(model, definition.tp_plan(model.config, world.tp_size), world)
     if cfg.compile:
         for block in [*model.vision_blocks, *model.blocks]:
             block.forward = torch.compile(block.forward, dynamic=True)
@@ -255,7 +256,7 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
     here = base_names & parameters.keys()
     checkpoint.load_into({name: parameters[name] for name in here}, weights, skip=base_names - here)
     if cfg.init_from:
-        other = checkpoint.open_model(cfg.init_from, module)
+        other = checkpoint.open_model(cfg.init_from, definition)
         common = sorted(base_names & other.names)
         for name in common:
             if other.shape(name) != shapes[name]:
@@ -290,7 +291,7 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
         lora.load_adapter(
             model, cfg.lora_path, checkpoint.copy_full_, parallel.whole_shape, whole if stages else None
         )
-    return model, whole, module, lora_modules, stages
+    return model, whole, definition, lora_modules, stages
 
 
 def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
@@ -316,19 +317,18 @@ def autocast(cfg: Config, world: parallel.World):
     )
 
 
-def model_file(cfg: Config) -> tuple[dict, object, Path | None]:
-    """-> (config.json's contents, model file, checkpoint directory; None for a preset, which is a shape
-    alone)."""
-    for path in sorted(data.ROOT.glob("model_*.py")):
-        module = importlib.import_module(path.stem)
-        if cfg.model_name_or_path in module.PRESETS and not os.path.isdir(cfg.model_name_or_path):
-            return module.PRESETS[cfg.model_name_or_path], module, None
+def model_file(cfg: Config) -> tuple[dict, vlm.Model, Path | None]:
+    """-> (config.json's contents, definition, checkpoint directory; None for a preset: a shape alone)."""
+    if not os.path.isdir(cfg.model_name_or_path) and (config := vlm.shape(cfg.model_name_or_path)):
+        return config, vlm.find(config), None
     directory = Path(data.model_directory(cfg.model, cfg.model_name_or_path))
     config = checkpoint.read_config(directory)
-    kind = checkpoint.model_kind(config)
-    if cfg.model not in (None, kind):
-        raise ValueError(f"model={cfg.model}, but {directory}/config.json is a {kind} checkpoint")
-    return config, importlib.import_module("model_" + kind), directory
+    definition = vlm.find(config)
+    if cfg.model not in (None, vlm.kind_of(config)):
+        raise ValueError(
+            f"model={cfg.model}, but {directory}/config.json is a {vlm.kind_of(config)} checkpoint"
+        )
+    return config, definition, directory
 
 
 def total_steps(cfg: Config, plan: data.Plan, global_batch: int) -> int:

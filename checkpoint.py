@@ -352,21 +352,6 @@ def read_tokenizer(*paths, make=None):
     return tokenizer
 
 
-def model_kind(config: dict) -> str:
-    """Which model file reads this config.json: "qwen_vl", "blip2" or "visualglm"."""
-    model_type = config.get("model_type")
-    if model_type == "qwen" and "visual" in config:
-        return "qwen_vl"
-    kinds = {"blip-2": "blip2", "chatglm": "visualglm", "visualglm": "visualglm"}
-    if isinstance(model_type, str) and model_type in kinds:
-        return kinds[model_type]
-    raise ValueError(
-        f"config.json has model_type={model_type!r}; supported: 'qwen' with a "
-        "'visual' part (Qwen-VL), 'blip-2', "
-        "'chatglm' or 'visualglm' (VisualGLM-6B)"
-    )
-
-
 # ---- weights in
 
 
@@ -557,9 +542,9 @@ def open_weights(directory, ignore=(), aliases: dict | None = None) -> Weights:
     return Weights(directory, ignore, aliases)
 
 
-def open_model(directory, module) -> Weights:
-    """The weights of a checkpoint directory under the names that the model file `module` has for them."""
-    return Weights(directory, module.IGNORED_WEIGHTS, module.aliases(read_config(directory)))
+def open_model(directory, definition) -> Weights:
+    """The weights of a checkpoint directory under the names that its model file (vlm.Model) has for them."""
+    return Weights(directory, definition.ignored_weights, definition.aliases(read_config(directory)))
 
 
 def _matches(name: str, patterns) -> bool:

@@ -21,6 +21,7 @@ import torch
 import checkpoint
 import model_visualglm as glm
 import terminal
+import vlm
 
 # in SAT's files, but recomputed or unused: rotary frequencies, and 0.3's position table
 LEFT_OUT = ("mixins.chatglm-attn.rotary_emb.inv_freq", "transformer.position_embeddings.weight")
@@ -76,7 +77,7 @@ def read_state(source: Path) -> dict[str, torch.Tensor]:
 
 def import_sat(source: Path, target: Path, split_qkv: bool, tokenizer: Path | None) -> None:
     raw = checkpoint.read_json(source / "model_config.json", "expected a SAT checkpoint directory")
-    config = {**glm.PRESETS["visualglm-6b"], **{k: raw[k] for k in SAME_KEYS if k in raw}}
+    config = {**vlm.shape("visualglm-6b"), **{k: raw[k] for k in SAME_KEYS if k in raw}}
     config |= {ours: raw[theirs] for ours, theirs in RENAMED.items() if theirs in raw}
     config |= {k: raw[k] for k in ("layernorm_epsilon", "eos_token_id") if k in raw}
     shapes = expected_shapes(config)
@@ -116,11 +117,11 @@ def import_sat(source: Path, target: Path, split_qkv: bool, tokenizer: Path | No
 
 def export_sat(source: Path, target: Path, split_qkv: bool) -> None:
     config = checkpoint.read_config(source)
-    if checkpoint.model_kind(config) != "visualglm" or config.get("pre_seq_len"):
+    if vlm.kind_of(config) != "visualglm" or config.get("pre_seq_len"):
         raise ValueError(
             f"{source} is no VisualGLM without P-tuning; only that has a counterpart in SAT's format"
         )
-    weights = checkpoint.open_weights(source, glm.IGNORED_WEIGHTS)
+    weights = checkpoint.open_weights(source, glm.MODEL.ignored_weights)
     checkpoint.check_names(expected_shapes(config), weights)
     c = glm.VisualGLMConfig.from_dict(config)
     state = {}

@@ -13,7 +13,6 @@ import python_version  # noqa: F401  (first: it says which Python is needed)
 import bisect
 import contextlib
 import hashlib
-import importlib
 import json
 import math
 import os
@@ -25,7 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -35,6 +34,7 @@ import torch.nn.functional as F
 
 import checkpoint
 import terminal
+import vlm
 from draw import draw_boxes
 from images import is_constant, open_image, short
 from records import (
@@ -78,7 +78,6 @@ ENTRY_KEYS = (
     "eval_part",
 )
 IGNORE = -100
-HOST_TENSORS = ("cu_seqlens", "prefix_lens", "rope_lengths")  # of a batch: they stay on the CPU
 
 
 # --------------------------------------------------------------------------------------------------
@@ -441,7 +440,7 @@ def content_key(entries: list[Entry]) -> str:
 
 
 def index_key(entries: list[Entry], processor, max_length: int) -> str:
-    facts = [max_length, getattr(processor, "fingerprint", processor.__repr__)()]
+    facts = [max_length, processor.fingerprint()]
     facts.append(content_key(entries))
     for entry in entries:  # where pictures are looked for
         settings = {key: value for key, value in entry.settings.items() if key != "weight"}
@@ -648,7 +647,7 @@ class Plan:
 
 
 # --------------------------------------------------------------------------------------------------
-# samples and batches
+# Samples and batches
 
 
 def splitmix64(x: np.ndarray) -> np.ndarray:
@@ -725,80 +724,79 @@ def load_sample(
     return sample
 
 
-def blank(image_size: int | tuple[int, int]) -> torch.Tensor:
-    """A picture of zeros (3, height, width); one number stands for both."""
-    return torch.zeros(3, *((image_size, image_size) if isinstance(image_size, int) else image_size))
-
-
-def collate(samples: list[dict], bad=(), num_image_tokens: int = 0, blank_ids=(0,)) -> dict:
+def collate(samples: list[vlm.Sample], bad=(), num_image_tokens: int = 0, blank_ids=(0,)) -> vlm.Batch:
     """Samples -> one stream of T tokens and S segments. No sample: a segment of `blank_ids` that predicts
-    nothing.
-
-    A model with other positions than 0, 1, 2, ... gives a sample's `position_ids`, (T,) or (n, T); one whose
-    first tokens are seen by the whole segment gives their number, `prefix_len`.
-    """
+    nothing."""
     if not samples:
         ids = np.array(blank_ids, np.int32)
         blank = {"input_ids": ids, "labels": np.full(len(ids), IGNORE), "image_starts": [], "images": []}
         samples = [{**blank, "num_image_tokens": num_image_tokens}]
     lengths = [len(sample["input_ids"]) for sample in samples]
     starts = np.cumsum([0, *lengths])
-    slots = np.arange(samples[0].get("num_image_tokens", num_image_tokens))  # (Q,)
-    assert len(slots) or not any(s["image_starts"] for s in samples), (
+    places = np.arange(samples[0].get("num_image_tokens", num_image_tokens))  # (Q,)
+    assert len(places) or not any(s["image_starts"] for s in samples), (
         "collate needs num_image_tokens (attach_images)"
     )
-    targets, keys, image_keys, positions = [], [], [], [np.zeros((0, len(slots)), np.int64)]
+    targets, keys, image_keys, positions = [], [], [], [np.zeros((0, len(places)), np.int64)]
     for sample, start, length in zip(samples, starts, lengths, strict=False):
+        # labels are shifted here, inside the segment: its last token has nothing to predict
         targets.append(np.append(sample["labels"][1:], IGNORE))
         key = sample.get("key", (0, 0, 0))
         keys.append(hash_keys(*key, np.arange(length)))
         image_keys += [hash_keys(*key, 1 << 32, n) for n in range(len(sample["image_starts"]))]
-        positions += [(start + first + slots)[None] for first in sample["image_starts"]]
+        positions += [(start + first + places)[None] for first in sample["image_starts"]]
 
     def joined(arrays, axis=0):
         return torch.from_numpy(np.concatenate(arrays, axis).astype(np.int64))
 
-    batch = {
-        "input_ids": joined([sample["input_ids"] for sample in samples]),
-        "targets": joined(targets),
-        "position_ids": joined([s.get("position_ids", np.arange(len(s["input_ids"]))) for s in samples], -1),
-        "cu_seqlens": torch.from_numpy(starts.astype(np.int32)),
-        "max_len": max(lengths),
-        "pixel_values": None,
-        "image_positions": joined(positions),
-        "sample_ids": [sample.get("sample_id", "") for sample in samples],
-        "dataset_ids": torch.tensor([sample.get("dataset_id", 0) for sample in samples]),
-        "dropout_keys": joined(keys),
-        "image_dropout_keys": joined(image_keys or [np.zeros(0, np.int64)]),
-        "bad": list(bad),
-    }
+    def images(name):
+        found = [image for sample in samples for image in sample.get(name, [])]
+        return torch.stack(found) if found else None
+
+    prefix_lens = None
     if any("prefix_len" in sample for sample in samples):
-        batch["prefix_lens"] = torch.tensor([sample["prefix_len"] for sample in samples])
-    batch["num_supervised"] = int((batch["targets"] != IGNORE).sum())
-    for name in ("pixel_values", "image_features"):
-        if images := [image for sample in samples for image in sample.get(name, [])]:
-            batch[name] = torch.stack(images)
-    return batch
+        prefix_lens = torch.tensor([sample["prefix_len"] for sample in samples])
+    return vlm.Batch(
+        input_ids=joined([sample["input_ids"] for sample in samples]),
+        position_ids=joined([s.get("position_ids", np.arange(len(s["input_ids"]))) for s in samples], -1),
+        cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
+        max_len=max(lengths),
+        targets=joined(targets),
+        pixel_values=images("pixel_values"),
+        image_features=images("image_features"),
+        image_positions=joined(positions),
+        prefix_lens=prefix_lens,
+        dropout_keys=joined(keys),
+        image_dropout_keys=joined(image_keys or [np.zeros(0, np.int64)]),
+        dataset_ids=torch.tensor([sample.get("dataset_id", 0) for sample in samples]),
+        sample_ids=[sample.get("sample_id", "") for sample in samples],
+        bad=list(bad),
+    )
 
 
-def pad_stream(batch: dict, length: int) -> dict:
+def pad_stream(batch: vlm.Batch, length: int) -> vlm.Batch:
     """The batch with a segment behind it that fills its stream to `length` tokens and predicts nothing."""
-    missing = length - len(batch["input_ids"])
+    missing = length - len(batch.input_ids)
     if not missing:
         return batch
-    values = {"input_ids": 0, "targets": IGNORE, "position_ids": 0, "dropout_keys": 0}
-    padded = {
-        key: torch.nn.functional.pad(batch[key], (0, missing), value=value) for key, value in values.items()
-    }
-    padded["cu_seqlens"] = torch.nn.functional.pad(batch["cu_seqlens"], (0, 1), value=length)
-    padded["max_len"] = max(batch["max_len"], missing)
-    if "prefix_lens" in batch:
-        padded["prefix_lens"] = torch.nn.functional.pad(batch["prefix_lens"], (0, 1))
-    return {**batch, **padded}
+
+    def padded(x, count, value=0):
+        return None if x is None else F.pad(x, (0, count), value=value)
+
+    return replace(
+        batch,
+        input_ids=padded(batch.input_ids, missing),
+        targets=padded(batch.targets, missing, IGNORE),
+        position_ids=padded(batch.position_ids, missing),
+        dropout_keys=padded(batch.dropout_keys, missing),
+        cu_seqlens=padded(batch.cu_seqlens, 1, length),
+        max_len=max(batch.max_len, missing),
+        prefix_lens=padded(batch.prefix_lens, 1),
+    )
 
 
-# ------------------------------------------------------------------------------------------------
-# loader
+# --------------------------------------------------------------------------------------------------
+# The loader
 
 
 class TrainLoader:
@@ -806,7 +804,7 @@ class TrainLoader:
     order.
 
     The batches are the same for any num_workers. A sample that fails to load is left out and listed in
-    batch["bad"].
+    batch.bad.
     """
 
     def __init__(
@@ -845,7 +843,7 @@ class TrainLoader:
         epoch, rounds = self.plan.micro_batches(step, *self.layout)
         return step, epoch, [self.load(epoch, units) for units in rounds]
 
-    def load(self, epoch: int, units: list[np.ndarray]) -> dict:
+    def load(self, epoch: int, units: list[np.ndarray]) -> vlm.Batch:
         samples, bad, plan = [], [], self.plan
         for number in (int(number) for unit in units for number in unit):
             options = self.processor, plan.max_length, plan.seed, self.image_jitter, self.features
@@ -853,9 +851,7 @@ class TrainLoader:
                 samples.append(load_sample(plan.index, number, epoch, *options))
             except BadRecord as e:
                 bad.append((e.where, e.reason))
-        return collate(
-            samples, bad, self.processor.num_image_tokens, getattr(self.processor, "blank_ids", (0,))
-        )
+        return collate(samples, bad, self.processor.num_image_tokens, self.processor.blank_ids)
 
     def __iter__(self):
         loader = torch.utils.data.DataLoader(
@@ -883,8 +879,8 @@ def _start_loading(worker):
     ends_with_parent()
 
 
-# ------------------------------------------------------------------------------------------------
-# commands
+# --------------------------------------------------------------------------------------------------
+# Commands
 
 
 def model_directory(model: str | None, name: str) -> str:
@@ -907,8 +903,7 @@ def model_directory(model: str | None, name: str) -> str:
 
 def load_processor(directory: str, stage: str = "sft"):
     """The processor of the checkpoint's own model file."""
-    kind = checkpoint.model_kind(checkpoint.read_config(directory))
-    return importlib.import_module("model_" + kind).load_processor(directory, stage)
+    return vlm.find(checkpoint.read_config(directory)).processor(directory, stage)
 
 
 def request(

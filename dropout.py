@@ -1,6 +1,6 @@
 """Dropout as a pure function: a mask is a hash of the row's key, the channel and the place in the model.
 
-    with dropout_rows(batch["dropout_keys"]):              # the model says whose rows its adapters see
+    with dropout_rows(batch.dropout_keys):              # the model says whose rows its adapters see
         x = block(x, ctx)
 
 The keys travel with the data (data.collate: a hash of seed, epoch, sample, position), so a mask is the same

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 import lora
-from data import HOST_TENSORS, hash_keys
+from data import hash_keys
 from kernels.attention import attention_ranges
+from vlm import Batch
 
 IMAGES_AT_ONCE = 16  # images that the vision tower takes in one pass
 NOT_FINITE = (
@@ -442,7 +443,7 @@ def stream_of(seed: int, id: str) -> int:
 def room_for(model: nn.Module, prompt, max_new_tokens: int) -> int:
     """New tokens that fit: fewer than max_new_tokens where the model's learned positions end before.
     ValueError for none."""
-    limit = getattr(getattr(model, "config", None), "max_positions", None)
+    limit = model.config.max_positions
     if limit is not None and len(prompt) >= limit:
         raise ValueError(
             f"the prompt has {len(prompt)} tokens, but the model has {limit} positions; shorten it"
@@ -513,7 +514,7 @@ class Engine:
         self.device, self.dtype = parameter.device, parameter.dtype
         # how a prompt may enter: in "chunks"; "whole", where later tokens change what earlier ones are; or
         # "alone", in a pass without running sequences
-        self.prefill = getattr(model, "prefill", "chunks")
+        self.prefill = model.prefill
         stop_words = processor.stop_words if stop_words is None else stop_words
         self.end_tokens = {word[0] for word in stop_words if len(word) == 1}
         self.end_words = [word for word in stop_words if len(word) > 1]
@@ -555,25 +556,25 @@ class Engine:
             raise ValueError(f"adapter {request.adapter!r} is not here; there is {names}")
         given = len(prompt["input_ids"])
         room = room_for(model, prompt["input_ids"], how.max_new_tokens)
-        encoder = given - 1 if getattr(model, "has_encoder", False) else 0
+        encoder = given - 1 if model.encoder_decoder else 0
         stopped = request.stopped
         if request.stop:
             stopped = lambda ids: cut_at_stop(self.processor, ids, request.stop)[1]  # noqa: E731
         beams = self.beams(request, room, given - encoder, stopped) if how.num_beams > 1 else None
         check_minimum(beams.given if beams else given - encoder, how.max_new_tokens, how.min_length)
-        size = getattr(getattr(model, "config", None), "vocab_size", None)
+        size = model.config.vocab_size
         if bad := [t for t in request.logit_bias if not 0 <= t < (size or t + 1)]:
             raise ValueError(f"logit_bias: token {bad[0]}; expected 0 to {size - 1}")
         tokens = np.zeros(given + room, np.int64)
         tokens[:given] = prompt["input_ids"]
         positions = np.asarray(prompt.get("position_ids", np.arange(given)))
-        step = np.asarray(getattr(model, "position_step", 1))
+        step = np.asarray(model.position_step)
         later = positions[..., -1:] + step * np.arange(1, room + 1)
         images = prompt.get("pixel_values")
         if images is None:
             images = [self.processor.load_image(image) for image in prompt.get("images", ())]
         digests = [digest_of(pixels) for pixels in images]
-        group = getattr(model, "cache_group", lambda length: None)(given)
+        group = model.cache_group(given)
         return Sequence(
             request=request,
             tokens=tokens,
@@ -779,44 +780,29 @@ class Engine:
     def one_pass(self, whole: str | None, pieces: list[tuple[Sequence, int, int]]) -> Tensor:
         """The model on one stream; `whole`: the adapter whose whole parameters it has."""
         batch = self.batch(pieces)
-        batch["cache"] = KVCache(
+        cache = KVCache(
             self.pool,
             [s.start for s, _, _ in pieces],
             [s.row(first) for s, first, _ in pieces],
             [s.encoder for s, _, _ in pieces],
             encode=any(first == 0 for _, first, _ in pieces),
         )
-        batch = {
-            k: v.to(self.device) if torch.is_tensor(v) and k not in HOST_TENSORS else v
-            for k, v in batch.items()
-        }
+        batch = replace(batch.to(self.device), cache=cache)
         with lora.adapted(self.rows_of_adapters(pieces)):
             return self.run(whole, batch, "logits").float()
 
-    def run(self, adapter: str | None, batch: dict, output: str) -> Tensor:
+    def run(self, adapter: str | None, batch: Batch, output: str) -> Tensor:
         """The model with the parameters that the adapter holds whole in place of the base's."""
         whole = self.adapters[adapter].whole if adapter else {}
         if not whole:
             return self.model(batch, output=output)
         return torch.func.functional_call(self.model, whole, (batch,), {"output": output})
 
-    def batch(self, entries: list[tuple[Sequence, int, int]]) -> dict:
+    def batch(self, entries: list[tuple[Sequence, int, int]]) -> Batch:
         """The tokens first .. first + count - 1 of each sequence as one stream."""
         counts = [count for _, _, count in entries]
         bounds = np.cumsum([0, *counts])
-        batch = {
-            "input_ids": torch.from_numpy(np.concatenate([s.tokens[f : f + n] for s, f, n in entries])),
-            "position_ids": torch.from_numpy(
-                np.concatenate([s.positions[..., f : f + n] for s, f, n in entries], -1)
-            ),
-            "cu_seqlens": torch.from_numpy(bounds.astype(np.int32)),
-            "max_len": max(counts),
-            # cached keys were turned with the base that the prompt's length decides
-            "rope_lengths": torch.tensor([s.given for s, _, _ in entries]),
-        }
         prefixes = [s.request.prompt.get("prefix_len", 0) for s, _, _ in entries]
-        if any(prefixes):
-            batch["prefix_lens"] = torch.tensor(prefixes)
         features, places = [], []
         Q = self.model.num_image_tokens
         for (s, first, count), start in zip(entries, bounds.tolist(), strict=False):
@@ -825,13 +811,25 @@ class Engine:
                 if a < b:
                     features.append(s.features[n][a - slot : b - slot] if b - a < Q else s.features[n])
                     places.append(np.arange(a, b) + start - first)
+        image_features = image_positions = None
         if features and self.prefill == "alone":  # whole images, which need not have a row a slot
-            batch["image_features"] = torch.stack(features)
-            batch["image_positions"] = torch.from_numpy(np.stack(places))
+            image_features, image_positions = torch.stack(features), torch.from_numpy(np.stack(places))
         elif features:
-            batch["image_features"] = torch.cat(features)[None]
-            batch["image_positions"] = torch.from_numpy(np.concatenate(places))[None]
-        return batch
+            image_features = torch.cat(features)[None]
+            image_positions = torch.from_numpy(np.concatenate(places))[None]
+        return Batch(
+            input_ids=torch.from_numpy(np.concatenate([s.tokens[f : f + n] for s, f, n in entries])),
+            position_ids=torch.from_numpy(
+                np.concatenate([s.positions[..., f : f + n] for s, f, n in entries], -1)
+            ),
+            cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
+            max_len=max(counts),
+            image_features=image_features,
+            image_positions=image_positions,
+            prefix_lens=torch.tensor(prefixes) if any(prefixes) else None,
+            # cached keys were turned with the base that the prompt's length decides
+            rope_lengths=torch.tensor([s.given for s, _, _ in entries]),
+        )
 
     def rows_of_adapters(self, entries: list[tuple[Sequence, int, int]]) -> list[tuple[str, Tensor | None]]:
         """(adapter, rows of the stream that are its; None: all of them)."""
@@ -861,7 +859,7 @@ class Engine:
                 some = keys[first : first + IMAGES_AT_ONCE]
                 pixels = torch.stack([images[key] for key in some]).to(self.device, self.dtype)
                 with lora.adapted([] if adapter is None else [(adapter, None)]):
-                    features = self.run(adapter, {"pixel_values": pixels}, "features")
+                    features = self.run(adapter, Batch.of_images(pixels), "features")
                 found |= zip(some, features, strict=True)
         for s in sequences:
             if s.features is None:

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 import lora
 import parallel
 import pipeline
+import vlm
 from build import (
     StreamSizes,
     choose_trainable,
@@ -116,24 +117,21 @@ class Stream:
     lengths: list[int]
 
 
-def meta_batch(stream: Stream, model: nn.Module, image_size: list[int], positions: int) -> dict:
-    """`positions`: rows of position_ids (1 or 2)."""
+def meta_batch(stream: Stream, model: nn.Module) -> vlm.Batch:
     T, Q, meta = stream.tokens, model.num_image_tokens, {"device": "meta", "dtype": torch.int64}
-    batch = {
-        "input_ids": torch.empty(T, **meta),
-        "max_len": max(stream.lengths),
-        "position_ids": torch.empty((T,) if positions == 1 else (positions, T), **meta),
-        "cu_seqlens": torch.tensor([0, *stream.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
-        "dropout_keys": torch.empty(T, **meta),
-        "image_dropout_keys": torch.empty(stream.images, **meta),
-        "image_positions": torch.empty(stream.images, Q, **meta),
-        "pixel_values": None,
-    }
-    if positions == 2:
-        batch["prefix_lens"] = torch.tensor([n // 2 for n in stream.lengths])
-    if stream.images:
-        batch["pixel_values"] = torch.empty(stream.images, 3, *image_size, device="meta")
-    return batch
+    return vlm.Batch(
+        input_ids=torch.empty(T, **meta),
+        position_ids=torch.empty((T,) if model.position_axes == 1 else (model.position_axes, T), **meta),
+        cu_seqlens=torch.tensor([0, *stream.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
+        max_len=max(stream.lengths),
+        pixel_values=torch.empty(stream.images, 3, *model.image_size, device="meta")
+        if stream.images
+        else None,
+        image_positions=torch.empty(stream.images, Q, **meta),
+        prefix_lens=torch.tensor([n // 2 for n in stream.lengths]) if model.prefill == "whole" else None,
+        dropout_keys=torch.empty(T, **meta),
+        image_dropout_keys=torch.empty(stream.images, **meta),
+    )
 
 
 @dataclass
@@ -284,7 +282,7 @@ def heaviest_stream(plan, batch_size: int, steps: int = 10_000) -> Stream:
 
 
 def devices(
-    model: nn.Module, module, blocks: list[range], stream: Stream, layout: Layout, dtype
+    model: nn.Module, definition, blocks: list[range], stream: Stream, layout: Layout, dtype
 ) -> list[Device]:
     """Memory of each pipeline rank; `model` is on the meta device, with requires_grad as in training."""
     L, config, found = layout, model.config, []
@@ -292,12 +290,12 @@ def devices(
     for rank in range(L.pp):
         part, stages = copy.deepcopy(model), [s for s in range(len(blocks)) if s % L.pp == rank]
         if L.pp > 1:
-            held = pipeline.stages_of_parameters(part, module.PIPELINE, blocks)
+            held = pipeline.stages_of_parameters(part, definition.pipeline, blocks)
             trained = {name for name, p in part.named_parameters() if p.requires_grad}
             first_trained = min(min(held[name]) for name in trained)
             pipeline.keep_parameters(part, {name for name, where in held.items() if where & {*stages}})
         world = parallel.World(0, L.pp * L.dp * L.tp, torch.device("cpu"), tp_size=L.tp)
-        parallel.tensor_parallel(part, module.tp_plan(config, L.tp), world)
+        parallel.tensor_parallel(part, definition.tp_plan(config, L.tp), world)
         last = len(blocks) - 1
         head = None
         if last in stages:
@@ -311,17 +309,19 @@ def devices(
             if stage:
                 options = {"dtype": dtype, "device": "meta", "requires_grad": first_trained < stage}
                 x = torch.empty(stream.tokens, config.hidden_size, **options)
-            own = [block for n, block in numbered(computed, module, L.pp) if n in blocks[stage]]
+            own = [block for n, block in numbered(computed, definition, L.pp) if n in blocks[stage]]
             left, largest = activation_bytes(computed, stream, x, own, L.recompute)
             kept, block_bytes = kept + left, max(block_bytes, largest)
         found.append(stage_memory(part, stages, len(blocks), hidden, kept, block_bytes, head, L))
     return found
 
 
-def numbered(model: nn.Module, module, pp: int) -> list[tuple[int, nn.Module]]:
+def numbered(model: nn.Module, definition, pp: int) -> list[tuple[int, nn.Module]]:
     if pp == 1:
         return [*enumerate(model.blocks)]
-    return [(int(n), block) for n, block in model.get_submodule(module.PIPELINE["blocks"])._modules.items()]
+    return [
+        (int(n), block) for n, block in model.get_submodule(definition.pipeline["blocks"])._modules.items()
+    ]
 
 
 def activation_bytes(
@@ -329,15 +329,13 @@ def activation_bytes(
 ) -> tuple[float, float]:
     """saved_bytes of one micro-batch through `blocks`."""
     config = model.config
-    if getattr(model, "pipeline_obstacle", None):  # its passes depend on the data: by a formula
+    if model.pipeline_obstacle:  # its passes depend on the data: by a formula
         inner = 11 * config.hidden_size + 4 * config.mlp_width
         N = config.num_hidden_layers
         layers = config.hidden_size * N + inner if recompute else inner * N
         width = stream.tokens * next(model.parameters()).element_size()
         return width * layers, width * inner
-    vision = next(getattr(config, key) for key in ("visual", "eva_config", "vision") if hasattr(config, key))
-    image_size = [vision.image_size] * 2 if isinstance(vision.image_size, int) else vision.image_size
-    batch = meta_batch(stream, model, image_size, 2 if hasattr(model, "position_step") else 1)
+    batch = meta_batch(stream, model)
 
     def forward() -> Tensor:
         return model(batch, "hidden", x, blocks)
@@ -365,21 +363,20 @@ def communication(model: nn.Module, tokens: float, layout: Layout) -> dict[str, 
     return volumes
 
 
-def dry_run(cfg: Config, config: dict, module, plan, world_size: int) -> str:
+def dry_run(cfg: Config, config: dict, definition, plan, world_size: int) -> str:
     """Memory per device, disk, steps and FLOPs, from shapes alone."""
-    with torch.device("meta"):
-        model = module.build_model(with_prefix(config, module, cfg))
+    model = definition.network(with_prefix(config, definition, cfg))
     if cfg.lora:
         lora.inject(
             model,
-            lora_targets(cfg, module),
+            lora_targets(cfg, definition),
             cfg.lora_rank,
             cfg.lora_alpha,
             cfg.lora_dropout,
-            lora_parts(model, module, cfg),
-            module.IMAGE_PARAMETERS,
+            lora_parts(model, definition, cfg),
+            definition.image_parameters,
         )
-    choose_trainable(model, module, cfg)
+    choose_trainable(model, definition, cfg)
     pp, replicas, shard, tp = parallel.layout(
         world_size,
         cfg.tensor_parallel_degree,
@@ -397,8 +394,10 @@ def dry_run(cfg: Config, config: dict, module, plan, world_size: int) -> str:
         tokens = cfg.max_length * cfg.per_device_train_batch_size
         sizes = StreamSizes(tokens, 0.3 * tokens, 1.0, tokens)
         heaviest = Stream(tokens, int(0.3 * tokens), 1, [tokens])
-    blocks = pipeline_blocks(model, module, cfg, sizes) if pp > 1 else [range(len(model.blocks))]
-    forward = module.forward_flops(model.config, sizes.tokens, sizes.supervised, sizes.images, sizes.segment)
+    blocks = pipeline_blocks(model, definition, cfg, sizes) if pp > 1 else [range(len(model.blocks))]
+    forward = definition.forward_flops(
+        model.config, sizes.tokens, sizes.supervised, sizes.images, sizes.segment
+    )
     layout = Layout(
         pp,
         dp,
@@ -412,14 +411,14 @@ def dry_run(cfg: Config, config: dict, module, plan, world_size: int) -> str:
         o2,
         sixteen and not o2,
     )
-    found = devices(model, module, blocks, heaviest, layout, torch.bfloat16 if o2 else torch.float32)
+    found = devices(model, definition, blocks, heaviest, layout, torch.bfloat16 if o2 else torch.float32)
     fullest = max(found, key=lambda device: device.total)
     flops = 3 * sum(forward.values()) if not cfg.lora else 2 * sum(forward.values()) + forward["head"]
     micro = micro_batches * dp
     shares = ", ".join(f"{part} {value / sum(forward.values()):.0%}" for part, value in forward.items())
     where = f" (pipeline rank {found.index(fullest)} of {pp})" if pp > 1 else ""
     lines = [
-        parameter_table(model, module.PARTS),
+        parameter_table(model, definition.parts),
         "",
         f"fullest device{where}, {world_size} processes: pp {pp} x dp {dp} x tp "
         f"{tp}, {cfg.sharding or 'no sharding'}:",

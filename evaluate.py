@@ -29,6 +29,7 @@ import checkpoint
 import data
 import metrics
 import terminal
+import vlm
 from config import Config, parse_config
 from generate import DTYPES, Decoding, answer, base_of, check_bad, load_model, name_bad
 from kernels import dispatch
@@ -339,7 +340,7 @@ def run(args, how: Decoding, names: list[str]) -> int:
     conversations, numbers = [index.conversation(n) for n in range(len(index))], index.entry.tolist()
     total = len({c.where for c in conversations}) + len(bad)
     print(
-        f"scoring {directory} ({checkpoint.model_kind(model_config)}, {processor.stage}, {dtype}) with "
+        f"scoring {directory} ({vlm.kind_of(model_config)}, {processor.stage}, {dtype}) with "
         f"{f'adapter {adapter}' if adapter else 'no adapter'} on "
         + ", ".join(f"{e.label} ({', '.join(e.paths)})" for e in index.entries)
         + (f", settings of {source}" if source else ""),

@@ -16,9 +16,9 @@ from torch import Tensor
 
 import checkpoint
 import parallel
+import vlm
 from build import autocast, matches
 from config import Config
-from data import blank
 from run_dir import Signals, Stopped
 
 
@@ -35,9 +35,9 @@ class ImageFeatures:
         return None if row is None or np.isnan(row).any() else torch.from_numpy(row)
 
 
-def refuse_feature_cache(model, module, cfg: Config) -> None:
+def refuse_feature_cache(model, definition, cfg: Config) -> None:
     """Where features would not be what the tower gives in training."""
-    towers = {n: p for n, p in model.named_parameters() if matches(n, module.IMAGE_PARAMETERS)}
+    towers = {n: p for n, p in model.named_parameters() if matches(n, definition.image_parameters)}
     if any(p.requires_grad for p in towers.values()):
         raise ValueError(
             "cache_image_features=true needs a frozen vision tower; add it to "
@@ -49,7 +49,7 @@ def refuse_feature_cache(model, module, cfg: Config) -> None:
         )
     for name, part in model.named_modules():
         rate = next((r for k in ("p", "dropout") if isinstance(r := getattr(part, k, None), float)), 0.0)
-        if rate and matches(f"{name}.x", module.IMAGE_PARAMETERS):
+        if rate and matches(f"{name}.x", definition.image_parameters):
             raise ValueError(
                 f"cache_image_features=true would leave out the dropout of {name} "
                 f"({rate:g}), which training has; turn "
@@ -57,11 +57,11 @@ def refuse_feature_cache(model, module, cfg: Config) -> None:
             )
 
 
-def features_key(model, module, processor, cfg: Config, paths: list[str]) -> str:  # all ranks
+def features_key(model, definition, processor, cfg: Config, paths: list[str]) -> str:  # all ranks
     """Of all that features depend on: the tower's values, whatever they come from, pictures, precision."""
     key = hashlib.sha256()
     for name, p in sorted(model.named_parameters()):
-        if matches(name, module.IMAGE_PARAMETERS):
+        if matches(name, definition.image_parameters):
             values = checkpoint.full_tensor(p).contiguous().flatten().view(torch.uint8).numpy()
             key.update(name.encode() + values.tobytes())
     for path in paths:
@@ -80,13 +80,13 @@ def features_key(model, module, processor, cfg: Config, paths: list[str]) -> str
 
 @torch.no_grad()
 def cache_features(
-    model, module, plan, processor, cfg: Config, world, signals: Signals
+    model, definition, plan, processor, cfg: Config, world, signals: Signals
 ) -> ImageFeatures:  # all ranks
     """Encodes every readable picture of the training set once, ranks in turn; a later run with the same
     files, weights and precision reads them."""
-    refuse_feature_cache(model, module, cfg)
+    refuse_feature_cache(model, definition, cfg)
     paths = sorted({path for n in range(len(plan.index)) for path in plan.index.conversation(n).images})
-    key = features_key(model, module, processor, cfg, paths)
+    key = features_key(model, definition, processor, cfg, paths)
     file = Path(cfg.output_dir) / "index" / f"features-{key}.f32"
     shape = (processor.num_image_tokens, model.config.hidden_size)
     size = 4 * len(paths) * math.prod(shape)
@@ -106,9 +106,10 @@ def cache_features(
         try:
             pixels = processor.load_image(path)
         except ValueError:  # the loader reports it
-            pixels, readable = blank(processor.image_size), False
+            pixels, readable = vlm.blank_image(processor.image_size), False
+        batch = vlm.Batch.of_images(pixels[None].to(world.device))
         with autocast(cfg, world):
-            encoded = model({"pixel_values": pixels[None].to(world.device)}, output="features")
+            encoded = model(batch, output="features")
         features.array[features.rows[path]] = encoded[0].float().cpu() if readable else math.nan
     parallel.reshard(model)
     features.array.flush()

@@ -12,7 +12,6 @@ import python_version  # noqa: F401  (first: it says which Python is needed)
 
 import argparse
 import contextlib
-import importlib
 import json
 import math
 import os
@@ -30,6 +29,7 @@ import data
 import lora
 import parallel
 import terminal
+import vlm
 from draw import draw_boxes
 from engine import Engine, Request, Sequence, cut_at_stop, room_for
 from kernels import dispatch
@@ -249,23 +249,21 @@ def load_model(
     """A model for inference from a checkpoint directory, optionally with an adapter (not merged); in a
     tensor-parallel `world` this rank's part of it."""
     config = checkpoint.read_config(directory)
-    module = importlib.import_module("model_" + checkpoint.model_kind(config))
-    if hasattr(module, "check_dtype"):
-        module.check_dtype(config, dtype)
+    definition = vlm.find(config)
+    definition.check_dtype(config, dtype)
     weights = None
     if lora_path is not None:
-        config, weights = lora.open_base(directory, lora_path, module)
-    with torch.device("meta"):
-        model = module.build_model(config)
+        config, weights = lora.open_base(directory, lora_path, definition)
+    model = definition.network(config)
     base_names = [name for name, _ in model.named_parameters()]
     if lora_path is not None:
         lora.load_adapter(model, lora_path)
     if world is not None:
-        parallel.tensor_parallel(model, module.tp_plan(model.config, world.tp_size), world)
+        parallel.tensor_parallel(model, definition.tp_plan(model.config, world.tp_size), world)
     model = model.to(dtype).to_empty(device=device)
     parallel.mark_cuts(model)
     parameters = dict(model.named_parameters())
-    weights = weights or checkpoint.open_model(directory, module)
+    weights = weights or checkpoint.open_model(directory, definition)
     checkpoint.load_into({name: parameters[name] for name in base_names}, weights)
     if lora_path is not None:
         lora.load_adapter(model, lora_path, checkpoint.copy_full_, parallel.whole_shape)
@@ -547,7 +545,7 @@ def run(args, how: Decoding, world: parallel.World | None = None) -> int:
         directory, DTYPES[args.dtype], "cpu" if args.quantize else args.device, args.lora_path, world
     )
     if args.quantize:
-        probe = importlib.import_module(type(model).__module__).probe_batch(processor)
+        probe = vlm.find(model.config.raw).probe_batch(processor)
         print(f"{quantize(model, args.quantize, probe)} (against {args.dtype})", file=sys.stderr)
         model.to(args.device)
     main_rank = world is None or world.main

@@ -1,7 +1,7 @@
 """LoRA adapters: low-rank updates beside frozen linear layers, in PEFT's file format.
 
     names = inject(model, LORA_TARGETS, rank=8, alpha=16, dropout=0.05)   # nn.Linear -> LoraLinear, in place
-    with dropout_rows(batch["dropout_keys"]): ...  # the model says whose rows adapters see
+    with dropout_rows(batch.dropout_keys): ...  # the model says whose rows adapters see
     save_adapter("output", model, base, 8, 16, 0.05, names, extra_trained={}, tensors=get)
     load_adapter(model, "output")                                         # ours or PEFT's
 
@@ -13,11 +13,9 @@ import contextlib
 import difflib
 import fnmatch
 import functools
-import importlib
 import math
 import os
 import re
-import sys
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import checkpoint
+import vlm
 from dropout import Rows, dropout_mask
 
 PREFIX = "base_model.model."  # PEFT puts it before every name
@@ -213,8 +212,8 @@ SAID = (
 
 def aliases_of(model: nn.Module) -> dict[str, str]:
     """Names of tied weights that PEFT sees beside the one that this model has, {alias: name}."""
-    aliases = getattr(sys.modules[type(model).__module__], "aliases", None)
-    return aliases(model.config.raw) if aliases and hasattr(model, "config") else {}
+    config = getattr(model, "config", None)  # a part of a model has none
+    return {} if config is None else vlm.find(config.raw).aliases(config.raw)
 
 
 @functools.cache
@@ -222,8 +221,7 @@ def base_sample(directory: str | Path) -> str | None:
     """What tells a base's weights from others, None for a base that is no directory here."""
     if not (Path(directory) / "config.json").is_file():
         return None
-    module = importlib.import_module("model_" + checkpoint.model_kind(checkpoint.read_config(directory)))
-    return checkpoint.open_model(directory, module).sample()
+    return checkpoint.open_model(directory, vlm.find(checkpoint.read_config(directory))).sample()
 
 
 def save_adapter(
@@ -380,14 +378,14 @@ def read_adapter(directory, aliases: dict[str, str] | None = None) -> tuple[dict
     return config, tensors
 
 
-def open_base(directory, adapter, module) -> tuple[dict, checkpoint.Weights]:
+def open_base(directory, adapter, definition) -> tuple[dict, checkpoint.Weights]:
     """-> (config.json's contents, weights) of an adapter's base, as the adapter takes it: where it holds a
     tied weight under some of its names alone, or with several values, each name has a value of its own, as in
     PEFT. ValueError if the adapter says that it was trained on other weights."""
     config, own = checkpoint.read_config(directory), _open_adapter(adapter)
-    weights = checkpoint.open_model(directory, module)
+    weights = checkpoint.open_model(directory, definition)
     check_base(adapter, weights)
-    aliases, apart = module.aliases(config), False
+    aliases, apart = definition.aliases(config), False
     for name in {*aliases.values()}:
         group = [PREFIX + n for n in (name, *(a for a, original in aliases.items() if original == name))]
         held = [n for n in group if n in own.names]
@@ -395,7 +393,7 @@ def open_base(directory, adapter, module) -> tuple[dict, checkpoint.Weights]:
             torch.equal(own.read(n), own.read(held[0])) for n in held
         )
     theirs = "auto_mapping" in read_adapter_config(adapter)  # PEFT's, which unties; else ours, incomplete
-    if apart and theirs and (untied := module.untied(config)) is not None:
+    if apart and theirs and (untied := definition.untied(config)) is not None:
         weights.untie(aliases)
         config = untied
     return config, weights
@@ -598,7 +596,7 @@ class Added:
 def add_adapters(model: nn.Module, directories: dict[str, str]) -> dict[str, Added]:
     """Puts several adapters beside one base, for rows that `adapted` names. ValueError for one that does not
     belong to the model."""
-    patterns = sys.modules[type(model).__module__].IMAGE_PARAMETERS
+    patterns = vlm.find(model.config.raw).image_parameters
     parameters = dict(model.named_parameters())
     shapes = {name: p.shape for name, p in parameters.items()}
     added = {}

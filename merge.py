@@ -11,7 +11,6 @@ merging, then one fp32 model.
 import python_version  # noqa: F401  (first: it says which Python is needed)
 
 import contextlib
-import importlib
 import shlex
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 import checkpoint
 import data
 import terminal
+import vlm
 from checkpoint import Weights, open_weights
 from generate import load_model
 from lora import adapter_updates, find_base, open_base, read_adapter, says_base
@@ -53,13 +53,11 @@ def merge(base: Path | None, adapter: Path, output: Path, dtype: torch.dtype | N
             )
 
     model_config = checkpoint.read_config(base)
-    kind = checkpoint.model_kind(model_config)
-    module = importlib.import_module("model_" + kind)
-    model_config, weights = open_base(base, adapter, module)
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in module.build_model(model_config).named_parameters()}
+    definition = vlm.find(model_config)
+    model_config, weights = open_base(base, adapter, definition)
+    shapes = {name: p.shape for name, p in definition.network(model_config).named_parameters()}
     checkpoint.check_names(shapes, weights)
-    config, lora = read_adapter(adapter, module.aliases(model_config))
+    config, lora = read_adapter(adapter, definition.aliases(model_config))
     if not says_base(adapter):
         print(
             f"note: {adapter} does not say which weights it was trained on; "
@@ -87,7 +85,7 @@ def merge(base: Path | None, adapter: Path, output: Path, dtype: torch.dtype | N
         checkpoint.copy_side_files(base, directory)
         info["changed_tensors"] = check_tensors(directory, weights, scalings, lora, dtype)
         print(f"tensors: {info['changed_tensors']} changed as computed, {len(weights.names)} in all")
-        info |= check_logits(kind, base, adapter, directory)
+        info |= check_logits(definition, base, adapter, directory)
         checkpoint.write_json(directory / "merge_info.json", info)
     return info
 
@@ -154,10 +152,9 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def check_logits(kind: str, base: Path, adapter: Path, merged: Path) -> dict:
+def check_logits(definition: vlm.Model, base: Path, adapter: Path, merged: Path) -> dict:
     """The merged model must give base + adapter's logits, up to the rounding of its weights."""
-    model_file = importlib.import_module("model_" + kind)
-    batch = model_file.probe_batch(model_file.load_processor(base))
+    batch = definition.probe_batch(definition.processor(base))
 
     def logits(directory, lora_path=None):
         model = load_model(directory, torch.float32, lora_path=lora_path)

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 import checkpoint
 import parallel
 import terminal
+import vlm
 from checkpoint import Depth, Epsilon, Pixels, Scale, Share, Size, TokenId
 from dropout import dropout_mask, dropout_rows, keys_of_rows, mix
 from images import open_image
@@ -42,6 +43,7 @@ from kernels.attention import attention
 from kernels.linear_cross_entropy import IGNORE_INDEX
 from kernels.norm import rms_norm
 from records import front_image, text_of
+from vlm import Batch
 
 # --------------------------------------------------------------------------------------------------
 # Configuration: the fields of the published config.json that change what is computed, with that file's
@@ -933,15 +935,19 @@ class T5(nn.Module):
 
 
 class Blip2(nn.Module):
+    LOSSES = ("loss",)
+    position_step, position_axes = 1, 1
+
     @property
-    def has_encoder(self) -> bool:
-        """Whether a prompt's tokens but the last are the encoder's."""
+    def encoder_decoder(self) -> bool:
         return self.config.is_t5
 
     @property
     def prefill(self) -> str:
-        """How a prompt may enter the engine: an encoder takes it whole, while no answer runs beside it."""
         return "alone" if self.config.is_t5 else "chunks"
+
+    def cache_group(self, length: int) -> int:
+        return 0
 
     def __init__(self, config: Blip2Config):
         super().__init__()
@@ -956,6 +962,13 @@ class Blip2(nn.Module):
     @property
     def num_image_tokens(self) -> int:
         return self.config.num_query_tokens
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.config.vision.image_size, self.config.vision.image_size
+
+    def loss_counts(self, batch: Batch) -> list[int]:
+        return [batch.num_supervised]
 
     @property
     def pipeline_obstacle(self) -> str | None:
@@ -1050,6 +1063,8 @@ class Blip2Qformer(nn.Module):
     prefill = "alone"  # a prompt enters the engine whole, without running sequences: queries see one another
     LOSSES = ("itc", "itm", "lm")
     pipeline_obstacle = "stage=pretrain1 passes a picture's features to every layer in several passes"
+    position_step, position_axes = 1, 1
+    encoder_decoder = False
     MASKED = -10000.0  # added to similarities that may not be drawn
     SMOOTHING = 0.1  # of contrastive and language-modelling targets
 
@@ -1077,6 +1092,10 @@ class Blip2Qformer(nn.Module):
     @property
     def num_image_tokens(self) -> int:
         return self.config.num_query_tokens
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.config.vision.image_size, self.config.vision.image_size
 
     @property
     def decoder_start(self) -> int:
@@ -1331,7 +1350,7 @@ class Blip2Qformer(nn.Module):
         that picture and text match. `x`, `blocks`: a pipeline's, for which this model has no stages."""
         assert x is None and blocks is None, "stage 1 has no pipeline stages"
         if output == "features":
-            return self.vision_model(batch["pixel_values"])
+            return self.encode_images(batch["pixel_values"])
         if output == "logits":
             x = self.hidden(batch)
             return self.logits(x[batch["cu_seqlens"][1:].to(x.device) - 1])
@@ -1343,6 +1362,16 @@ class Blip2Qformer(nn.Module):
             return self.match(image, ids, lengths).softmax(-1)[:, 1]
         text_feats = self.text_features(self.encode_text(ids, lengths), lengths)
         return torch.einsum("bqe,me->bmq", image_feats, text_feats).amax(-1)
+
+    def encode_images(self, pixel_values: Tensor, keys: Tensor | None = None) -> Tensor:
+        """The tower's output (N, P, W): the queries look at it in every pass anew."""
+        return self.vision_model(pixel_values)
+
+    def head(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.losses(batch)  # of three passes of its own, not of one hidden state
+
+    def cache_group(self, length: int) -> int:
+        return 0
 
     def init_weights(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         init_weights(self.config, name, tensor, generator)
@@ -1952,23 +1981,22 @@ class Blip2Processor:
         return self.tokenizer.decode(ids[:stop]).strip()
 
 
-def probe_batch(processor: Blip2Processor) -> dict:
+def probe_batch(processor: Blip2Processor) -> Batch:
     """A fixed prompt with one synthetic picture, to compare two models' logits."""
     tk, Q, size = processor.tokenizer, processor.num_image_tokens, processor.image_size
     text = tk.encode("Question: what is this? Short answer:")
     text = [*text, tk.eos, tk.begin] if processor.kind == "t5" else [tk.begin, *text]
     ids = torch.tensor([processor.slot] * Q + text)
     ramp = torch.linspace(-1, 1, size)
-    return {
-        "input_ids": ids,
-        "position_ids": torch.arange(len(ids)),
-        "max_len": len(ids),
-        "cu_seqlens": torch.tensor([0, len(ids)], dtype=torch.int32),
-        "image_positions": torch.arange(Q)[None],
-        "pixel_values": torch.stack(
-            (ramp[:, None] + 0 * ramp, ramp + 0 * ramp[:, None], ramp[:, None] * ramp)
-        )[None],
-    }
+    image = torch.stack((ramp[:, None] + 0 * ramp, ramp + 0 * ramp[:, None], ramp[:, None] * ramp))
+    return Batch(
+        input_ids=ids,
+        position_ids=torch.arange(len(ids)),
+        cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
+        max_len=len(ids),
+        image_positions=torch.arange(Q)[None],
+        pixel_values=image[None],
+    )
 
 
 def load_processor(directory: str | Path, stage: str = "sft") -> Blip2Processor:
@@ -1984,6 +2012,25 @@ def load_processor(directory: str | Path, stage: str = "sft") -> Blip2Processor:
     kind = "bert" if config.qformer.use_qformer_text_input else "t5" if config.is_t5 else "opt"
     return Blip2Processor(config, Blip2Tokenizer(directory, kind), stage)
 
+
+MODEL = vlm.Model(
+    build_model=build_model,
+    load_processor=load_processor,
+    probe_batch=probe_batch,
+    forward_flops=forward_flops,
+    parts=PARTS,
+    image_parameters=IMAGE_PARAMETERS,
+    stages=STAGES,
+    pretrain_freeze=PRETRAIN_FREEZE,
+    lora_targets=LORA_TARGETS,
+    tp_plan=tp_plan,
+    pipeline=PIPELINE,
+    aliases=aliases,
+    untied=untied,
+    legacy_names=LEGACY_NAMES,
+    contrasted=CONTRASTED,
+    check_dtype=check_dtype,
+)
 
 # --------------------------------------------------------------------------------------------------
 # Commands: LAVIS checkpoints in and out, another resolution
@@ -2058,7 +2105,7 @@ def without_last_block(config: dict, state: dict[str, Tensor]) -> dict[str, Tens
 
 
 def read_model(directory: str | Path) -> dict[str, Tensor]:
-    return read_all(checkpoint.open_model(directory, sys.modules[__name__]))
+    return read_all(checkpoint.open_model(directory, MODEL))
 
 
 def read_all(weights: checkpoint.Weights) -> dict[str, Tensor]:

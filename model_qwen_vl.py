@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 import checkpoint
 import parallel
+import vlm
 from checkpoint import Depth, Epsilon, Pixels, Scale, Size, TokenId
 from dropout import dropout_rows
 from images import open_image
@@ -37,6 +38,7 @@ from kernels.norm import rms_norm
 from kernels.rotary import rotary
 from kernels.swiglu import swiglu
 from records import text_of
+from vlm import Batch, LMHead, even_segments
 
 # --------------------------------------------------------------------------------------------------
 # Configuration
@@ -130,41 +132,6 @@ class QwenVLConfig:
         return config
 
 
-PRESETS = {
-    "qwen-vl-7b": {
-        "architectures": ["QWenLMHeadModel"],
-        "model_type": "qwen",
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "kv_channels": 128,
-        "intermediate_size": 22016,
-        "vocab_size": 151936,
-        "layer_norm_epsilon": 1e-6,
-        "rotary_emb_base": 10000,
-        "rotary_pct": 1.0,
-        "seq_length": 2048,
-        "use_dynamic_ntk": True,
-        "use_logn_attn": True,
-        "no_bias": True,
-        "tie_word_embeddings": False,
-        "initializer_range": 0.02,
-        "torch_dtype": "bfloat16",
-        "visual": {
-            "image_size": 448,
-            "patch_size": 14,
-            "width": 1664,
-            "layers": 48,
-            "heads": 16,
-            "mlp_ratio": 4.9231,
-            "output_dim": 4096,
-            "image_start_id": 151857,
-            "n_queries": 256,
-        },
-    }
-}
-
-
 # --------------------------------------------------------------------------------------------------
 # Language model
 
@@ -239,15 +206,6 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class LMHead(nn.Linear):
-    """Logits, or with targets their cross entropy without the logits of the whole stream."""
-
-    def forward(self, x: Tensor, targets: Tensor | None = None):
-        if targets is None:
-            return parallel.vocab_logits(super().forward(x))
-        return parallel.vocab_cross_entropy(x, self.weight, targets)
-
-
 # --------------------------------------------------------------------------------------------------
 # Vision: pictures are a plain batch; inside, their patches are one stream of N*P rows
 
@@ -262,10 +220,6 @@ def resize_positions(table: Tensor, grid: int) -> Tensor:
     image = table.float().view(1, G, G, -1).permute(0, 3, 1, 2)
     image = F.interpolate(image, size=(grid, grid), mode="bicubic", align_corners=False)
     return image.permute(0, 2, 3, 1).flatten(0, 2).to(table.dtype)
-
-
-def even_segments(num_segments: int, length: int) -> Tensor:
-    return torch.arange(0, (num_segments + 1) * length, length, dtype=torch.int32)
 
 
 class VisualAttention(nn.Module):
@@ -383,7 +337,9 @@ class Visual(nn.Module):
 
 
 class QwenVL(nn.Module):
-    prefill = "chunks"  # how a prompt may enter the engine: no token sees later ones
+    LOSSES = ("loss",)
+    position_step, position_axes = 1, 1
+    prefill, encoder_decoder = "chunks", False
 
     def __init__(self, config: QwenVLConfig):
         super().__init__()
@@ -406,6 +362,10 @@ class QwenVL(nn.Module):
         return self.config.visual.n_queries
 
     @property
+    def image_size(self) -> tuple[int, int]:
+        return self.config.visual.image_size, self.config.visual.image_size
+
+    @property
     def blocks(self) -> nn.ModuleList:
         return self.transformer.h
 
@@ -413,49 +373,34 @@ class QwenVL(nn.Module):
     def vision_blocks(self) -> nn.ModuleList:
         return self.transformer.visual.transformer.resblocks
 
-    def encode_images(self, pixel_values: Tensor) -> Tensor:
-        return self.transformer.visual(pixel_values)
+    def encode_images(self, pixel_values: Tensor, keys: Tensor | None = None) -> Tensor:
+        return self.transformer.visual(pixel_values)  # no dropout of its own, so no use for keys
 
-    def embed(self, batch: dict) -> Tensor:
-        """Word embeddings (T, C), those of the picture slots replaced by features, in the order of the slots.
-
-        More pictures than slots: the others (a blank one, so that every rank of a sharded run enters the
-        tower) count nothing.
-        """
-        x = self.transformer.wte(batch["input_ids"])
-        features = batch.get("image_features")
-        if features is None and batch.get("pixel_values") is not None:
-            with dropout_rows(batch.get("image_dropout_keys"), len(batch["pixel_values"])):
-                features = self.encode_images(batch["pixel_values"])
-        if features is not None:
-            positions = batch["image_positions"].flatten()
-            features = features.flatten(0, 1).to(x.dtype)
-            x = x.index_copy(0, positions, features[: len(positions)])
-            if len(features) > len(positions):
-                x = x + 0.0 * features[len(positions) :].sum()
-        return x
+    def embed(self, batch: Batch) -> Tensor:
+        """The tokens' embeddings (T, C), the images' features at their places."""
+        return vlm.splice_images(self.transformer.wte(batch.input_ids), batch, self.encode_images)
 
     def ntk_alpha(self, lengths: Tensor) -> Tensor:
         """What the rotary base is stretched by for a prompt of that length, fp64."""
         return (2.0 ** (torch.log2(lengths.double() / self.config.seq_length) + 1).ceil() - 1).clamp(min=1)
 
     def cache_group(self, length: int) -> float:
-        """Prompts of one group may share cached keys: those that are turned with one base."""
+        # keys are turned with the base of the prompt that they were made for
         return float(self.ntk_alpha(torch.tensor(length))) if self.config.use_dynamic_ntk else 1.0
 
-    def context(self, batch: dict) -> Context:
+    def context(self, batch: Batch) -> Context:
         """Rotary angles and log-n factors. Both extrapolations act in evaluation only, as in the original.
 
         `rope_lengths` (S,), host, optional: the length that decides a segment's NTK base, if it is not the
         segment's own (while decoding: the prompt's; the cached keys were turned with it).
         """
-        c, positions, cu_seqlens = self.config, batch["position_ids"], batch["cu_seqlens"]
+        c, positions, cu_seqlens = self.config, batch.position_ids, batch.cu_seqlens
         half = torch.arange(0, c.kv_channels, 2, device=positions.device, dtype=torch.float32) / c.kv_channels
         lengths = cu_seqlens.diff()
         if self.training or not c.use_dynamic_ntk:
             inv_freq = 1.0 / c.rotary_emb_base**half
         else:
-            alpha = self.ntk_alpha(batch.get("rope_lengths", lengths))
+            alpha = self.ntk_alpha(lengths if batch.rope_lengths is None else batch.rope_lengths)
             base = c.rotary_emb_base * alpha ** (c.kv_channels / (c.kv_channels - 2))
             inv_freq = 1.0 / base.to(positions.device, torch.float32)[:, None] ** half  # (S, D/2)
             inv_freq = inv_freq.repeat_interleave(lengths.to(positions.device), dim=0)
@@ -465,13 +410,13 @@ class QwenVL(nn.Module):
         logn = None
         if c.use_logn_attn and not self.training:
             logn = (torch.log((positions + 1).float()) / math.log(c.seq_length)).clamp(min=1.0)[:, None, None]
-        return Context(cu_seqlens, batch["max_len"], angles.cos(), angles.sin(), logn, batch.get("cache"))
+        return Context(cu_seqlens, batch.max_len, angles.cos(), angles.sin(), logn, batch.cache)
 
-    def hidden(self, batch: dict, x: Tensor | None = None, blocks=None) -> Tensor:
+    def hidden(self, batch: Batch, x: Tensor | None = None, blocks=None) -> Tensor:
         """(T, C) behind the blocks. A pipeline stage gives what it received, `x` (T, C), and its own
         `blocks`."""
         x, ctx = self.embed(batch) if x is None else x, self.context(batch)
-        with dropout_rows(batch.get("dropout_keys")):
+        with dropout_rows(batch.dropout_keys):
             for block in self.blocks if blocks is None else blocks:
                 x = block(x, ctx)
         return x
@@ -482,25 +427,18 @@ class QwenVL(nn.Module):
             return parallel.vocab_logits(F.linear(x, self.transformer.wte.weight))
         return self.lm_head(x)
 
-    def head(self, x: Tensor, batch: dict) -> tuple[Tensor, Tensor]:
+    def head(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed loss of the supervised tokens and each one's own loss (detached), in stream order."""
-        rows = (batch["targets"] != IGNORE_INDEX).nonzero()[:, 0]
-        x, targets = self.transformer.ln_f(x[rows]), batch["targets"][rows]
+        x, targets = self.transformer.ln_f(x[batch.supervised]), batch.targets[batch.supervised]
         if self.config.tie_word_embeddings:
             return parallel.vocab_cross_entropy(x, self.transformer.wte.weight, targets)
         return self.lm_head(x, targets)
 
-    def forward(self, batch: dict, output: str = "loss", x: Tensor | None = None, blocks=None):
-        """The one entrance of a sharded model. `output`: "loss" as head(); "logits" (S, V) of each segment's
-        last position; "features" (N, Q, C) of the pictures; "hidden" (T, C). `x`, `blocks`: as hidden()."""
-        if output == "features":
-            return self.encode_images(batch["pixel_values"])
-        x = self.hidden(batch, x, blocks)
-        if output == "hidden":
-            return x
-        if output == "logits":
-            return self.logits(x[batch["cu_seqlens"][1:].to(x.device) - 1])
-        return self.head(x, batch)
+    def forward(self, batch: Batch, output: str = "loss", x: Tensor | None = None, blocks=None):
+        return vlm.run(self, batch, output, x, blocks)
+
+    def loss_counts(self, batch: Batch) -> list[int]:
+        return [batch.num_supervised]
 
     def init_weights(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         """Fills one full-size parameter for training from scratch, as the original initialises it."""
@@ -548,21 +486,6 @@ def untied(config: dict) -> dict:
     return {**config, "tie_word_embeddings": False}
 
 
-# Parameters of each part, for the start-up table: the first pattern that matches
-PARTS = {
-    "resampler": "transformer.visual.attn_pool.*",
-    "vision": "transformer.visual.*",
-    "embedding": "transformer.wte.*",
-    "language model": "transformer.*",
-    "head": "lm_head.*",
-}
-IMAGE_PARAMETERS = ["transformer.visual.*"]  # what a picture's features depend on
-STAGES = ("sft", "pretrain")
-IGNORED_WEIGHTS: list[str] = []  # names that files hold but this file recomputes
-PRETRAIN_FREEZE = {"pretrain": ["transformer.wte.*", "transformer.h.*", "transformer.ln_f.*", "lm_head.*"]}
-# The official targets. By name they exist in the language model only: the vision tower's linears are in_proj,
-# out_proj, c_fc.
-LORA_TARGETS = [r".*\.attn\.c_attn", r".*\.attn\.c_proj", r".*\.mlp\.w1", r".*\.mlp\.w2"]
 # How a weight is cut over tensor-parallel ranks: (kind, number of equal blocks packed along the cut
 # dimension)
 TP_PLAN = {
@@ -582,13 +505,6 @@ TP_PLAN = {
     "transformer.visual.attn_pool.attn": ("column", 3),  # its in_proj_weight and in_proj_bias
     "transformer.visual.attn_pool.attn.out_proj": ("row", 1),
     "lm_head": ("vocab", 1),
-}
-# Which pipeline stages have a parameter: a block's own stage; the first or last one; all of them where
-# nothing matches
-PIPELINE = {
-    "blocks": "transformer.h",
-    "first": ["transformer.wte.*", "transformer.visual.*"],
-    "last": ["transformer.ln_f.*", "lm_head.*"],
 }
 
 
@@ -925,6 +841,7 @@ class QwenVLProcessor:
         self.image_size, self.num_image_tokens = config.visual.image_size, config.visual.n_queries
         self.stop_words = [[tokenizer.im_end], [tokenizer.im_start], [tokenizer.eos]]
         self.eos = tokenizer.eos
+        self.blank_ids = (0,)
 
     def fingerprint(self) -> str:
         """Changes whenever the same conversation could get other ids."""
@@ -1052,21 +969,20 @@ class QwenVLProcessor:
         return self.tokenizer.decode(ids[:stop]).strip()
 
 
-def probe_batch(processor: QwenVLProcessor) -> dict:
-    """A fixed prompt with one synthetic picture, to compare two models' logits."""
+def probe_batch(processor: QwenVLProcessor) -> Batch:
+    """A fixed prompt with one synthetic image, to compare two models' logits."""
     tk, Q, size = processor.tokenizer, processor.num_image_tokens, processor.image_size
     ids = torch.tensor(chat_prompt(tk, "Picture 1: <img>a</img>\nWhat is this? 这是什么？"))
     ramp = torch.linspace(-1, 1, size)
-    return {
-        "input_ids": ids,
-        "position_ids": torch.arange(len(ids)),
-        "max_len": len(ids),
-        "cu_seqlens": torch.tensor([0, len(ids)], dtype=torch.int32),
-        "pixel_values": torch.stack(
-            (ramp[:, None] + 0 * ramp, ramp + 0 * ramp[:, None], ramp[:, None] * ramp)
-        )[None],
-        "image_positions": (ids == tk.img_start).nonzero() + 1 + torch.arange(Q),
-    }
+    image = torch.stack((ramp[:, None] + 0 * ramp, ramp + 0 * ramp[:, None], ramp[:, None] * ramp))
+    return Batch(
+        input_ids=ids,
+        position_ids=torch.arange(len(ids)),
+        cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
+        max_len=len(ids),
+        pixel_values=image[None],
+        image_positions=(ids == tk.img_start).nonzero() + 1 + torch.arange(Q),
+    )
 
 
 def load_processor(directory: str | Path, stage: str = "sft") -> QwenVLProcessor:
@@ -1074,3 +990,32 @@ def load_processor(directory: str | Path, stage: str = "sft") -> QwenVLProcessor
     config = QwenVLConfig.from_dict(checkpoint.read_config(directory))
     checkpoint.check_side_files(directory, config.visual.image_size, config.visual.image_size)
     return QwenVLProcessor(config, QwenTokenizer(directory, config.visual.n_queries), stage)
+
+
+MODEL = vlm.Model(
+    build_model=build_model,
+    load_processor=load_processor,
+    probe_batch=probe_batch,
+    forward_flops=forward_flops,
+    parts={
+        "resampler": "transformer.visual.attn_pool.*",
+        "vision": "transformer.visual.*",
+        "embedding": "transformer.wte.*",
+        "language model": "transformer.*",
+        "head": "lm_head.*",
+    },
+    image_parameters=["transformer.visual.*"],
+    stages=("sft", "pretrain"),
+    pretrain_freeze={"pretrain": ["transformer.wte.*", "transformer.h.*", "transformer.ln_f.*", "lm_head.*"]},
+    # The official targets. By name they exist in the language model only: the vision tower's linears are
+    # in_proj, out_proj, c_fc.
+    lora_targets=[r".*\.attn\.c_attn", r".*\.attn\.c_proj", r".*\.mlp\.w1", r".*\.mlp\.w2"],
+    tp_plan=tp_plan,
+    pipeline={
+        "blocks": "transformer.h",
+        "first": ["transformer.wte.*", "transformer.visual.*"],
+        "last": ["transformer.ln_f.*", "lm_head.*"],
+    },
+    aliases=aliases,
+    untied=untied,
+)

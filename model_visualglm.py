@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 import checkpoint
 import parallel
+import vlm
 from checkpoint import Depth, Epsilon, Pixels, Scale, Size, TokenId
 from dropout import dropout_rows
 from images import open_image
@@ -37,6 +38,7 @@ from kernels.attention import attention
 from kernels.linear_cross_entropy import IGNORE_INDEX
 from kernels.rotary import rotary
 from records import front_image, text_of
+from vlm import Batch, LMHead, even_segments
 
 # --------------------------------------------------------------------------------------------------
 # Configuration
@@ -181,60 +183,6 @@ class VisualGLMConfig:
         return c
 
 
-PRESETS = {
-    "visualglm-6b": {
-        "architectures": ["ChatGLMModel"],
-        "model_type": "chatglm",
-        "hidden_size": 4096,
-        "inner_hidden_size": 16384,
-        "num_layers": 28,
-        "num_attention_heads": 32,
-        "vocab_size": 130528,
-        "layernorm_epsilon": 1e-5,
-        "max_sequence_length": 2048,
-        "position_encoding_2d": True,
-        "use_cache": True,
-        "torch_dtype": "float16",
-        "bos_token_id": 130004,
-        "eos_token_id": 130005,
-        "mask_token_id": 130000,
-        "gmask_token_id": 130001,
-        "pad_token_id": 3,
-        "image_length": 32,
-        "eva_config": {
-            "num_layers": 39,
-            "hidden_size": 1408,
-            "num_attention_heads": 16,
-            "vocab_size": 1,
-            "layernorm_order": "pre",
-            "model_parallel_size": 1,
-            "max_sequence_length": 257,
-            "inner_hidden_size": 6144,
-            "use_final_layernorm": False,
-            "layernorm_epsilon": 1e-6,
-            "image_size": [224, 224],
-            "pre_len": 1,
-            "post_len": 0,
-            "in_channels": 3,
-            "num_classes": 0,
-            "patch_size": 14,
-        },
-        "qformer_config": {
-            "num_layers": 12,
-            "hidden_size": 768,
-            "num_attention_heads": 12,
-            "vocab_size": 32,
-            "layernorm_order": "post",
-            "model_parallel_size": 1,
-            "max_sequence_length": 0,
-            "is_decoder": [True, False] * 6,
-            "cross_attn_hidden_size": 1408,
-            "layernorm_epsilon": 1e-12,
-        },
-    }
-}
-
-
 # --------------------------------------------------------------------------------------------------
 # Language model
 
@@ -356,23 +304,8 @@ class PrefixEncoder(nn.Module):
         return x.view(self.shape).permute(1, 2, 0, 3, 4)
 
 
-# same as model_qwen_vl.LMHead
-class LMHead(nn.Linear):
-    """Logits, or with targets their cross entropy without the logits of the whole stream."""
-
-    def forward(self, x: Tensor, targets: Tensor | None = None):
-        if targets is None:
-            return parallel.vocab_logits(super().forward(x))
-        return parallel.vocab_cross_entropy(x, self.weight, targets)
-
-
 # --------------------------------------------------------------------------------------------------
 # Vision: pictures are a plain batch; inside, their tokens are one stream of N*P rows
-
-
-# same as model_qwen_vl.even_segments
-def even_segments(num_segments: int, length: int) -> Tensor:
-    return torch.arange(0, (num_segments + 1) * length, length, dtype=torch.int32)
 
 
 class VisionAttention(nn.Module):
@@ -514,7 +447,9 @@ class ImageEncoder(nn.Module):
 
 
 class VisualGLM(nn.Module):
-    prefill = "whole"  # a prompt enters the engine whole: each token of the context sees all of it
+    LOSSES = ("loss",)
+    pipeline_obstacle, position_axes = None, 2
+    prefill, encoder_decoder = "whole", False
     # what a decoding step adds to a sequence's last position: the place in the context stays, that in the
     # answer grows
     position_step = torch.tensor([[0], [1]])
@@ -538,6 +473,11 @@ class VisualGLM(nn.Module):
         return self.config.num_image_tokens
 
     @property
+    def image_size(self) -> tuple[int, int]:
+        height, width = self.config.eva_config.image_size
+        return height, width
+
+    @property
     def blocks(self) -> nn.ModuleList:
         return self.transformer.layers
 
@@ -545,31 +485,19 @@ class VisualGLM(nn.Module):
     def vision_blocks(self) -> nn.ModuleList:
         return self.image_encoder.vit.transformer.layers
 
-    def encode_images(self, pixel_values: Tensor) -> Tensor:
-        return self.image_encoder(pixel_values)
+    def encode_images(self, pixel_values: Tensor, keys: Tensor | None = None) -> Tensor:
+        return self.image_encoder(pixel_values)  # no dropout of its own, so no use for keys
 
-    def embed(self, batch: dict) -> Tensor:
-        """Word embeddings (T, C), those of the picture slots replaced by features, in the order of the slots.
+    def embed(self, batch: Batch) -> Tensor:
+        """The tokens' embeddings (T, C), the images' features at their places."""
+        return vlm.splice_images(self.transformer.word_embeddings(batch.input_ids), batch, self.encode_images)
 
-        More pictures than slots: the others (a blank one, so that every rank of a sharded run enters the
-        tower) count nothing.
-        """
-        x = self.transformer.word_embeddings(batch["input_ids"])
-        features = batch.get("image_features")
-        if features is None and batch.get("pixel_values") is not None:
-            with dropout_rows(batch.get("image_dropout_keys"), len(batch["pixel_values"])):
-                features = self.encode_images(batch["pixel_values"])
-        if features is not None:
-            positions = batch["image_positions"].flatten()
-            features = features.flatten(0, 1).to(x.dtype)
-            x = x.index_copy(0, positions, features[: len(positions)])
-            if len(features) > len(positions):
-                x = x + 0.0 * features[len(positions) :].sum()
-        return x
+    def cache_group(self, length: int) -> int:
+        return 0
 
-    def context(self, batch: dict) -> Context:
+    def context(self, batch: Batch) -> Context:
         """`position_ids` (2, T) as `glm_positions` makes them; (T,) stands for a stream without answers."""
-        c, positions = self.config, batch["position_ids"]
+        c, positions = self.config, batch.position_ids
         if positions.ndim == 1:
             positions = torch.stack((positions, torch.zeros_like(positions)))
         inv_freq = inverse_frequencies(c.head_dim, c.exact_inv_freq, positions.device)
@@ -578,21 +506,15 @@ class VisualGLM(nn.Module):
         angles = positions[..., None].float() * inv_freq  # (2, T, D/4)
         tuned = parallel.heads_of_rank(self.transformer.prefix_encoder(), dim=3) if c.pre_seq_len else None
         return Context(
-            batch["cu_seqlens"],
-            batch["max_len"],
-            batch.get("prefix_lens"),
-            angles.cos(),
-            angles.sin(),
-            tuned,
-            batch.get("cache"),
+            batch.cu_seqlens, batch.max_len, batch.prefix_lens, angles.cos(), angles.sin(), tuned, batch.cache
         )
 
     # same as model_qwen_vl.QwenVL.hidden
-    def hidden(self, batch: dict, x: Tensor | None = None, blocks=None) -> Tensor:
+    def hidden(self, batch: Batch, x: Tensor | None = None, blocks=None) -> Tensor:
         """(T, C) behind the blocks. A pipeline stage gives what it received, `x` (T, C), and its own
         `blocks`."""
         x, ctx = self.embed(batch) if x is None else x, self.context(batch)
-        with dropout_rows(batch.get("dropout_keys")):
+        with dropout_rows(batch.dropout_keys):
             for block in self.blocks if blocks is None else blocks:
                 x = block(x, ctx)
         return x
@@ -600,23 +522,16 @@ class VisualGLM(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         return self.lm_head(self.transformer.final_layernorm(x))
 
-    def head(self, x: Tensor, batch: dict) -> tuple[Tensor, Tensor]:
+    def head(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed loss of the supervised tokens and each one's own loss (detached), in stream order."""
-        rows = (batch["targets"] != IGNORE_INDEX).nonzero()[:, 0]
-        return self.lm_head(self.transformer.final_layernorm(x[rows]), batch["targets"][rows])
+        x = self.transformer.final_layernorm(x[batch.supervised])
+        return self.lm_head(x, batch.targets[batch.supervised])
 
-    # same as model_qwen_vl.QwenVL.forward
-    def forward(self, batch: dict, output: str = "loss", x: Tensor | None = None, blocks=None):
-        """The one entrance of a sharded model. `output`: "loss" as head(); "logits" (S, V) of each segment's
-        last position; "features" (N, Q, C) of the pictures; "hidden" (T, C). `x`, `blocks`: as hidden()."""
-        if output == "features":
-            return self.encode_images(batch["pixel_values"])
-        x = self.hidden(batch, x, blocks)
-        if output == "hidden":
-            return x
-        if output == "logits":
-            return self.logits(x[batch["cu_seqlens"][1:].to(x.device) - 1])
-        return self.head(x, batch)
+    def forward(self, batch: Batch, output: str = "loss", x: Tensor | None = None, blocks=None):
+        return vlm.run(self, batch, output, x, blocks)
+
+    def loss_counts(self, batch: Batch) -> list[int]:
+        return [batch.num_supervised]
 
     def init_weights(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         """Fills one full-size parameter for training from scratch: normal, output layers of the blocks
@@ -641,38 +556,6 @@ def build_model(config: dict) -> VisualGLM:
     return VisualGLM(VisualGLMConfig.from_dict(config))
 
 
-def aliases(config: dict) -> dict[str, str]:
-    """Names that say the same as another one: none, the vocabulary projection is not tied."""
-    return {}
-
-
-# Parameters of each part, for the start-up table: the first pattern that matches
-PARTS = {
-    "q-former": "image_encoder.[qg]*",  # Q-Former and glm_proj
-    "vision": "image_encoder.*",
-    "embedding": "transformer.word_embeddings.*",
-    "prefix": "transformer.prefix_encoder.*",
-    "language model": "transformer.*",
-    "head": "lm_head.*",
-}
-IMAGE_PARAMETERS = ["image_encoder.*"]  # what a picture's features depend on
-STAGES = ("sft", "pretrain")
-PRETRAIN_FREEZE = {"pretrain": ["transformer.*", "lm_head.*"]}
-# In published files; the original ignores them too
-IGNORED_WEIGHTS = ["transformer.layers.*.attention.rotary_emb.inv_freq"]
-# Names of the toolkit PaddleMIX inside patterns of the configuration -> ours
-LEGACY_NAMES = {
-    "vision_model": "image_encoder.vit",
-    "language_projection": "image_encoder.glm_proj",
-    "language_model.chatglm.": "",
-    "query_tokens": "image_encoder.qformer.transformer.word_embeddings.*",
-}
-PREFIX_TUNING = "transformer.prefix_encoder.*"  # what P-tuning trains
-# The official targets, in the language model only
-LORA_TARGETS = [
-    r"transformer\.layers\.\d+\.attention\.query_key_value",
-    r"transformer\.layers\.\d+\.attention\.dense",
-]
 # How a weight is cut over tensor-parallel ranks: (kind, number of equal blocks packed along the cut
 # dimension)
 TP_PLAN = {
@@ -696,13 +579,6 @@ TP_PLAN = {
     "image_encoder.qformer.transformer.layers.*.mlp.dense_h_to_4h": ("column", 1),
     "image_encoder.qformer.transformer.layers.*.mlp.dense_4h_to_h": ("row", 1),
     "lm_head": ("vocab", 1),
-}
-# Which pipeline stages have a parameter: a block's own stage; the first or last one; all of them where
-# nothing matches
-PIPELINE = {
-    "blocks": "transformer.layers",
-    "first": ["image_encoder.*", "transformer.word_embeddings.*"],
-    "last": ["transformer.final_layernorm.*", "lm_head.*"],
 }
 
 
@@ -1162,6 +1038,7 @@ class VisualGLMProcessor:
         self.num_image_tokens = config.num_image_tokens
         self.eos = tokenizer.eop
         self.stop_words = [[tokenizer.eop]]
+        self.blank_ids = (0,)
 
     def fingerprint(self) -> str:
         """Changes whenever the same conversation could get other ids."""
@@ -1246,22 +1123,22 @@ class VisualGLMProcessor:
         return clean_response(self.tokenizer.decode(ids[: ids.index(self.eos)] if self.eos in ids else ids))
 
 
-def probe_batch(processor: VisualGLMProcessor) -> dict:
-    """A fixed prompt with one synthetic picture, to compare two models' logits."""
+def probe_batch(processor: VisualGLMProcessor) -> Batch:
+    """A fixed prompt with one synthetic image, to compare two models' logits."""
     tk, Q = processor.tokenizer, processor.num_image_tokens
     ids = chat_prompt(tk, "What is this? 这是什么？", num_image_tokens=Q)
     positions, context = glm_positions(ids, tk.sop, tk.gmask, tk.mask)
     rows, columns = (torch.linspace(-1, 1, size) for size in processor.config.eva_config.image_size)
     rows, columns = rows[:, None], columns[None]
-    return {
-        "input_ids": torch.tensor(ids),
-        "position_ids": torch.from_numpy(positions),
-        "max_len": len(ids),
-        "cu_seqlens": torch.tensor([0, len(ids)], dtype=torch.int32),
-        "prefix_lens": torch.tensor([context]),
-        "pixel_values": torch.stack((rows + 0 * columns, columns + 0 * rows, rows * columns))[None],
-        "image_positions": (len(tk.encode("<img>")) + torch.arange(Q))[None],
-    }
+    return Batch(
+        input_ids=torch.tensor(ids),
+        position_ids=torch.from_numpy(positions),
+        cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
+        max_len=len(ids),
+        prefix_lens=torch.tensor([context]),
+        pixel_values=torch.stack((rows + 0 * columns, columns + 0 * rows, rows * columns))[None],
+        image_positions=(len(tk.encode("<img>")) + torch.arange(Q))[None],
+    )
 
 
 def load_processor(directory: str | Path, stage: str = "sft") -> VisualGLMProcessor:
@@ -1273,3 +1150,43 @@ def load_processor(directory: str | Path, stage: str = "sft") -> VisualGLMProces
         directory, *config.eva_config.image_size, num_image_tokens=0, do_lower_case=False
     )
     return VisualGLMProcessor(config, GLMTokenizer(directory), stage)
+
+
+MODEL = vlm.Model(
+    build_model=build_model,
+    load_processor=load_processor,
+    probe_batch=probe_batch,
+    forward_flops=forward_flops,
+    parts={
+        "q-former": "image_encoder.[qg]*",  # Q-Former and glm_proj
+        "vision": "image_encoder.*",
+        "embedding": "transformer.word_embeddings.*",
+        "prefix": "transformer.prefix_encoder.*",
+        "language model": "transformer.*",
+        "head": "lm_head.*",
+    },
+    image_parameters=["image_encoder.*"],
+    stages=("sft", "pretrain"),
+    pretrain_freeze={"pretrain": ["transformer.*", "lm_head.*"]},
+    # the official targets, in the language model only
+    lora_targets=[
+        r"transformer\.layers\.\d+\.attention\.query_key_value",
+        r"transformer\.layers\.\d+\.attention\.dense",
+    ],
+    tp_plan=tp_plan,
+    pipeline={
+        "blocks": "transformer.layers",
+        "first": ["image_encoder.*", "transformer.word_embeddings.*"],
+        "last": ["transformer.final_layernorm.*", "lm_head.*"],
+    },
+    # in published files; the original ignores them too
+    ignored_weights=["transformer.layers.*.attention.rotary_emb.inv_freq"],
+    legacy_names={
+        "vision_model": "image_encoder.vit",
+        "language_projection": "image_encoder.glm_proj",
+        "language_model.chatglm.": "",
+        "query_tokens": "image_encoder.qformer.transformer.word_embeddings.*",
+    },
+    prefix_tuning="transformer.prefix_encoder.*",
+    lora_parts=lora_parts,
+)

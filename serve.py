@@ -21,7 +21,6 @@ import concurrent.futures
 import contextlib
 import hashlib
 import hmac
-import importlib
 import json
 import math
 import queue
@@ -57,6 +56,7 @@ import data
 import engine
 import records
 import terminal
+import vlm
 from chat_body import DECODING, Refused, Wanted, read_wanted
 from generate import DTYPES, Decoding, Shown, cut_at_stop, load_model
 from kernels import dispatch
@@ -828,7 +828,7 @@ def open_service(args) -> Service:
     processor = data.load_processor(directory)
     model = load_model(directory, DTYPES[args.dtype], "cpu" if args.quantize else args.device)
     if args.quantize:  # on the CPU, so that the device never holds the whole weights
-        probe = importlib.import_module(type(model).__module__).probe_batch(processor)
+        probe = vlm.find(model.config.raw).probe_batch(processor)
         print(f"{quantize(model, args.quantize, probe)} (against {args.dtype})", file=sys.stderr)
         model.to(args.device)
     print(f"device {args.device}, kernels: {kernels}", file=sys.stderr)

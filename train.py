@@ -24,7 +24,7 @@ import shlex
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,7 @@ import lora
 import metrics
 import parallel
 import terminal
+import vlm
 from build import (
     autocast,
     build,
@@ -52,13 +53,12 @@ from build import (
     total_steps,
 )
 from config import Config, differences, parse_config
-from data import blank
 from draw import draw_loss
 from features import cache_features
 from kernels import dispatch
-from kernels.linear_cross_entropy import IGNORE_INDEX
 from records import one_line
 from run_dir import HARMLESS, Log, RunDir, Signals, Start, Stopped, read_state, shown
+from vlm import Batch
 
 # --------------------------------------------------------------------------------------------------
 # Learning rate and loss scale
@@ -110,46 +110,36 @@ class LossScaler:
 # Steps
 
 
-def to_device(
-    batch: dict, device: torch.device, blank_image: bool, image_size: int | tuple[int, int]
-) -> dict:
-    """Moves a batch; a rank without a picture gets a blank one where another rank has one, since a sharded
-    tower is entered together."""
-    batch = {
-        k: v.to(device, non_blocking=True) if torch.is_tensor(v) and k not in data.HOST_TENSORS else v
-        for k, v in batch.items()
-    }
-    if blank_image and batch["pixel_values"] is None and batch.get("image_features") is None:
-        batch["pixel_values"] = blank(image_size)[None].to(device)
-        batch["image_dropout_keys"] = torch.zeros(1, dtype=torch.int64, device=device)
+def to_device(batch: Batch, device: torch.device, blank_image: bool, image_size) -> Batch:
+    """Moves a batch. A rank without an image gets a blank one where another rank has one: the weights of a
+    sharded tower are gathered by all ranks together."""
+    batch = batch.to(device)
+    if blank_image and not batch.has_images:
+        pixels = vlm.blank_image(image_size)[None].to(device)
+        keys = torch.zeros(1, dtype=torch.int64, device=device)
+        batch = replace(batch, pixel_values=pixels, image_dropout_keys=keys)
     return batch
 
 
-def losses_by_dataset(batch: dict, losses: Tensor, num_datasets: int) -> Tensor:
+def losses_by_dataset(batch: Batch, losses: Tensor, num_datasets: int) -> Tensor:
     """(num_datasets, K, 2) fp64: sum and count of each of the model's K losses by dataset entry.
 
     `losses`: each supervised token's own (K = 1), or (S, K, 2) sums and counts of the segments.
     """
     if losses.ndim == 1:
-        rows = (batch["targets"] != IGNORE_INDEX).nonzero()[:, 0]
-        segments = torch.bucketize(rows, batch["cu_seqlens"][1:].to(rows.device), right=True)
-        index = batch["dataset_ids"][segments]
+        rows = batch.supervised
+        segments = torch.bucketize(rows, batch.cu_seqlens[1:].to(rows.device), right=True)
+        index = batch.dataset_ids[segments]
         losses = torch.stack((losses.double(), torch.ones_like(losses).double()), dim=1)[:, None]
     else:
-        index, losses = batch["dataset_ids"], losses.double()
+        index, losses = batch.dataset_ids, losses.double()
     out = torch.zeros(num_datasets, *losses.shape[1:], dtype=torch.float64, device=losses.device)
     return out.index_add_(0, index, losses)
 
 
-def loss_counts(model: nn.Module, batch: dict) -> list[int]:
-    """What each of the model's losses is summed over: one loss over the supervised tokens, unless the model
-    says else."""
-    return model.loss_counts(batch) if hasattr(model, "loss_counts") else [batch["num_supervised"]]
-
-
 def named_losses(model: nn.Module, sums: Tensor) -> dict[str, float]:
     """Each of a model's several losses by its name; (K, 2) sums and counts."""
-    return dict(zip(getattr(model, "LOSSES", ()), means(sums).tolist(), strict=False))
+    return dict(zip(model.LOSSES, means(sums).tolist(), strict=False))
 
 
 def means(sums: Tensor) -> Tensor:
@@ -158,27 +148,23 @@ def means(sums: Tensor) -> Tensor:
 
 
 def step_facts(
-    model: nn.Module, micro_batches: list[dict], signalled: int, world: parallel.World
+    model: nn.Module, micro_batches: list[Batch], signalled: int, world: parallel.World
 ) -> tuple[list[int], int, int, int, list[bool]]:  # all ranks
     """What all ranks hold together: counts of the losses, supervised tokens, bad samples, a signal's number,
     which rounds have pictures."""
-    counts = [sum(column) for column in zip(*(loss_counts(model, b) for b in micro_batches), strict=True)]
-    sums = [
-        *counts,
-        sum(b["num_supervised"] for b in micro_batches),
-        sum(len(b["bad"]) for b in micro_batches),
-    ]
-    maxima = [signalled, *(b["pixel_values"] is not None for b in micro_batches)]
+    counts = [sum(column) for column in zip(*(model.loss_counts(b) for b in micro_batches), strict=True)]
+    sums = [*counts, sum(b.num_supervised for b in micro_batches), sum(len(b.bad) for b in micro_batches)]
+    maxima = [signalled, *(b.pixel_values is not None for b in micro_batches)]
     if world.size > 1:
         sums = parallel.all_sum(torch.tensor(sums)).tolist()
         maxima = parallel.all_max(torch.tensor(maxima, dtype=torch.int64), world).tolist()
     return sums[:-2], sums[-2], sums[-1], maxima[0], [bool(x) for x in maxima[1:]]
 
 
-def name_bad(micro_batches: list[dict], named: dict, world: parallel.World) -> None:
+def name_bad(micro_batches: list[Batch], named: dict, world: parallel.World) -> None:
     """Says what could not be loaded, once for each record. One of the
     ranks that see the same data says it."""
-    for where, reason in [pair for batch in micro_batches for pair in batch["bad"]]:
+    for where, reason in [pair for batch in micro_batches for pair in batch.bad]:
         if where not in named and world.tp_rank == world.pp_rank == 0:
             print(f"warning: left out {where}: {reason}", file=sys.stderr, flush=True)
         named[where] = reason
@@ -219,7 +205,7 @@ def forward_backward(
             *micro_batches,
             *(data.collate([], (), model.num_image_tokens) for _ in range(empty)),
         ]
-        length = max(len(b["input_ids"]) for b in micro_batches)
+        length = max(len(b.input_ids) for b in micro_batches)
         micro_batches = [data.pad_stream(b, length) for b in micro_batches]
         has_images = [*has_images, *[False] * empty]
     count, on_device = len(micro_batches), {}
@@ -311,9 +297,7 @@ def evaluate_loss(
         num_workers=cfg.num_workers,
     )
     kept: list[Tensor] = []
-    sums = torch.zeros(
-        len(plan.index.entries), len(getattr(model, "LOSSES", ("loss",))), 2, dtype=torch.float64
-    )
+    sums = torch.zeros(len(plan.index.entries), len(model.LOSSES), 2, dtype=torch.float64)
     num_bad = 0
     for _, _, micro_batches in loader:
         number = signals.number if signals else 0
@@ -337,7 +321,7 @@ def evaluate_loss(
         if stages is None:
             forward(0)
         else:
-            stages.run(forward, 1, len(batch["input_ids"]))
+            stages.run(forward, 1, len(batch.input_ids))
         if cfg.eval_accumulation_steps and len(kept) == cfg.eval_accumulation_steps:
             sums += sum(kept).cpu()
             kept.clear()
@@ -381,7 +365,7 @@ def generation_scores(model, index: data.Index, processor, cfg: Config, after_ea
 
 
 def save_checkpoint(
-    path, model, whole, module, optimizer, cfg, directory, lora_modules, state, world, stages
+    path, model, whole, definition, optimizer, cfg, directory, lora_modules, state, world, stages
 ) -> None:  # all ranks
     """A whole checkpoint: weights (or the adapter) as a loadable
     directory, and the state to continue from."""
@@ -461,19 +445,19 @@ def main(argv: list[str] | None = None) -> int:
     if cfg.do_train and not cfg.dry_run:
         check_eval_use(cfg)
     check_adapter(cfg)
-    config, module, directory = model_file(cfg)
-    if cfg.fp16 and hasattr(module, "check_dtype"):
-        module.check_dtype(config, torch.float16)
+    config, definition, directory = model_file(cfg)
+    if cfg.fp16:
+        definition.check_dtype(config, torch.float16)
     if directory is None and not cfg.dry_run:
         raise ValueError(
             f"{cfg.model_name_or_path} is a shape without weights or tokenizer, for --dry_run; "
             "give a checkpoint directory (config.json, weights, qwen.tiktoken)"
         )
     if cfg.dry_run:
-        check_stage(cfg, module)
+        check_stage(cfg, definition)
         plan = None
         if directory is not None:
-            processor = module.load_processor(directory, cfg.stage)
+            processor = definition.processor(directory, cfg.stage)
             index = data.build_index(
                 (cfg.dataset or data.DEFAULT_DATASET)["train"],
                 processor,
@@ -488,11 +472,11 @@ def main(argv: list[str] | None = None) -> int:
         shards = max(1, cfg.sharding_parallel_degree or 1) if cfg.sharding else 1
         world_size = int(os.environ.get("WORLD_SIZE", degrees * shards))
         if os.environ.get("RANK", "0") == "0":
-            print(estimate.dry_run(cfg, config, module, plan, world_size))
+            print(estimate.dry_run(cfg, config, definition, plan, world_size))
         return 0
     with Signals() as signals:
         try:
-            return run(cfg, module, directory, parallel.Meeting(), signals)
+            return run(cfg, definition, directory, parallel.Meeting(), signals)
         except (RuntimeError, MemoryError, ValueError, OSError) as e:
             if (clear := explained(e, cfg)) is None:
                 raise
@@ -598,9 +582,9 @@ def check_metric(cfg: Config, eval_plan: data.Plan) -> None:
         )
 
 
-def check_contrast(cfg: Config, module, dp_size: int, evaluating: bool) -> None:
+def check_contrast(cfg: Config, definition, dp_size: int, evaluating: bool) -> None:
     """Where a micro-batch's samples are contrasted with each other, one alone has nothing to be told from."""
-    if cfg.stage not in getattr(module, "CONTRASTED", ()):
+    if cfg.stage not in definition.contrasted:
         return
     for key, used in (
         ("per_device_train_batch_size", cfg.do_train),
@@ -614,10 +598,12 @@ def check_contrast(cfg: Config, module, dp_size: int, evaluating: bool) -> None:
             )
 
 
-def run_facts(cfg: Config, module, directory: Path, plan, eval_plan, ranks: int, global_batch: int) -> dict:
+def run_facts(
+    cfg: Config, definition, directory: Path, plan, eval_plan, ranks: int, global_batch: int
+) -> dict:
     """What a step and its sample are defined by; a checkpoint keeps it, and a resumed run is compared with
     it."""
-    base = [checkpoint.open_model(path, module).sample() for path in (directory, cfg.init_from) if path]
+    base = [checkpoint.open_model(path, definition).sample() for path in (directory, cfg.init_from) if path]
     return {
         "seed": cfg.seed,
         "mixtoken": cfg.mixtoken,
@@ -687,7 +673,7 @@ def place_plan(plan: data.Plan, state: dict, facts: dict, resume: str) -> None:
 
 
 def prepare(
-    cfg: Config, module, directory: Path, meeting: parallel.Meeting, run_dir: RunDir
+    cfg: Config, definition, directory: Path, meeting: parallel.Meeting, run_dir: RunDir
 ) -> Prepared:  # all ranks
     """Decides how the output directory is continued, reads the data and finds the place in it."""
     decided = None
@@ -696,8 +682,8 @@ def prepare(
         decided = json.dumps(asdict(run_dir.decide()))
         print(f"settings | {differences(cfg) or 'all as by default'}")
     start = run_dir.start = Start(**json.loads(meeting.share("start", decided)))
-    check_stage(cfg, module)
-    processor = module.load_processor(directory, cfg.stage)
+    check_stage(cfg, definition)
+    processor = definition.processor(directory, cfg.stage)
     plan = read_plan(cfg, "train", processor, meeting)
     evaluating = cfg.do_eval or cfg.evaluation_strategy != "no"
     eval_plan = read_plan(cfg, "eval", processor, meeting, shuffle=False) if evaluating else None
@@ -710,9 +696,9 @@ def prepare(
         cfg.sharding,
         cfg.sharding_parallel_degree,
     )
-    check_contrast(cfg, module, replicas * shards, evaluating)
+    check_contrast(cfg, definition, replicas * shards, evaluating)
     global_batch = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps * replicas * shards
-    facts = run_facts(cfg, module, directory, plan, eval_plan, meeting.size, global_batch)
+    facts = run_facts(cfg, definition, directory, plan, eval_plan, meeting.size, global_batch)
     state = {"step": 0, "best_metric": None, "best_step": None, "bad": 0, "samples": 0, "evaluated": True}
     if start.resume:
         state |= read_state(start.resume)
@@ -761,13 +747,13 @@ def is_finished(ready: Prepared, cfg: Config) -> bool:
 
 
 def run(
-    cfg: Config, module, directory: Path, meeting: parallel.Meeting, signals: Signals | None = None
+    cfg: Config, definition, directory: Path, meeting: parallel.Meeting, signals: Signals | None = None
 ) -> int:
     kernels = dispatch.use_flash_attention(cfg.use_flash_attention, meeting.device)
     signals, run_dir, doing = signals or Signals(), RunDir(cfg), "records were read"
     try:
         with signals.breakable():
-            ready = prepare(cfg, module, directory, meeting, run_dir)
+            ready = prepare(cfg, definition, directory, meeting, run_dir)
             if is_finished(ready, cfg):
                 if meeting.main:
                     print(
@@ -789,7 +775,7 @@ def run(
             parallel.compare(
                 {**facts, "length index": rows, "settings": json.dumps(asdict(cfg), sort_keys=True)}
             )
-            training = Run(cfg, ready, module, directory, world, signals, kernels)
+            training = Run(cfg, ready, definition, directory, world, signals, kernels)
         return training.train()
     except Stopped as e:
         name = signal.Signals(e.number).name
@@ -809,7 +795,7 @@ class Run:
     """The model, its optimiser and where they stand, and the loop over steps."""
 
     def __init__(
-        self, cfg: Config, ready: Prepared, module, directory: Path, world, signals: Signals, kernels: str
+        self, cfg: Config, ready: Prepared, definition, directory: Path, world, signals: Signals, kernels: str
     ):
         self.cfg, self.world, self.signals, self.directory = cfg, world, signals, directory
         self.plan, self.eval_plan, self.processor = ready.plan, ready.eval_plan, ready.processor
@@ -818,8 +804,8 @@ class Run:
         self.out, self.entries = Path(cfg.output_dir), self.plan.index.entries
         self.global_batch = self.state["facts"]["global_batch"]
         built = build(cfg, directory, world, stream_sizes(self.plan, cfg))
-        self.model, self.whole, self.module, self.lora_modules, self.stages = built
-        self.say(parameter_table(self.whole, self.module.PARTS))
+        self.model, self.whole, self.definition, self.lora_modules, self.stages = built
+        self.say(parameter_table(self.whole, self.definition.parts))
         if self.stages is not None:
             self.say(f"pipeline stages, {cfg.pipeline_schedule}: {self.stages.describe()}")
         threads = torch.get_num_threads()
@@ -828,12 +814,12 @@ class Run:
         )
         self.optimizer, self.scaler = make_optimizer(self.model, cfg), LossScaler(cfg.fp16)
         self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        self.pictures_only = all(matches(n, self.module.IMAGE_PARAMETERS) for n in self.trainable)
+        self.pictures_only = all(matches(n, self.definition.image_parameters) for n in self.trainable)
         self.restore()
         self.features = None
         if cfg.cache_image_features:
             self.features = cache_features(
-                self.model, self.module, self.plan, self.processor, cfg, world, signals
+                self.model, self.definition, self.plan, self.processor, cfg, world, signals
             )
         self.log = None
         if world.main:
@@ -882,7 +868,7 @@ class Run:
         return learning_rate_at(steps * seen / sum(end for _, end in ends), steps, cfg, epoch)
 
     def train_step(
-        self, step: int, epoch: int, micro_batches: list[dict], waited: float, clock: float
+        self, step: int, epoch: int, micro_batches: list[Batch], waited: float, clock: float
     ) -> int:
         """One update; returns the number of the signal that some rank got."""
         cfg, world, state = self.cfg, self.world, self.state
@@ -893,7 +879,7 @@ class Run:
         check_bad(
             state["bad"], max(len(self.plan.index), state["samples"]), cfg, "samples"
         )  # it comes back each epoch
-        ids = [i for batch in micro_batches for i in batch["sample_ids"]]
+        ids = [i for batch in micro_batches for i in batch.sample_ids]
         lr = self.learning_rate(step, epoch)
         if supervised == 0 and bad:
             self.say(
@@ -920,9 +906,7 @@ class Run:
             self.pictures_only,
             self.stages,
         )
-        tokens = torch.tensor(
-            [sum(len(b["input_ids"]) for b in micro_batches), len(ids)], dtype=torch.float64
-        )
+        tokens = torch.tensor([sum(len(b.input_ids) for b in micro_batches), len(ids)], dtype=torch.float64)
         totals = parallel.all_sum(torch.cat((sums.cpu().flatten(), tokens)))
         if self.stages is not None:
             self.stages.from_last(totals)
@@ -1010,7 +994,7 @@ class Run:
             path,
             self.model,
             self.whole,
-            self.module,
+            self.definition,
             self.optimizer,
             cfg,
             self.directory,

@@ -792,6 +792,14 @@ def attention_ranges_triton(q, k, v, cu_seqlens_q, keys, causal: bool, prefix_le
     return _Attention.apply(q, k, v, bounds_q, keys, prefixes)
 
 
+def _grouped(function, q: Tensor, k: Tensor, v: Tensor, *options) -> Tensor:
+    """Grouped heads: the first query heads of all groups, then the second ones, ...: no key is copied."""
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"{k.shape[1]} key/value heads do not divide {q.shape[1]} query heads")
+    heads = q.unflatten(1, (k.shape[1], -1)).unbind(2)  # each (Tq, H of keys, D)
+    return torch.stack([function(x, k, v, *options) for x in heads], dim=2).flatten(1, 2)
+
+
 # segments are as long as the data says: a compiled loop over them would be compiled anew
 @torch.compiler.disable
 def attention(
@@ -808,11 +816,15 @@ def attention(
 ) -> Tensor:
     """Softmax attention inside segments, scores divided by sqrt(D).
 
-    q (Tq, H, D), k and v (Tk, H, D); cu_seqlens_q and cu_seqlens_k (S+1,) int32 on the host: segment s of the
+    q (Tq, H, D), k and v (Tk, H, D) or with fewer heads, each of which serves a run of query heads (grouped
+    heads, arXiv:2305.13245); cu_seqlens_q and cu_seqlens_k (S+1,) int32 on the host: segment s of the
     queries is rows cu_seqlens_q[s]:cu_seqlens_q[s+1]; max_len the longest segment; prefix_lens (S,), on the
     host: keys visible to every query of a causal segment; bias (H, Lq, Lk), added to the scores (plain
-    PyTorch whatever `impl`). Returns (Tq, H, D).
+    PyTorch whatever `impl`; not with grouped heads). Returns (Tq, H, D).
     """
+    if k.shape[1] != q.shape[1]:
+        options = k, v, cu_seqlens_q, cu_seqlens_k, max_len, causal, prefix_lens, bias, impl
+        return _grouped(attention, q, *options)
     if bias is None and use_triton(impl, q):
         return attention_triton(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, prefix_lens)
     return attention_ref(q, k, v, cu_seqlens_q, cu_seqlens_k, max_len, causal, prefix_lens, bias)
@@ -832,6 +844,8 @@ def attention_ranges(
     """attention() over keys and values that lie anywhere: keys[s] is the (first row, end) of segment s in k
     and v, the pool of a decoder; nothing is copied. A bias (H, Lq, Lk) ends with the last query and the last
     key of every segment. Without gradients."""
+    if k.shape[1] != q.shape[1]:
+        return _grouped(attention_ranges, q, k, v, cu_seqlens_q, keys, causal, prefix_lens, bias, impl)
     if bias is None and use_triton(impl, q):
         return attention_ranges_triton(q, k, v, cu_seqlens_q, keys, causal, prefix_lens)
     return attention_ranges_ref(q, k, v, cu_seqlens_q, keys, causal, prefix_lens, bias)

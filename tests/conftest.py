@@ -29,6 +29,7 @@ from PIL import Image  # noqa: E402
 import build  # noqa: E402
 import checkpoint  # noqa: E402
 import model_qwen_vl as qwen  # noqa: E402
+import vlm  # noqa: E402
 
 torch.set_num_threads(2)
 
@@ -143,7 +144,7 @@ def base(tmp_path_factory):
     shutil.copy((ROOT / "samples/tiny_qwen_vl/qwen.tiktoken"), path)
     num_tokens = len((path / "qwen.tiktoken").read_text().splitlines())
     config = {
-        **qwen.PRESETS["qwen-vl-7b"],
+        **vlm.shape("qwen-vl-7b"),
         "hidden_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,

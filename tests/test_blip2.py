@@ -2,6 +2,7 @@
 on losses, 1e-4 relative on gradients; tokens exactly). Padded rows of the originals are segments of one
 stream here."""
 
+import dataclasses
 import json
 import math
 import multiprocessing
@@ -19,6 +20,7 @@ import lora
 import model_blip2 as blip2
 import parallel
 import train as loop
+import vlm
 from generate import beam_search, generate
 
 
@@ -48,15 +50,15 @@ def stream(rows, targets=None, pixels=None, Q=0):
     """Rows of ids (and of what each is to predict) as one batch; the first Q tokens of a row are slots."""
     lengths = torch.tensor([len(r) for r in rows])
     cu = blip2.segments(lengths)
-    return {
-        "input_ids": torch.cat(rows).long(),
-        "cu_seqlens": cu,
-        "max_len": int(lengths.max()),
-        "position_ids": torch.cat([torch.arange(n) for n in lengths]),
-        "targets": torch.cat(targets).long() if targets else torch.full((int(cu[-1]),), -100),
-        "pixel_values": pixels,
-        "image_positions": cu[:-1, None].long() + torch.arange(Q),
-    }
+    return vlm.Batch(
+        input_ids=torch.cat(rows).long(),
+        cu_seqlens=cu,
+        max_len=int(lengths.max()),
+        position_ids=torch.cat([torch.arange(n) for n in lengths]),
+        targets=torch.cat(targets).long() if targets else torch.full((int(cu[-1]),), -100),
+        pixel_values=pixels,
+        image_positions=cu[:-1, None].long() + torch.arange(Q),
+    )
 
 
 def shifted(labels):
@@ -190,8 +192,7 @@ def text_batch(ids, mask, Q, pixels):
         labels = torch.cat((torch.full((Q + 1,), -100), text[1:]))
         targets.append(shifted(labels))
     batch = stream(rows, targets, pixels, Q)
-    batch["num_supervised"] = int((batch["targets"] != -100).sum())
-    batch["image_dropout_keys"] = torch.arange(len(rows))
+    batch.image_dropout_keys = torch.arange(len(rows))
     return batch
 
 
@@ -265,7 +266,7 @@ def test_golden_stage1(blip2_stage1):
         assert model.decoder_start == g["special_ids"]["dec(bos)"]
         batch = text_batch(io["in.input_ids"], io["in.attention_mask"], Q, io["in.image"])
         if case == "image_id":
-            batch["image_ids"] = io["in.image_id"]
+            batch.image_ids = io["in.image_id"]
         drawn = {}
         draw = model.draw
 
@@ -396,8 +397,8 @@ def test_golden_stage1_outputs(blip2_stage1):
     close(model.text_features(text, lengths), io["out.text_feat"])
     batch = text_batch(ids, mask, Q, io["in.image"])
     rows, _ = model.text_of(batch)
-    started = {**batch, "input_ids": batch["input_ids"].clone()}
-    started["input_ids"][rows] = io["out.lm_decoder_input_ids"][mask]
+    started = dataclasses.replace(batch, input_ids=batch.input_ids.clone())
+    started.input_ids[rows] = io["out.lm_decoder_input_ids"][mask]
     hidden = model.hidden(started)[rows]
     close(hidden, io["out.bert.lm"][mask])
     # LAVIS lets the first position predict nothing
@@ -520,7 +521,7 @@ def stage2(path):
             "in.encoder_attention_mask",
         )
         # slots must not look like the start token
-        batch["input_ids"][batch["image_positions"].flatten()] = 1
+        batch.input_ids[batch.image_positions.flatten()] = 1
         return variant, model, weights, {"forward": batch}
     batches = {}
     for name in ("prompt", "noprompt"):
@@ -618,7 +619,7 @@ def lavis_training(variant, model, train, loss_of, stage):
         adam_epsilon=o["eps"],
         decay_scalars=True,
     )
-    build.choose_trainable(model, blip2, cfg)
+    build.choose_trainable(model, blip2.MODEL, cfg)
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trainable == {lavis_name(n) for n in variant.golden["trainable"]} - {None}
     changes = run_training(
@@ -749,7 +750,7 @@ def shapes_of(config):
 @pytest.mark.parametrize("table", TABLES)
 def test_golden_published_names_and_shapes(goldens, table):
     expected = json.loads((goldens / "blip2" / "tables" / f"{table}.json").read_text())
-    ours = shapes_of(blip2.PRESETS[TABLES[table]])
+    ours = shapes_of(vlm.shape(TABLES[table]))
     assert ours == expected["released_names"]
     assert sum(math.prod(s) for s in ours.values()) == expected["n_parameters"]
 
@@ -766,7 +767,7 @@ def test_golden_lavis_names_and_shapes(goldens):
             }
             expected = {
                 n: s
-                for n, s in shapes_of(blip2.PRESETS["blip2-opt-2.7b"]).items()
+                for n, s in shapes_of(vlm.shape("blip2-opt-2.7b")).items()
                 if n.startswith(tuple(p[:-1] for p in blip2._TOWER))
             }
             assert {n: list(t.shape) for n, t in ours.items()} == expected
@@ -775,7 +776,7 @@ def test_golden_lavis_names_and_shapes(goldens):
             (p for k, p in (("opt2.7b", "blip2-opt-2.7b"), ("flant5xl", "blip2-flan-t5-xl")) if k in file),
             "blip2-stage1",
         )
-        config = blip2.PRESETS[preset]
+        config = vlm.shape(preset)
         if "364" in file:
             config = {**config, "vision_config": {**config["vision_config"], "image_size": 364}}
         if "opt" in preset:  # LAVIS's own OPT, before the image token
@@ -886,7 +887,7 @@ def test_golden_optimizer_groups(goldens):
         default=1,
     )
     config = {
-        **blip2.PRESETS["blip2-stage1"],
+        **vlm.shape("blip2-stage1"),
         "vision_config": {
             "hidden_size": 16,
             "num_attention_heads": 2,
@@ -906,7 +907,7 @@ def test_golden_optimizer_groups(goldens):
     }
     model = blip2.build_model(config)
     cfg = loop.Config(stage="pretrain1", weight_decay=0.05, decay_scalars=True)
-    build.choose_trainable(model, blip2, cfg)
+    build.choose_trainable(model, blip2.MODEL, cfg)
     by_id = {id(p): n for n, p in model.named_parameters()}
     ours = {
         group["weight_decay"]: {by_id[id(p)] for p in group["params"]}

@@ -238,7 +238,7 @@ def test_packed_equals_one_by_one(bases, dataset, kind):
 
     def gradients(batches):
         model.zero_grad()
-        loss = sum(model(b)[0] for b in batches) / sum(b["num_supervised"] for b in batches)
+        loss = sum(model(b)[0] for b in batches) / sum(b.num_supervised for b in batches)
         loss.backward()
         return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import checkpoint as ck
+import vlm
 
 
 def some_tensors() -> dict:
@@ -164,13 +165,13 @@ def test_config_and_model_kind(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qw')
     with pytest.raises(ValueError, match="not valid JSON"):
         ck.read_config(tmp_path)
-    assert ck.model_kind({"model_type": "qwen", "visual": {}}) == "qwen_vl"
-    assert ck.model_kind({"model_type": "blip-2"}) == "blip2"
-    assert ck.model_kind({"model_type": "chatglm"}) == "visualglm"
+    assert vlm.kind_of({"model_type": "qwen", "visual": {}}) == "qwen_vl"
+    assert vlm.kind_of({"model_type": "blip-2"}) == "blip2"
+    assert vlm.kind_of({"model_type": "chatglm"}) == "visualglm"
     with pytest.raises(ValueError, match="'llama'"):
-        ck.model_kind({"model_type": "llama"})
+        vlm.kind_of({"model_type": "llama"})
     with pytest.raises(ValueError, match="'qwen'"):
-        ck.model_kind({"model_type": "qwen"})  # a text-only Qwen
+        vlm.kind_of({"model_type": "qwen"})  # a text-only Qwen
 
 
 def test_atomic_dir(tmp_path):

@@ -1,6 +1,7 @@
 """data.py with a whitespace tokenizer in place of a model: readers, index, order, packs, batches, loader,
 commands."""
 
+import dataclasses
 import io
 import json
 import os
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 
 import data
+import vlm
 from records import ImageRef, text_of
 
 Q, SIZE = 4, 8
@@ -25,7 +27,7 @@ class Processor:
     """One token a word (its checksum); an image is Q slots; assistant text is supervised; text is cut at
     max_length."""
 
-    num_image_tokens, image_size, name = Q, SIZE, "dummy"
+    num_image_tokens, image_size, name, blank_ids = Q, SIZE, "dummy", (0,)
 
     def fingerprint(self):
         return self.name
@@ -498,28 +500,23 @@ def test_collate(tmp_path):
     index = index_of(chats(tmp_path, 4, images=lambda n: n % 3, words=lambda n: 3))
     samples = [data.load_sample(index, n, 0, Processor(), 64, seed=1) for n in range(3)]
     batch = data.collate(samples, bad=[("x:1", "gone")])
-    assert batch["cu_seqlens"].tolist() == [0, 4, 12, 24] and batch["cu_seqlens"].dtype == torch.int32
-    assert batch["position_ids"].tolist() == [*range(4), *range(8), *range(12)] and batch["max_len"] == 12
-    ids, targets = batch["input_ids"].tolist(), batch["targets"].tolist()
+    assert batch.cu_seqlens.tolist() == [0, 4, 12, 24] and batch.cu_seqlens.dtype == torch.int32
+    assert batch.position_ids.tolist() == [*range(4), *range(8), *range(12)] and batch.max_len == 12
+    ids, targets = batch.input_ids.tolist(), batch.targets.tolist()
     for start, end in ((0, 4), (4, 12), (12, 24)):
         assert targets[end - 1] == -100  # never the first token of the next segment
         assert targets[end - 4 : end - 1] == ids[end - 3 : end] and set(targets[start : end - 4]) <= {-100}
-    assert batch["num_supervised"] == 9 and batch["bad"] == [("x:1", "gone")]
-    assert batch["image_positions"].tolist() == [[4, 5, 6, 7], [12, 13, 14, 15], [16, 17, 18, 19]]
-    assert (batch["input_ids"][batch["image_positions"]] == 1).all() and (batch["input_ids"] == 1).sum() == 12
-    assert batch["pixel_values"].shape == (3, 3, SIZE, SIZE)
-    assert batch["sample_ids"] == [f"{tmp_path}/chat.jsonl:{n + 1}#{n}" for n in range(3)]
-    assert batch["dataset_ids"].tolist() == [0, 0, 0]
+    assert batch.num_supervised == 9 and batch.bad == [("x:1", "gone")]
+    assert batch.image_positions.tolist() == [[4, 5, 6, 7], [12, 13, 14, 15], [16, 17, 18, 19]]
+    assert (batch.input_ids[batch.image_positions] == 1).all() and (batch.input_ids == 1).sum() == 12
+    assert batch.pixel_values.shape == (3, 3, SIZE, SIZE)
+    assert batch.sample_ids == [f"{tmp_path}/chat.jsonl:{n + 1}#{n}" for n in range(3)]
+    assert batch.dataset_ids.tolist() == [0, 0, 0]
 
     empty = data.collate([], num_image_tokens=Q)
-    assert (empty["input_ids"].tolist(), empty["targets"].tolist(), empty["num_supervised"]) == (
-        [0],
-        [-100],
-        0,
-    )
-    assert empty["pixel_values"] is None and empty["image_positions"].shape == (0, Q)
-    assert empty["cu_seqlens"].tolist() == [0, 1] and empty["image_dropout_keys"].shape == (0,)
-    assert set(empty) == set(batch)
+    assert (empty.input_ids.tolist(), empty.targets.tolist(), empty.num_supervised) == ([0], [-100], 0)
+    assert empty.pixel_values is None and empty.image_positions.shape == (0, Q)
+    assert empty.cu_seqlens.tolist() == [0, 1] and empty.image_dropout_keys.shape == (0,)
 
 
 def test_dropout_keys_follow_the_sample(tmp_path):
@@ -528,7 +525,7 @@ def test_dropout_keys_follow_the_sample(tmp_path):
     def keys(numbers, epoch=0, seed=1):
         samples = [data.load_sample(index, n, epoch, Processor(), 64, seed) for n in numbers]
         batch = data.collate(samples)
-        return batch["dropout_keys"].tolist(), batch["image_dropout_keys"].tolist()
+        return batch.dropout_keys.tolist(), batch.image_dropout_keys.tolist()
 
     alone, together = keys([2]), keys([0, 2])
     assert together[0][-len(alone[0]) :] == alone[0] and together[1][-2:] == alone[1]
@@ -593,8 +590,8 @@ def test_cached_features(tmp_path):
         plan, Processor(), start_step=0, total_steps=1, per_device_batch=3, features=features
     )
     ((_, _, (batch,)),) = loader
-    assert batch["pixel_values"] is None and batch["image_features"][:, 0, 0].tolist() == [0, 1]
-    assert [reason for _, reason in batch["bad"]] == [f"no cached features of image {tmp_path}/2.png"]
+    assert batch.pixel_values is None and batch.image_features[:, 0, 0].tolist() == [0, 1]
+    assert [reason for _, reason in batch.bad] == [f"no cached features of image {tmp_path}/2.png"]
     with pytest.raises(ValueError, match="image_jitter"):
         data.TrainLoader(plan, Processor(), start_step=0, total_steps=1, image_jitter=0.1, features=features)
 
@@ -634,12 +631,12 @@ def test_loader_leaves_out_damaged_pictures(tmp_path):
     ((step, epoch, (batch,)),) = data.TrainLoader(
         plan, Processor(), start_step=0, total_steps=1, per_device_batch=6
     )
-    assert [where for where, _ in batch["bad"]] == [f"{path}:{n}" for n in range(1, 6)]
-    assert batch["sample_ids"] == [f"{path}:6#5"] and batch["pixel_values"].shape[0] == 1
-    assert all(reason and "\n" not in reason for _, reason in batch["bad"])
+    assert [where for where, _ in batch.bad] == [f"{path}:{n}" for n in range(1, 6)]
+    assert batch.sample_ids == [f"{path}:6#5"] and batch.pixel_values.shape[0] == 1
+    assert all(reason and "\n" not in reason for _, reason in batch.bad)
     only_bad = data.TrainLoader(plan, Processor(), start_step=0, total_steps=1)
     ((_, _, (batch,)),) = only_bad
-    assert batch["num_supervised"] == 0 and len(batch["bad"]) == 1
+    assert batch.num_supervised == 0 and len(batch.bad) == 1
 
 
 def equal(a, b):
@@ -665,13 +662,14 @@ def test_loader_workers_agree_and_resume(tmp_path):
     reference = run(0)
     assert {epoch for _, epoch, _ in reference} == {0, 1}
     plain = run(0, jitter=0.0)
-    assert not equal(plain[0][2][0]["pixel_values"], reference[0][2][0]["pixel_values"])
+    assert not equal(plain[0][2][0].pixel_values, reference[0][2][0].pixel_values)
     for got, want in ((run(2), reference), (run(2, 3), reference[3:])):
         assert len(got) == len(want) > 0
         for (step, epoch, batches), (step2, epoch2, batches2) in zip(got, want, strict=True):
             assert (step, epoch, len(batches)) == (step2, epoch2, len(batches2))
             for a, b in zip(batches, batches2, strict=True):
-                assert a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+                for field in dataclasses.fields(a):
+                    assert equal(getattr(a, field.name), getattr(b, field.name)), field.name
 
 
 def test_dead_worker_is_a_clear_error(tmp_path):
@@ -736,8 +734,11 @@ def test_model_directory_and_processor(tmp_path, monkeypatch):
         data.model_directory(None, "qwen-vl/chat")
     assert data.model_directory(None, str(tmp_path)) == str(tmp_path)
     for kind, model in (("blip-2", "blip2"), ("chatglm", "visualglm")):
-        fake = types.SimpleNamespace(load_processor=lambda *args, model=model: (model, *args))
+        real = vlm.find({"model_type": kind})
+        loaded = dataclasses.replace(real, load_processor=lambda *args, model=model: (model, *args))
+        fake = types.SimpleNamespace(MODEL=loaded)
         monkeypatch.setitem(sys.modules, f"model_{model}", fake)
+        monkeypatch.setattr(vlm, "check_complete", lambda *_: None)
         (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
         assert data.load_processor(str(tmp_path), "pretrain") == (model, str(tmp_path), "pretrain")
 

@@ -3,7 +3,6 @@ common is computed once; adapters are their merged models; nothing is lost where
 
 import dataclasses
 import re
-import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import engine
 import generate
 import lora
 import merge
+import vlm
 from engine import Engine, Request
 from generate import Decoding
 
@@ -216,7 +216,7 @@ def test_answers_to_one_prompt_share_its_prefill(loaded, images, kind):
     e, forward = Engine(model, processor, step_tokens=9), model.forward
 
     def count(batch, output="loss"):
-        tokens.append(len(batch["input_ids"]) if output == "logits" else 0)
+        tokens.append(len(batch.input_ids) if output == "logits" else 0)
         return forward(batch, output)
 
     model.forward = count
@@ -416,14 +416,14 @@ def test_several_adapters_in_one_batch_are_their_merged_models(tmp_path, images,
     else:
         base = ROOT / "samples" / f"tiny_{'blip2' if kind == 'opt' else kind}"
     plain, processor = generate.load_model(base), data.load_processor(str(base))
-    module = sys.modules[type(plain).__module__]
+    module = vlm.find(plain.config.raw)
     linears = [re.escape(n) for n, m in plain.named_modules() if type(m) is torch.nn.Linear]
     in_vision = [
         n
         for n in linears
-        if any(fnmatch(f"{n}.weight".replace("\\", ""), p) for p in module.IMAGE_PARAMETERS)
+        if any(fnmatch(f"{n}.weight".replace("\\", ""), p) for p in module.image_parameters)
     ]
-    targets = module.lora_targets(plain.config) if hasattr(module, "lora_targets") else module.LORA_TARGETS
+    targets = module.lora_targets
     adapters = {
         "text": write_adapter(tmp_path / "text", base, targets, [], 1),
         "vision": write_adapter(tmp_path / "vision", base, in_vision, [], 2),

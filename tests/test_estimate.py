@@ -21,6 +21,7 @@ import checkpoint
 import model_qwen_vl as qwen
 import parallel
 import train
+import vlm
 
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # malloc.h
 
@@ -46,7 +47,7 @@ def large(tmp_path_factory):
         "n_queries": 16,
     }
     config = {
-        **qwen.PRESETS["qwen-vl-7b"],
+        **vlm.shape("qwen-vl-7b"),
         "hidden_size": 512,
         "num_hidden_layers": 8,
         "num_attention_heads": 4,

@@ -78,7 +78,7 @@ def test_cached_decoding_equals_forward_passes_over_everything(model, requests):
     for i, token in enumerate(new):
         sample = {**request, "input_ids": np.array(ids + new[:i]), "labels": np.zeros(len(ids) + i)}
         batch = data.collate([sample], num_image_tokens=4)
-        assert len(batch["input_ids"]) < model.config.seq_length
+        assert len(batch.input_ids) < model.config.seq_length
         assert int(model(batch, output="logits")[0].argmax()) == token
 
 
@@ -115,7 +115,7 @@ def test_sampling_follows_transformers(temperature, top_k, top_p, penalty):
 def test_lora_targets_the_language_model_unless_named(base):
     with torch.device("meta"):
         model = qwen.build_model(checkpoint.read_config(base))
-    names = lora.inject(model, qwen.LORA_TARGETS, 4, 8, 0.0)
+    names = lora.inject(model, qwen.MODEL.lora_targets, 4, 8, 0.0)
     assert len(names) == 4 * 2 and not any("visual" in name for name in names)
     with torch.device("meta"):
         model = qwen.build_model(checkpoint.read_config(base))

@@ -6,6 +6,7 @@ which report one line per case; pytest then has one test for each. By hand: pyth
 ...] bf16: the interpreter computes with its bits as integers; see `bf16_shim`.
 """
 
+import dataclasses
 import itertools
 import json
 import os
@@ -511,19 +512,21 @@ def golden_config(directory: str) -> dict:
 
 
 def step_batch(lengths: list[int], Q: int, size: int, image_start: int, vocabulary: int) -> dict:
-    """A stream of random tokens with a picture in the first segment."""
+    """A stream of random tokens with an image in the first segment."""
     import torch
 
+    import vlm
+
     ids = torch.randint(10, vocabulary, (sum(lengths),))
-    return {
-        "input_ids": ids,
-        "targets": torch.where(torch.rand(len(ids)) < 0.4, ids.roll(-1), -100),
-        "cu_seqlens": bounds(lengths),
-        "max_len": max(lengths),
-        "position_ids": torch.cat([torch.arange(n) for n in lengths]),
-        "pixel_values": torch.randn(1, 3, size, size),
-        "image_positions": torch.arange(image_start, image_start + Q)[None],
-    }
+    return vlm.Batch(
+        input_ids=ids,
+        targets=torch.where(torch.rand(len(ids)) < 0.4, ids.roll(-1), -100),
+        cu_seqlens=bounds(lengths),
+        max_len=max(lengths),
+        position_ids=torch.cat([torch.arange(n) for n in lengths]),
+        pixel_values=torch.randn(1, 3, size, size),
+        image_positions=torch.arange(image_start, image_start + Q)[None],
+    )
 
 
 def qwen_vl_step() -> list[str]:
@@ -548,11 +551,11 @@ def visualglm_step() -> list[str]:
     Q = model.num_image_tokens
     batch = step_batch([Q + 9, 3, 23], Q, config["eva_config"]["image_size"][0], 3, 60)
     placed = []
-    for ids, context in zip(batch["input_ids"].split([Q + 9, 3, 23]), (Q + 4, 1, 11), strict=True):
+    for ids, context in zip(batch.input_ids.split([Q + 9, 3, 23]), (Q + 4, 1, 11), strict=True):
         ids[context - 1], ids[context] = config["gmask_token_id"], config["bos_token_id"]
         placed.append(glm.glm_positions(ids, *(config[f"{k}_token_id"] for k in ("bos", "gmask", "mask"))))
-    batch["position_ids"] = torch.from_numpy(np.concatenate([p for p, _ in placed], 1))
-    batch["prefix_lens"] = torch.tensor([n for _, n in placed])
+    batch.position_ids = torch.from_numpy(np.concatenate([p for p, _ in placed], 1))
+    batch.prefix_lens = torch.tensor([n for _, n in placed])
     return compare_step(model, batch, ("attention", "linear_cross_entropy"))
 
 
@@ -578,12 +581,13 @@ def blip2_t5_step() -> list[str]:
     Q = model.num_image_tokens
     batch = step_batch([Q + 9, 15], Q, config["vision_config"]["image_size"], 0, 60)
     for ids, targets, start in (
-        (*(batch[k].split([Q + 9, 15])[i] for k in ("input_ids", "targets")), n)
+        (batch.input_ids.split([Q + 9, 15])[i], batch.targets.split([Q + 9, 15])[i], n)
         for i, n in enumerate((Q + 4, 8))
     ):
         ids[start] = model.language_model.start
         targets[:start] = targets[-1] = -100
         targets[start:-1] = ids[start + 1 :]
+    batch = dataclasses.replace(batch, supervised=None)  # of the new targets
     return compare_step(model, batch, ("attention", "linear_cross_entropy"))
 
 

@@ -1,5 +1,6 @@
 """lora.py against PEFT (both directions), its dropout as a pure function, and merge.py on toy weights."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -19,6 +20,8 @@ from torch.utils.checkpoint import checkpoint as recomputed
 import dropout
 import lora
 import merge
+import model_visualglm
+import vlm
 from checkpoint import cli, copy_full_, full_tensor, load_into, open_weights
 from tests.test_checkpoint import run_ranks
 
@@ -361,17 +364,14 @@ def test_lora_under_fully_shard(tmp_path):
 class ToyFile:
     """Stands in for model_visualglm.py and generate.load_model."""
 
-    IGNORED_WEIGHTS, aliases = [], staticmethod(lambda config: {})
-    build_model = staticmethod(lambda config: Toy())
+    MODEL = dataclasses.replace(
+        model_visualglm.MODEL,
+        ignored_weights=[],
+        build_model=lambda config: Toy(),
+        load_processor=lambda directory, stage: None,
+        probe_batch=lambda processor: IDS,
+    )
     wrong = 0.0  # added to the merged model's logits, to see the check fail
-
-    @staticmethod
-    def load_processor(directory, stage="sft"):
-        return None
-
-    @staticmethod
-    def probe_batch(processor):
-        return IDS
 
     @classmethod
     def load_model(cls, directory, dtype, lora_path=None):
@@ -388,6 +388,7 @@ class ToyFile:
 def merge_setup(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "model_visualglm", ToyFile)
     monkeypatch.setattr(merge, "load_model", ToyFile.load_model)
+    monkeypatch.setattr(vlm, "check_complete", lambda *_: None)  # a toy is no whole model
     monkeypatch.chdir(tmp_path)
     lora.base_sample.cache_clear()
 

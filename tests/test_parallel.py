@@ -28,13 +28,15 @@ import model_visualglm as glm
 import parallel
 import pipeline
 import train
+import vlm
 
 glm_base, glm_dataset = glm_train.glm_base, glm_train.glm_dataset
 
 LORA = {"lora": True, "lora_dropout": 0.3}
+LORA_TARGETS = [*qwen.MODEL.lora_targets, r".*resblocks.*c_(fc|proj)"]
 MODES = {  # name -> (which base, settings)
     "qwen sft": ("qwen", {}),
-    "qwen lora": ("qwen", {**LORA, "lora_target_modules": [*qwen.LORA_TARGETS, r".*resblocks.*c_(fc|proj)"]}),
+    "qwen lora": ("qwen", {**LORA, "lora_target_modules": LORA_TARGETS}),
     "glm sft": ("glm", {}),
     "glm lora": (
         "glm",
@@ -211,7 +213,7 @@ def test_two_all_reduces_a_layer_and_direction(bases, tmp_path, monkeypatch, mod
 
         dist.all_reduce = reduce
         result = forward_backward(model, micro_batches, *args, **kwargs)
-        facts = [len(batch["input_ids"]), batch["num_supervised"], len(batch["pixel_values"]), sizes]
+        facts = [len(batch.input_ids), batch.num_supervised, len(batch.pixel_values), sizes]
         (tmp_path / f"{dist.get_rank()}.json").write_text(json.dumps(facts))
         return result
 
@@ -321,18 +323,21 @@ def test_bf16(train_run, world, options):
 )
 def test_degrees_that_do_not_divide(model, preset, degree, words):
     with torch.device("meta"):
-        config = model.build_model(model.PRESETS[preset]).config
+        config = model.build_model(vlm.shape(preset)).config
     with pytest.raises(ValueError, match=f"tensor_parallel_degree{words}"):
         model.tp_plan(config, degree)
 
 
-@pytest.mark.parametrize("model, preset", [(m, p) for m in (qwen, blip2, glm) for p in m.PRESETS])
+SHAPES = sorted(p.stem for p in (ROOT / "configs" / "shapes").glob("*.json"))
+
+
+@pytest.mark.parametrize("model, preset", [(vlm.find(vlm.shape(p)), p) for p in SHAPES])
 @pytest.mark.parametrize("degree", [2, 8])
 def test_full_size_is_cut(model, preset, degree):
     """Each rank's share of the published shapes: all blocks are cut, what stays whole is small."""
     with torch.device("meta"):
-        whole = sum(p.numel() for p in model.build_model(model.PRESETS[preset]).parameters())
-        part = model.build_model(model.PRESETS[preset])
+        whole = sum(p.numel() for p in model.build_model(vlm.shape(preset)).parameters())
+        part = model.build_model(vlm.shape(preset))
     world = parallel.World(0, degree, torch.device("cpu"), tp_size=degree)
     parallel.tensor_parallel(part, model.tp_plan(part.config, degree), world)
     mine = sum(p.numel() for p in part.parameters())
@@ -524,9 +529,9 @@ def test_models_that_are_not_cut(train_run, capfd, mode, words):
 def test_shared_gradients_need_no_second_look():
     """Each parameter has a first stage that counts it once, whatever the model."""
     with torch.device("meta"):
-        model = blip2.build_model(blip2.PRESETS["blip2-opt-2.7b"])
+        model = blip2.build_model(vlm.shape("blip2-opt-2.7b"))
     blocks = pipeline.cut([1.0] * 32, 8.0, 2.0, 4)
-    held = pipeline.stages_of_parameters(model, blip2.PIPELINE, blocks)
+    held = pipeline.stages_of_parameters(model, blip2.MODEL.pipeline, blocks)
     assert {n for n, where in held.items() if len(where) > 1} == {
         "language_model.model.decoder.embed_tokens.weight"
     }

@@ -19,6 +19,7 @@ import merge
 import model_blip2 as blip2
 import model_qwen_vl as qwen
 import model_visualglm as glm
+import vlm
 
 peft = pytest.importorskip("peft")
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,19 +94,19 @@ def trained_adapter(directory: Path, out: Path, settings: dict) -> nn.Module:
     import train
 
     model = generate.load_model(directory)
-    module = MODULES[checkpoint.model_kind(checkpoint.read_config(directory))]
+    module = MODULES[vlm.kind_of(checkpoint.read_config(directory))]
     cfg = train.Config(lora=True, **settings)
-    build.check_stage(cfg, module)
+    build.check_stage(cfg, module.MODEL)
     names = lora.inject(
         model,
-        build.lora_targets(cfg, module),
+        build.lora_targets(cfg, module.MODEL),
         cfg.lora_rank,
         cfg.lora_alpha,
         0.0,
-        build.lora_parts(model, module, cfg),
-        module.IMAGE_PARAMETERS,
+        build.lora_parts(model, module.MODEL, cfg),
+        module.MODEL.image_parameters,
     )
-    build.choose_trainable(model, module, cfg)
+    build.choose_trainable(model, module.MODEL, cfg)
     extra = [n for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -131,8 +132,8 @@ def logits_of(model: nn.Module, batch: dict) -> torch.Tensor:
 
 
 def transformers_logits(model, batch: dict, kind: str, slot: int) -> torch.Tensor:
-    ids = batch["input_ids"]
-    inputs = {"pixel_values": batch["pixel_values"]}
+    ids = batch.input_ids
+    inputs = {"pixel_values": batch.pixel_values}
     if kind == "t5":  # our stream holds the encoder's tokens, then the decoder's one
         inputs |= {"input_ids": ids[None, :-1], "decoder_input_ids": ids[None, -1:]}
     else:
@@ -167,14 +168,14 @@ def test_every_recipe_computes_the_same_in_peft(base, tmp_path, kind, settings):
         Q = 8
         ramp = torch.linspace(-1, 1, 64)
         ids = torch.tensor([1001] * Q + [5, 6, 7, 1, 0])
-        batch = {
-            "input_ids": ids,
-            "position_ids": torch.arange(len(ids)),
-            "max_len": len(ids),
-            "cu_seqlens": torch.tensor([0, len(ids)], dtype=torch.int32),
-            "image_positions": torch.arange(Q)[None],
-            "pixel_values": (ramp[:, None] * ramp).expand(1, 3, 64, 64),
-        }
+        batch = vlm.Batch(
+            input_ids=ids,
+            position_ids=torch.arange(len(ids)),
+            max_len=len(ids),
+            cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
+            image_positions=torch.arange(Q)[None],
+            pixel_values=(ramp[:, None] * ramp).expand(1, 3, 64, 64),
+        )
     else:
         batch = module.probe_batch(processor)
     expected = logits_of(ours, batch)
@@ -308,13 +309,15 @@ def test_an_adapter_knows_its_base(qwen_adapter, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # found from anywhere
     directory = ROOT / "samples/tiny_qwen_vl"
     assert Path(lora.find_base(qwen_adapter)) == directory
-    weights = checkpoint.open_model(directory, qwen)
+    weights = checkpoint.open_model(directory, qwen.MODEL)
     lora.check_base(qwen_adapter, weights)
     other = tmp_path / "other"
     shutil.copytree(directory, other)
     state = load_file(other / "model.safetensors")
     save_file({n: t.float() for n, t in state.items()}, other / "model.safetensors")
-    lora.check_base(qwen_adapter, checkpoint.open_model(other, qwen))  # in another precision it is the same
+    lora.check_base(
+        qwen_adapter, checkpoint.open_model(other, qwen.MODEL)
+    )  # in another precision it is the same
     name = "transformer.h.2.mlp.w1.weight"
     save_file({**state, name: state[name] * (1 + 2**-7)}, other / "model.safetensors")
     for read in (

@@ -14,6 +14,7 @@ import data
 import model_blip2
 import parallel
 import train
+import vlm
 from config import Config
 from generate import generate
 
@@ -188,19 +189,22 @@ def test_images_of_a_sample_stay_in_their_order(tmp_path):
         "num_image_tokens": processor.num_image_tokens,
     }
     batch = data.collate([data.attach_images(other, processor), data.attach_images(sample, processor)])
-    assert torch.equal(batch["pixel_values"], torch.stack([processor.load_image(p) for p in content]))
-    slots = batch["image_positions"]
+    assert torch.equal(batch.pixel_values, torch.stack([processor.load_image(p) for p in content]))
+    slots = batch.image_positions
     assert (slots[1:, 0] > slots[:-1, -1]).all()
-    assert (batch["input_ids"][slots[:, 0] - 1] == processor.tokenizer.img_start).all()
+    assert (batch.input_ids[slots[:, 0] - 1] == processor.tokenizer.img_start).all()
 
 
 def test_losses_by_dataset_end_at_the_borders_of_segments():
     """Supervised at both ends of each segment; two of one dataset stand around one of the other."""
     targets = torch.tensor([4, -100, 5, 6, 7, -100, -100, 8, 9])  # segments of 3, 1, 5 tokens
-    batch = {
-        "targets": targets,
-        "cu_seqlens": torch.tensor([0, 3, 4, 9], dtype=torch.int32),
-        "dataset_ids": torch.tensor([1, 0, 1]),
-    }
+    batch = vlm.Batch(
+        input_ids=targets,
+        position_ids=torch.arange(9),
+        max_len=5,
+        targets=targets,
+        cu_seqlens=torch.tensor([0, 3, 4, 9], dtype=torch.int32),
+        dataset_ids=torch.tensor([1, 0, 1]),
+    )
     sums = train.losses_by_dataset(batch, torch.tensor([1.0, 2.0, 10.0, 100.0, 200.0, 400.0]), 3)
     assert sums[:, 0].tolist() == [[10.0, 1.0], [703.0, 5.0], [0.0, 0.0]]

@@ -1,7 +1,6 @@
 """generate.py --quantize for every model: what it prints and answers,
 against weights rounded here in numpy."""
 
-import importlib
 import re
 
 import numpy as np
@@ -15,6 +14,7 @@ import checkpoint
 import data
 import generate
 import lora
+import vlm
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_printed_error_and_answers(bases, tmp_path, capsys, name, kind):
         new = rounded(weight, int(kind[3:]))
         errors.append(np.linalg.norm(new - weight) / np.linalg.norm(weight))
         m.weight.copy_(torch.from_numpy(new))
-    probe = importlib.import_module(type(model).__module__).probe_batch(processor)
+    probe = vlm.find(model.config.raw).probe_batch(processor)
     before, after = (m.logits(m.hidden(probe)).double() for m in (exact, model))
     found = re.match(
         rf"{kind}: (\d+) linear layers, .* weights off by (.*)% \(mean\), (.*)% \(worst layer\); "

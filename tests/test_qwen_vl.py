@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import model_qwen_vl as qwen
+import vlm
 from engine import sampling_probs
 from generate import generate
 
@@ -62,16 +63,16 @@ class Variant:
         targets = torch.full_like(ids, -100)
         if labels is not None:
             targets[:-1] = labels.long().flatten()[1:]
-        return {
-            "input_ids": ids,
-            "targets": targets,
-            "cu_seqlens": lengths.cumsum(0).int(),
-            "max_len": int(lengths.max()),
-            "position_ids": torch.cat([torch.arange(len(row)) + first for row, first in rows]),
-            "rope_lengths": torch.full((len(rows),), padded_length),
-            "image_positions": slots,
-            "pixel_values": torch.stack([self.pixels[i] for i in IMAGES[name]]) if name in IMAGES else None,
-        }
+        return vlm.Batch(
+            input_ids=ids,
+            targets=targets,
+            cu_seqlens=lengths.cumsum(0).int(),
+            max_len=int(lengths.max()),
+            position_ids=torch.cat([torch.arange(len(row)) + first for row, first in rows]),
+            rope_lengths=torch.full((len(rows),), padded_length),
+            image_positions=slots,
+            pixel_values=torch.stack([self.pixels[i] for i in IMAGES[name]]) if name in IMAGES else None,
+        )
 
 
 _variants = {}
@@ -152,7 +153,7 @@ def test_golden_logits(variant):
         logits = model.logits(x)
         positions = variant.io[f"{name}.positions"].long()
         for s, (row, first) in enumerate(rows):
-            i0 = int(batch["cu_seqlens"][s])
+            i0 = int(batch.cu_seqlens[s])
             real = (positions >= first) & (positions < first + len(row))
             assert real.any()
             close(logits[i0 + positions[real] - first], variant.io[f"{name}.logits"][s][real])
@@ -267,7 +268,7 @@ def test_golden_sampling(variant):
 def test_golden_published_names_and_shapes(goldens):
     table = json.loads((goldens / "qwen_vl" / "params_7b.json").read_text())
     with torch.device("meta"):
-        model = qwen.build_model(qwen.PRESETS["qwen-vl-7b"])
+        model = qwen.build_model(vlm.shape("qwen-vl-7b"))
     ours = {name: list(p.shape) for name, p in model.state_dict().items()}
     assert ours == {name: t["shape"] for name, t in table["tensors"].items()}
     assert sum(math.prod(s) for s in ours.values()) == table["elements"] and len(ours) == table["count"]
@@ -381,7 +382,7 @@ def test_golden_chat_and_labels(tokenizer, chat_golden):
         size = case.get("max_window_size", 6144)
         ids = qwen.chat_prompt(tokenizer, case["query"], history, case["system"], size)
         assert ids == case["ids"], case["query"]
-    config = qwen.QwenVLConfig.from_dict(qwen.PRESETS["qwen-vl-7b"])
+    config = qwen.QwenVLConfig.from_dict(vlm.shape("qwen-vl-7b"))
     processor = qwen.QwenVLProcessor(config, tokenizer)
     for case in chat_golden["decode_reply"]:
         reply = processor.decode(case["generated_ids"])
@@ -408,7 +409,7 @@ def test_resampler_table_is_the_published_one(variant):
 
 
 def test_config_mistakes_are_named():
-    preset = qwen.PRESETS["qwen-vl-7b"]
+    preset = vlm.shape("qwen-vl-7b")
     for change, word in (
         ({"kv_channels": 64}, "kv_channels"),
         ({"rotary_pct": 0.5}, "rotary_pct"),

@@ -19,13 +19,18 @@ import model_blip2
 import model_qwen_vl
 import model_visualglm
 import train
+import vlm
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("qwen_vl", "visualglm", "opt", "t5", "pretrain1")
 TOWERS = {  # adapters in the vision part beside those of the language model
-    "qwen_vl": [*model_qwen_vl.LORA_TARGETS, r".*attn_pool\.attn\.out_proj", r".*resblocks\.0\.mlp\.c_fc"],
+    "qwen_vl": [
+        *model_qwen_vl.MODEL.lora_targets,
+        r".*attn_pool\.attn\.out_proj",
+        r".*resblocks\.0\.mlp\.c_fc",
+    ],
     "visualglm": [
-        *model_visualglm.LORA_TARGETS,
+        *model_visualglm.MODEL.lora_targets,
         r"image_encoder.*query_key_value",
         r"image_encoder\.glm_proj",
     ],
@@ -262,21 +267,21 @@ def test_a_pair_without_a_negative_learns_no_negative(bases):
         for name, p in model.named_parameters():
             model.init_weights(name, p, build.named_generator(1, name))
     Q = model.num_image_tokens
-    one = {
-        "input_ids": torch.cat((torch.zeros(Q, dtype=torch.long), torch.tensor([2, 9, 10, 3]))),
-        "max_len": Q + 4,
-        "targets": torch.cat((torch.full((Q,), -100), torch.tensor([9, 10, 3, -100]))),
-        "position_ids": torch.arange(Q + 4),
-        "cu_seqlens": torch.tensor([0, Q + 4], dtype=torch.int32),
-        "image_positions": torch.arange(Q)[None],
-        "pixel_values": torch.randn(1, 3, 28, 28),
-        "dropout_keys": torch.arange(Q + 4),
-        "image_dropout_keys": torch.zeros(1, dtype=torch.long),
-    }
+    one = vlm.Batch(
+        input_ids=torch.cat((torch.zeros(Q, dtype=torch.long), torch.tensor([2, 9, 10, 3]))),
+        max_len=Q + 4,
+        targets=torch.cat((torch.full((Q,), -100), torch.tensor([9, 10, 3, -100]))),
+        position_ids=torch.arange(Q + 4),
+        cu_seqlens=torch.tensor([0, Q + 4], dtype=torch.int32),
+        image_positions=torch.arange(Q)[None],
+        pixel_values=torch.randn(1, 3, 28, 28),
+        dropout_keys=torch.arange(Q + 4),
+        image_dropout_keys=torch.zeros(1, dtype=torch.long),
+    )
     model.eval()
     losses_of, _ = model.losses(one)
     rows, lengths = model.text_of(one)
-    logits = model.match(model.vision_model(one["pixel_values"]), one["input_ids"][rows], lengths)
+    logits = model.match(model.vision_model(one.pixel_values), one.input_ids[rows], lengths)
     positive = torch.nn.functional.cross_entropy(logits, torch.tensor([1]))
     torch.testing.assert_close(losses_of[1], positive)
     assert losses_of[0] == 0

@@ -105,7 +105,7 @@ MODES = {
     "lora": {
         "lora": True,
         "lora_dropout": 0.3,
-        "lora_target_modules": [*qwen.LORA_TARGETS, r".*resblocks.*c_fc"],
+        "lora_target_modules": [*qwen.MODEL.lora_targets, r".*resblocks.*c_fc"],
     },
 }
 SPLIT = {"per_device_train_batch_size": 8}
@@ -186,7 +186,7 @@ def test_packed_equals_one_by_one(base, dataset):
 
     def gradients(batches):
         model.zero_grad()
-        total = sum(b["num_supervised"] for b in batches)
+        total = sum(b.num_supervised for b in batches)
         loss = sum(model(b)[0] for b in batches) / total
         loss.backward()
         return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}

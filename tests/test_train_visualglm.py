@@ -188,13 +188,13 @@ def test_packed_equals_one_by_one(glm_base, glm_dataset, pre_seq_len):
     model = glm.build_model({**checkpoint.read_config(glm_base), "pre_seq_len": pre_seq_len}).train()
     parameters = dict(model.named_parameters())
     prefix = {n: parameters.pop(n) for n in list(parameters) if "prefix_encoder" in n}
-    checkpoint.load_into(parameters, checkpoint.open_weights(glm_base, glm.IGNORED_WEIGHTS))
+    checkpoint.load_into(parameters, checkpoint.open_weights(glm_base, glm.MODEL.ignored_weights))
     for p in prefix.values():
         torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(0))
 
     def gradients(batches):
         model.zero_grad()
-        total = sum(b["num_supervised"] for b in batches)
+        total = sum(b.num_supervised for b in batches)
         loss = sum(model(b)[0] for b in batches) / total
         loss.backward()
         return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}

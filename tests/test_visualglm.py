@@ -2,6 +2,7 @@
 SwissArmyTransformer (SAT): 1e-5 on features, hidden states, logits and losses, 1e-4 relative on gradients;
 greedy tokens, ids and labels exactly."""
 
+import dataclasses
 import fnmatch
 import hashlib
 import json
@@ -18,6 +19,7 @@ import convert_sat
 import lora
 import merge
 import model_visualglm as glm
+import vlm
 from engine import penalise_repetition, sampling_probs, seen_mask
 from generate import generate
 from quantize import quantize
@@ -31,7 +33,7 @@ class Variant:
             load_file(path / "golden.safetensors"),
             load_file(path / "sat_golden.safetensors"),
         )
-        self.config, self.cases = self.golden["config"], self.golden["cases"]
+        self.config, self.cases = {"model_type": "chatglm", **self.golden["config"]}, self.golden["cases"]
         self.weights = load_file(path / "weights.safetensors")
         sat_weights = path / "sat_weights.safetensors"
         self.sat_weights = load_file(sat_weights) if sat_weights.exists() else None
@@ -39,7 +41,7 @@ class Variant:
 
     def model(self, **overrides):
         model = glm.build_model({**self.config, **overrides})
-        ignored = [n for n in self.weights if any(fnmatch.fnmatch(n, p) for p in glm.IGNORED_WEIGHTS)]
+        ignored = [n for n in self.weights if any(fnmatch.fnmatch(n, p) for p in glm.MODEL.ignored_weights)]
         missing, unexpected = model.load_state_dict(self.weights, strict=False)
         assert sorted(unexpected) == sorted(ignored) and all("prefix_encoder" in n for n in missing)
         return model.eval()
@@ -57,20 +59,21 @@ class Variant:
         placed = [glm.glm_positions(row, *self.special) for row in rows]
         cu_seqlens = lengths.cumsum(0).int()
         images = self.io.get(f"{name}.images")
-        batch = {
-            "input_ids": ids,
-            "cu_seqlens": cu_seqlens,
-            "max_len": int(lengths.max()),
-            "pixel_values": images,
-            "position_ids": torch.from_numpy(np.concatenate([p for p, _ in placed], 1)),
-            "prefix_lens": torch.tensor([n for _, n in placed]),
-        }
+        batch = vlm.Batch(
+            input_ids=ids,
+            cu_seqlens=cu_seqlens,
+            max_len=int(lengths.max()),
+            pixel_values=images,
+            position_ids=torch.from_numpy(np.concatenate([p for p, _ in placed], 1)),
+            prefix_lens=torch.tensor([n for _, n in placed]),
+        )
         if images is not None:
             first = cu_seqlens[:-1, None].long() + self.cases[name]["pre_image_length"]
-            batch["image_positions"] = first + torch.arange(self.config["image_length"])
+            batch.image_positions = first + torch.arange(self.config["image_length"])
         if f"{name}.labels" in self.io:
             labels = self.io[f"{name}.labels"]
-            batch["targets"] = torch.cat((labels[:, 1:], torch.full_like(labels[:, :1], -100)), 1).flatten()
+            targets = torch.cat((labels[:, 1:], torch.full_like(labels[:, :1], -100)), 1).flatten()
+            batch = dataclasses.replace(batch, targets=targets)
         return batch
 
 
@@ -128,11 +131,11 @@ def test_golden_logits(variant, case):
     close(logits.unflatten(0, (S, -1)), io[f"{case}.logits"])
     if f"{case}.position_ids" in io:
         assert torch.equal(
-            batch["position_ids"].unflatten(1, (S, -1)).transpose(0, 1), io[f"{case}.position_ids"]
+            batch.position_ids.unflatten(1, (S, -1)).transpose(0, 1), io[f"{case}.position_ids"]
         )
     if f"{case}.attention_mask_4d_true_is_blocked" in io:
         i = torch.arange(len(x) // S)
-        blocked = [(i > i[:, None]) & (i >= n) for n in batch["prefix_lens"]]
+        blocked = [(i > i[:, None]) & (i >= n) for n in batch.prefix_lens]
         assert torch.equal(torch.stack(blocked)[:, None], io[f"{case}.attention_mask_4d_true_is_blocked"])
     if f"{case}.hidden_states" in io:
         last = model.transformer.final_layernorm(x)
@@ -163,8 +166,8 @@ def test_golden_left_padded_rows_are_their_rows(variant):
     batch, io = variant.batch("leftpad"), variant.io
     for exact, expected in ((False, io["leftpad.logits"]), (True, variant.sat_io["sat.leftpad.logits"])):
         model = variant.model(exact_inv_freq=exact)
-        logits = model.logits(model.hidden(batch)).split(batch["cu_seqlens"].diff().tolist())
-        positions = batch["position_ids"].split(batch["cu_seqlens"].diff().tolist(), dim=1)
+        logits = model.logits(model.hidden(batch)).split(batch.cu_seqlens.diff().tolist())
+        positions = batch.position_ids.split(batch.cu_seqlens.diff().tolist(), dim=1)
         for i, (_, first) in enumerate(variant.rows("leftpad")):
             close(logits[i], expected[i, first:])
             assert torch.equal(positions[i], io["leftpad.position_ids"][i, :, first:])
@@ -211,7 +214,7 @@ def test_golden_ptuning_of_hf(variant, case):
         n.removeprefix(f"{case}."): t for n, t in variant.io.items() if n.startswith(f"{case}.transformer.")
     }
     assert prefix.keys() == {
-        n for n in dict(model.named_parameters()) if fnmatch.fnmatch(n, glm.PREFIX_TUNING)
+        n for n in dict(model.named_parameters()) if fnmatch.fnmatch(n, glm.MODEL.prefix_tuning)
     }
     model.load_state_dict(prefix, strict=False)
     close(model.logits(model.hidden(variant.batch(case))), variant.io[f"{case}.logits"][0])
@@ -294,7 +297,7 @@ def test_golden_scores_of_every_step(variant, case):
     def watch(batch, output="loss"):
         result = forward(batch, output)
         if output == "logits":  # a sequence is known by where its rows of the pool begin
-            for row, start in zip(result, batch["cache"].starts, strict=True):
+            for row, start in zip(result, batch.cache.starts, strict=True):
                 seen.setdefault(start, []).append(row)
         return result
 
@@ -315,13 +318,13 @@ def test_generation_with_ptuning_equals_the_whole_text_at_once(visualglm_variant
     for request, answer in zip(requests, answers, strict=True):
         ids = torch.tensor([*request["input_ids"], *answer])
         positions, context = glm.glm_positions(ids, *variant.special)
-        batch = {
-            "input_ids": ids,
-            "position_ids": torch.from_numpy(positions),
-            "prefix_lens": torch.tensor([context]),
-            "cu_seqlens": torch.tensor([0, len(ids)], dtype=torch.int32),
-            "max_len": len(ids),
-        }
+        batch = vlm.Batch(
+            input_ids=ids,
+            position_ids=torch.from_numpy(positions),
+            prefix_lens=torch.tensor([context]),
+            cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
+            max_len=len(ids),
+        )
         best = model.logits(model.hidden(batch)).argmax(-1)
         assert best[len(request["input_ids"]) - 1 : -1].tolist() == answer
 
@@ -543,7 +546,7 @@ def test_golden_weights_quantised_close_to_fp32(variant, kind, limit):
         assert new.q.numel() * 8 // new.bits == linear.weight.numel()
     with pytest.raises(ValueError, match="merge"):
         adapted = variant.model()
-        lora.inject(adapted, glm.LORA_TARGETS, 2, 2, 0.0)
+        lora.inject(adapted, glm.MODEL.lora_targets, 2, 2, 0.0)
         quantize(adapted, kind)
 
 
@@ -561,7 +564,7 @@ def root(goldens):
 def test_golden_published_names_and_shapes(root):
     table = json.loads((root / "param_table.json").read_text())
     with torch.device("meta"):
-        model = glm.build_model(glm.PRESETS["visualglm-6b"])
+        model = glm.build_model(vlm.shape("visualglm-6b"))
     ours = {name: list(p.shape) for name, p in model.named_parameters()}
     kinds = {
         kind: {n: t["shape"] for n, t in table["tensors"].items() if t["kind"] == kind}
@@ -572,7 +575,7 @@ def test_golden_published_names_and_shapes(root):
     assert len(table["tensors"]) == 1039
     frequencies = list(glm.inverse_frequencies(model.config.head_dim).shape)
     for name, shape in kinds["buffer"].items():
-        assert any(fnmatch.fnmatch(name, p) for p in glm.IGNORED_WEIGHTS) and shape == frequencies
+        assert any(fnmatch.fnmatch(name, p) for p in glm.MODEL.ignored_weights) and shape == frequencies
     for name in ours:
         assert glm.sat_name(name) == table["tensors"][name]["sat_name"]
 

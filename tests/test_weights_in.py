@@ -6,6 +6,7 @@ Every case is a small model of the right family with one thing changed, and the 
 """
 
 import base64
+import dataclasses
 import json
 import os
 import random
@@ -391,7 +392,7 @@ def test_a_tied_qwen_computes_with_its_embedding(tmp_path):
     )
     untied = generate.load_model(directory)
     assert torch.equal(tied.logits(tied.hidden(batch)), untied.logits(untied.hidden(batch)))
-    batch["targets"] = torch.arange(len(batch["input_ids"]))
+    batch = dataclasses.replace(batch, targets=torch.arange(len(batch.input_ids)))
     losses = [model(batch)[0] for model in (tied, untied)]
     assert torch.equal(*losses)
     losses[0].backward()
