@@ -338,18 +338,15 @@ def check_image(source: str, where: str, limits) -> None:
         content = images.read_bytes(source)
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             width, height = image.size
+    except Image.DecompressionBombError:
+        width = height = math.inf
     except Exception as e:  # decoders raise errors of every kind
-        reason = (
-            f" ({records.one_line(e, 100)})"
-            if isinstance(e, ValueError) and not isinstance(e, OSError)
-            else ""
-        )
+        known = isinstance(e, ValueError) and not isinstance(e, OSError)
+        reason = f" ({records.one_line(e, 100)})" if known else ""
         message = f"{where}: not a readable image{reason}; expected PNG, JPEG, WEBP, GIF or BMP in base64"
         raise Refused(400, message, where, "invalid_image") from None
     if width * height > limits.max_image_pixels:
-        message = (
-            f"{where}: {width}x{height} pixels, at most {limits.max_image_pixels:,} are taken; scale it down"
-        )
+        message = f"{where}: more than {limits.max_image_pixels:,} pixels; scale the image down"
         raise Refused(400, message, where, "image_too_large")
 
 

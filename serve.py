@@ -22,6 +22,7 @@ import contextlib
 import hashlib
 import hmac
 import json
+import logging
 import math
 import queue
 import re
@@ -336,24 +337,29 @@ async def client_gone(receive) -> None:
 
 
 async def read_body(request: Request, limits, seconds: float = 30) -> bytes:
-    most = limits.max_body_mb * 1_000_000
-    too_large = Refused(413, f"the body is larger than {limits.max_body_mb} MB", connection="close")
     if not request.headers.get("content-type", "").lower().startswith("application/json"):
         # a page of another site can send every other type without being asked
         raise Refused(415, "expected the header Content-Type: application/json")
-    length = request.headers.get("content-length", "0")
-    if not length.isdigit() or len(length) > 15 or int(length) > most:
-        raise too_large
-    parts, size = [], 0
-    try:
-        async with asyncio.timeout(seconds):
-            async for part in request.stream():
-                parts.append(part)
-                size += len(part)
-                if size > most:
-                    raise too_large
-    except TimeoutError:
-        raise Refused(408, f"the body did not come within {seconds:g} s", connection="close") from None
+    length, most = request.headers.get("content-length", "0"), limits.max_body_mb * 1_000_000
+    size = int(length) if re.fullmatch(r"\d{1,15}", length) else math.inf
+    stream, parts = request.stream(), []
+    if size <= most:
+        size = 0
+        try:
+            async with asyncio.timeout(seconds):
+                async for part in stream:
+                    parts.append(part)
+                    size += len(part)
+                    if size > most:
+                        break
+        except TimeoutError:
+            raise Refused(408, f"the body did not come within {seconds:g} s", connection="close") from None
+    if size > most:
+        with contextlib.suppress(TimeoutError):  # one that is still sending would not see the answer
+            async with asyncio.timeout(1):
+                async for _ in stream:
+                    pass
+        raise Refused(413, f"the body is larger than {limits.max_body_mb} MB", connection="close")
     return b"".join(parts)
 
 
@@ -841,6 +847,7 @@ def open_service(args) -> Service:
 
 
 def serve(service: Service, listening: socket.socket) -> int:
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # its messages may quote a request
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # sizes are checked here
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # a connection is a file
     resource.setrlimit(
