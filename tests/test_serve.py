@@ -277,7 +277,7 @@ def test_n_answers_are_n_draws_of_one_seed(clients, model):
 def test_a_stop_text_is_never_shown(client):
     fields = {"max_tokens": 60, "min_tokens": 60, "temperature": 1.0, "seed": 2}
     whole = client.ask(**fields)["choices"][0]["message"]["content"]
-    stop = whole[9:13]
+    stop = whole[9:24]  # of several tokens: its beginning must be held back
     cut = whole[: whole.index(stop)].strip()
     answer = client.ask(stop=["never there", stop], logprobs=True, **fields)
     assert answer["choices"][0]["message"]["content"] == cut
@@ -765,6 +765,7 @@ def test_images_of_allowed_hosts(monkeypatch):
         "http://images.example/a.png",
         "https://images.example:8443/a.png",
         "https://images.example.evil/a.png",
+        "https://evilimages.example/a.png",
     ):
         with pytest.raises(chat_body.Refused, match="not fetched"):
             fetch(url)
@@ -892,7 +893,8 @@ def test_sigterm_lets_answers_end_and_the_log_tells_nothing():
         process.kill()
     assert process.returncode == 0, err
     assert "unrepeatable" not in out + err and "secret" not in out + err and "base64" not in out + err
-    assert len(re.findall(r"^\d\d:\d\d:\d\d req-\w+ (200|400|503)", err, re.M)) == 3, err
+    statuses = re.findall(r"^\d\d:\d\d:\d\d req-\w+ (\d+)", err, re.M)
+    assert sorted(statuses) == ["200", "400", "503"], err
 
 
 def test_a_lost_engine_ends_the_server(small, capfd):
