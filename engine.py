@@ -16,6 +16,7 @@ import hashlib
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ class Event:
 class Sequence:
     """A request inside the engine."""
 
-    request: Request
+    request: Request | None  # None: it has ended
     tokens: np.ndarray  # the prompt, then room for the answer
     total: int  # tokens that are known
     positions: np.ndarray  # (n, len(tokens)) or (len(tokens),)
@@ -693,6 +694,8 @@ class Engine:
             rows = sequence.rows // sequence.request.how.num_beams
             self.pool.give_back(sequence.start + rows, sequence.rows - rows)
             sequence.rows, sequence.fed = rows, min(sequence.fed, sequence.given)
+        # what is kept for its rows must not hold the request: its images may be large
+        sequence.request, sequence.stopped = None, None
         whole = self.prefill == "chunks" or sequence.fed >= sequence.given
         if sequence.fed and whole:
             self.kept.append(sequence)
@@ -737,7 +740,7 @@ class Engine:
         for sequence in self.active:
             if left > 0 and not sequence.decodes:
                 add(sequence)
-        for sequence in list(self.queue):
+        for sequence in list(islice(self.queue, self.max_running)):
             if left <= 0 or not self.free_slots:
                 break
             if self.admit(sequence):

@@ -209,6 +209,44 @@ def test_no_beginning_is_shared_where_it_is_not_the_same(loaded, images):
     assert e.kept[0].group != e.kept[1].group
 
 
+@pytest.mark.parametrize("kind", ["qwen_vl", "t5", "stage1", "visualglm"])
+def test_features_of_the_last_images_are_kept(loaded, images, kind):
+    """As many as the limit holds; the vision tower does not see those again, whatever is asked."""
+    (model, processor), calls, how = loaded(kind), [], Decoding(2)
+    with torch.no_grad():
+        pixels = processor.load_image(images[0])[None]
+        features = model({"pixel_values": pixels}, output="features")
+    room = 2.5 * features.numel() * 4 / 2**20
+    e, forward = Engine(model, processor, image_cache_mb=room), model.forward
+
+    def count(batch, output="loss"):
+        if output == "features":
+            calls.append(len(batch["pixel_values"]))
+        return forward(batch, output)
+
+    def asked(text: str, n: int) -> int:
+        prompt = processor.prompt(data.request([("user", text)], [images[n]], "test"))
+        request, before = Request(f"{text} {n}", prompt, how), sum(calls)
+        e.use_pool(1000), e.kept.clear()  # no rows to go on from
+        e.submit(request)
+        answer = drain(e)[request.id]
+        seen = sum(calls) - before
+        assert answer == alone(model, processor, request)
+        return seen
+
+    model.forward = count
+    try:
+        assert [asked("what", 0), asked("w1 w2", 0), asked("what", 1), asked("is", 0)] == [1, 0, 1, 0]
+        assert [asked("what", 2), asked("red", 0), asked("red", 1)] == [
+            1,
+            0,
+            1,
+        ]  # 1 was the one longest unused
+    finally:
+        del model.forward
+    assert len(e.features) == 2 and e.feature_bytes == 2 * features.numel() * 4
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_to_one_prompt_share_its_prefill(loaded, images, kind):
     (model, processor), tokens = loaded(kind), []
