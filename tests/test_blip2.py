@@ -5,14 +5,12 @@ stream here."""
 import dataclasses
 import json
 import math
-import multiprocessing
-import os
-import socket
 import types
 
 import pytest
 import torch
 from PIL import Image
+from ranks import together
 from safetensors.torch import load_file
 
 import build
@@ -435,16 +433,9 @@ def test_golden_stage1_outputs(blip2_stage1):
     )
 
 
-def ddp_rank(rank, world, port, path, queue):
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(world),
-        LOCAL_RANK=str(rank),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    torch.set_num_threads(1)
-    parallel.init_world()
+def ddp_rank(rank, path):
+    world = torch.distributed.get_world_size()
+    parallel.groups["dp"] = torch.distributed.group.WORLD
     variant = Variant(path)
     io, g = variant.io, variant.golden["ranks"][str(rank)]
     model, _ = lavis_model(variant)
@@ -457,44 +448,26 @@ def ddp_rank(rank, world, port, path, queue):
     losses = stage1_losses(model, batch)
     losses.sum().backward()
     grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
-    queue.put((rank, losses.tolist(), {n: t.numpy() for n, t in grads.items()}))
-    torch.distributed.barrier()
-    parallel.leave_world()
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    return losses.tolist(), grads
 
 
 def test_golden_stage1_two_processes(blip2_stage1_ddp):
     variant = Variant(blip2_stage1_ddp)
     world = variant.golden["world_size"]
-    fork = multiprocessing.get_context("fork")
-    queue, port = fork.SimpleQueue(), free_port()
-    processes = [
-        fork.Process(target=ddp_rank, args=(r, world, port, blip2_stage1_ddp, queue)) for r in range(world)
-    ]
-    for p in processes:
-        p.start()
-    results = dict((r, (losses, grads)) for r, losses, grads in (queue.get() for _ in processes))
-    for p in processes:
-        p.join(60)
-        assert p.exitcode == 0
-    for rank, (losses, grads) in results.items():
+    results = together(ddp_rank, blip2_stage1_ddp, world=world)
+    for rank, (losses, grads) in enumerate(results):
         g = variant.golden["ranks"][str(rank)]
         for loss, name in zip(losses, blip2.Blip2Qformer.LOSSES, strict=True):
             assert abs(loss - g[f"loss_{name}"]) < 1e-5
         for expected, tensors in (
             (g["local_grads"], grads),
-            (g["averaged_grads"], {n: sum(r[1][n] for r in results.values()) / world for n in grads}),
+            (g["averaged_grads"], {n: sum(r[1][n] for r in results) / world for n in grads}),
         ):
             if expected is None:  # recorded once, with rank 0
                 continue
             holder = torch.nn.Module()
             holder.named_parameters = lambda tensors=tensors: [
-                (n, types.SimpleNamespace(grad=torch.as_tensor(t))) for n, t in tensors.items()
+                (n, types.SimpleNamespace(grad=t)) for n, t in tensors.items()
             ]
             assert len(check_gradients(holder, expected, lavis_name)) > 80
 

@@ -1,16 +1,14 @@
 """BLIP-2 through train.py: stages, layouts, resumption; one process is the reference."""
 
 import json
-import multiprocessing
-import os
 import shutil
-import socket
 import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ranks import run as run_ranks
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import build
@@ -124,18 +122,6 @@ def dataset(tmp_path_factory):
     return {"train": entries, "eval": entries, "image": str(path / "0.png")}
 
 
-def rank_main(rank, world, port, argv):
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(world),
-        LOCAL_RANK=str(rank),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    torch.set_num_threads(1)
-    sys.exit(checkpoint.cli(lambda: train.main(argv)))
-
-
 def run(base, dataset, out, world=1, **options):
     options = {
         "model_name_or_path": str(base),
@@ -152,26 +138,8 @@ def run(base, dataset, out, world=1, **options):
         **options,
     }
     argv = [a for k, v in options.items() for a in (f"--{k}", v if isinstance(v, str) else json.dumps(v))]
-    assert start(argv, world) == [0] * world
+    run_ranks(argv, world)
     return out
-
-
-def start(argv, world=1):
-    """train.py in `world` forked processes -> their exit codes."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=rank_main, args=(r, world, port, argv)) for r in range(world)]
-    for p in processes:
-        p.start()
-    for p in processes:
-        p.join(120)
-        if p.is_alive():
-            for q in processes:
-                q.kill()
-            pytest.fail("a rank hangs")
-    return [p.exitcode for p in processes]
 
 
 def losses(out):
@@ -321,7 +289,7 @@ def test_lora_with_the_toolkits_file(bases, dataset, tmp_path):
     }
     (tmp_path / "argument.json").write_text(json.dumps(toolkit))
     out = tmp_path / "out"
-    assert start([str(tmp_path / "argument.json"), "--max_steps", "12", "--num_workers", "0"]) == [0]
+    run_ranks([str(tmp_path / "argument.json"), "--max_steps", "12", "--num_workers", "0"])
     assert losses(out)[-1] < losses(out)[0] and (out / "checkpoint-10").is_dir()
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["r"] == 16 and sorted(config["target_modules"]) == sorted(

@@ -2,7 +2,6 @@
 layout."""
 
 import json
-import multiprocessing
 import os
 import pickle
 import subprocess
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import together
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -306,26 +306,6 @@ def everything(params, optimizer) -> dict:
     return {k: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for k, t in state.items()}
 
 
-def _in_ranks(rank, world, function, directory, args):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world)
-    function(rank, directory, *args)
-    dist.destroy_process_group()
-
-
-def run_ranks(function, directory, *args, world=2):
-    context = multiprocessing.get_context("fork")
-    args = (world, function, directory, args)
-    processes = [context.Process(target=_in_ranks, args=(rank, *args)) for rank in range(world)]
-    for p in processes:
-        p.start()
-    for p in processes:
-        p.join(60)
-        p.terminate()
-    (directory / "rendezvous").unlink(missing_ok=True)
-    assert [p.exitcode for p in processes] == [0] * world
-
-
 def ranks_save(rank, directory):
     model, params, optimizer = toy(sharded=True)
     train(model, optimizer, 3)
@@ -372,7 +352,7 @@ def ranks_fail(rank, directory):
 
 
 def test_two_ranks_save_one_process_loads(tmp_path):
-    run_ranks(ranks_save, tmp_path)
+    together(ranks_save, tmp_path)
     expected = torch.load(tmp_path / "expected.pt")
     model, params, optimizer = toy(sharded=False)
     assert ck.load_train_state(tmp_path / "checkpoint-3", params, optimizer) == {"step": 3}
@@ -392,11 +372,11 @@ def test_one_process_saves_two_ranks_load(tmp_path):
         ck.save_train_state(d, params, optimizer, {"step": 4})
         ck.save_weights(d, params.items())
     torch.save(everything(params, optimizer), tmp_path / "expected.pt")
-    run_ranks(ranks_load, tmp_path)
+    together(ranks_load, tmp_path)
 
 
 def test_failure_on_one_rank_is_failure_on_all(tmp_path):
-    run_ranks(ranks_fail, tmp_path)
+    together(ranks_fail, tmp_path)
     assert os.listdir(tmp_path) == []
 
 

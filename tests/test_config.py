@@ -2,14 +2,11 @@
 
 import json
 import math
-import multiprocessing
-import sys
 import typing
 
 import pytest
-import torch
+from ranks import exit_codes, script, start
 
-import checkpoint
 import config
 import data as loading
 import train
@@ -228,17 +225,10 @@ def test_unused_evaluation_data_are_said(base, dataset, tmp_path, capfd, given):
     argv += ["--max_steps", "1", "--num_workers", "0", "--max_length", "128"]
     argv += ["--eval_split", "0.3"] if "eval_split" in given else []
     expected = 1 if given.get("eval") is False else 0
-    process = multiprocessing.get_context("fork").Process(target=in_child, args=(argv,))
-    process.start()
-    process.join()
+    codes = exit_codes(start(script, train.main, argv))
     err = capfd.readouterr().err
-    assert process.exitcode == expected, err
+    assert codes == [expected], err
     assert ("nope.jsonl" if expected else "are not evaluated in this run") in err
-
-
-def in_child(argv):
-    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-    sys.exit(checkpoint.cli(lambda: train.main(argv)))
 
 
 def test_a_directory_is_no_chat_template(tmp_path):

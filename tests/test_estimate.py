@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_train import ROOT, arguments, run
+from ranks import run
+from test_train import ROOT, arguments
 
 import build
 import checkpoint

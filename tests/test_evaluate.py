@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_train import run as train_run
+from ranks import run as train_run
 
 import checkpoint
 import evaluate

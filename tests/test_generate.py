@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_train import run
+from ranks import run
 
 import checkpoint
 import data

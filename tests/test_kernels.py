@@ -449,10 +449,8 @@ def autocast() -> list[str]:
 
 def vocab_parallel() -> list[str]:
     """Two ranks with half of the vocabulary each: the losses and gradients of one with all of it."""
-    import multiprocessing
-    import tempfile
-
     import torch
+    from ranks import together
 
     from kernels.linear_cross_entropy import linear_cross_entropy_ref
 
@@ -465,17 +463,7 @@ def vocab_parallel() -> list[str]:
     for impl, smoothing in itertools.product(("triton", "ref"), (0.0, 0.1)):
         loss, rows = linear_cross_entropy_ref(x, w, targets, smoothing)
         expected = [loss.detach(), rows, *torch.autograd.grad(loss, (x, w))]
-        with tempfile.TemporaryDirectory() as directory:
-            fork = multiprocessing.get_context("fork")
-            ranks = [
-                fork.Process(target=_vocab_rank, args=(r, directory, x, w, targets, smoothing, impl))
-                for r in (0, 1)
-            ]
-            for rank in ranks:
-                rank.start()
-            for rank in ranks:
-                rank.join()
-            results = [torch.load(f"{directory}/{r}") for r in (0, 1)]
+        results = together(_vocab_rank, x, w, targets, smoothing, impl)
         for r, (loss, rows, dx, dw) in enumerate(results):
             for what, a, b in zip(
                 ("loss", "rows", "dx", "dw"),
@@ -488,20 +476,18 @@ def vocab_parallel() -> list[str]:
     return problems
 
 
-def _vocab_rank(rank, directory, x, w, targets, smoothing, impl):
+def _vocab_rank(rank, x, w, targets, smoothing, impl):
     import torch
     import torch.distributed as dist
 
     from kernels.linear_cross_entropy import linear_cross_entropy
 
     small_tiles()
-    dist.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=2)
     x, w = x.detach().requires_grad_(), w.detach().chunk(2)[rank].requires_grad_()
     loss, rows = linear_cross_entropy(
         x, w, targets - rank * len(w), smoothing, group=dist.group.WORLD, impl=impl
     )
-    torch.save([loss.detach(), rows, *torch.autograd.grad(loss, (x, w))], f"{directory}/{rank}")
-    dist.destroy_process_group()
+    return [loss.detach(), rows, *torch.autograd.grad(loss, (x, w))]
 
 
 def golden_config(directory: str) -> dict:

@@ -10,7 +10,8 @@ from pathlib import Path
 import model_llava
 import pytest
 import torch
-from test_train import arguments, assert_same_run, losses, run
+from ranks import run
+from test_train import arguments, assert_same_run, losses
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import checkpoint

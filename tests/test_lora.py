@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import exit_codes, start, together
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,7 +23,6 @@ import merge
 import model_visualglm
 import vlm
 from checkpoint import cli, copy_full_, full_tensor, load_into, open_weights
-from tests.test_checkpoint import run_ranks
 
 
 class Block(nn.Module):
@@ -352,7 +351,7 @@ def two_ranks(rank, directory):
 
 
 def test_lora_under_fully_shard(tmp_path):
-    run_ranks(two_ranks, tmp_path)
+    together(two_ranks, tmp_path)
     model = Toy()
     lora.load_adapter(model, tmp_path)
     assert torch.equal(model(IDS), adapted()[0](IDS))
@@ -490,7 +489,7 @@ def killed_merge(kill_at: int, count: Path) -> None:
 
     file = os.open(count, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     sys.addaudithook(hook)
-    torch.set_num_threads(1)
+    sys.modules["model_visualglm"], merge.load_model = ToyFile, ToyFile.load_model
     os._exit(merge.main(["--model_name_or_path", "base"]))
 
 
@@ -502,12 +501,7 @@ def test_a_killed_merge_loses_nothing(merge_setup):
     whole = Path("merged/model.safetensors").read_bytes()
 
     def child(kill_at: int) -> int:
-        process = multiprocessing.get_context("fork").Process(
-            target=killed_merge, args=(kill_at, Path("count"))
-        )
-        process.start()
-        process.join(60)
-        return process.exitcode
+        return exit_codes(start(killed_merge, kill_at, Path("count")))[0]
 
     assert child(-1) == 0
     changes = Path("count").stat().st_size

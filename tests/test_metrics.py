@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from test_train import run
+from ranks import run
 
 import evaluate
 import metrics

@@ -6,12 +6,12 @@ import resource
 import shutil
 import signal
 import sys
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from ranks import exit_codes, script, start
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -26,18 +26,8 @@ def write(path, value):
     return str(path)
 
 
-def child(main, argv):
-    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-    sys.exit(checkpoint.cli(lambda: main(argv)))
-
-
 def run(main, argv) -> int:
-    """A script's main in a process of its own: one that has joined a process group cannot fork ranks any
-    more."""
-    process = get_context("fork").Process(target=child, args=(main, argv))
-    process.start()
-    process.join(120)
-    return process.exitcode
+    return exit_codes(start(script, main, argv))[0]
 
 
 def fails(capfd, main, argv, *words):
@@ -228,12 +218,11 @@ def test_broken_checkpoints(capfd, base, dataset, tmp_path, case):
     fails(capfd, train.main, common(broken, dataset, tmp_path / "out"), *words)
 
 
-def limited(argv):
-    torch.set_num_threads(1)
+def limited(error, argv):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-    sys.stderr = open(argv[0], "w")
-    sys.exit(checkpoint.cli(lambda: train.main(argv[1:])))
+    sys.stderr = open(error, "w")
+    script(train.main, argv)
 
 
 def test_disk_that_fills_during_a_save(base, dataset, tmp_path):
@@ -243,14 +232,10 @@ def test_disk_that_fills_during_a_save(base, dataset, tmp_path):
     argv = common(base, dataset, out, save_steps=2, max_steps=2)
     assert run(train.main, argv) == 0
     argv = common(base, dataset, out, save_steps=2, max_steps=6)
-    process = get_context("fork").Process(target=limited, args=([str(tmp_path / "err"), *argv],), daemon=True)
-    process.start()
-    process.join(120)
+    codes = exit_codes(start(limited, tmp_path / "err", argv))
     err = (tmp_path / "err").read_text()
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert (
-        process.exitcode == 1 and len(lines) == 1 and "checkpoint-4" in lines[0] and "Traceback" not in err
-    ), err
+    assert codes == [1] and len(lines) == 1 and "checkpoint-4" in lines[0] and "Traceback" not in err, err
     assert checkpoint.last_checkpoint(out).name == "checkpoint-2"
     assert not list(out.glob("*.tmp"))
     assert run(train.main, argv) == 0

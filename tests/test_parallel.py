@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,8 @@ import test_blip2_train as blip2_train
 import test_train_visualglm as glm_train
 import torch
 import torch.distributed as dist
-from test_train import ROOT, arguments, assert_same_run, losses, run, wait_for_step, weights
+from ranks import Replaced, run
+from test_train import ROOT, arguments, assert_same_run, losses, wait_for_step, weights
 from torch.distributed.tensor import DTensor
 
 import checkpoint
@@ -78,12 +81,12 @@ def blip2_captions(tmp_path_factory):
     return {key: captions[key] for key in ("train", "eval")}
 
 
-def start(bases, mode, out, world=1, batch=8, **options):
+def start(bases, mode, out, world=1, batch=8, main=train.main, **options):
     kind, settings = MODES[mode]
     split = {"per_device_train_batch_size": batch, **options}
     degrees = (options.get(f"{axis}_parallel_degree", 1) for axis in ("tensor", "pipeline"))
     split.setdefault("gradient_accumulation_steps", 8 * math.prod(degrees) // (batch * world))
-    run(arguments(*bases[kind], out, **{**settings, **split}), world=world)
+    run(arguments(*bases[kind], out, **{**settings, **split}), world, main)
 
 
 @pytest.fixture(scope="session")
@@ -154,18 +157,17 @@ def everywhere_equal(model) -> bool:  # all ranks of a tensor-parallel group
     return same
 
 
+def checked(save_checkpoint, path, model, *args):
+    assert everywhere_equal(model), "the ranks differ in what they hold whole"
+    save_checkpoint(path, model, *args)
+
+
 @pytest.mark.parametrize("mode, layout", CELLS)
-def test_equals_one_process(bases, references, tmp_path, monkeypatch, mode, layout):
-    reference, save = references(mode), train.save_checkpoint
-
-    def checked(path, model, *args):
-        assert everywhere_equal(model), "the ranks differ in what they hold whole"
-        save(path, model, *args)
-
-    monkeypatch.setattr(train, "save_checkpoint", checked)  # the ranks are forks of this process
+def test_equals_one_process(bases, references, tmp_path, mode, layout):
+    reference, main = references(mode), Replaced("train.save_checkpoint", checked)
     world, options = LAYOUTS[layout]
     batch = 16 // world if mode == "stage 1" else 2  # pictures are contrasted within a round of micro-batches
-    start(bases, mode, tmp_path / "out", world, batch, **TP2, **options)
+    start(bases, mode, tmp_path / "out", world, batch, main, **TP2, **options)
     assert_same_run(tmp_path / "out", reference)
     assert_same_norms(tmp_path / "out", reference)
 
@@ -197,27 +199,26 @@ def test_resumes_on_other_layouts(train_run, mode, tmp_path):
     assert_same_run(tmp_path / "out", train_run(mode, **options, max_steps=2 * len(CHAINS[mode])))
 
 
+def counted(directory, forward_backward, model, micro_batches, *args, **options):
+    """Writes what is all-reduced over the tensor-parallel group in a step of one micro-batch."""
+    all_reduce, sizes, (batch,) = dist.all_reduce, [], micro_batches
+
+    def reduce(tensor, *args, group=None, **options):
+        if group is parallel.groups["tp"]:
+            sizes.append(tensor.numel())
+        return all_reduce(tensor, *args, group=group, **options)
+
+    dist.all_reduce = reduce
+    result = forward_backward(model, micro_batches, *args, **options)
+    facts = [len(batch.input_ids), batch.num_supervised, len(batch.pixel_values), sizes]
+    (directory / f"{dist.get_rank()}.json").write_text(json.dumps(facts))
+    return result
+
+
 @pytest.mark.parametrize("mode", ["qwen sft", "qwen lora", "glm sft"])
-def test_two_all_reduces_a_layer_and_direction(bases, tmp_path, monkeypatch, mode):
+def test_two_all_reduces_a_layer_and_direction(bases, tmp_path, mode):
     """4 activations a layer (arXiv:1909.08053 sec. 3), by size; besides, one for the embedding and one for
     the head."""
-    forward_backward, all_reduce = train.forward_backward, dist.all_reduce
-
-    def counted(model, micro_batches, *args, **kwargs):
-        sizes, (batch,) = [], micro_batches
-
-        def reduce(tensor, *args, group=None, **kwargs):
-            if group is parallel.groups["tp"]:
-                sizes.append(tensor.numel())
-            return all_reduce(tensor, *args, group=group, **kwargs)
-
-        dist.all_reduce = reduce
-        result = forward_backward(model, micro_batches, *args, **kwargs)
-        facts = [len(batch.input_ids), batch.num_supervised, len(batch.pixel_values), sizes]
-        (tmp_path / f"{dist.get_rank()}.json").write_text(json.dumps(facts))
-        return result
-
-    monkeypatch.setattr(train, "forward_backward", counted)
     kind, _ = MODES[mode]
     options = {
         "lora": "lora" in mode,
@@ -226,7 +227,8 @@ def test_two_all_reduces_a_layer_and_direction(bases, tmp_path, monkeypatch, mod
         "save_strategy": "no",
         "per_device_train_batch_size": 3,
     }
-    run(arguments(*bases[kind], tmp_path / "out", **options), world=2)
+    main = Replaced("train.forward_backward", partial(counted, tmp_path))
+    run(arguments(*bases[kind], tmp_path / "out", **options), 2, main)
     ranks = [json.loads((tmp_path / f"{r}.json").read_text()) for r in range(2)]
     assert ranks[0] == ranks[1]
     tokens, supervised, pictures, sizes = ranks[0]
@@ -246,18 +248,18 @@ def test_two_all_reduces_a_layer_and_direction(bases, tmp_path, monkeypatch, mod
     assert Counter(sizes) == expected
 
 
+def recorded(directory, original, *args, **options):
+    tokens = original(*args, **options)
+    path = directory / f"{os.environ['WORLD_SIZE']}-{os.environ['RANK']}.json"
+    path.write_text(json.dumps(tokens))
+    return tokens
+
+
 @pytest.mark.parametrize("mode", ["qwen sft", "glm lora", "t5 sft"])
-def test_same_greedy_tokens(bases, references, tmp_path, monkeypatch, mode):
+def test_same_greedy_tokens(bases, references, tmp_path, mode):
     """From the weights or the adapter that training left; pictures in some requests only, where the model
     allows it."""
-    decode = generate.generate
-
-    def recorded(*args, **kwargs):
-        tokens = decode(*args, **kwargs)
-        (tmp_path / f"{os.environ['WORLD_SIZE']}-{os.environ['RANK']}.json").write_text(json.dumps(tokens))
-        return tokens
-
-    monkeypatch.setattr(generate, "generate", recorded)
+    main = Replaced("generate.generate", partial(recorded, tmp_path), generate.main)
     out, folder = references(mode), Path(bases[MODES[mode][0]][1]["train"][0]["data_files"]).parent
     requests = [{"prompt": "Question: w1 w2", "image": str(folder / f"{i}.png")} for i in range(3)]
     if not mode.startswith("t5"):
@@ -268,9 +270,7 @@ def test_same_greedy_tokens(bases, references, tmp_path, monkeypatch, mode):
     common += ["--min_new_tokens", "6", "--max_new_tokens", "12"]
     for degree in (1, 2):
         output = tmp_path / f"{degree}.jsonl"
-        run(
-            [*common, "--output", str(output), "--tensor_parallel_degree", str(degree)], degree, generate.main
-        )
+        run([*common, "--output", str(output), "--tensor_parallel_degree", str(degree)], degree, main)
         assert len(output.read_text().splitlines()) == len(requests)
     one, *two = (json.loads((tmp_path / f"{place}.json").read_text()) for place in ("1-0", "2-0", "2-1"))
     assert two == [one, one] and len(one) == len(requests) and min(map(len, one)) >= 6
@@ -545,30 +545,27 @@ def test_shared_gradients_need_no_second_look():
 # Communication of the data-parallel axes
 
 
+def numbers_moved(log, name, place, collective, *args, **options):
+    tensor = args[place] if args else options[("output", "input")[place]]
+    if os.environ["RANK"] == "0":
+        with open(log, "a") as file:
+            file.write(f"{name} {tensor.numel()}\n")
+    return collective(*args, **options)
+
+
 @pytest.mark.parametrize("batch", [4, 1])
 @pytest.mark.parametrize("sharding", ["stage1", "stage2", "stage3"])
-def test_zero_moves_no_more_than_it_must(bases, tmp_path, monkeypatch, sharding, batch):
+def test_zero_moves_no_more_than_it_must(bases, tmp_path, sharding, batch):
     """Counted numbers a step: parameters gathered once and gradients reduced once (2 x parameters) under
     ZeRO-1; with ZeRO-2 reduced, with ZeRO-3 also gathered twice, every micro-batch: 3 x, apart from what only
     the ends of the model use, which stays."""
     log = tmp_path / "log"
 
-    def counting(name, place):
-        function = getattr(torch.distributed, name)
-
-        def counted(*args, **options):
-            tensor = args[place] if args else options[("output", "input")[place]]
-            if os.environ["RANK"] == "0":
-                with open(log, "a") as file:
-                    file.write(f"{name} {tensor.numel()}\n")
-            return function(*args, **options)
-
-        monkeypatch.setattr(torch.distributed, name, counted)
-
-    counting("all_gather_single", 0)
-    counting("reduce_scatter_single", 1)
+    main = train.main
+    for place, name in enumerate(("all_gather_single", "reduce_scatter_single")):
+        main = Replaced(f"torch.distributed.{name}", partial(numbers_moved, log, name, place), main)
     options = {"max_steps": 3, "save_strategy": "no", "freeze_include": ["*attn_pool.pos_embed"]}
-    start(bases, "qwen sft", tmp_path / "out", 2, batch, sharding=sharding, **options)
+    start(bases, "qwen sft", tmp_path / "out", 2, batch, main, sharding=sharding, **options)
     moved = {"all_gather_single": 0, "reduce_scatter_single": 0}
     for line in log.read_text().splitlines():
         name, count = line.split()
@@ -621,29 +618,25 @@ def test_torchrun_restarts_after_a_kill(bases, tmp_path):
     assert_same_run(tmp_path / "out", tmp_path / "reference")
 
 
-def die(*_args, **_options):
-    os.kill(os.getpid(), signal.SIGKILL)
+def dies_at_4(original, directory, *args, **options):
+    """Rank 1 is killed in the middle of it."""
+    if os.environ["RANK"] == "1" and "checkpoint-4" in str(directory):
+        if isinstance(args[0], Iterator):  # of the weights
+            next(args[0])
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(directory, *args, **options)
 
 
 @pytest.mark.parametrize("where", ["save_weights", "save_train_state"])
-def test_a_rank_that_dies_while_it_saves(bases, tmp_path, monkeypatch, capfd, where):
+def test_a_rank_that_dies_while_it_saves(bases, tmp_path, capfd, where):
     """The checkpoint before stands, the broken one does not appear, and the run goes on from it."""
     out, settings = tmp_path / "out", {**PP2, "save_steps": 2}
     start(bases, "qwen sft", out, 2, **settings, max_steps=2)
     before = {p: p.read_bytes() for p in sorted(out.glob("checkpoint-2/**/*")) if p.is_file()}
-    original = getattr(checkpoint, where)
-
-    def save(directory, *args, **options):
-        if os.environ["RANK"] == "1" and "checkpoint-4" in str(directory):
-            next(iter(args[0]), None) if where == "save_weights" else None  # in the middle of it
-            die()
-        return original(directory, *args, **options)
-
-    monkeypatch.setattr(checkpoint, where, save)
     with pytest.raises(AssertionError, match="-9"):
-        start(bases, "qwen sft", out, 2, **settings, max_steps=6)
+        main = Replaced(f"checkpoint.{where}", dies_at_4)
+        start(bases, "qwen sft", out, 2, main=main, **settings, max_steps=6)
     assert "error: [rank 0] another rank is gone" in capfd.readouterr().err
-    monkeypatch.setattr(checkpoint, where, original)
     assert checkpoint.last_checkpoint(out).name == "checkpoint-2" and not list(out.glob("*.tmp"))
     assert {p: p.read_bytes() for p in before} == before
     start(bases, "qwen sft", out, 2, **settings, max_steps=6)

@@ -5,15 +5,17 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import Replaced, exit_codes, run, script, start
 from safetensors.torch import load_file
-from test_train import arguments, losses, run
+from test_train import arguments, losses
 
 import checkpoint
-import data
 import train
 
 LORA = {
@@ -42,35 +44,29 @@ def state(out, step: int) -> dict:
     return json.loads((Path(out) / f"checkpoint-{step}" / "trainer_state.json").read_text())
 
 
-def dying(update: int):
-    """train.main whose process is killed at that update of this start."""
+@dataclass
+class Dying:
+    """In place of a function: its process is killed at the n-th call of this start."""
 
-    def main(argv):
-        real, count = train.clip_and_step, 0
+    n: int
 
-        def step(*args, **options):
-            nonlocal count
-            count += 1
-            if count == update:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args, **options)
-
-        train.clip_and_step = step
-        return train.main(argv)
-
-    return main
+    def __call__(self, original, *args, **options):
+        self.n -= 1
+        if self.n == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **options)
 
 
 def killed(argv, update: int, world: int = 1) -> None:
     with pytest.raises(AssertionError, match="-9"):
-        run(argv, world, dying(update))
+        run(argv, world, Replaced("train.clip_and_step", Dying(update)))
 
 
-def refused(argv, capfd, *words, world: int = 1) -> None:
+def refused(argv, capfd, *words, world: int = 1, main=train.main) -> None:
     """One line for each rank."""
     capfd.readouterr()
     with pytest.raises(AssertionError):
-        run(argv, world)
+        run(argv, world, main)
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == world and all(word in line for line in lines for word in words), lines
 
@@ -85,22 +81,23 @@ def same_model(out, reference) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
+def units_seen(seen, load, loader, epoch, units):
+    with open(seen, "a") as file:
+        file.writelines(f"{epoch} {int(n)} {os.getpid()}\n" for unit in units for n in unit)
+    return load(loader, epoch, units)
+
+
 @pytest.mark.parametrize("mixtoken", [False, True])
-def test_another_batch_goes_on_at_the_right_sample(base, dataset, tmp_path, mixtoken, monkeypatch):
+def test_another_batch_goes_on_at_the_right_sample(base, dataset, tmp_path, mixtoken):
     """Killed behind step 2, continued on two processes with twice the batch, killed again, continued on one:
     no unit of the epoch is lost or repeated, and the learning rate follows the share of the data seen."""
     out, seen = tmp_path / "out", tmp_path / "seen"
     options = {**LORA, "num_train_epochs": 2, "mixtoken": mixtoken, "save_total_limit": 99}
     options |= {"max_length": 64, "per_device_train_batch_size": 2 if mixtoken else 4, "save_steps": 1}
-    real = data.TrainLoader.load
-
-    def load(self, epoch, units):
-        with open(seen, "a") as file:
-            file.writelines(f"{epoch} {int(n)} {os.getpid()}\n" for unit in units for n in unit)
-        return real(self, epoch, units)
-
-    monkeypatch.setattr(data.TrainLoader, "load", load)  # the ranks are forks of this process
-    killed(arguments(base, dataset, out, **options), 3)
+    loads = Replaced("data.TrainLoader.load", partial(units_seen, seen))
+    with pytest.raises(AssertionError, match="-9"):
+        step = Replaced("train.clip_and_step", Dying(3), main=loads)
+        run(arguments(base, dataset, out, **options), main=step)
     position = state(out, 2)
     assert (
         position["facts"]["global_batch"] == options["per_device_train_batch_size"] and position["epoch"] == 0
@@ -109,7 +106,7 @@ def test_another_batch_goes_on_at_the_right_sample(base, dataset, tmp_path, mixt
         seen.read_text().splitlines()[: position["samples"]]
     )  # what the third step had taken is taken again
     seen.write_text("")
-    run(arguments(base, dataset, out, **options), world=2)
+    run(arguments(base, dataset, out, **options), world=2, main=loads)
     again = [line.rsplit(" ", 1)[0] for line in seen.read_text().splitlines()]
     taken = sorted([line.rsplit(" ", 1)[0] for line in done] + again)
     assert taken == sorted(f"{epoch} {n}" for epoch in (0, 1) for n in range(40))
@@ -259,22 +256,9 @@ def test_saved_before_it_is_evaluated(base, dataset, tmp_path):
     options |= {"load_best_model_at_end": True}
     run(arguments(base, dataset, tmp_path / "whole", **options))
 
-    def main(argv):
-        real, count = train.evaluate_loss, 0
-
-        def evaluate(*args, **more):
-            nonlocal count
-            count += 1
-            if count == 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args, **more)
-
-        train.evaluate_loss = evaluate
-        return train.main(argv)
-
     argv = arguments(base, dataset, tmp_path / "out", **options)
     with pytest.raises(AssertionError, match="-9"):
-        run(argv, main=main)
+        run(argv, main=Replaced("train.evaluate_loss", Dying(2)))
     assert checkpoints(tmp_path / "out")[-1] == 4 and not state(tmp_path / "out", 4)["evaluated"]
     run(argv)
     keys = ("step", "loss", "eval_loss")
@@ -284,16 +268,13 @@ def test_saved_before_it_is_evaluated(base, dataset, tmp_path):
     assert a == b and same_model(tmp_path / "out", tmp_path / "whole")
 
 
+def signalled(*_args, **_options):
+    os.kill(os.getpid(), signal.SIGTERM)
+    raise AssertionError("the evaluation went on")
+
+
 @pytest.mark.parametrize("strategy", ["steps", "no"])
 def test_a_signal_breaks_off_an_evaluation(base, dataset, tmp_path, capfd, strategy):
-    def main(argv):
-        def evaluate(*_args, **_options):
-            os.kill(os.getpid(), signal.SIGTERM)
-            raise AssertionError("the evaluation went on")
-
-        train.evaluate_loss = evaluate
-        return train.main(argv)
-
     options = {
         **LORA,
         "evaluation_strategy": "steps",
@@ -302,7 +283,8 @@ def test_a_signal_breaks_off_an_evaluation(base, dataset, tmp_path, capfd, strat
         "save_strategy": strategy,
     }
     with pytest.raises(AssertionError, match="143"):
-        run(arguments(base, dataset, tmp_path / "out", **options), main=main)
+        argv = arguments(base, dataset, tmp_path / "out", **options)
+        run(argv, main=Replaced("train.evaluate_loss", signalled))
     text = capfd.readouterr().out
     if strategy == "no":
         assert "nothing is saved (save_strategy=no)" in text and not checkpoints(tmp_path / "out")
@@ -310,33 +292,17 @@ def test_a_signal_breaks_off_an_evaluation(base, dataset, tmp_path, capfd, strat
         assert "checkpoint-3 is saved" in text and checkpoints(tmp_path / "out") == [3]
 
 
+def with_a_second_run(argv, original, *args, **options):
+    assert exit_codes(start(script, train.main, argv)) == [1]
+    return original(*args, **options)
+
+
 def test_one_run_at_a_time(base, dataset, tmp_path, capfd):
     """The second one says who has the directory; a dead holder has nothing."""
     out = tmp_path / "out"
 
-    def main(argv):
-        real = train.clip_and_step
-
-        def step(*args, **options):
-            if (child := os.fork()) == 0:
-                os._exit(checkpoint.cli(lambda: train.main(argv)))
-            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
-            train.clip_and_step = real
-            return real(*args, **options)
-
-        train.clip_and_step = step
-        return train.main(argv)
-
     argv = arguments(base, dataset, out, **{**LORA, "max_steps": 2})
-    for name in ("RANK", "WORLD_SIZE"):
-        os.environ.pop(name, None)
-
-    def alone(argv):
-        for name in ("RANK", "WORLD_SIZE"):
-            os.environ.pop(name, None)
-        return main(argv)
-
-    run(argv, main=alone)
+    run(argv, main=Replaced("train.clip_and_step", partial(with_a_second_run, argv)))
     assert f"error: output_dir={out} is in use by process " in capfd.readouterr().err
     assert steps(out) == [1, 2] and not (out / ".lock").exists()
 
@@ -371,17 +337,17 @@ def test_features_of_another_tower_are_made_again(base, dataset, tmp_path, capfd
     )
 
 
-def test_ranks_compare_what_they_read(base, dataset, tmp_path, capfd, monkeypatch):
-    real = data.build_index
+def fewer_rows(build_index, *args, **options):
+    index = build_index(*args, **options)
+    if os.environ["RANK"] == "1":
+        index.rows = index.rows[:30]
+    return index
 
-    def build(*args, **options):
-        index = real(*args, **options)
-        if os.environ["RANK"] == "1":
-            index.rows = index.rows[:30]
-        return index
 
-    monkeypatch.setattr(data, "build_index", build)
-    refused(arguments(base, dataset, tmp_path / "out", **LORA), capfd, "samples", "40", "30", world=2)
+def test_ranks_compare_what_they_read(base, dataset, tmp_path, capfd):
+    argv = arguments(base, dataset, tmp_path / "out", **LORA)
+    main = Replaced("data.build_index", fewer_rows)
+    refused(argv, capfd, "samples", "40", "30", world=2, main=main)
 
 
 def test_loss_scale_continues_with_its_counters():
@@ -394,22 +360,17 @@ def test_loss_scale_continues_with_its_counters():
     assert scaler.state() == other.state() and scaler.scale == 2.0**16
 
 
+def ruined(clip_and_step, parameters, *args, **options):
+    norm = clip_and_step(parameters, *args, **options)
+    with torch.no_grad():
+        next(iter(parameters.values())).fill_(float("nan"))
+    return norm
+
+
 def test_nothing_that_is_not_finite_is_published(base, dataset, tmp_path, capfd):
     """The update behind the last finite loss may have ruined the parameters."""
-
-    def main(argv):
-        real = train.clip_and_step
-
-        def step(parameters, *args, **options):
-            norm = real(parameters, *args, **options)
-            with torch.no_grad():
-                next(iter(parameters.values())).fill_(float("nan"))
-            return norm
-
-        train.clip_and_step = step
-        return train.main(argv)
-
     with pytest.raises(AssertionError):
-        run(arguments(base, dataset, tmp_path / "out", **{**LORA, "max_steps": 1}), main=main)
+        argv = arguments(base, dataset, tmp_path / "out", **{**LORA, "max_steps": 1})
+        run(argv, main=Replaced("train.clip_and_step", ruined))
     assert "the last checkpoint stands" in capfd.readouterr().err and not checkpoints(tmp_path / "out")
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()

@@ -3,14 +3,16 @@ cached features, 16 bits, a bad image. Tiny random models; one process without a
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ranks import Replaced, run
 from test_blip2_train import OPT, T5, WORDS, write_checkpoint
-from test_train import assert_same_run, losses, run
+from test_train import assert_same_run, losses
 
 import build
 import checkpoint
@@ -218,21 +220,19 @@ def test_sixteen_bits(bases, captions, tmp_path, model, precision):
         run(argv, main=generate.main)
 
 
+def dtypes_seen(seen, rotary, x, cos, sin):
+    with open(seen, "a") as file:
+        file.write(f"{x.dtype} {cos.dtype} {sin.dtype}\n")
+    return rotary(x, cos, sin)
+
+
 @pytest.mark.parametrize("model", ["qwen_vl", "visualglm"])
-def test_rotary_angles_stay_fp32_under_16_bit_weights(bases, captions, tmp_path, model, monkeypatch):
-    module = {"qwen_vl": model_qwen_vl, "visualglm": model_visualglm}[model]
+def test_rotary_angles_stay_fp32_under_16_bit_weights(bases, captions, tmp_path, model):
     seen = tmp_path / "seen"
-    real = module.rotary
-
-    def rotary(x, cos, sin):
-        with open(seen, "a") as file:
-            file.write(f"{x.dtype} {cos.dtype} {sin.dtype}\n")
-        return real(x, cos, sin)
-
-    monkeypatch.setattr(module, "rotary", rotary)
     options = {"max_steps": 1, "bf16": True, "fp16_opt_level": "O2"}
-    trained(bases, captions, model, tmp_path / "one", **options)
-    trained(bases, captions, model, tmp_path / "two", 2, sharding="stage3", **options)
+    for world, sharding in ((1, {}), (2, {"sharding": "stage3"})):
+        argv = arguments(bases, captions, model, tmp_path / f"{world}", **options, **sharding)
+        run(argv, world, Replaced(f"model_{model}.rotary", partial(dtypes_seen, seen)))
     assert set(seen.read_text().splitlines()) == {"torch.bfloat16 torch.float32 torch.float32"}
 
 

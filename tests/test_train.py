@@ -2,11 +2,9 @@
 the reference."""
 
 import json
-import multiprocessing
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import run
 from safetensors.torch import load_file
 
 import checkpoint
@@ -23,39 +22,6 @@ import model_qwen_vl as qwen
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def rank_main(rank, world, port, argv, main=train.main):
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(world),
-        LOCAL_RANK=str(rank),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    torch.set_num_threads(1)
-    sys.exit(checkpoint.cli(lambda: main(argv)))
-
-
-def run(argv, world=1, main=train.main):
-    """train.py, or another main, in `world` forked processes; exit codes must be 0.
-
-    Tests never train in this process: what joined a process group has threads, and its forks may hang.
-    """
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=rank_main, args=(r, world, port, argv, main)) for r in range(world)]
-    for p in processes:
-        p.start()
-    for p in processes:
-        p.join(240)
-        if p.is_alive():
-            for q in processes:
-                q.kill()
-            pytest.fail("a rank hangs")
-    assert [p.exitcode for p in processes] == [0] * world
 
 
 def arguments(base, dataset, out, **options):

@@ -4,7 +4,6 @@ heart."""
 import fnmatch
 import io
 import json
-import multiprocessing
 import os
 import re
 import subprocess
@@ -14,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_train import arguments, assert_same_run, losses, rank_main, run, wait_for_step, weights
+from ranks import run, script, start
+from test_train import arguments, assert_same_run, losses, wait_for_step, weights
 from tokenizers import AddedToken, Tokenizer, models
 
 import build
@@ -25,6 +25,7 @@ import evaluate
 import generate
 import merge
 import model_visualglm as glm
+import train
 
 QUESTIONS = ["what is it?", "这是什么？", "name it\nnow", "它是什么颜色？"]
 ANSWERS = ["a red bus, fast", "一只橘色的猫。", "two old men", "蓝色的，很亮！"]
@@ -162,8 +163,7 @@ def test_killed_run_continues_exactly(glm_base, glm_dataset, tmp_path, mode):
     command: losses and weights bit for bit."""
     options = {**SIZE, **MODES[mode], "lr_scheduler_type": "constant", "max_steps": 60, "save_steps": 4}
     argv = arguments(glm_base, glm_dataset, tmp_path / "out", **options)
-    process = multiprocessing.get_context("fork").Process(target=rank_main, args=(0, 1, 0, argv))
-    process.start()
+    (process,) = start(script, train.main, argv)
     wait_for_step(tmp_path / "out", 9)
     process.kill()
     process.join()
