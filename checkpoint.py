@@ -116,7 +116,10 @@ def cli(main) -> int:
     except (ValueError, OSError) as e:
         many = "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1"
         rank = f"[rank {os.environ['RANK'][:9]}] " if many else ""
-        print(f"error: {rank}{printable(' '.join(str(e).splitlines()))}", file=sys.stderr)
+        said = (
+            f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename and e.strerror else str(e)
+        )
+        print(f"error: {rank}{printable(' '.join(said.splitlines()))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

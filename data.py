@@ -236,14 +236,18 @@ def open_entries(entries: list[dict]) -> list[Entry]:
 def say_unused_keys(entries: list[Entry], first: int = 100) -> None:
     """Names the keys of each entry's first records that nothing reads."""
     for entry in entries:
-        found: Counter = Counter()
+        found: set[str] = set()
         for i in range(min(first, len(entry))):
             source, n = entry.locate(i)
             with contextlib.suppress(ValueError):  # named elsewhere
                 found.update(unused_keys(source[n]))
-        if found:
-            keys = ", ".join(printable(key)[:60] for key in sorted(found)[:20])
-            print(f"note: {entry.label}: keys that are not used: {keys}", file=sys.stderr)
+        say_keys(entry.label, found)
+
+
+def say_keys(what: str, keys) -> None:
+    if keys:
+        names = ", ".join(printable(key)[:60] for key in sorted(keys)[:20])
+        print(f"note: {what}: keys that are not used: {names}", file=sys.stderr)
 
 
 def dataset_of(value: str | dict) -> dict:
@@ -936,7 +940,7 @@ def read_requests(path: str, elsewhere=()) -> tuple[list[Conversation], list[Bad
 
     elsewhere: keys that a record must not have, since they are options of the whole command.
     """
-    requests, problems = [], []
+    requests, problems, unused = [], [], set()
     for source in open_files([path]):
         for i in range(len(source)):
             where = source.where(i)
@@ -950,10 +954,12 @@ def read_requests(path: str, elsewhere=()) -> tuple[list[Conversation], list[Bad
                     requests.append(
                         conversations_of(record, where, os.path.dirname(source.path), i, answered=False)[0]
                     )
+                    unused |= unused_keys(record)
             except BadRecord as e:
                 problems.append(e)
     if not requests and not problems:
         raise ValueError(f"{path} holds no request")
+    say_keys(path, unused)
     return requests, problems
 
 

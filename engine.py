@@ -422,8 +422,8 @@ class Beams:
         else:
             reachable = running[0][0] / self.made**how.length_penalty if running else float("-inf")
         self.running = running
-        if len(self.finished) == K and self.finished[-1][0] >= reachable:
-            return None
+        if len(self.finished) == K and (self.finished[-1][0] >= reachable or not running):
+            return None  # `stopped` may end all of them at once
         if self.made < self.room:
             return parents, [tokens[-1] for _, tokens in running]
         for total, tokens in running if self.lavis else ():

@@ -521,17 +521,21 @@ def check_arguments(args) -> None:
         raise ValueError(f"batch_size={args.batch_size}; expected at least 1")
     if not 0 <= args.max_bad_samples <= 1:
         raise ValueError(f"max_bad_samples={args.max_bad_samples}; expected 0 to 1")
+    if args.system is not None and not args.system.strip():
+        raise ValueError("--system is empty; leave it out for the model's own system text")
     if "" in args.stop:
         raise ValueError("--stop is empty; give the text that ends an answer")
     if args.output:
         checkpoint.check_place(args.output, "output", devices=True)
     for name, others in (("requests", ("prompt", "image", "system", "chat")), ("chat", ("prompt", "output"))):
         for other in others if getattr(args, name) else ():
-            if getattr(args, other):
+            if getattr(args, other) not in (None, [], False):
                 remedy = (
                     "leave one out" if name == "chat" or other == "chat" else "put it into the file's records"
                 )
                 raise ValueError(f"--{name} and --{other} are both given, and only one can be used; {remedy}")
+    if args.prompt is not None and not args.prompt.strip() and not args.image:
+        raise ValueError("--prompt is empty, and there is no --image that it could be about")
 
 
 def run(args, how: Decoding, world: parallel.World | None = None) -> int:

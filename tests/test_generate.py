@@ -254,9 +254,10 @@ def test_stop_text_of_an_answer(model, processor, dataset, beams):
         assert text == free[: free.index(stop)].strip() != ""
 
 
-def test_beams_end_where_the_text_does(model, requests):
-    """Every beam ends where `stopped` says so."""
-    found = g.beam_search(model, requests, 6, [], 3, stopped=lambda ids: len(ids) == 2)
+@pytest.mark.parametrize("rule", ["transformers", "lavis"])
+def test_beams_end_where_the_text_does(model, requests, rule):
+    """Every beam ends where `stopped` says so, and the search with them."""
+    found = g.beam_search(model, requests, 6, [], 3, rule=rule, stopped=lambda ids: len(ids) == 2)
     assert all(len(ids) == 2 for beams in found for _, ids in beams)
 
 
@@ -369,6 +370,16 @@ def test_beams_beyond_the_vocabulary_are_refused(model, requests):
 def test_arguments_that_would_be_ignored_are_refused(argv):
     with pytest.raises(ValueError, match="both given"):
         g.main(argv)
+
+
+@pytest.mark.parametrize(
+    "argv", [["--prompt", " "], ["--prompt", "q", "--system", ""], ["--prompt", "q", "--stop", ""]]
+)
+def test_empty_texts_are_refused(argv):
+    with pytest.raises(ValueError, match=f"^{argv[-2]} is empty"):
+        g.main(argv)
+    with pytest.raises(ValueError, match="both given"):
+        g.main(["--requests", "r.jsonl", "--prompt", ""])
 
 
 @pytest.mark.parametrize("allowed", [0.5, 0.01])

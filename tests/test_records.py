@@ -201,6 +201,16 @@ def test_keys_that_nothing_reads_are_said(folder, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_keys_of_requests_that_nothing_reads_are_said(folder, capsys):
+    path = folder / "r.jsonl"
+    path.write_text('{"prompt": "q", "max_tokens": 5}\n{"prompt": "q", "model": "x"}\n')
+    requests, problems = data.read_requests(str(path), ["temperature"])
+    assert len(requests) == 2 and not problems
+    assert capsys.readouterr().err == f"note: {path}: keys that are not used: max_tokens, model\n"
+    path.write_text('{"image": "a.png", "text": "What is this?"}\n')
+    assert "a question is 'prompt'" in str(data.read_requests(str(path))[1][0])
+
+
 def test_a_single_request_has_no_leftovers_either(folder):
     image = str(folder / "a.png")
     turns = [("system", "Be short."), ("user", "<image>What?")]
