@@ -38,6 +38,8 @@ NUMBERS = {  # field -> (type, least, most)
     "repetition_penalty": (float, 1e-3, 1e3),
     "presence_penalty": (float, -2, 2),
     "frequency_penalty": (float, -2, 2),
+    "num_beams": (int, 1, 16),
+    "length_penalty": (float, -50, 50),
     "n": (int, 1, 8),
     "seed": (int, -(1 << 63), (1 << 63) - 1),
     "top_logprobs": (int, 0, 20),
@@ -47,7 +49,9 @@ DECODING = {
     "max_completion_tokens": "max_new_tokens",
     "min_tokens": "min_new_tokens",
 }
-DECODING |= {name: name for name in ("temperature", "top_p", "top_k", "repetition_penalty", "seed")}
+SAME = ("temperature", "top_p", "top_k", "repetition_penalty", "num_beams", "length_penalty", "seed")
+DECODING |= {name: name for name in SAME}
+BEAMLESS = ("n", "logprobs", "logit_bias", "presence_penalty", "frequency_penalty")  # not with num_beams
 FLAGS = ("stream", "logprobs", "continue_final_message")
 OTHERS = ("model", "messages", "stop", "stream_options", "logit_bias")
 # of no effect on an answer: accepted
@@ -81,8 +85,6 @@ NEUTRAL = {  # would change the answer and is not there: accepted where it asks 
     "web_search_options": (),
     "best_of": (1,),
     "use_beam_search": (False,),
-    "num_beams": (1,),  # a beam search does not share a batch
-    "length_penalty": (1, 1.0),
     "min_p": (0, 0.0),
     "ignore_eos": (False,),
     "echo": (False,),
@@ -153,6 +155,9 @@ def read_wanted(content: bytes, limits, defaults: Decoding, vocab_size: int) -> 
     include_usage = read_stream_options(body.get("stream_options", {}), stream)
     stop, bias = read_stop(body.get("stop", [])), read_bias(body.get("logit_bias", {}), vocab_size)
     how = read_decoding(numbers, defaults)
+    for name in BEAMLESS if how.num_beams > 1 else ():
+        if body.get(name) and not (name == "n" and body[name] == 1):
+            raise Refused(400, f"{name} and num_beams={how.num_beams} do not go together", name)
     turns, places, begun = read_messages(body["messages"], limits, body.get("continue_final_message", False))
     return Wanted(
         model=body["model"],

@@ -800,8 +800,10 @@ def check_arguments(args) -> argparse.Namespace:
     args.key = key and hashlib.sha256(key.strip().encode()).digest()
     args.cors = ["*"] if args.cors == [] else args.cors
     args.defaults = Decoding(**{f.name: getattr(args, f.name) for f in fields(Decoding)})
-    if args.num_beams > 1:
-        raise ValueError(f"num_beams={args.num_beams}: a beam search does not share a batch; use generate.py")
+    if args.quantize and args.adapters:
+        raise ValueError(
+            f"quantize={args.quantize} with lora_paths: merge one (python merge.py), serve the result"
+        )
     return args
 
 

@@ -274,6 +274,18 @@ def test_n_answers_are_n_draws_of_one_seed(clients, model):
     assert len({client.ask(**free)["choices"][0]["message"]["content"] for _ in range(4)}) > 1
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_beams(clients, model):
+    client, how = clients(model), {"num_beams": 3, "length_penalty": 0.5}
+    (text,) = by_generate(client.service, [asked()], max_new_tokens=12, min_new_tokens=4, **how)
+    fields = {"max_tokens": 12, "min_tokens": 4, **how}
+    assert client.ask(**fields)["choices"][0]["message"]["content"] == text
+    chunks = client.stream(**fields)
+    assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks) == text
+    greedy = client.ask(max_tokens=12, min_tokens=4)["choices"][0]["message"]["content"]
+    assert text != greedy
+
+
 def test_a_stop_text_is_never_shown(client):
     fields = {"max_tokens": 60, "min_tokens": 60, "temperature": 1.0, "seed": 2}
     whole = client.ask(**fields)["choices"][0]["message"]["content"]
@@ -446,7 +458,10 @@ BAD = [  # what is changed in a good body, the field that the error names
     ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
     ({"modalities": ["text", "audio"]}, "modalities"),
     ({"audio": {"voice": "a"}}, "audio"),
-    ({"num_beams": 4}, "num_beams"),
+    ({"num_beams": 17}, "num_beams"),
+    ({"num_beams": 2, "temperature": 1}, "num_beams"),
+    ({"num_beams": 2, "n": 2}, "n"),
+    ({"num_beams": 2, "logprobs": True}, "logprobs"),
     ({"temprature": 1}, "temprature"),
     ({"continue_final_message": True}, "messages[0].role"),
     ({"continue_final_message": 1}, "continue_final_message"),
@@ -1037,7 +1052,8 @@ def test_adapters_beside_the_base(small, tmp_path, model):
         (["--host", "no such host"], ["no such host"]),
         (["--model", "qwen"], ["qwen", "qwen_vl"]),
         (["--temperature", "-1"], ["temperature=-1"]),
-        (["--num_beams", "3"], ["num_beams"]),
+        (["--num_beams", "3", "--temperature", "1"], ["num_beams=3", "temperature"]),
+        (["--quantize", "int8", "--lora_paths", "a=x"], ["quantize=int8", "merge"]),
         (["--modle", "x"], ["--modle", "--model"]),
         (["bench", "x"], ["url='x'"]),
         (["bench", "http://127.0.0.1:9/"], ["127.0.0.1:9"]),
