@@ -33,6 +33,7 @@ import generate  # noqa: E402
 import lora  # noqa: E402
 import records  # noqa: E402
 import serve  # noqa: E402
+import vlm  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("qwen_vl", "blip2", "visualglm")
@@ -1000,7 +1001,7 @@ def random_adapter(model: str, directory: Path, seed: int) -> str:
     """An adapter of the tiny model that changes its answers."""
     base = ROOT / f"samples/tiny_{model}"
     adapted = generate.load_model(base)
-    names = lora.inject(adapted, sys.modules[type(adapted).__module__].LORA_TARGETS, 4, 8, 0.0)
+    names = lora.inject(adapted, vlm.find(adapted.config.raw).lora_targets, 4, 8, 0.0)
     parameters, random_numbers = dict(adapted.named_parameters()), torch.Generator().manual_seed(seed)
     for name in names:
         for side in "AB":
