@@ -540,12 +540,12 @@ class Service:
 
     def go_on(self, prompt: dict, text: str) -> list[int]:
         """Puts the beginning of an answer behind the prompt -> its ids."""
-        if getattr(self.engine.model, "has_encoder", False):
+        if self.engine.model.encoder_decoder:
             raise ValueError("continue_final_message: an encoder-decoder does not go on; leave it out")
         ids = self.processor.answer_ids(text)
         prompt["input_ids"] = np.append(prompt["input_ids"], ids)
         if "position_ids" in prompt:
-            given, step = prompt["position_ids"], np.asarray(getattr(self.engine.model, "position_step", 1))
+            given, step = prompt["position_ids"], np.asarray(self.engine.model.position_step)
             later = given[..., -1:] + step * np.arange(1, len(ids) + 1)
             prompt["position_ids"] = np.concatenate((given, later), -1)
         if "seen" in prompt:

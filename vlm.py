@@ -191,6 +191,9 @@ class Processor(Protocol):
     def prompt(self, conversation) -> Sample:
         """What generation starts from: a trailing answer is left out."""
 
+    def answer_ids(self, text: str) -> list[int]:
+        """The beginning of an answer, behind a prompt, that generation goes on from."""
+
     def decode(self, ids: list[int]) -> str:
         """The answer's text, cut at the first end marker."""
 

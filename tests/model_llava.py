@@ -413,6 +413,9 @@ class LlavaProcessor:
             conversation = type(conversation)(**{**vars(conversation), "turns": conversation.turns[:-1]})
         return self.encode(conversation, 1 << 30)
 
+    def answer_ids(self, text: str) -> list[int]:
+        return self.ids(f" {text}")
+
     def decode(self, ids: list[int]) -> str:
         stop = ids.index(self.eos) if self.eos in ids else len(ids)
         return self.tokenizer.decode(ids[:stop]).strip()

@@ -321,6 +321,13 @@ def test_an_answer_is_gone_on_with(clients, model):
     assert tried > 1
 
 
+def test_an_encoder_decoder_does_not_go_on(client, monkeypatch):
+    monkeypatch.setattr(client.service.engine.model, "encoder_decoder", True)
+    messages = [*asked(), {"role": "assistant", "content": "A"}]
+    response = client.send({"model": client.name, "messages": messages, "continue_final_message": True})
+    assert response.status == 400 and "continue_final_message" in response.read().decode()
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_log_probabilities(clients, model):
     client = clients(model)
