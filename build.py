@@ -1,10 +1,10 @@
-"""What trains, and the order in which a model is made ready for it.
+"""What trains, and the order in which a model is made ready: prefix, adapter, freezing, 16 bits, pipeline,
+tensor cut, compile, recomputation, sharding, loading.
 
-    model, whole, definition, lora_modules, stages = build(cfg, directory, world, sizes)
-    optimizer = make_optimizer(model, cfg)
+    built = build(cfg, directory, world, stream_sizes(plan, cfg))  # built.model, built.stages, ...
+    optimizer = make_optimizer(built.model, cfg)
 
-Prefix, adapter, freezing, 16 bits, pipeline, tensor cut, compile, recomputation, sharding, loading: in
-`build`, each after what it needs. Nothing holds memory before the weights are read, one tensor at a time.
+`build` below is that order, with a reason beside each step.
 """
 
 import copy
@@ -175,74 +175,57 @@ def pipeline_blocks(model: nn.Module, definition, cfg: Config, sizes: StreamSize
         raise ValueError(f"{degree}, pipeline_schedule={cfg.pipeline_schedule}: {e}") from None
 
 
-def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSizes):
-    """-> (model on the device with its weights, the same before its cut into pipeline stages and without
-    weights, model file, LoRA definition names, pipeline or None)."""
+@dataclass
+class Built:
+    """What training works with."""
+
+    model: nn.Module  # on the device, with its weights; under pipelines this rank's stages of it
+    whole: nn.Module  # before the cut into pipeline stages, without weights: names and shapes of everything
+    definition: vlm.Model
+    lora_modules: list[str]  # names of the adapted layers
+    stages: pipeline.Pipeline | None
+
+
+def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSizes) -> Built:  # all ranks
+    """The order matters, and each step says why it stands where it does. Until `to_empty` everything is on
+    the meta device: nothing has memory before it is known what this rank holds."""
     config = checkpoint.read_config(directory)
     definition = vlm.find(config)
+
+    # Prefix: its parameters belong to the model, so they must exist before anything looks at names.
     config = with_prefix(config, definition, cfg)
     weights = checkpoint.open_model(directory, definition)
     model = definition.network(config)
-    # P-tuning's parameters are new, unless the base was P-tuned before
     tuned = [definition.prefix_tuning] if cfg.pre_seq_len else None
     new = {name for name, _ in model.named_parameters() if matches(name, tuned)} - weights.names
-    checkpoint.check_names(
-        {name: p.shape for name, p in model.named_parameters() if name not in new}, weights
-    )
+    checkpoint.check_names({n: p.shape for n, p in model.named_parameters() if n not in new}, weights)
     base_names = {name for name, _ in model.named_parameters()} - new
+
+    # Adapter before freezing: which base weights train depends on there being one.
     lora_modules = []
     if cfg.lora:
-        lora.base_sample(
-            directory
-        )  # for the adapter's file: read now, whatever happens to the base in the meantime
-        lora_modules = lora.inject(
-            model,
-            lora_targets(cfg, definition),
-            cfg.lora_rank,
-            cfg.lora_alpha,
-            cfg.lora_dropout,
-            lora_parts(model, definition, cfg),
-            definition.image_parameters,
-        )
+        lora.base_sample(directory)  # for the adapter's file: read now, whatever happens to the base later
+        lora_modules = add_adapter(model, definition, cfg)
     choose_trainable(model, definition, cfg)
     if cfg.lora_path:
-        lora.check_base(cfg.lora_path, weights)
-        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-        if lost := sorted(frozen.intersection(lora.contents(cfg.lora_path)[1])):
-            raise ValueError(
-                f"lora_path={cfg.lora_path} holds {lost[0]} trained whole, which is "
-                "frozen here and would be left out "
-                f"of the new adapter; name it in freeze_exclude ({len(lost)} such parameters)"
-            )
+        check_continued_adapter(model, cfg, weights)
+
+    # 16 bits after freezing: a frozen weight needs no fp32 master copy, a trained one does.
     dtype16 = {(True, False): torch.bfloat16, (False, True): torch.float16}.get((cfg.bf16, cfg.fp16))
     compute_dtype = dtype16 if cfg.fp16_opt_level == "O2" else None
-    if compute_dtype:  # frozen parameters need no fp32 master copy
-        for owner in model.modules():
-            for name, p in owner.named_parameters(recurse=False):
-                if not p.requires_grad:
-                    setattr(owner, name, nn.Parameter(p.to(compute_dtype), requires_grad=False))
+    if compute_dtype:
+        halve_frozen(model, compute_dtype)
+
+    # Pipeline before the tensor cut: a rank cuts only the blocks that it keeps.
     whole, stages = model, None
     shapes = {name: p.shape for name, p in model.named_parameters()}
     if world.pp_size > 1:
         whole = copy.deepcopy(model)
-        blocks = pipeline_blocks(model, definition, cfg, sizes)
-        held_by = pipeline.stages_of_parameters(model, definition.pipeline, blocks)
-        here = {
-            n for n, held in held_by.items() if world.pp_rank in {stage % world.pp_size for stage in held}
-        }
-        pipeline.keep_parameters(model, here)
-        trainable = {n for n, p in whole.named_parameters() if p.requires_grad}
-        stages = pipeline.Pipeline(
-            model,
-            definition.pipeline,
-            blocks,
-            held_by,
-            trainable,
-            cfg.pipeline_schedule,
-            world,
-            compute_dtype or torch.float32,
-        )
+        stages = cut_into_stages(model, whole, definition, cfg, world, sizes, compute_dtype)
     parallel.tensor_parallel(model, definition.tp_plan(model.config, world.tp_size), world)
+
+    # Compile, then recompute around it, then shard around both: fully_shard's hooks must stay outside, they
+    # gather the weights that a recomputed block uses again.
     if cfg.compile:
         for block in [*model.vision_blocks, *model.blocks]:
             block.forward = torch.compile(block.forward, dynamic=True)
@@ -250,48 +233,93 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
         parallel.recompute(model)
     if world.dp_size > 1 or compute_dtype:
         parallel.shard(model, world.mesh, cfg.sharding, compute_dtype)
+
+    # Memory, then the weights, one tensor at a time: the host never holds the model twice.
     model.to_empty(device=world.device)
     parallel.mark_cuts(model)
     parameters = dict(model.named_parameters())
     here = base_names & parameters.keys()
     checkpoint.load_into({name: parameters[name] for name in here}, weights, skip=base_names - here)
     if cfg.init_from:
-        other = checkpoint.open_model(cfg.init_from, definition)
-        common = sorted(base_names & other.names)
-        for name in common:
-            if other.shape(name) != shapes[name]:
-                raise ValueError(
-                    f"init_from={cfg.init_from}: {name} is {tuple(other.shape(name))}, "
-                    f"expected {tuple(shapes[name])}; use a checkpoint of the same sizes"
-                )
-            if not other.dtype(name).is_floating_point:
-                raise ValueError(
-                    f"init_from={cfg.init_from}: {name} is {other.dtype(name)}, expected floating point"
-                )
-            if name in parameters:
-                full = other.read(name)
-                checkpoint.largest(full, f"init_from={cfg.init_from}: {name}")
-                checkpoint.copy_full_(parameters[name], full)
-        if not common:
-            raise ValueError(
-                f"init_from={cfg.init_from} has no tensor of this model; the two must share names"
-            )
+        found = load_init_from(cfg.init_from, definition, parameters, shapes, base_names)
         if world.main:
-            print(
-                f"{len(common)} tensors from {cfg.init_from}, "
-                f"{len(base_names) - len(common)} from {directory}"
-            )
-    for name in parameters.keys() - base_names:
+            print(f"{found} tensors from {cfg.init_from}, {len(base_names) - found} from {directory}")
+    for name in parameters.keys() - base_names:  # prefix and adapter: what no checkpoint has
         full = torch.empty(parallel.whole_shape(parameters[name]))
         init = model.init_weights if name in new else lora.init_lora
         with torch.no_grad():
             init(name, full, named_generator(cfg.seed, name))
         checkpoint.copy_full_(parameters[name], full)
     if cfg.lora_path:
-        lora.load_adapter(
-            model, cfg.lora_path, checkpoint.copy_full_, parallel.whole_shape, whole if stages else None
+        other = whole if stages else None
+        lora.load_adapter(model, cfg.lora_path, checkpoint.copy_full_, parallel.whole_shape, other)
+    return Built(model, whole, definition, lora_modules, stages)
+
+
+def add_adapter(model: nn.Module, definition: vlm.Model, cfg: Config) -> list[str]:
+    """Puts LoRA beside the layers that are asked for; returns their names."""
+    return lora.inject(
+        model,
+        lora_targets(cfg, definition),
+        cfg.lora_rank,
+        cfg.lora_alpha,
+        cfg.lora_dropout,
+        lora_parts(model, definition, cfg),
+        definition.image_parameters,
+    )
+
+
+def check_continued_adapter(model: nn.Module, cfg: Config, weights: checkpoint.Weights) -> None:
+    """ValueError for an adapter of another base, or one that would be saved only in part."""
+    lora.check_base(cfg.lora_path, weights)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    if lost := sorted(frozen.intersection(lora.contents(cfg.lora_path)[1])):
+        raise ValueError(
+            f"lora_path={cfg.lora_path} holds {lost[0]} trained whole, which "
+            "is frozen here and would be left "
+            f"out of the new adapter; name it in freeze_exclude ({len(lost)} such parameters)"
         )
-    return model, whole, definition, lora_modules, stages
+
+
+def halve_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    for owner in model.modules():
+        for name, p in owner.named_parameters(recurse=False):
+            if not p.requires_grad:
+                setattr(owner, name, nn.Parameter(p.to(dtype), requires_grad=False))
+
+
+def cut_into_stages(
+    model: nn.Module, whole: nn.Module, definition: vlm.Model, cfg: Config, world, sizes: StreamSizes, dtype
+) -> pipeline.Pipeline:
+    """Leaves this rank's stages of the model; `dtype` of the hidden states between them, None for fp32."""
+    blocks = pipeline_blocks(model, definition, cfg, sizes)
+    held_by = pipeline.stages_of_parameters(model, definition.pipeline, blocks)
+    here = {n for n, held in held_by.items() if world.pp_rank in {stage % world.pp_size for stage in held}}
+    pipeline.keep_parameters(model, here)
+    trainable = {n for n, p in whole.named_parameters() if p.requires_grad}
+    plan, schedule, dtype = definition.pipeline, cfg.pipeline_schedule, dtype or torch.float32
+    return pipeline.Pipeline(model, plan, blocks, held_by, trainable, schedule, world, dtype)
+
+
+def load_init_from(path: str, definition: vlm.Model, parameters: dict, shapes: dict, base_names: set) -> int:
+    """Replaces what a checkpoint of fewer parts (a stage-1 Q-Former) has of this model; how many tensors."""
+    other = checkpoint.open_model(path, definition)
+    common = sorted(base_names & other.names)
+    if not common:
+        raise ValueError(f"init_from={path} has no tensor of this model; the two must share names")
+    for name in common:
+        if other.shape(name) != shapes[name]:
+            raise ValueError(
+                f"init_from={path}: {name} is {tuple(other.shape(name))}, "
+                f"expected {tuple(shapes[name])}; use a checkpoint of the same sizes"
+            )
+        if not other.dtype(name).is_floating_point:
+            raise ValueError(f"init_from={path}: {name} is {other.dtype(name)}, expected floating point")
+        if name in parameters:
+            full = other.read(name)
+            checkpoint.largest(full, f"init_from={path}: {name}")
+            checkpoint.copy_full_(parameters[name], full)
+    return len(common)
 
 
 def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:

@@ -16,15 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-import lora
 import parallel
 import pipeline
 import vlm
 from build import (
     StreamSizes,
+    add_adapter,
     choose_trainable,
-    lora_parts,
-    lora_targets,
     parameter_table,
     pipeline_blocks,
     stream_sizes,
@@ -367,15 +365,7 @@ def dry_run(cfg: Config, config: dict, definition, plan, world_size: int) -> str
     """Memory per device, disk, steps and FLOPs, from shapes alone."""
     model = definition.network(with_prefix(config, definition, cfg))
     if cfg.lora:
-        lora.inject(
-            model,
-            lora_targets(cfg, definition),
-            cfg.lora_rank,
-            cfg.lora_alpha,
-            cfg.lora_dropout,
-            lora_parts(model, definition, cfg),
-            definition.image_parameters,
-        )
+        add_adapter(model, definition, cfg)
     choose_trainable(model, definition, cfg)
     pp, replicas, shard, tp = parallel.layout(
         world_size,

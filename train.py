@@ -4,17 +4,16 @@
     torchrun --nproc_per_node 8 train.py configs/qwen_vl/sft.json --learning_rate 2e-5
     python train.py configs/qwen_vl/sft.json --dry_run  # memory, steps and FLOPs, nothing loaded
 
-Keys come from JSON files and `--key value` (config.py). Losses are sums over supervised tokens, divided by
-their number over all micro-batches and ranks, so batch x accumulation x processes may be split in any way.
-Killed at any point, the same command continues from the last checkpoint with the same losses (run_dir.py).
+Keys come from JSON files and `--key value` (config.py). `Run.train` below is the loop: a step reads
+micro-batches, sums their losses, divides by what was counted on all ranks, clips, updates, saves, evaluates.
+What is before it: where the run stands (resume.py) and how the model is made ready (build.py). Killed at any
+point, the same command continues from the last checkpoint with the same losses (run_dir.py).
 """
 
 import python_version  # noqa: F401  (first: it says which Python is needed)
 
-import contextlib
 import copy
 import hashlib
-import io
 import json
 import math
 import os
@@ -27,7 +26,6 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -36,7 +34,6 @@ import checkpoint
 import data
 import estimate
 import lora
-import metrics
 import parallel
 import terminal
 import vlm
@@ -50,14 +47,14 @@ from build import (
     model_file,
     parameter_table,
     stream_sizes,
-    total_steps,
 )
-from config import Config, differences, parse_config
+from config import Config, parse_config
 from draw import draw_loss
 from features import cache_features
 from kernels import dispatch
 from records import one_line
-from run_dir import HARMLESS, Log, RunDir, Signals, Start, Stopped, read_state, shown
+from resume import Prepared, is_finished, prepare
+from run_dir import HARMLESS, Log, RunDir, Signals, Stopped, shown
 from vlm import Batch
 
 # --------------------------------------------------------------------------------------------------
@@ -107,7 +104,31 @@ class LossScaler:
 
 
 # --------------------------------------------------------------------------------------------------
-# Steps
+# One step: facts that all ranks share, gradients, update
+
+
+@dataclass
+class Facts:
+    """Of one step, summed over its micro-batches and all ranks before the first forward pass: so every rank
+    divides by the same numbers, and enters the same towers."""
+
+    counts: list[int]  # what each of the model's losses is summed over
+    supervised: int  # tokens
+    bad: int  # samples that could not be loaded
+    signal: int  # that some rank got; 0: none
+    has_images: list[bool]  # by micro-batch: whether some rank has an image in it
+
+
+def step_facts(
+    model: nn.Module, micro_batches: list[Batch], signalled: int, world: parallel.World
+) -> Facts:  # all ranks
+    counts = [sum(column) for column in zip(*(model.loss_counts(b) for b in micro_batches), strict=True)]
+    sums = [*counts, sum(b.num_supervised for b in micro_batches), sum(len(b.bad) for b in micro_batches)]
+    maxima = [signalled, *(b.pixel_values is not None for b in micro_batches)]
+    if world.size > 1:
+        sums = parallel.all_sum(torch.tensor(sums)).tolist()
+        maxima = parallel.all_max(torch.tensor(maxima, dtype=torch.int64), world).tolist()
+    return Facts(sums[:-2], sums[-2], sums[-1], maxima[0], [bool(x) for x in maxima[1:]])
 
 
 def to_device(batch: Batch, device: torch.device, blank_image: bool, image_size) -> Batch:
@@ -127,8 +148,9 @@ def losses_by_dataset(batch: Batch, losses: Tensor, num_datasets: int) -> Tensor
     `losses`: each supervised token's own (K = 1), or (S, K, 2) sums and counts of the segments.
     """
     if losses.ndim == 1:
-        rows = batch.supervised
-        segments = torch.bucketize(rows, batch.cu_seqlens[1:].to(rows.device), right=True)
+        segments = torch.bucketize(
+            batch.supervised, batch.cu_seqlens[1:].to(batch.supervised.device), right=True
+        )
         index = batch.dataset_ids[segments]
         losses = torch.stack((losses.double(), torch.ones_like(losses).double()), dim=1)[:, None]
     else:
@@ -137,33 +159,18 @@ def losses_by_dataset(batch: Batch, losses: Tensor, num_datasets: int) -> Tensor
     return out.index_add_(0, index, losses)
 
 
-def named_losses(model: nn.Module, sums: Tensor) -> dict[str, float]:
-    """Each of a model's several losses by its name; (K, 2) sums and counts."""
-    return dict(zip(model.LOSSES, means(sums).tolist(), strict=False))
-
-
 def means(sums: Tensor) -> Tensor:
     """(..., K, 2) sums and counts -> (..., K), zero where nothing was counted."""
     return sums[..., 0] / sums[..., 1].clamp(min=1)
 
 
-def step_facts(
-    model: nn.Module, micro_batches: list[Batch], signalled: int, world: parallel.World
-) -> tuple[list[int], int, int, int, list[bool]]:  # all ranks
-    """What all ranks hold together: counts of the losses, supervised tokens, bad samples, a signal's number,
-    which rounds have pictures."""
-    counts = [sum(column) for column in zip(*(model.loss_counts(b) for b in micro_batches), strict=True)]
-    sums = [*counts, sum(b.num_supervised for b in micro_batches), sum(len(b.bad) for b in micro_batches)]
-    maxima = [signalled, *(b.pixel_values is not None for b in micro_batches)]
-    if world.size > 1:
-        sums = parallel.all_sum(torch.tensor(sums)).tolist()
-        maxima = parallel.all_max(torch.tensor(maxima, dtype=torch.int64), world).tolist()
-    return sums[:-2], sums[-2], sums[-1], maxima[0], [bool(x) for x in maxima[1:]]
+def named_losses(model: nn.Module, sums: Tensor) -> dict[str, float]:
+    """Each of a model's several losses by its name; (K, 2) sums and counts."""
+    return dict(zip(model.LOSSES, means(sums).tolist(), strict=True)) if len(model.LOSSES) > 1 else {}
 
 
 def name_bad(micro_batches: list[Batch], named: dict, world: parallel.World) -> None:
-    """Says what could not be loaded, once for each record. One of the
-    ranks that see the same data says it."""
+    """Says what could not be loaded, once for each record: one of the ranks that see the same data."""
     for where, reason in [pair for batch in micro_batches for pair in batch.bad]:
         if where not in named and world.tp_rank == world.pp_rank == 0:
             print(f"warning: left out {where}: {reason}", file=sys.stderr, flush=True)
@@ -173,72 +180,77 @@ def name_bad(micro_batches: list[Batch], named: dict, world: parallel.World) -> 
 def check_bad(bad: int, tried: int, cfg: Config, what: str) -> None:
     if bad > cfg.max_bad_samples * tried:
         raise ValueError(
-            f"{bad} of {tried} {what} could not be loaded (listed above), "
-            f"max_bad_samples={cfg.max_bad_samples:g} "
-            f"allows {int(cfg.max_bad_samples * tried)}"
+            f"{bad} of {tried} {what} could not be loaded (listed above), max_bad_samples="
+            f"{cfg.max_bad_samples:g} allows {int(cfg.max_bad_samples * tried)}"
         )
 
 
-def forward_backward(
-    model,
-    micro_batches,
-    has_images,
-    counts,
-    cfg,
-    world,
-    scaler,
-    num_datasets,
-    image_size,
-    pictures_only=False,
-    stages=None,
-) -> Tensor:
+class Passes:
+    """Forward passes of one step's micro-batches, the same for training and evaluation: each adds its losses
+    to `sums` (num_datasets, K, 2), sums and counts of this rank."""
+
+    def __init__(self, run: "Run", micro_batches: list[Batch], has_images: list[bool], num_datasets: int):
+        self.run, self.micro_batches, self.has_images = run, micro_batches, has_images
+        shape = num_datasets, len(run.model.LOSSES), 2
+        self.sums = torch.zeros(shape, dtype=torch.float64, device=run.world.device)
+        self.on_device: dict[int, Batch] = {}  # a pipeline has several under way
+
+    def forward(self, i: int, x: Tensor | None = None, blocks=None, last: bool = True) -> Tensor:
+        """The summed losses of micro-batch i; of a pipeline stage that is not the last its hidden states."""
+        run = self.run
+        if i not in self.on_device:
+            batch, size = self.micro_batches[i], run.processor.image_size
+            self.on_device[i] = to_device(batch, run.world.device, self.has_images[i], size)
+        batch = self.on_device[i]
+        with autocast(run.cfg, run.world):
+            if not last:
+                return run.model(batch, "hidden", x, blocks)
+            loss_sum, losses = run.model(batch, x=x, blocks=blocks)
+        self.sums.add_(losses_by_dataset(batch, losses, len(self.sums)))
+        return loss_sum
+
+
+def forward_backward(run: "Run", micro_batches: list[Batch], facts: Facts) -> Tensor:
     """Gradients of the mean loss over the whole step, a sum of means where the model has several. Returns
-    (num_datasets, K, 2) of this rank: loss sums and counts. `pictures_only`: nothing but what pictures pass
-    is trained here; `stages`: the Pipeline, if the model is cut."""
-    sums = torch.zeros(num_datasets, len(counts), 2, dtype=torch.float64, device=world.device)
-    weights = torch.tensor([world.dp_size / max(n, 1) * scaler.scale for n in counts], device=world.device)
-    if (
-        stages is not None
-    ):  # as many micro-batches of one length in each step; the pictures are the first stage's
+    (num_datasets, K, 2) of this rank: loss sums and counts."""
+    cfg, world, stages, has_images = run.cfg, run.world, run.built.stages, facts.has_images
+    if stages is not None:
+        # A schedule sends as many micro-batches of one length in each step; a rank with fewer adds empty
+        # ones.
         empty = cfg.gradient_accumulation_steps - len(micro_batches)
         micro_batches = [
             *micro_batches,
-            *(data.collate([], (), model.num_image_tokens) for _ in range(empty)),
+            *(data.collate([], (), run.model.num_image_tokens) for _ in range(empty)),
         ]
         length = max(len(b.input_ids) for b in micro_batches)
         micro_batches = [data.pad_stream(b, length) for b in micro_batches]
         has_images = [*has_images, *[False] * empty]
-    count, on_device = len(micro_batches), {}
-    with_gradient = [i for i in range(count) if has_images[i] or not pictures_only]
+    passes = Passes(run, micro_batches, has_images, len(run.entries))
+    # Sharded gradients are averaged over ranks: times their number, divided by the counts of all.
+    scales = [world.dp_size / max(n, 1) * run.scaler.scale for n in facts.counts]
+    weights = torch.tensor(scales, device=world.device)
+    # If only the vision tower trains, a micro-batch without an image has no backward pass.
+    with_gradient = [i for i in range(len(micro_batches)) if has_images[i] or not run.images_only]
 
-    def prepare(i: int) -> None:
-        """Before the backward pass of micro-batch i."""
-        parallel.set_gradient_sync(model, cfg.sharding, last=i == max(with_gradient, default=-1))
+    def loss_of(i: int, x: Tensor | None = None, blocks=None, last: bool = True) -> Tensor:
+        out = passes.forward(i, x, blocks, last)
+        return (out * weights).sum() if last else out
 
-    def forward(i: int, x: Tensor | None = None, blocks=None, last: bool = True) -> Tensor:
-        if i not in on_device:
-            on_device[i] = to_device(micro_batches[i], world.device, has_images[i], image_size)
-        batch = on_device[i]
-        with autocast(cfg, world):
-            if not last:
-                return model(batch, "hidden", x, blocks)
-            loss_sum, losses = model(batch, x=x, blocks=blocks)
-        sums.add_(losses_by_dataset(batch, losses, num_datasets))
-        # sharded gradients are averaged over ranks: times their number, divided by the counts of all
-        return (loss_sum * weights).sum()
+    def before_backward(i: int) -> None:
+        # ZeRO-1 and 2 reduce once a step, in the last backward pass.
+        parallel.set_gradient_sync(run.model, cfg.sharding, last=i == max(with_gradient, default=-1))
 
     if stages is not None:
-        stages.run(forward, count, length, prepare)
-        parallel.reshard(model)
-        return sums
-    for i in range(count):
-        loss = forward(i)
-        if loss.requires_grad:  # not without a picture if only the vision tower is trained
-            prepare(i)
-            loss.backward()
-        del on_device[i]
-    parallel.reshard(model)  # a micro-batch without a backward pass may have come last
-    return sums
+        stages.run(loss_of, len(micro_batches), length, before_backward)
+    else:
+        for i in range(len(micro_batches)):
+            loss = loss_of(i)
+            if loss.requires_grad:
+                before_backward(i)
+                loss.backward()
+            del passes.on_device[i]
+    parallel.reshard(run.model)  # a micro-batch without a backward pass may have come last
+    return passes.sums
 
 
 def clip_and_step(
@@ -250,7 +262,7 @@ def clip_and_step(
     stages=None,
 ) -> float:  # all ranks
     """One update; returns the gradient norm before clipping. A trainable parameter that got no gradient has a
-    zero one."""
+    zero one: AdamW's decay and moments act on it as on every other rank's."""
     for p in parameters.values():
         if p.grad is None:
             p.grad = torch.zeros_like(p)
@@ -269,59 +281,41 @@ def clip_and_step(
     return norm
 
 
+# --------------------------------------------------------------------------------------------------
+# Evaluation
+
+
 @torch.no_grad()
-def evaluate_loss(
-    model,
-    plan,
-    processor,
-    cfg: Config,
-    world,
-    stages=None,
-    signals: Signals | None = None,
-    bad: dict | None = None,
-) -> dict[str, float]:  # all ranks
+def evaluate_loss(run: "Run") -> dict[str, float]:  # all ranks
     """Mean loss over the supervised tokens of the eval set, and of each of its entries. A signal breaks it
-    off on all ranks. `bad` {where: reason}: records that could not be loaded, named already; more are added.
-    """
-    bad = {} if bad is None else bad
-    model.eval()
-    steps = plan.steps_per_epoch(cfg.per_device_eval_batch_size * world.dp_size)
+    off on all ranks. Raises ValueError for more bad samples than max_bad_samples allows."""
+    cfg, world, plan, stages = run.cfg, run.world, run.eval_plan, run.built.stages
+    run.model.eval()
     loader = data.TrainLoader(
         plan,
-        processor,
+        run.processor,
         start_step=0,
-        total_steps=steps,
+        total_steps=plan.steps_per_epoch(cfg.per_device_eval_batch_size * world.dp_size),
         dp_rank=world.dp_rank,
         dp_size=world.dp_size,
         per_device_batch=cfg.per_device_eval_batch_size,
         num_workers=cfg.num_workers,
     )
-    kept: list[Tensor] = []
-    sums = torch.zeros(len(plan.index.entries), len(model.LOSSES), 2, dtype=torch.float64)
+    sums = torch.zeros(len(plan.index.entries), len(run.model.LOSSES), 2, dtype=torch.float64)
+    kept: list[Tensor] = []  # on the device; brought to the host every eval_accumulation_steps
     num_bad = 0
     for _, _, micro_batches in loader:
-        number = signals.number if signals else 0
-        _, _, count, stop, has_images = step_facts(model, micro_batches, number, world)
-        if stop:
-            raise Stopped(stop)
-        name_bad(micro_batches, bad, world)
-        num_bad += count
-        batch = to_device(micro_batches[0], world.device, has_images[0], processor.image_size)
-
-        def forward(
-            _i: int, x: Tensor | None = None, blocks=None, last: bool = True, batch=batch
-        ) -> Tensor | None:
-            with autocast(cfg, world):
-                if not last:
-                    return model(batch, "hidden", x, blocks)
-                loss_sum, losses = model(batch, x=x, blocks=blocks)
-            kept.append(losses_by_dataset(batch, losses, len(plan.index.entries)))
-            return loss_sum
-
+        facts = step_facts(run.model, micro_batches, run.signals.number, world)
+        if facts.signal:
+            raise Stopped(facts.signal)
+        name_bad(micro_batches, run.named_eval_bad, world)
+        num_bad += facts.bad
+        passes = Passes(run, micro_batches, facts.has_images, len(sums))
         if stages is None:
-            forward(0)
+            passes.forward(0)
         else:
-            stages.run(forward, 1, len(batch.input_ids))
+            stages.run(passes.forward, 1, len(micro_batches[0].input_ids))
+        kept.append(passes.sums)
         if cfg.eval_accumulation_steps and len(kept) == cfg.eval_accumulation_steps:
             sums += sum(kept).cpu()
             kept.clear()
@@ -332,26 +326,26 @@ def evaluate_loss(
     if not sums[..., 1].sum():
         raise ValueError("the eval set has no supervised token")
     result = {"eval_loss": float(means(sums.sum(0)).sum())}
-    result |= {f"eval_loss_{k}": v for k, v in named_losses(model, sums.sum(0)).items()}
+    result |= {f"eval_loss_{k}": v for k, v in named_losses(run.model, sums.sum(0)).items()}
     if len(sums) > 1:
         pairs = zip(plan.index.entries, sums, strict=True)
         result |= {f"eval_loss/{e.label}": float(means(x).sum()) for e, x in pairs if x[:, 1].any()}
     return result
 
 
-def generation_scores(model, index: data.Index, processor, cfg: Config, after_each=None) -> dict[str, float]:
+def generation_scores(run: "Run", after_each=None) -> dict[str, float]:
     """The eval entries' own metrics (eval_cider, eval_vqa_accuracy, eval_accuracy, ...) of greedy answers.
     all ranks answer all questions: a sharded model is entered together. Questions whose image cannot be read
     are named and left out; ValueError for more than max_bad_samples."""
     import evaluate  # it imports generate.py, which training alone needs not
 
+    cfg, index = run.cfg, run.eval_plan.index
     questions = evaluate.merge_references(
         [index.conversation(n) for n in range(len(index))], index.entry.tolist()
     )
-    how = evaluate.Decoding(max_new_tokens=32)
-    bad: list[tuple[str, str]] = []
-    answers = []
-    for text in evaluate.answer_all(model, processor, questions, cfg.per_device_eval_batch_size, how, bad):
+    how, bad, answers = evaluate.Decoding(max_new_tokens=32), [], []
+    size = cfg.per_device_eval_batch_size
+    for text in evaluate.answer_all(run.model, run.processor, questions, size, how, bad):
         answers.append(text)
         if after_each:
             after_each()
@@ -364,44 +358,41 @@ def generation_scores(model, index: data.Index, processor, cfg: Config, after_ea
 # Saving
 
 
-def save_checkpoint(
-    path, model, whole, definition, optimizer, cfg, directory, lora_modules, state, world, stages
-) -> None:  # all ranks
-    """A whole checkpoint: weights (or the adapter) as a loadable
-    directory, and the state to continue from."""
-    parameters, everything = dict(model.named_parameters()), dict(whole.named_parameters())
-    trainable = {n: p for n, p in parameters.items() if p.requires_grad}
+def save_checkpoint(path: Path, run: "Run") -> None:  # all ranks
+    """A whole checkpoint: weights (or the adapter) as a loadable directory, and the state to go on from."""
+    cfg, built, write = run.cfg, run.built, run.world.main
+    parameters, everything = dict(built.model.named_parameters()), dict(built.whole.named_parameters())
 
     def full_tensor(name: str) -> Tensor:
-        if stages is not None:
-            return stages.whole_tensor(name, parameters, everything[name])
+        if built.stages is not None:
+            return built.stages.whole_tensor(name, parameters, everything[name])
         return checkpoint.full_tensor(parameters[name])
 
-    with checkpoint.atomic_dir(path, world.rank) as temporary:
+    with checkpoint.atomic_dir(path, run.world.rank) as temporary:
         if cfg.lora:
             lora.save_adapter(
                 temporary,
-                whole,
-                directory,
+                built.whole,
+                run.directory,
                 cfg.lora_rank,
                 cfg.lora_alpha,
                 cfg.lora_dropout,
-                lora_modules,
+                built.lora_modules,
                 extra_trained=[n for n, p in everything.items() if p.requires_grad and ".lora_" not in n],
                 tensors=full_tensor,
-                write=world.main,
+                write=write,
             )
         else:
             dtype = torch.float32
             if cfg.fp16_opt_level == "O2" and (cfg.bf16 or cfg.fp16):
                 dtype = torch.bfloat16 if cfg.bf16 else torch.float16
             named = ((n, rounded(n, full_tensor(n), dtype)) for n in everything)
-            checkpoint.save_weights(temporary, named, write=world.main)
-            if world.main:
-                config = {**model.config.raw, "torch_dtype": str(dtype).removeprefix("torch.")}
+            checkpoint.save_weights(temporary, named, write=write)
+            if write:
+                config = {**built.model.config.raw, "torch_dtype": str(dtype).removeprefix("torch.")}
                 checkpoint.write_json(temporary / "config.json", config)
-                checkpoint.copy_side_files(directory, temporary)
-        checkpoint.save_train_state(temporary, trainable, optimizer, state)
+                checkpoint.copy_side_files(run.directory, temporary)
+        checkpoint.save_train_state(temporary, run.trainable, run.optimizer, run.state)
 
 
 def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -438,364 +429,17 @@ def peak_memory_gib(device: torch.device) -> float:
 # The run
 
 
-def main(argv: list[str] | None = None) -> int:
-    cfg = parse_config(sys.argv[1:] if argv is None else argv)
-    if cfg.dataset is not None and not cfg.dataset.get("train"):
-        raise ValueError('dataset has no "train" entries; expected {"train": [entry, ...]}')
-    if cfg.do_train and not cfg.dry_run:
-        check_eval_use(cfg)
-    check_adapter(cfg)
-    config, definition, directory = model_file(cfg)
-    if cfg.fp16:
-        definition.check_dtype(config, torch.float16)
-    if directory is None and not cfg.dry_run:
-        raise ValueError(
-            f"{cfg.model_name_or_path} is a shape without weights or tokenizer, for --dry_run; "
-            "give a checkpoint directory (config.json, weights, qwen.tiktoken)"
-        )
-    if cfg.dry_run:
-        check_stage(cfg, definition)
-        plan = None
-        if directory is not None:
-            processor = definition.processor(directory, cfg.stage)
-            index = data.build_index(
-                (cfg.dataset or data.DEFAULT_DATASET)["train"],
-                processor,
-                cfg.max_length,
-                None,
-                cfg.num_workers,
-                False,
-                cfg.max_bad_samples,
-            )
-            plan = data.Plan(index, cfg.seed, cfg.max_length, cfg.mixtoken, cfg.max_images)
-        degrees = max(1, cfg.tensor_parallel_degree) * max(1, cfg.pipeline_parallel_degree)
-        shards = max(1, cfg.sharding_parallel_degree or 1) if cfg.sharding else 1
-        world_size = int(os.environ.get("WORLD_SIZE", degrees * shards))
-        if os.environ.get("RANK", "0") == "0":
-            print(estimate.dry_run(cfg, config, definition, plan, world_size))
-        return 0
-    with Signals() as signals:
-        try:
-            return run(cfg, definition, directory, parallel.Meeting(), signals)
-        except (RuntimeError, MemoryError, ValueError, OSError) as e:
-            if (clear := explained(e, cfg)) is None:
-                raise
-            raise clear from None
-        finally:
-            parallel.leave_world()
-
-
-def check_eval_use(cfg: Config) -> None:
-    """Says that evaluation data stand unused; an unused file that is not there is refused like a used one."""
-    entries = (cfg.dataset or {}).get("eval") or []
-    if not entries or cfg.do_eval or cfg.evaluation_strategy != "no":
-        return
-    for entry in entries:
-        files = entry["data_files"]
-        for path in [files] if isinstance(files, str) else files:
-            if not os.path.exists(path):
-                raise ValueError(
-                    f"data_files: no file {path} (working directory {os.getcwd()}), in the eval entries"
-                )
-    if os.environ.get("RANK", "0") == "0":
-        held = "the records that eval_split holds back" if entries[0].get("eval_part") else "the eval entries"
-        print(
-            f"warning: {held} are not evaluated in this run; --evaluate epoch or --do_eval true does so",
-            file=sys.stderr,
-        )
-
-
-def explained(error: BaseException, cfg: Config) -> Exception | None:
-    """What a dead rank, a dead data worker or a full memory means to the user; None for another error."""
-    text = one_line(error)
-    last = checkpoint.last_checkpoint(cfg.output_dir)
-    then = (
-        f"the same command continues from {last}"
-        if last
-        else "the same command begins anew: no checkpoint yet"
-    )
-    if worker := re.search(r"DataLoader worker [^;]*?(killed by signal: \w+|exited unexpectedly)", text):
-        return ValueError(f"a data worker died (out of memory?): {worker[0]}; lower num_workers; {then}")
-    if isinstance(error, ValueError | OSError):
-        return None
-    if (reason := parallel.lost_rank(error)) is not None:
-        return ConnectionError(
-            f"another rank is gone ({reason}): it was killed, or stopped with an "
-            f"error that it printed; {then}, and "
-            "torchrun --max-restarts does so by itself"
-        )
-    if isinstance(error, MemoryError) or "out of memory" in str(error):
-        return ValueError(
-            f"out of memory ({text[:200]}); lower per_device_train_batch_size or max_length, or set "
-            f"recompute=true or sharding=stage3; {then}"
-        )
-    return None
-
-
-@dataclass
-class Prepared:
-    """What all ranks know before they are a process group."""
-
-    processor: object
-    plan: data.Plan
-    eval_plan: data.Plan | None
-    run_dir: RunDir
-    state: dict  # where the run stands: trainer_state.json
-    total: int  # steps of the run
-
-
-def read_plan(
-    cfg: Config, split: str, processor, meeting: parallel.Meeting, **options
-) -> data.Plan:  # all ranks
-    dataset = cfg.dataset or data.DEFAULT_DATASET
-    if not dataset.get(split):
-        raise ValueError(f"dataset has no {split!r} entry")
-    progress = meeting.main and not cfg.disable_tqdm
-    folder = Path(cfg.output_dir) / "index"
-    args = dataset[split], processor, cfg.max_length, folder, cfg.num_workers, progress
-    if not meeting.main:  # the others read what rank 0 measured
-        meeting.share(f"{split} index")
-    index = data.build_index(*args, max_bad_samples=cfg.max_bad_samples)
-    if meeting.main:
-        meeting.share(f"{split} index", "made")
-        data.say_unused_keys(index.entries)
-        for where, reason in index.problems[:10]:
-            print(f"warning: left out {where}: {reason}", file=sys.stderr)
-        if cut := int(index.truncated.sum()):
-            print(
-                f"warning: {cut:,} of {len(index):,} {split} samples exceed "
-                f"max_length={cfg.max_length} and are cut",
-                file=sys.stderr,
-            )
-    return data.Plan(index, cfg.seed, cfg.max_length, cfg.mixtoken, cfg.max_images, **options)
-
-
-def check_metric(cfg: Config, eval_plan: data.Plan) -> None:
-    kinds = {
-        eval_plan.index.conversation(n).kind for n in np.unique(eval_plan.index.entry, return_index=True)[1]
-    }
-    have = [f"eval_{name}" for name in metrics.scores_of_kinds(kinds)]
-    if cfg.metric_for_best_model not in ("eval_loss", *have):
-        raise ValueError(
-            f"metric_for_best_model={cfg.metric_for_best_model}: the eval "
-            f"entries give eval_loss, {', '.join(have)}"
-        )
-
-
-def check_contrast(cfg: Config, definition, dp_size: int, evaluating: bool) -> None:
-    """Where a micro-batch's samples are contrasted with each other, one alone has nothing to be told from."""
-    if cfg.stage not in definition.contrasted:
-        return
-    for key, used in (
-        ("per_device_train_batch_size", cfg.do_train),
-        ("per_device_eval_batch_size", evaluating),
-    ):
-        if used and getattr(cfg, key) * dp_size < 2:
-            raise ValueError(
-                f"{key}={getattr(cfg, key)} on {dp_size} data-parallel rank: "
-                f"stage={cfg.stage} contrasts the pairs of "
-                "a micro-batch, and one pair alone is its own negative; use at least 2"
-            )
-
-
-def run_facts(
-    cfg: Config, definition, directory: Path, plan, eval_plan, ranks: int, global_batch: int
-) -> dict:
-    """What a step and its sample are defined by; a checkpoint keeps it, and a resumed run is compared with
-    it."""
-    base = [checkpoint.open_model(path, definition).sample() for path in (directory, cfg.init_from) if path]
-    return {
-        "seed": cfg.seed,
-        "mixtoken": cfg.mixtoken,
-        "max_length": cfg.max_length,
-        "max_images": cfg.max_images,
-        "data": data.content_key(plan.index.entries),
-        "samples": len(plan.index),
-        "global_batch": global_batch,
-        "ranks": ranks,
-        "eval_data": data.content_key(eval_plan.index.entries) if eval_plan else None,
-        "base": hashlib.sha256(json.dumps(base).encode()).hexdigest()[:16],
-        "lora_alpha": cfg.lora_alpha,
-        "lora_split": cfg.lora_split,
-        "stage": cfg.stage,
-    }
-
-
-def check_facts(facts: dict, state: dict, cfg: Config, resume: str) -> None:
-    """Refuses to continue where the same step would mean another sample or another model."""
-    saved = state.get("facts")
-    if saved is None:
-        print(f"{resume} does not say what it was trained on: the data and batch of this command are assumed")
-        return
-    keys = ["seed", "mixtoken", "base", "lora_alpha", "lora_split", "stage"]
-    keys += ["max_length", "max_images"] if cfg.mixtoken else []
-    of_data = ["data", "samples"] + (["eval_data"] if saved.get("eval_data") and facts["eval_data"] else [])
-    changed = [k for k in keys + of_data if k in saved and saved[k] != facts[k]]
-    words = {
-        "data": "the training data's key",
-        "eval_data": "the eval data's key",
-        "base": "the base weights' key",
-    }
-    words["samples"] = "the number of usable samples"
-    listed = "; ".join(f"{words.get(k, k)} is {facts[k]}, it was {saved[k]}" for k in changed)
-    if changed and cfg.accept_changed_data and not set(changed) - set(of_data):
-        print(f"accept_changed_data=true: {listed}")
-        if "eval_data" in changed:
-            state |= {"best_metric": None, "best_step": None}
-    elif changed:
-        only_data = not set(changed) - set(of_data)
-        way = (
-            "accept_changed_data=true goes on with the new data"
-            if only_data
-            else "give the values it began with"
-        )
-        raise ValueError(
-            f"can't continue from {resume}: {listed}; {way}, or begin a run in another output_dir "
-            "(here with overwrite_output_dir=true)"
-        )
-
-
-def place_plan(plan: data.Plan, state: dict, facts: dict, resume: str) -> None:
-    """Sets the plan to where the checkpoint stands, whatever batch and ranks it was trained with."""
-    if state.get("units") is None or state.get("epoch") is None:  # of before these were saved
-        return
-    global_batch, was = facts["global_batch"], (state.get("facts") or {}).get("global_batch")
-    place = state["epoch"], min(state["units"], plan.count(state["epoch"]))
-    found = plan.locate(state["step"], global_batch)
-    if found != (place if place[1] < plan.count(place[0]) else (place[0] + 1, 0)):
-        plan.origin = state["step"], *place
-        unit = "packs" if plan.mixtoken else "samples"
-        print(
-            f"{resume} stands behind {place[1]:,} {unit} of epoch "
-            f"{place[0] + 1}, trained {was} a step; from here "
-            f"{global_batch} a step, the learning rate by the share of the data seen"
-        )
-
-
-def prepare(
-    cfg: Config, definition, directory: Path, meeting: parallel.Meeting, run_dir: RunDir
-) -> Prepared:  # all ranks
-    """Decides how the output directory is continued, reads the data and finds the place in it."""
-    decided = None
-    if meeting.main:
-        run_dir.lock()
-        decided = json.dumps(asdict(run_dir.decide()))
-        print(f"settings | {differences(cfg) or 'all as by default'}")
-    start = run_dir.start = Start(**json.loads(meeting.share("start", decided)))
-    check_stage(cfg, definition)
-    processor = definition.processor(directory, cfg.stage)
-    plan = read_plan(cfg, "train", processor, meeting)
-    evaluating = cfg.do_eval or cfg.evaluation_strategy != "no"
-    eval_plan = read_plan(cfg, "eval", processor, meeting, shuffle=False) if evaluating else None
-    if evaluating:
-        check_metric(cfg, eval_plan)
-    pp, replicas, shards, _ = parallel.layout(
-        meeting.size,
-        cfg.tensor_parallel_degree,
-        cfg.pipeline_parallel_degree,
-        cfg.sharding,
-        cfg.sharding_parallel_degree,
-    )
-    check_contrast(cfg, definition, replicas * shards, evaluating)
-    global_batch = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps * replicas * shards
-    facts = run_facts(cfg, definition, directory, plan, eval_plan, meeting.size, global_batch)
-    state = {"step": 0, "best_metric": None, "best_step": None, "bad": 0, "samples": 0, "evaluated": True}
-    if start.resume:
-        state |= read_state(start.resume)
-        with contextlib.redirect_stdout(sys.stdout if meeting.main else io.StringIO()):
-            check_facts(facts, state, cfg, start.resume)
-            place_plan(plan, state, facts, start.resume)
-    state |= {"facts": facts, "run": start.id}
-    total = total_steps(cfg, plan, global_batch)
-    if cfg.do_train and total < 1:
-        raise ValueError(
-            f"num_train_epochs={cfg.num_train_epochs:g} gives no step; raise it, or set do_train=false"
-        )
-    if cfg.do_train and start.resume and total < state["step"]:
-        key = "max_steps" if cfg.max_steps is not None else "num_train_epochs"
-        if start.finished is None or not start.changed.keys() - HARMLESS:
-            raise ValueError(
-                f"{start.resume} is at step {state['step']}, and "
-                f"{key}={getattr(cfg, key):g} ends at step {total}; "
-                f"raise {key}, or give an earlier checkpoint as resume_from_checkpoint"
-            )
-    if cfg.do_train and not start.anew and start.resume is None:
-        if start.finished is not None and total > start.finished:
-            raise ValueError(
-                f"{cfg.output_dir} holds a finished run of {start.finished} steps "
-                "without its checkpoint: it can't "
-                f"go on to step {total}; choose another output_dir, or set "
-                "overwrite_output_dir=true to train anew"
-            )
-        if start.finished is None and meeting.main:
-            print(f"{cfg.output_dir} has no complete checkpoint of its run: it begins at step 0")
-    meeting.wait_for_all("prepared")
-    return Prepared(processor, plan, eval_plan, run_dir, state, total)
-
-
-def is_finished(ready: Prepared, cfg: Config) -> bool:
-    """Whether the run is finished. With other settings than it was trained with that is an error."""
-    start, out = ready.run_dir.start, cfg.output_dir
-    if not cfg.do_train or start.finished is None or ready.total > start.finished:
-        return False
-    if changed := {k: v for k, v in start.changed.items() if k not in HARMLESS}:
-        raise ValueError(
-            f"{out} holds a finished run of {start.finished} steps that was trained with other settings: "
-            f"{shown(changed)}; choose another output_dir, or set overwrite_output_dir=true to train anew"
-        )
-    return True
-
-
-def run(
-    cfg: Config, definition, directory: Path, meeting: parallel.Meeting, signals: Signals | None = None
-) -> int:
-    kernels = dispatch.use_flash_attention(cfg.use_flash_attention, meeting.device)
-    signals, run_dir, doing = signals or Signals(), RunDir(cfg), "records were read"
-    try:
-        with signals.breakable():
-            ready = prepare(cfg, definition, directory, meeting, run_dir)
-            if is_finished(ready, cfg):
-                if meeting.main:
-                    print(
-                        f"{cfg.output_dir} holds a finished run of {run_dir.start.finished} steps; set "
-                        "overwrite_output_dir to train anew"
-                    )
-                return 0
-        doing = "the model was built"
-        with signals.breakable(meeting.size == 1):
-            world = parallel.init_world(
-                cfg.tensor_parallel_degree,
-                cfg.pipeline_parallel_degree,
-                cfg.sharding,
-                cfg.sharding_parallel_degree,
-                meeting,
-            )
-            facts = {**ready.state["facts"], "checkpoint": run_dir.start.resume, "total steps": ready.total}
-            rows = hashlib.sha256(ready.plan.index.rows.tobytes()).hexdigest()[:16]
-            parallel.compare(
-                {**facts, "length index": rows, "settings": json.dumps(asdict(cfg), sort_keys=True)}
-            )
-            training = Run(cfg, ready, definition, directory, world, signals, kernels)
-        return training.train()
-    except Stopped as e:
-        name = signal.Signals(e.number).name
-        meeting.fail(f"stopped by {name}")
-        if meeting.main:
-            print(f"stopped by {name} while {doing}; nothing of this start is saved", flush=True)
-        return 128 + e.number
-    except (ValueError, OSError) as e:
-        if not dist.is_initialized():
-            meeting.fail(one_line(e))
-        raise
-    finally:
-        run_dir.unlock()
-
-
 class Run:
     """The model, its optimiser and where they stand, and the loop over steps."""
 
     def __init__(
-        self, cfg: Config, ready: Prepared, definition, directory: Path, world, signals: Signals, kernels: str
+        self,
+        cfg: Config,
+        ready: Prepared,
+        directory: Path,
+        world: parallel.World,
+        signals: Signals,
+        kernels: str,
     ):
         self.cfg, self.world, self.signals, self.directory = cfg, world, signals, directory
         self.plan, self.eval_plan, self.processor = ready.plan, ready.eval_plan, ready.processor
@@ -803,23 +447,23 @@ class Run:
         self.say = print if world.main else (lambda *_a, **_k: None)
         self.out, self.entries = Path(cfg.output_dir), self.plan.index.entries
         self.global_batch = self.state["facts"]["global_batch"]
-        built = build(cfg, directory, world, stream_sizes(self.plan, cfg))
-        self.model, self.whole, self.definition, self.lora_modules, self.stages = built
-        self.say(parameter_table(self.whole, self.definition.parts))
-        if self.stages is not None:
-            self.say(f"pipeline stages, {cfg.pipeline_schedule}: {self.stages.describe()}")
+        self.built = build(cfg, directory, world, stream_sizes(self.plan, cfg))
+        self.model, definition = self.built.model, self.built.definition
+        self.say(parameter_table(self.built.whole, definition.parts))
+        if self.built.stages is not None:
+            self.say(f"pipeline stages, {cfg.pipeline_schedule}: {self.built.stages.describe()}")
         threads = torch.get_num_threads()
         self.say(
             f"device {world.device.type} x {world.size}, kernels: {kernels}, {threads} threads", flush=True
         )
         self.optimizer, self.scaler = make_optimizer(self.model, cfg), LossScaler(cfg.fp16)
         self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        self.pictures_only = all(matches(n, self.definition.image_parameters) for n in self.trainable)
+        self.images_only = all(matches(n, definition.image_parameters) for n in self.trainable)
         self.restore()
         self.features = None
         if cfg.cache_image_features:
             self.features = cache_features(
-                self.model, self.definition, self.plan, self.processor, cfg, world, signals
+                self.model, definition, self.plan, self.processor, cfg, world, signals
             )
         self.log = None
         if world.main:
@@ -873,56 +517,61 @@ class Run:
         """One update; returns the number of the signal that some rank got."""
         cfg, world, state = self.cfg, self.world, self.state
         facts = step_facts(self.model, micro_batches, self.signals.number, world)
-        counts, supervised, bad, stop, has_images = facts
         name_bad(micro_batches, self.named_bad, world)
-        state["bad"] += bad
-        check_bad(
-            state["bad"], max(len(self.plan.index), state["samples"]), cfg, "samples"
-        )  # it comes back each epoch
+        state["bad"] += facts.bad  # a record that is bad comes back in each epoch
+        check_bad(state["bad"], max(len(self.plan.index), state["samples"]), cfg, "samples")
         ids = [i for batch in micro_batches for i in batch.sample_ids]
         lr = self.learning_rate(step, epoch)
-        if supervised == 0 and bad:
+        if facts.supervised == 0 and facts.bad:
             self.say(
                 f"step {step + 1}: all its samples are left out, so nothing is learned in it", flush=True
             )
             if self.log:
-                self.log.write({"step": step + 1, "left_out": bad})
+                self.log.write({"step": step + 1, "left_out": facts.bad})
             self.advance(step, 0, lr)
-            return stop
-        if supervised == 0:
+            return facts.signal
+        if facts.supervised == 0:
             raise ValueError(f"step {step + 1} has no supervised token; its samples: {', '.join(ids)}")
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        sums = forward_backward(
-            self.model,
-            micro_batches,
-            has_images,
-            counts,
-            cfg,
-            world,
-            self.scaler,
-            len(self.entries),
-            self.processor.image_size,
-            self.pictures_only,
-            self.stages,
+        sums = forward_backward(self, micro_batches, facts)
+        tokens = [sum(len(b.input_ids) for b in micro_batches), len(ids)]
+        totals = parallel.all_sum(
+            torch.cat((sums.cpu().flatten(), torch.tensor(tokens, dtype=torch.float64)))
         )
-        tokens = torch.tensor([sum(len(b.input_ids) for b in micro_batches), len(ids)], dtype=torch.float64)
-        totals = parallel.all_sum(torch.cat((sums.cpu().flatten(), tokens)))
-        if self.stages is not None:
-            self.stages.from_last(totals)
+        if self.built.stages is not None:
+            self.built.stages.from_last(totals)
         sums, (num_tokens, num_samples) = totals[:-2].view(len(self.entries), -1, 2), totals[-2:].tolist()
         loss = float(means(sums.sum(0)).sum())
         where = f"its samples: {', '.join(ids)}; the last checkpoint stands"
         if not math.isfinite(loss):
             raise ValueError(f"the loss of step {step + 1} is {loss}; {where}")
         norm = clip_and_step(
-            self.trainable, self.optimizer, cfg.max_grad_norm, self.scaler, world, self.stages
+            self.trainable, self.optimizer, cfg.max_grad_norm, self.scaler, world, self.built.stages
         )
-        if not math.isfinite(norm) and not cfg.fp16:
+        if not math.isfinite(norm) and not cfg.fp16:  # fp16 takes a smaller loss scale and goes on
             raise ValueError(f"the gradient of step {step + 1} is {norm}; {where}")
         self.advance(step, int(num_samples), lr)
-        self.note(step, epoch, loss, lr, norm, sums, (num_samples, num_tokens, supervised), waited, clock)
-        return stop
+        seconds = time.perf_counter() - clock
+        record = {
+            "step": step + 1,
+            "epoch": epoch,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": norm,
+            "ms": 1000 * seconds,
+            "tokens": int(num_tokens),
+            "tokens_per_s": num_tokens / seconds / world.size,
+            "supervised": facts.supervised / num_tokens,
+            "data": waited / seconds,
+            "mem_gib": peak_memory_gib(world.device),
+        }
+        self.note(record, sums)
+        if step >= self.start_step + 2:  # the first two warm up
+            sizes = num_samples, num_tokens, facts.supervised, seconds
+            for key, value in zip(self.measured, sizes, strict=True):
+                self.measured[key] += value
+        return facts.signal
 
     def advance(self, step: int, num_samples: int, lr: float) -> None:
         """The run stands behind this step now."""
@@ -937,34 +586,15 @@ class Run:
         }
         self.state["samples"] += num_samples
 
-    def note(self, step, epoch, loss, lr, norm, sums, sizes, waited: float, clock: float) -> None:
-        """A step's line in the log, and its share of what `benchmark` prints."""
-        num_samples, num_tokens, supervised = sizes
-        seconds = time.perf_counter() - clock
-        if self.log:
-            record = {
-                "step": step + 1,
-                "epoch": epoch,
-                "loss": loss,
-                "lr": lr,
-                "grad_norm": norm,
-                "ms": 1000 * seconds,
-                "tokens": int(num_tokens),
-                "tokens_per_s": num_tokens / seconds / self.world.size,
-                "supervised": supervised / num_tokens,
-                "data": waited / seconds,
-                "mem_gib": peak_memory_gib(self.world.device),
-            }
-            if len(self.entries) > 1:
-                pairs = zip(self.entries, sums, strict=True)
-                record["loss_by_dataset"] = {
-                    e.label: float(means(x).sum()) for e, x in pairs if x[:, 1].any()
-                }
-            record |= {f"loss_{k}": v for k, v in named_losses(self.model, sums.sum(0)).items()}
-            self.log.step(record)
-        if step >= self.start_step + 2:  # the first two warm up
-            for key, value in zip(self.measured, (num_samples, num_tokens, supervised, seconds), strict=True):
-                self.measured[key] += value
+    def note(self, record: dict, sums: Tensor) -> None:
+        """A step's line in the log; `sums` (num_datasets, K, 2) of its losses."""
+        if not self.log:
+            return
+        if len(self.entries) > 1:
+            pairs = zip(self.entries, sums, strict=True)
+            record["loss_by_dataset"] = {e.label: float(means(x).sum()) for e, x in pairs if x[:, 1].any()}
+        record |= {f"loss_{k}": v for k, v in named_losses(self.model, sums.sum(0)).items()}
+        self.log.step(record)
 
     # -- between steps
 
@@ -990,19 +620,7 @@ class Run:
         path = self.out / f"checkpoint-{state['step']}"
         if self.world.main:
             self.run_dir.before_save()
-        save_checkpoint(
-            path,
-            self.model,
-            self.whole,
-            self.definition,
-            self.optimizer,
-            cfg,
-            self.directory,
-            self.lora_modules,
-            state,
-            self.world,
-            self.stages,
-        )
+        save_checkpoint(path, self)
         if self.world.main:
             self.run_dir.after_save()
             self.log.path = self.run_dir.log_path()
@@ -1020,24 +638,9 @@ class Run:
         cfg, alone = self.cfg, self.world.size == 1
         try:
             with self.signals.breakable(alone):
-                result = evaluate_loss(
-                    self.model,
-                    self.eval_plan,
-                    self.processor,
-                    cfg,
-                    self.world,
-                    self.stages,
-                    signals=self.signals,
-                    bad=self.named_eval_bad,
-                )
+                result = evaluate_loss(self)
                 if cfg.eval_with_do_generation:
-                    result |= generation_scores(
-                        self.model,
-                        self.eval_plan.index,
-                        self.processor,
-                        cfg,
-                        None if alone else self.break_off,
-                    )
+                    result |= generation_scores(self, None if alone else self.break_off)
         finally:
             parallel.reshard(self.model)
             self.model.train()
@@ -1166,6 +769,148 @@ class Run:
             example = terminal.example_request(self.plan.index.conversation(0))
             start = f"{terminal.script('generate.py')} --model_name_or_path {shlex.quote(str(out))}"
             self.say(f"model: {out}\nnext: {start} {example}")
+
+
+# --------------------------------------------------------------------------------------------------
+# From the command line to the loop
+
+
+def run(
+    cfg: Config, definition, directory: Path, meeting: parallel.Meeting, signals: Signals | None = None
+) -> int:
+    kernels = dispatch.use_flash_attention(cfg.use_flash_attention, meeting.device)
+    signals, run_dir, doing = signals or Signals(), RunDir(cfg), "records were read"
+    try:
+        with signals.breakable():
+            ready = prepare(cfg, definition, directory, meeting, run_dir)
+            if is_finished(ready, cfg):
+                if meeting.main:
+                    print(
+                        f"{cfg.output_dir} holds a finished run of {run_dir.start.finished} steps; set "
+                        "overwrite_output_dir to train anew"
+                    )
+                return 0
+        doing = "the model was built"
+        with signals.breakable(meeting.size == 1):
+            world = parallel.init_world(
+                cfg.tensor_parallel_degree,
+                cfg.pipeline_parallel_degree,
+                cfg.sharding,
+                cfg.sharding_parallel_degree,
+                meeting,
+            )
+            facts = {**ready.state["facts"], "checkpoint": run_dir.start.resume, "total steps": ready.total}
+            rows = hashlib.sha256(ready.plan.index.rows.tobytes()).hexdigest()[:16]
+            parallel.compare(
+                {**facts, "length index": rows, "settings": json.dumps(asdict(cfg), sort_keys=True)}
+            )
+            training = Run(cfg, ready, directory, world, signals, kernels)
+        return training.train()
+    except Stopped as e:
+        name = signal.Signals(e.number).name
+        meeting.fail(f"stopped by {name}")
+        if meeting.main:
+            print(f"stopped by {name} while {doing}; nothing of this start is saved", flush=True)
+        return 128 + e.number
+    except (ValueError, OSError) as e:
+        if not dist.is_initialized():
+            meeting.fail(one_line(e))
+        raise
+    finally:
+        run_dir.unlock()
+
+
+def main(argv: list[str] | None = None) -> int:
+    cfg = parse_config(sys.argv[1:] if argv is None else argv)
+    if cfg.dataset is not None and not cfg.dataset.get("train"):
+        raise ValueError('dataset has no "train" entries; expected {"train": [entry, ...]}')
+    if cfg.do_train and not cfg.dry_run:
+        check_eval_use(cfg)
+    check_adapter(cfg)
+    config, definition, directory = model_file(cfg)
+    if cfg.fp16:
+        definition.check_dtype(config, torch.float16)
+    if directory is None and not cfg.dry_run:
+        raise ValueError(
+            f"{cfg.model_name_or_path} is a shape without weights or tokenizer, for --dry_run; "
+            "give a checkpoint directory (config.json, weights, qwen.tiktoken)"
+        )
+    if cfg.dry_run:
+        return dry_run(cfg, config, definition, directory)
+    with Signals() as signals:
+        try:
+            return run(cfg, definition, directory, parallel.Meeting(), signals)
+        except (RuntimeError, MemoryError, ValueError, OSError) as e:
+            if (clear := explained(e, cfg)) is None:
+                raise
+            raise clear from None
+        finally:
+            parallel.leave_world()
+
+
+def dry_run(cfg: Config, config: dict, definition: vlm.Model, directory: Path | None) -> int:
+    """Prints what the run would need (estimate.py). A preset has no tokenizer, so no data: full streams."""
+    check_stage(cfg, definition)
+    plan = None
+    if directory is not None:
+        entries = (cfg.dataset or data.DEFAULT_DATASET)["train"]
+        processor = definition.processor(directory, cfg.stage)
+        options = {"progress": False, "max_bad_samples": cfg.max_bad_samples}
+        index = data.build_index(entries, processor, cfg.max_length, None, cfg.num_workers, **options)
+        plan = data.Plan(index, cfg.seed, cfg.max_length, cfg.mixtoken, cfg.max_images)
+    degrees = max(1, cfg.tensor_parallel_degree) * max(1, cfg.pipeline_parallel_degree)
+    shards = max(1, cfg.sharding_parallel_degree or 1) if cfg.sharding else 1
+    world_size = int(os.environ.get("WORLD_SIZE", degrees * shards))
+    if os.environ.get("RANK", "0") == "0":
+        print(estimate.dry_run(cfg, config, definition, plan, world_size))
+    return 0
+
+
+def check_eval_use(cfg: Config) -> None:
+    """Says that evaluation data stand unused; an unused file that is not there is refused like a used one."""
+    entries = (cfg.dataset or {}).get("eval") or []
+    if not entries or cfg.do_eval or cfg.evaluation_strategy != "no":
+        return
+    for entry in entries:
+        files = entry["data_files"]
+        for path in [files] if isinstance(files, str) else files:
+            if not os.path.exists(path):
+                raise ValueError(
+                    f"data_files: no file {path} (working directory {os.getcwd()}), in the eval entries"
+                )
+    if os.environ.get("RANK", "0") == "0":
+        held = "the records that eval_split holds back" if entries[0].get("eval_part") else "the eval entries"
+        print(
+            f"warning: {held} are not evaluated in this run; --evaluate epoch or --do_eval true does so",
+            file=sys.stderr,
+        )
+
+
+def explained(error: BaseException, cfg: Config) -> Exception | None:
+    """What a dead rank, a dead data worker or a full memory means to the user; None for another error."""
+    text = one_line(error)
+    last = checkpoint.last_checkpoint(cfg.output_dir)
+    then = (
+        f"the same command continues from {last}"
+        if last
+        else "the same command begins anew: no checkpoint yet"
+    )
+    if worker := re.search(r"DataLoader worker [^;]*?(killed by signal: \w+|exited unexpectedly)", text):
+        return ValueError(f"a data worker died (out of memory?): {worker[0]}; lower num_workers; {then}")
+    if isinstance(error, ValueError | OSError):
+        return None
+    if (reason := parallel.lost_rank(error)) is not None:
+        return ConnectionError(
+            f"another rank is gone ({reason}): it was killed, or stopped with an "
+            f"error that it printed; {then}, and "
+            "torchrun --max-restarts does so by itself"
+        )
+    if isinstance(error, MemoryError) or "out of memory" in str(error):
+        return ValueError(
+            f"out of memory ({text[:200]}); lower per_device_train_batch_size or max_length, or set "
+            f"recompute=true or sharding=stage3; {then}"
+        )
+    return None
 
 
 if __name__ == "__main__":

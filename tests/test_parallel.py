@@ -157,9 +157,9 @@ def everywhere_equal(model) -> bool:  # all ranks of a tensor-parallel group
     return same
 
 
-def checked(save_checkpoint, path, model, *args):
-    assert everywhere_equal(model), "the ranks differ in what they hold whole"
-    save_checkpoint(path, model, *args)
+def checked(save_checkpoint, path, training):
+    assert everywhere_equal(training.model), "the ranks differ in what they hold whole"
+    save_checkpoint(path, training)
 
 
 @pytest.mark.parametrize("mode, layout", CELLS)
@@ -199,7 +199,7 @@ def test_resumes_on_other_layouts(train_run, mode, tmp_path):
     assert_same_run(tmp_path / "out", train_run(mode, **options, max_steps=2 * len(CHAINS[mode])))
 
 
-def counted(directory, forward_backward, model, micro_batches, *args, **options):
+def counted(directory, forward_backward, training, micro_batches, facts):
     """Writes what is all-reduced over the tensor-parallel group in a step of one micro-batch."""
     all_reduce, sizes, (batch,) = dist.all_reduce, [], micro_batches
 
@@ -209,9 +209,9 @@ def counted(directory, forward_backward, model, micro_batches, *args, **options)
         return all_reduce(tensor, *args, group=group, **options)
 
     dist.all_reduce = reduce
-    result = forward_backward(model, micro_batches, *args, **options)
-    facts = [len(batch.input_ids), batch.num_supervised, len(batch.pixel_values), sizes]
-    (directory / f"{dist.get_rank()}.json").write_text(json.dumps(facts))
+    result = forward_backward(training, micro_batches, facts)
+    counts = [len(batch.input_ids), batch.num_supervised, len(batch.pixel_values), sizes]
+    (directory / f"{dist.get_rank()}.json").write_text(json.dumps(counts))
     return result
 
 

@@ -1,0 +1,238 @@
+"""Where a run begins: what its output directory already holds, which data it reads, at which sample it is.
+
+A checkpoint keeps what a step means (data, batch, seed, base weights). The next start, on any number of
+ranks, compares: it goes on at exactly the next sample, or refuses with both values. All of this is known
+before the ranks are a process group, so that a mistake is one line and costs no weights loaded.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+import checkpoint
+import data
+import metrics
+import parallel
+from build import check_stage, total_steps
+from config import Config, differences
+from run_dir import HARMLESS, RunDir, Start, read_state, shown
+
+
+@dataclass
+class Prepared:
+    """What all ranks know before they are a process group."""
+
+    processor: object
+    plan: data.Plan
+    eval_plan: data.Plan | None
+    run_dir: RunDir
+    state: dict  # where the run stands: trainer_state.json
+    total: int  # steps of the run
+
+
+def read_plan(
+    cfg: Config, split: str, processor, meeting: parallel.Meeting, **options
+) -> data.Plan:  # all ranks
+    dataset = cfg.dataset or data.DEFAULT_DATASET
+    if not dataset.get(split):
+        raise ValueError(f"dataset has no {split!r} entry")
+    progress = meeting.main and not cfg.disable_tqdm
+    folder = Path(cfg.output_dir) / "index"
+    args = dataset[split], processor, cfg.max_length, folder, cfg.num_workers, progress
+    if not meeting.main:  # the others read what rank 0 measured
+        meeting.share(f"{split} index")
+    index = data.build_index(*args, max_bad_samples=cfg.max_bad_samples)
+    if meeting.main:
+        meeting.share(f"{split} index", "made")
+        data.say_unused_keys(index.entries)
+        for where, reason in index.problems[:10]:
+            print(f"warning: left out {where}: {reason}", file=sys.stderr)
+        if cut := int(index.truncated.sum()):
+            print(
+                f"warning: {cut:,} of {len(index):,} {split} samples exceed "
+                f"max_length={cfg.max_length} and are cut",
+                file=sys.stderr,
+            )
+    return data.Plan(index, cfg.seed, cfg.max_length, cfg.mixtoken, cfg.max_images, **options)
+
+
+def check_metric(cfg: Config, eval_plan: data.Plan) -> None:
+    kinds = {
+        eval_plan.index.conversation(n).kind for n in np.unique(eval_plan.index.entry, return_index=True)[1]
+    }
+    have = [f"eval_{name}" for name in metrics.scores_of_kinds(kinds)]
+    if cfg.metric_for_best_model not in ("eval_loss", *have):
+        raise ValueError(
+            f"metric_for_best_model={cfg.metric_for_best_model}: the eval "
+            f"entries give eval_loss, {', '.join(have)}"
+        )
+
+
+def check_contrast(cfg: Config, definition, dp_size: int, evaluating: bool) -> None:
+    """Where a micro-batch's samples are contrasted with each other, one alone has nothing to be told from."""
+    if cfg.stage not in definition.contrasted:
+        return
+    for key, used in (
+        ("per_device_train_batch_size", cfg.do_train),
+        ("per_device_eval_batch_size", evaluating),
+    ):
+        if used and getattr(cfg, key) * dp_size < 2:
+            raise ValueError(
+                f"{key}={getattr(cfg, key)} on {dp_size} data-parallel rank: "
+                f"stage={cfg.stage} contrasts the pairs of "
+                "a micro-batch, and one pair alone is its own negative; use at least 2"
+            )
+
+
+def run_facts(
+    cfg: Config, definition, directory: Path, plan, eval_plan, ranks: int, global_batch: int
+) -> dict:
+    """What a step and its sample are defined by; a checkpoint keeps it, and a resumed run is compared with
+    it."""
+    base = [checkpoint.open_model(path, definition).sample() for path in (directory, cfg.init_from) if path]
+    return {
+        "seed": cfg.seed,
+        "mixtoken": cfg.mixtoken,
+        "max_length": cfg.max_length,
+        "max_images": cfg.max_images,
+        "data": data.content_key(plan.index.entries),
+        "samples": len(plan.index),
+        "global_batch": global_batch,
+        "ranks": ranks,
+        "eval_data": data.content_key(eval_plan.index.entries) if eval_plan else None,
+        "base": hashlib.sha256(json.dumps(base).encode()).hexdigest()[:16],
+        "lora_alpha": cfg.lora_alpha,
+        "lora_split": cfg.lora_split,
+        "stage": cfg.stage,
+    }
+
+
+def check_facts(facts: dict, state: dict, cfg: Config, resume: str) -> None:
+    """Refuses to continue where the same step would mean another sample or another model."""
+    saved = state.get("facts")
+    if saved is None:
+        print(f"{resume} does not say what it was trained on: the data and batch of this command are assumed")
+        return
+    keys = ["seed", "mixtoken", "base", "lora_alpha", "lora_split", "stage"]
+    keys += ["max_length", "max_images"] if cfg.mixtoken else []
+    of_data = ["data", "samples"] + (["eval_data"] if saved.get("eval_data") and facts["eval_data"] else [])
+    changed = [k for k in keys + of_data if k in saved and saved[k] != facts[k]]
+    words = {
+        "data": "the training data's key",
+        "eval_data": "the eval data's key",
+        "base": "the base weights' key",
+    }
+    words["samples"] = "the number of usable samples"
+    listed = "; ".join(f"{words.get(k, k)} is {facts[k]}, it was {saved[k]}" for k in changed)
+    if changed and cfg.accept_changed_data and not set(changed) - set(of_data):
+        print(f"accept_changed_data=true: {listed}")
+        if "eval_data" in changed:
+            state |= {"best_metric": None, "best_step": None}
+    elif changed:
+        only_data = not set(changed) - set(of_data)
+        way = (
+            "accept_changed_data=true goes on with the new data"
+            if only_data
+            else "give the values it began with"
+        )
+        raise ValueError(
+            f"can't continue from {resume}: {listed}; {way}, or begin a run in another output_dir "
+            "(here with overwrite_output_dir=true)"
+        )
+
+
+def place_plan(plan: data.Plan, state: dict, facts: dict, resume: str) -> None:
+    """Sets the plan to where the checkpoint stands, whatever batch and ranks it was trained with."""
+    if state.get("units") is None or state.get("epoch") is None:  # of before these were saved
+        return
+    global_batch, was = facts["global_batch"], (state.get("facts") or {}).get("global_batch")
+    place = state["epoch"], min(state["units"], plan.count(state["epoch"]))
+    found = plan.locate(state["step"], global_batch)
+    if found != (place if place[1] < plan.count(place[0]) else (place[0] + 1, 0)):
+        plan.origin = state["step"], *place
+        unit = "packs" if plan.mixtoken else "samples"
+        print(
+            f"{resume} stands behind {place[1]:,} {unit} of epoch "
+            f"{place[0] + 1}, trained {was} a step; from here "
+            f"{global_batch} a step, the learning rate by the share of the data seen"
+        )
+
+
+def prepare(
+    cfg: Config, definition, directory: Path, meeting: parallel.Meeting, run_dir: RunDir
+) -> Prepared:  # all ranks
+    """Decides how the output directory is continued, reads the data and finds the place in it."""
+    decided = None
+    if meeting.main:
+        run_dir.lock()
+        decided = json.dumps(asdict(run_dir.decide()))
+        print(f"settings | {differences(cfg) or 'all as by default'}")
+    start = run_dir.start = Start(**json.loads(meeting.share("start", decided)))
+    check_stage(cfg, definition)
+    processor = definition.processor(directory, cfg.stage)
+    plan = read_plan(cfg, "train", processor, meeting)
+    evaluating = cfg.do_eval or cfg.evaluation_strategy != "no"
+    eval_plan = read_plan(cfg, "eval", processor, meeting, shuffle=False) if evaluating else None
+    if evaluating:
+        check_metric(cfg, eval_plan)
+    pp, replicas, shards, _ = parallel.layout(
+        meeting.size,
+        cfg.tensor_parallel_degree,
+        cfg.pipeline_parallel_degree,
+        cfg.sharding,
+        cfg.sharding_parallel_degree,
+    )
+    check_contrast(cfg, definition, replicas * shards, evaluating)
+    global_batch = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps * replicas * shards
+    facts = run_facts(cfg, definition, directory, plan, eval_plan, meeting.size, global_batch)
+    state = {"step": 0, "best_metric": None, "best_step": None, "bad": 0, "samples": 0, "evaluated": True}
+    if start.resume:
+        state |= read_state(start.resume)
+        with contextlib.redirect_stdout(sys.stdout if meeting.main else io.StringIO()):
+            check_facts(facts, state, cfg, start.resume)
+            place_plan(plan, state, facts, start.resume)
+    state |= {"facts": facts, "run": start.id}
+    total = total_steps(cfg, plan, global_batch)
+    if cfg.do_train and total < 1:
+        raise ValueError(
+            f"num_train_epochs={cfg.num_train_epochs:g} gives no step; raise it, or set do_train=false"
+        )
+    if cfg.do_train and start.resume and total < state["step"]:
+        key = "max_steps" if cfg.max_steps is not None else "num_train_epochs"
+        if start.finished is None or not start.changed.keys() - HARMLESS:
+            raise ValueError(
+                f"{start.resume} is at step {state['step']}, and "
+                f"{key}={getattr(cfg, key):g} ends at step {total}; "
+                f"raise {key}, or give an earlier checkpoint as resume_from_checkpoint"
+            )
+    if cfg.do_train and not start.anew and start.resume is None:
+        if start.finished is not None and total > start.finished:
+            raise ValueError(
+                f"{cfg.output_dir} holds a finished run of {start.finished} steps "
+                "without its checkpoint: it can't "
+                f"go on to step {total}; choose another output_dir, or set "
+                "overwrite_output_dir=true to train anew"
+            )
+        if start.finished is None and meeting.main:
+            print(f"{cfg.output_dir} has no complete checkpoint of its run: it begins at step 0")
+    meeting.wait_for_all("prepared")
+    return Prepared(processor, plan, eval_plan, run_dir, state, total)
+
+
+def is_finished(ready: Prepared, cfg: Config) -> bool:
+    """Whether the run is finished. With other settings than it was trained with that is an error."""
+    start, out = ready.run_dir.start, cfg.output_dir
+    if not cfg.do_train or start.finished is None or ready.total > start.finished:
+        return False
+    if changed := {k: v for k, v in start.changed.items() if k not in HARMLESS}:
+        raise ValueError(
+            f"{out} holds a finished run of {start.finished} steps that was trained with other settings: "
+            f"{shown(changed)}; choose another output_dir, or set overwrite_output_dir=true to train anew"
+        )
+    return True
