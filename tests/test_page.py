@@ -11,12 +11,16 @@ import http.server
 import io
 import json
 import os
+import random
 import re
 import select
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -29,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "chat.html"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 browser_only = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
+OTHERS = ("blip2", "visualglm")
 PATIENCE = 60  # seconds until a page that never gets there fails its test
 
 
@@ -466,6 +471,45 @@ def test_boxes_at_the_right_pixels(page, server, tmp_path):
 
 
 @browser_only
+def test_any_text_is_read_as_draw_py_reads_it(page):
+    """Random texts of tags, marks and fragments: the same boxes, and no element but markdown's own."""
+    pieces = (
+        "<ref> </ref> <box> </box> (1,2),(3,4) (9.5,-3),(+7,1e3) ( .5 , 6. ) , a 中 * ** ` ``` # - 1. [x](y)"
+    )
+    pieces = [
+        *pieces.split(),
+        "[l](https://e.org)",
+        "https://e.org/<b>",
+        "<b>",
+        "\ue0000\ue001",
+        " ",
+        "\n",
+        "\n\n",
+    ]
+    chance = random.Random(0)
+    texts = ["".join(chance.choices(pieces, k=chance.randrange(1, 25))) for _ in range(1500)]
+    for n in range(500):  # most of those hold no whole box
+        corners = ["".join(chance.choices("(10,20),(30,40) ", k=chance.choice((0, 0, 3)))) for _ in range(2)]
+        texts[n] += f"<ref>{corners[0]}</ref>{chance.choice(pieces)}<box>(10,20),(3{n},40){corners[1]}</box>"
+    found = page.js(
+        f"""{json.dumps(texts)}.map(text => {{
+            const {{ nodes, tags }} = markdown(h("article"), text);
+            const box = h("div", {{}}, ...nodes);
+            return [tags.filter(tag => tag.corners).map(tag => [tag.label, tag.corners]),
+                tags.filter(tag => tag.box !== undefined && !tag.corners).map(tag => tag.box),
+                [...box.querySelectorAll("*")].map(node => node.tagName)];
+        }})"""
+    )
+    shown = set()
+    for text, (boxes, unreadable, elements) in zip(texts, found, strict=True):
+        text = re.sub("[\ue000\ue001]", "", text)
+        expected, damaged = draw.boxes_of(text)
+        assert [(label, corners) for label, corners in boxes] == expected and unreadable == damaged, text
+        shown |= {*elements}
+    assert shown == {*"P BR PRE CODE H4 UL OL LI STRONG EM A SPAN".split()}
+
+
+@browser_only
 def test_box_and_label_light_up_together(page, server, tmp_path):
     page.drop(write_image(tmp_path / "a.png", (400, 300)))
     server.answers["Where?"] = [
@@ -774,3 +818,51 @@ def test_phone_width_and_keyboard(browser, server, tmp_path):
     assert browser.js("document.activeElement.ariaLabel") == "Edited question"
     browser.press("Escape")
     assert browser.js("document.activeElement.ariaLabel") == "Question"
+
+
+@browser_only
+@pytest.mark.parametrize("model", ["qwen_vl", *(pytest.param(m, marks=pytest.mark.slow) for m in OTHERS)])
+def test_with_serve_py(browser, model):
+    """serve.py's own page shows what its API answers, under its own policy; a stopped answer goes on."""
+    for name in ("starlette", "uvicorn"):
+        pytest.importorskip(name, reason=f"{name} is not installed (requirements-serve.txt)")
+    command = [sys.executable, "serve.py", "--model", model, "--port", "0", "--device", "cpu"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    try:
+        started = next(
+            (m for line in server.stderr if (m := re.match(r"serving .* at (http\S+)", line))), None
+        )
+        assert started, f"serve.py ended with {server.wait()}"
+        url = started[1]
+        threading.Thread(target=server.stderr.read, daemon=True).start()
+        browser.events.clear()
+        browser.open(url)
+        browser.until(f"document.querySelector('#model').value === 'tiny_{model}'")
+        browser.js("set('max_tokens', '3')")
+        image = ROOT / "samples/images/digits/0001.png"
+        browser.drop(image)
+        question = "Describe the image in detail."
+        browser.ask(question)
+        browser.answered(1)
+        assert browser.js("chat.turns[0].answers[0].usage.prompt_tokens_details.image_tokens") > 0
+        if browser.js("chat.turns[0].answers[0].finish") == "length":
+            browser.js("set('max_tokens', '5')")
+            browser.click("Continue")
+            browser.until("chat.turns[0].answers[0].usage?.completion_tokens === 5")
+            browser.answered(1)
+        else:
+            assert model == "blip2"  # whose tiny model says one word
+
+        url_of_image = "data:image/png;base64," + base64.b64encode(image.read_bytes()).decode()
+        parts = [{"type": "image_url", "image_url": url_of_image}, {"type": "text", "text": question}]
+        body = {"messages": [{"role": "user", "content": parts}], "model": f"tiny_{model}", "max_tokens": 8}
+        request = urllib.request.Request(
+            f"{url}/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+        )
+        (choice,) = json.load(urllib.request.urlopen(request, timeout=PATIENCE))["choices"]
+        assert browser.js("chat.turns[0].answers[0].text") == choice["message"]["content"] != ""
+        assert not browser.complaints()
+    finally:
+        server.terminate()
+        server.wait()
