@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import http.server
 import io
+import itertools
 import json
 import os
 import random
@@ -207,14 +208,14 @@ def policy(page: bytes) -> str:
 
 class StandIn(http.server.ThreadingHTTPServer):
     """OpenAI's streaming chat with answers that a test sets: `answers` maps a question to its pieces;
-    `gate` holds the stream back after the first piece until it is set."""
+    `gate` holds the stream back after the first piece until it is set; `broken` stands for its end."""
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.requests, self.headers, self.answers, self.cors = [], [], {}, {}
+        self.requests, self.headers, self.answers, self.cors, self.broken = [], [], {}, {}, b""
         self.gate, self.gone = threading.Event(), threading.Event()
         self.gate.set()
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -273,18 +274,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         usage = {"prompt_tokens": 300, "completion_tokens": len(pieces), "prompt_tokens_details": details}
         chunks.append({"choices": [], "usage": usage})
         lines = b"".join(b"data: %s\n\n" % json.dumps(chunk, ensure_ascii=False).encode() for chunk in chunks)
-        lines = b": a comment\n\n" + lines + b"data: [DONE]\n\n"
+        lines = b": a comment\n\n" + lines + (server.broken or b"data: [DONE]\n\n")
         try:
-            # ragged writes, which cut lines and characters anywhere
             first = lines.find(b"data: ", lines.find(pieces[0].encode()) if pieces else 0)
             self.wfile.write(lines[:first])
             self.wfile.flush()
             while not server.gate.wait(0.02):
                 self.wfile.write(b": wait\n\n")  # fails once the client has gone
                 self.wfile.flush()
-            for start in range(first, len(lines), 7):
-                self.wfile.write(lines[start : start + 7])
+            # in pieces that end inside a line and inside a character, if there is one
+            inside = next((n + 1 for n in range(first, len(lines)) if lines[n] > 127), first + 20)
+            for start, end in itertools.pairwise([first, first + 12, inside, len(lines)]):
+                self.wfile.write(lines[start:end])
                 self.wfile.flush()
+                time.sleep(0.03)
         except OSError:
             server.gone.set()
         self.close_connection = True
@@ -414,7 +417,7 @@ def test_images_picked_pasted_and_refused(page, server, tmp_path):
 @browser_only
 def test_boxes_at_the_right_pixels(page, server, tmp_path):
     """Corners are pixels of the original although a smaller image is sent; as draw.py has them."""
-    page.drop(write_image(tmp_path / "large.png", (2000, 1000)))
+    page.drop(write_image(tmp_path / "large.png", (2003, 1001)))
     answer = (
         "<ref>a  bus</ref><box>(100,200),(500,900)</box> and <ref>men</ref><box>(700.5, 950),(600,500)</box>"
         "<box>(0,0),(999,1000)</box> <box>(7,8)</box> plain <box>(1,2),(3,4)</box> `<box>(5,5),(6,6)</box>`"
@@ -427,12 +430,12 @@ def test_boxes_at_the_right_pixels(page, server, tmp_path):
 
     boxes, unreadable = draw.boxes_of(answer)
     assert len(boxes) == 5 and unreadable == ["(7,8)"]
-    sides = (2000, 1000, 2000, 1000)
+    sides = (2003, 1001, 2003, 1001)
     expected = [
         {"label": label, "box": [min(int(v * s / 1000), s - 1) for v, s in zip(box, sides, strict=True)]}
         for label, box in boxes
     ]
-    assert expected[2]["box"] == [0, 0, 1998, 999]
+    assert expected[2]["box"] == [0, 0, 2000, 1000]
     page.click("Copy as pixels")
     page.until("document.querySelector('#status').textContent.includes('copied')")
     copied = page.js("navigator.clipboard.readText()")
@@ -594,6 +597,31 @@ def test_stop_continue_and_regenerate(page, server):
     server.answers["Go?"] = ["New."]
     page.click("Regenerate")
     page.until("document.querySelector('.answer .text').innerText.trim() === 'New.'")
+
+
+@browser_only
+def test_what_fails_is_said(page, server):
+    """A stream that breaks off or ends in an error keeps its text, says so, and can be gone on with."""
+    server.answers |= {"Go?": ["One"], "On?": ["Two"]}
+    server.broken = b": and the connection ends\n\n"
+    page.ask("Go?")
+    page.answered(1)
+    bad = "[...document.querySelectorAll('.answer .bad')].at(-1).textContent"
+    assert text(page) == "One" and page.js(bad) == "The connection broke before the answer's end."
+    server.broken = b'data: {"error": {"message": "the engine <b>failed</b>"}}\n\n'
+    page.ask("On?")
+    page.answered(2)
+    assert text(page, 1) == "Two" and page.js(bad) == "the engine <b>failed</b>"
+    server.broken = b""
+    page.click("Continue")
+    page.until("document.querySelectorAll('.answer .text')[1].innerText.trim() === 'TwoTwo'")
+    page.answered(2)
+    assert page.js(bad) == ""
+
+    page.js("document.querySelector('textarea').value = 'ni'")  # Enter that ends a word of an input method
+    enter = "new KeyboardEvent('keydown', {key: 'Enter', isComposing: true, bubbles: true, cancelable: true})"
+    page.js(f"document.querySelector('textarea').dispatchEvent({enter})")
+    assert page.js("document.querySelector('textarea').value") == "ni" and len(server.requests) == 3
 
 
 ATTACKS = """<img src=x onerror="window.hacked=1"> <script>window.hacked=2</script>
@@ -813,6 +841,8 @@ def test_phone_width_and_keyboard(browser, server, tmp_path):
     nameless = """[...document.querySelectorAll("button, input, select, textarea")].filter(node =>
         !(node.ariaLabel || node.textContent.trim() || node.labels?.length)).map(node => node.outerHTML)"""
     assert browser.js(nameless) == []
+    browser.js("document.querySelector('pre').scrollLeft = 50")
+    assert browser.js("document.querySelector('pre').scrollLeft") == 50
     browser.js("document.querySelector('#prompt textarea').focus()")
     browser.press("ArrowUp")
     assert browser.js("document.activeElement.ariaLabel") == "Edited question"
