@@ -318,9 +318,9 @@ def page(browser, server):
     assert not [c for c in browser.complaints() if "429" not in c]
 
 
-def write_image(path: Path, size: tuple[int, int], colour="white", **options) -> Path:
-    image = Image.new("RGB", size, colour)
-    image.putpixel((0, 0), (0, 0, 0))  # not one colour throughout
+def write_image(path: Path, size: tuple[int, int], colour="white", mode="RGB", **options) -> Path:
+    image = Image.new(mode, size, colour)
+    image.paste("black", (0, 0, 1, 1))  # not one colour throughout
     image.save(path, **options)
     return path
 
@@ -417,7 +417,7 @@ def test_images_picked_pasted_and_refused(page, server, tmp_path):
 @browser_only
 def test_boxes_at_the_right_pixels(page, server, tmp_path):
     """Corners are pixels of the original although a smaller image is sent; as draw.py has them."""
-    page.drop(write_image(tmp_path / "large.png", (2003, 1001)))
+    page.drop(write_image(tmp_path / "large.png", (2003, 1001), (0, 0, 0, 0), "RGBA"))  # clear: white below
     answer = (
         "<ref>a  bus</ref><box>(100,200),(500,900)</box> and <ref>men</ref><box>(700.5, 950),(600,500)</box>"
         "<box>(0,0),(999,1000)</box> <box>(7,8)</box> plain <box>(1,2),(3,4)</box> `<box>(5,5),(6,6)</box>`"
@@ -510,6 +510,21 @@ def test_any_text_is_read_as_draw_py_reads_it(page):
         assert [(label, corners) for label, corners in boxes] == expected and unreadable == damaged, text
         shown |= {*elements}
     assert shown == {*"P BR PRE CODE H4 UL OL LI STRONG EM A SPAN".split()}
+
+
+@browser_only
+def test_large_photo_is_sent_upright(page, server, tmp_path):
+    """Scaled down as it is seen: EXIF's quarter turn is in the pixels that are sent."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the top is on the right
+    page.drop(write_image(tmp_path / "photo.jpg", (3000, 1000), "red", exif=exif))
+    server.answers["Up?"] = ["<box>(0,0),(500,500)</box>"]
+    page.ask("Up?")
+    page.answered(1)
+    (sent,) = images_of(server.requests[0])
+    sent = Image.open(io.BytesIO(sent))
+    assert sent.size == (512, 1536) and not sent.getexif()
+    assert "(0,0)–(500,1500)" in page.js("document.querySelector('.labels button').textContent")
 
 
 @browser_only
@@ -749,8 +764,10 @@ def test_history_outlives_the_page(page, server, tmp_path):
     path = write_image(tmp_path / "a.png", (64, 48))
     page.drop(path)
     server.answers |= {"Kept?": ["Kept."], "More?": ["More."]}
+    page.js("set('system', 'Be kind.')")
     page.ask("Kept?")
     page.answered(1)
+    page.js("set('system', '')")
     page.until("document.querySelectorAll('#chats li').length === 1")
     page.open(server.url)
     page.until("document.querySelectorAll('#chats li').length === 1")
@@ -758,12 +775,21 @@ def test_history_outlives_the_page(page, server, tmp_path):
     page.answered(1)
     page.ask("More?")
     page.answered(2)
-    assert images_of({"messages": server.requests[1]["messages"][:1]}) == [path.read_bytes()]
-    assert [m["role"] for m in server.requests[1]["messages"]] == ["user", "assistant", "user"]
+    system, *messages = server.requests[1]["messages"]
+    assert system == {"role": "system", "content": "Be kind."}
+    assert images_of({"messages": messages[:1]}) == [path.read_bytes()]
+    assert [m["role"] for m in messages] == ["user", "assistant", "user"]
+    server.gate.clear()  # it is deleted while it runs, and does not come back
+    page.ask("More?")
+    page.until("document.querySelector('.busy .text')?.innerText.trim() === 'More.'")
     page.js("window.confirm = () => true; document.querySelector('[aria-label^=Delete]').click()")
     page.until(
         "document.querySelectorAll('#chats li').length === 0 && document.querySelector('#empty') !== null"
     )
+    page.until("running.size === 0")
+    page.js("new Promise(done => setTimeout(done, 200))")
+    assert page.js("stored('readonly', chats => chats.getAll())") == []
+    page.js("set('system', '')")
 
 
 @browser_only
