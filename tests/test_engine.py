@@ -215,13 +215,13 @@ def test_features_of_the_last_images_are_kept(loaded, images, kind):
     (model, processor), calls, how = loaded(kind), [], Decoding(2)
     with torch.no_grad():
         pixels = processor.load_image(images[0])[None]
-        features = model({"pixel_values": pixels}, output="features")
+        features = model(vlm.Batch.of_images(pixels), output="features")
     room = 2.5 * features.numel() * 4 / 2**20
     e, forward = Engine(model, processor, image_cache_mb=room), model.forward
 
     def count(batch, output="loss"):
         if output == "features":
-            calls.append(len(batch["pixel_values"]))
+            calls.append(len(batch.pixel_values))
         return forward(batch, output)
 
     def asked(text: str, n: int) -> int:
