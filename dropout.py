@@ -8,8 +8,10 @@ in any packing, layout, number of processes, and in recomputation: there is no s
 """
 
 import contextlib
+import zlib
 
 import torch
+from torch import Tensor, nn
 
 
 def mix(x: torch.Tensor) -> torch.Tensor:
@@ -76,3 +78,24 @@ def with_rows_of_now(function):
             return function(*args)
 
     return run
+
+
+class Dropout(nn.Module):
+    """Zeroes entries with probability p in training, by a hash of row key, channel and place in the model."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p, self.seed = p, 0
+
+    def forward(self, x: Tensor, keys: Tensor | None, first_channel: int = 0) -> Tensor:
+        """first_channel: of x's last dimension, where x holds a tensor-parallel rank's channels alone."""
+        if not self.training or keys is None or self.p == 0:
+            return x
+        return x * dropout_mask(x, keys, self.p, self.seed, first_channel) / (1 - self.p)
+
+
+def name_dropouts(model: nn.Module) -> None:
+    """Masks differ between places."""
+    for name, module in model.named_modules():
+        if isinstance(module, Dropout):
+            module.seed = zlib.crc32(name.encode()) >> 1

@@ -19,6 +19,9 @@ import model_blip2 as blip2
 import parallel
 import train as loop
 import vlm
+from blip2_language import segments
+from blip2_stage1 import Blip2Qformer
+from convert import lavis
 from generate import beam_search, generate
 
 
@@ -47,7 +50,7 @@ class Variant:
 def stream(rows, targets=None, pixels=None, Q=0):
     """Rows of ids (and of what each is to predict) as one batch; the first Q tokens of a row are slots."""
     lengths = torch.tensor([len(r) for r in rows])
-    cu = blip2.segments(lengths)
+    cu = segments(lengths)
     return vlm.Batch(
         input_ids=torch.cat(rows).long(),
         cu_seqlens=cu,
@@ -227,7 +230,7 @@ def lavis_model(variant, text_config=None):
         "qformer_config": {**case["qformer"], "use_qformer_text_input": text_config is None},
     }
     weights = load_file(variant.path / "model.safetensors")
-    state = blip2.from_lavis(weights)
+    state = lavis.from_lavis(weights)
     if text_config is None:
         config["qformer_config"]["vocab_size"] = len(state["embeddings.word_embeddings.weight"])
     model = blip2.build_model(config)
@@ -237,9 +240,9 @@ def lavis_model(variant, text_config=None):
 
 def lavis_name(name):
     """Our parameter for a LAVIS one; the two biases of a tower block are one of ours."""
-    if name.endswith(("q_bias", "v_bias")) or name in blip2.LAVIS_REDUNDANT:
+    if name.endswith(("q_bias", "v_bias")) or name in lavis.LAVIS_REDUNDANT:
         return None
-    return blip2.translate(name, blip2.LAVIS_NAMES)
+    return lavis.translate(name, lavis.LAVIS_NAMES)
 
 
 def given(model, images, texts):
@@ -457,7 +460,7 @@ def test_golden_stage1_two_processes(blip2_stage1_ddp):
     results = together(ddp_rank, blip2_stage1_ddp, world=world)
     for rank, (losses, grads) in enumerate(results):
         g = variant.golden["ranks"][str(rank)]
-        for loss, name in zip(losses, blip2.Blip2Qformer.LOSSES, strict=True):
+        for loss, name in zip(losses, Blip2Qformer.LOSSES, strict=True):
             assert abs(loss - g[f"loss_{name}"]) < 1e-5
         for expected, tensors in (
             (g["local_grads"], grads),
@@ -702,8 +705,8 @@ def test_golden_lavis_names_go_round(blip2_stage1, blip2_stage2):
             model, weights = lavis_model(Variant(path))
         else:
             _, model, weights, _ = stage2(path)
-        back = blip2.to_lavis(dict(model.named_parameters()), model.config.qformer.max_position_embeddings)
-        assert back.keys() == weights.keys() | (back.keys() & blip2.LAVIS_REDUNDANT.keys())
+        back = lavis.to_lavis(dict(model.named_parameters()), model.config.qformer.max_position_embeddings)
+        assert back.keys() == weights.keys() | (back.keys() & lavis.LAVIS_REDUNDANT.keys())
         for name, tensor in weights.items():
             assert torch.equal(back[name], tensor), name
 
@@ -734,14 +737,14 @@ def test_golden_lavis_names_and_shapes(goldens):
         if "bare" in file:
             ours = {
                 n: t
-                for n, t in blip2.from_lavis(
+                for n, t in lavis.from_lavis(
                     {n: torch.empty(s, device="meta") for n, s in names["file_has"].items()}
                 ).items()
             }
             expected = {
                 n: s
                 for n, s in shapes_of(vlm.shape("blip2-opt-2.7b")).items()
-                if n.startswith(tuple(p[:-1] for p in blip2._TOWER))
+                if n.startswith(tuple(p[:-1] for p in blip2.TOWER))
             }
             assert {n: list(t.shape) for n, t in ours.items()} == expected
             continue
@@ -757,10 +760,10 @@ def test_golden_lavis_names_and_shapes(goldens):
         with torch.device("meta"):
             model = blip2.build_model(config)
         state = {n: torch.empty(p.shape, device="meta") for n, p in model.named_parameters()}
-        ours = {n: list(t.shape) for n, t in blip2.to_lavis(state).items()}
+        ours = {n: list(t.shape) for n, t in lavis.to_lavis(state).items()}
         whole = {**names["file_has"], **names["module_also_has_but_frozen"]}
-        assert {n: s for n, s in ours.items() if n in whole or n not in blip2.LAVIS_REDUNDANT} == whole
-        back = blip2.from_lavis({n: torch.empty(s, device="meta") for n, s in whole.items()})
+        assert {n: s for n, s in ours.items() if n in whole or n not in lavis.LAVIS_REDUNDANT} == whole
+        back = lavis.from_lavis({n: torch.empty(s, device="meta") for n, s in whole.items()})
         assert {n: list(t.shape) for n, t in back.items()} == {n: list(t.shape) for n, t in state.items()}
 
 

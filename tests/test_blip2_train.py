@@ -20,6 +20,7 @@ import merge
 import metrics
 import model_blip2 as blip2
 import train
+from convert import lavis
 
 WORDS = [f"w{i}" for i in range(20)]
 
@@ -523,7 +524,7 @@ def test_stage1_begins_with_bert(bases, tmp_path, monkeypatch, capsys):
     bert.save_pretrained(tmp_path / "bert")
     shutil.copy(bases["pretrain1"] / "tokenizer.json", tmp_path / "bert")
     tower = {n: t for n, t in weights(bases["pretrain1"]).items() if n.startswith("vision_model.e")}
-    tower = {n.removeprefix("visual_encoder."): t for n, t in blip2.to_lavis(tower).items() if "visual" in n}
+    tower = {n.removeprefix("visual_encoder."): t for n, t in lavis.to_lavis(tower).items() if "visual" in n}
     tower |= {
         n.replace("blocks.1.", "blocks.2."): t for n, t in tower.items() if n.startswith("blocks.1.")
     }  # unused
@@ -531,7 +532,7 @@ def test_stage1_begins_with_bert(bases, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     argv = ["init", str(tmp_path / "bert"), "--tower", str(tmp_path / "eva.pth"), "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["x", *argv, "--config", str(bases["pretrain1"] / "config.json")])
-    assert blip2.main() == 0
+    assert lavis.main() == 0
     model = generate.load_model(out)
     blip2.load_processor(out, "pretrain1")
     ids, lengths = torch.tensor([2, 5, 9, 3, 2, 7, 3]), torch.tensor([4, 3])

@@ -18,7 +18,7 @@ import terminal
 from records import Conversation, ImageRef
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("train", "data", "generate", "evaluate", "merge", "bench", "convert_sat", "model_blip2", "serve")
+SCRIPTS = ("train", "data", "generate", "evaluate", "merge", "bench", "convert/sat", "convert/lavis", "serve")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ from tokenizers import AddedToken, Tokenizer, models
 
 import build
 import checkpoint
-import convert_sat
 import data
 import evaluate
 import generate
@@ -250,8 +249,8 @@ def test_merge_folds_the_adapter(glm_references, glm_base, tmp_path, mode, capsy
     assert all(n.startswith("transformer.layers.") for n in names)
     for qkv in ("split", "per_head"):  # the merged model in SAT's file and back, bit for bit
         sat, back = str(tmp_path / f"sat_{qkv}"), tmp_path / f"back_{qkv}"
-        convert_sat.main(["export", str(tmp_path / "merged"), sat, "--qkv", qkv])
-        convert_sat.main(["import", sat, str(back), "--qkv", qkv])
+        sat.main(["export", str(tmp_path / "merged"), sat, "--qkv", qkv])
+        sat.main(["import", sat, str(back), "--qkv", qkv])
         merged = {n: t for n, t in weights(tmp_path / "merged").items() if not n.endswith("inv_freq")}
         again = weights(back)
         assert again.keys() == merged.keys() and all(torch.equal(again[n], merged[n]) for n in merged)

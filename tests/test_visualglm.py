@@ -15,11 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-import convert_sat
 import lora
 import merge
 import model_visualglm as glm
 import vlm
+from convert import sat
 from engine import penalise_repetition, sampling_probs, seen_mask
 from generate import generate
 from quantize import quantize
@@ -462,7 +462,7 @@ def test_golden_lora_file_merges_into_packed_rows(variant, official_lora, tmp_pa
         merged, ((n, merge.merged_tensor(n, weights, scalings, tensors, None)) for n in weights)
     )
     checkpoint.write_json(merged / "config.json", checkpoint.read_config(base))
-    convert_sat.main(["export", str(merged), str(tmp_path / "sat"), "--qkv", "split"])
+    sat.main(["export", str(merged), str(tmp_path / "sat"), "--qkv", "split"])
     state = torch.load(tmp_path / "sat" / "1" / "mp_rank_00_model_states.pt", weights_only=True)["module"]
     expected = {
         n.removeprefix("lora.merged."): t for n, t in variant.sat_io.items() if n.startswith("lora.merged.")
@@ -496,8 +496,8 @@ def test_golden_sat_checkpoints_there_and_back(variant, tmp_path, qkv):
     """Ours -> SAT -> ours, bit for bit and with the same configuration; SAT's own file gives SAT's logits."""
     config = {**variant.config, "model_type": "chatglm"}
     base = write_checkpoint(tmp_path / "base", variant)
-    convert_sat.main(["export", str(base), str(tmp_path / "sat"), "--qkv", qkv])
-    convert_sat.main(["import", str(tmp_path / "sat"), str(tmp_path / "again"), "--qkv", qkv])
+    sat.main(["export", str(base), str(tmp_path / "sat"), "--qkv", qkv])
+    sat.main(["import", str(tmp_path / "sat"), str(tmp_path / "again"), "--qkv", qkv])
     again = checkpoint.open_weights(tmp_path / "again")
     kept = {n for n in variant.weights if not n.endswith("inv_freq")}
     assert again.names == kept and all(torch.equal(again.read(n), variant.weights[n]) for n in kept)
@@ -506,20 +506,18 @@ def test_golden_sat_checkpoints_there_and_back(variant, tmp_path, qkv):
     assert {**vars(back), "raw": None} == {**vars(before), "raw": None}
     state = torch.load(tmp_path / "sat" / "1" / "mp_rank_00_model_states.pt", weights_only=True)["module"]
     if variant.sat_weights is not None and qkv == "split":
-        assert state.keys() - variant.sat_weights.keys() <= set(convert_sat.LEFT_OUT)
-        assert all(
-            torch.equal(state[n], t) for n, t in variant.sat_weights.items() if n not in convert_sat.LEFT_OUT
-        )
+        assert state.keys() - variant.sat_weights.keys() <= set(sat.LEFT_OUT)
+        assert all(torch.equal(state[n], t) for n, t in variant.sat_weights.items() if n not in sat.LEFT_OUT)
     wrong = {"split": "per_head", "per_head": "split"}[qkv]
-    convert_sat.main(["import", str(tmp_path / "sat"), str(tmp_path / "wrong"), "--qkv", wrong])
+    sat.main(["import", str(tmp_path / "sat"), str(tmp_path / "wrong"), "--qkv", wrong])
     name = "transformer.layers.0.attention.query_key_value.weight"
     assert not torch.equal(checkpoint.open_weights(tmp_path / "wrong").read(name), variant.weights[name])
     with pytest.raises(ValueError, match="exists"):
-        convert_sat.main(["export", str(base), str(tmp_path / "sat"), "--qkv", qkv])
+        sat.main(["export", str(base), str(tmp_path / "sat"), "--qkv", qkv])
     del state["lm_head.weight" if "lm_head.weight" in state else "mixins.chatglm-final.lm_head.weight"]
     torch.save({"module": state}, tmp_path / "sat" / "1" / "mp_rank_00_model_states.pt")
     with pytest.raises(ValueError, match="missing mixins.chatglm-final.lm_head.weight"):
-        convert_sat.main(["import", str(tmp_path / "sat"), str(tmp_path / "third"), "--qkv", qkv])
+        sat.main(["import", str(tmp_path / "sat"), str(tmp_path / "third"), "--qkv", qkv])
 
 
 @torch.no_grad()

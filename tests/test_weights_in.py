@@ -21,12 +21,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-import convert_sat
 import data
 import generate
 import model_blip2 as blip2
 import model_qwen_vl as qwen
 import model_visualglm as glm
+from convert import lavis, sat
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = {
@@ -523,9 +523,7 @@ def test_sentencepiece_files(tmp_path):
 
 
 def sat_directory(tmp_path) -> Path:
-    convert_sat.main(
-        ["export", str(ROOT / "samples/tiny_visualglm"), str(tmp_path / "sat"), "--qkv", "split"]
-    )
+    sat.main(["export", str(ROOT / "samples/tiny_visualglm"), str(tmp_path / "sat"), "--qkv", "split"])
     return tmp_path / "sat"
 
 
@@ -544,7 +542,7 @@ def test_a_sat_checkpoint_with_random_states_is_imported(tmp_path):
         "buffer_names": [],
     }
     torch.save({**state, **training}, file)
-    convert_sat.main(["import", str(source), str(tmp_path / "back"), "--qkv", "split"])
+    sat.main(["import", str(source), str(tmp_path / "back"), "--qkv", "split"])
     weights = checkpoint.open_weights(tmp_path / "back")
     original = checkpoint.open_weights(ROOT / "samples/tiny_visualglm")
     assert all(torch.equal(weights.read(n), original.read(n)) for n in original)
@@ -566,13 +564,13 @@ def test_a_sat_checkpoint_with_random_states_is_imported(tmp_path):
     ):
         torch.save(bad, file)
         argv = ["import", str(source), str(tmp_path / "bad"), "--qkv", "split"]
-        refused("SAT checkpoint|plain|NaN|int8", convert_sat.main, argv)
+        refused("SAT checkpoint|plain|NaN|int8", sat.main, argv)
     assert not (tmp_path / "ran").exists() and not (tmp_path / "bad").exists()
     for folder in ("", "..", "/etc", "2"):
         (source / "latest").write_text(folder)
-        refused("latest", convert_sat.main, ["import", str(source), str(tmp_path / "bad"), "--qkv", "split"])
+        refused("latest", sat.main, ["import", str(source), str(tmp_path / "bad"), "--qkv", "split"])
     (source / "latest").unlink()
-    refused("latest", convert_sat.main, ["import", str(source), str(tmp_path / "bad"), "--qkv", "split"])
+    refused("latest", sat.main, ["import", str(source), str(tmp_path / "bad"), "--qkv", "split"])
 
 
 # ---- a vision tower that is not square
@@ -754,11 +752,11 @@ def test_tokenizer_and_config_that_do_not_belong_together(copy, kind, path, valu
 def test_damaged_lavis_files(tmp_path):
     out, file = tmp_path / "out", tmp_path / "x.pth"
     config = checkpoint.read_config(ROOT / "samples/tiny_blip2")
-    state = blip2.to_lavis(blip2.read_model(ROOT / "samples/tiny_blip2"))
+    state = lavis.to_lavis(lavis.read_model(ROOT / "samples/tiny_blip2"))
 
     def import_lavis(saved):
         torch.save(saved, file)
-        blip2.write_model(out, config, blip2.read_lavis(file), None)
+        lavis.write_model(out, config, lavis.read_lavis(file), None)
 
     import_lavis({"model": state})
     assert checkpoint.open_weights(out).names == checkpoint.open_weights(ROOT / "samples/tiny_blip2").names

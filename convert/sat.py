@@ -1,7 +1,7 @@
 """VisualGLM checkpoints of SwissArmyTransformer (SAT), in and out.
 
-    python convert_sat.py import visualglm-6b-sat visualglm-6b --qkv split --tokenizer chatglm-6b
-    python convert_sat.py export merged merged-sat --qkv split
+    python convert/sat.py import visualglm-6b-sat visualglm-6b --qkv split --tokenizer chatglm-6b
+    python convert/sat.py export merged merged-sat --qkv split
 
 A SAT directory holds `latest`, model_config.json and `1/mp_rank_00_model_states.pt`. The rows of the language
 model's query_key_value are [all q | all k | all v] (`--qkv split`, SAT >= 0.4, the download since July 2023)
@@ -9,11 +9,14 @@ or per head q, k, v (`--qkv per_head`, SAT 0.3 and the first download); nothing 
 wrong one gives nonsense. Memory: the checkpoint once.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import python_version  # noqa: F401  (first: it says which Python is needed)
 
 import os
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch

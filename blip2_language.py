@@ -1,0 +1,380 @@
+"""BLIP-2's language models: OPT and Flan-T5, on a stream of tokens.
+
+    python generate.py --model_name_or_path blip2-flan-t5-xl --image a.png --prompt "a photo of"
+
+`hidden` takes the embedded stream through the blocks. Flan-T5 divides it into the encoder's and the decoder's
+tokens; OPT's positions are learned, Flan-T5's a bias of the attention. Numerics are transformers', dropout
+aside: it acts on hidden states only, as in model_blip2.py.
+"""
+
+import math
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import parallel
+from checkpoint import Depth, Epsilon, Share, Size, TokenId
+from dropout import Dropout, dropout_rows
+from kernels.attention import attention
+from kernels.norm import rms_norm
+
+
+@dataclass
+class OPTConfig:
+    vocab_size: Size = 50272
+    hidden_size: Size = 768
+    num_hidden_layers: Depth = 12
+    num_attention_heads: Size = 12
+    ffn_dim: Size = 3072
+    max_position_embeddings: Size = 2048
+    dropout: Share = 0.1
+    pad_token_id: TokenId = 1
+    bos_token_id: TokenId = 2
+    eos_token_id: TokenId = 2  # answers end at a line break, whatever it says
+    tie_word_embeddings: bool = True  # in every published file
+
+
+@dataclass
+class T5Config:
+    vocab_size: Size = 32128
+    d_model: Size = 512
+    d_kv: Size = 64
+    d_ff: Size = 2048
+    num_layers: Depth = 6
+    num_decoder_layers: Depth | None = None
+    num_heads: Size = 8
+    relative_attention_num_buckets: Annotated[int, 4, 1 << 20] = 32
+    relative_attention_max_distance: Size = 128
+    dropout_rate: Share = 0.1
+    layer_norm_epsilon: Epsilon = 1e-6
+    # the published BLIP-2 configs say gelu: the exact one, unlike Flan-T5's own
+    dense_act_fn: Literal["gelu", "gelu_new"] = "gelu_new"
+    pad_token_id: TokenId = 0  # also what the decoder starts with
+    eos_token_id: TokenId = 1
+
+
+def segments(lengths: Tensor) -> Tensor:
+    """(S,) lengths -> (S+1,) int32 cumulative, on the host."""
+    return F.pad(lengths.cpu().cumsum(0), (1, 0)).int()
+
+
+# --------------------------------------------------------------------------------------------------
+# OPT (arXiv:2205.01068)
+
+
+@dataclass
+class Context:
+    """What every block of one forward pass shares."""
+
+    cu_seqlens: Tensor  # (S+1,) int32, host
+    max_len: int
+    keys: Tensor | None  # (T,) dropout keys of the rows
+    cache: object | None = None  # engine.KVCache
+    # T5 only
+    memory: Tensor | None = (
+        None  # (Te, C) encoder output; None in a decoding step: its keys and values are cached
+    )
+    memory_cu_seqlens: Tensor | None = None
+    memory_keys: Tensor | None = None  # (Te,)
+    # .bias (H, Lq, Lk), made by a stack's first block for all of them; fully_shard copies a dataclass, but
+    # not this
+    shared: SimpleNamespace = field(default_factory=SimpleNamespace)
+
+
+class OPTAttention(nn.Module):
+    def __init__(self, config: OPTConfig, layer: int):
+        super().__init__()
+        C = config.hidden_size
+        self.layer, self.head_dim = layer, C // config.num_attention_heads
+        self.k_proj = nn.Linear(C, C)
+        self.v_proj = nn.Linear(C, C)
+        self.q_proj = nn.Linear(C, C)
+        self.out_proj = nn.Linear(C, C)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        x = parallel.copy_to_tp(x, self.q_proj)
+        q, k, v = (
+            layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if ctx.cache is None:
+            o = attention(q, k, v, ctx.cu_seqlens, ctx.cu_seqlens, ctx.max_len, causal=True)
+        else:
+            o = ctx.cache.attend(self.layer, q, k, v, ctx.cu_seqlens, ctx.max_len)
+        return self.out_proj(o.flatten(1))
+
+
+class OPTBlock(nn.Module):
+    def __init__(self, config: OPTConfig, layer: int):
+        super().__init__()
+        C = config.hidden_size
+        self.self_attn = OPTAttention(config, layer)
+        self.self_attn_layer_norm = nn.LayerNorm(C)
+        self.fc1 = nn.Linear(C, config.ffn_dim)
+        self.fc2 = nn.Linear(config.ffn_dim, C)
+        self.final_layer_norm = nn.LayerNorm(C)
+        self.dropout1, self.dropout2 = Dropout(config.dropout), Dropout(config.dropout)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        x = x + self.dropout1(self.self_attn(self.self_attn_layer_norm(x), ctx), ctx.keys)
+        y = parallel.copy_to_tp(self.final_layer_norm(x), self.fc1)
+        return x + self.dropout2(self.fc2(F.relu(self.fc1(y))), ctx.keys)
+
+
+class OPT(nn.Module):
+    """The vocabulary projection is the word embedding itself, unless tie_word_embeddings is false."""
+
+    POSITION_OFFSET = 2  # the published table begins with two rows that no real token uses
+
+    def __init__(self, config: OPTConfig):
+        super().__init__()
+        C = config.hidden_size
+        self.model = nn.Module()
+        self.model.decoder = decoder = nn.Module()
+        decoder.embed_tokens = nn.Embedding(config.vocab_size, C)
+        decoder.embed_positions = nn.Embedding(config.max_position_embeddings + self.POSITION_OFFSET, C)
+        decoder.final_layer_norm = nn.LayerNorm(C)
+        decoder.layers = nn.ModuleList(OPTBlock(config, i) for i in range(config.num_hidden_layers))
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(C, config.vocab_size, bias=False)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.model.decoder.layers
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        return self.model.decoder.embed_tokens(input_ids)
+
+    def add_positions(self, x: Tensor, batch: dict) -> Tensor:
+        return x + self.model.decoder.embed_positions(batch["position_ids"] + self.POSITION_OFFSET)
+
+    def hidden(self, x: Tensor, batch: dict, keys: Tensor | None, blocks=None) -> Tensor:
+        ctx = Context(batch["cu_seqlens"], batch["max_len"], keys, batch.get("cache"))
+        with dropout_rows(keys):
+            for block in self.blocks if blocks is None else blocks:
+                x = block(x, ctx)
+        return x
+
+    def targets(self, batch: dict) -> Tensor:
+        return batch["targets"]
+
+    def last_rows(self, batch: dict) -> Tensor:
+        return batch["cu_seqlens"][1:] - 1
+
+    def norm(self, x: Tensor) -> Tensor:
+        return self.model.decoder.final_layer_norm(x)
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.lm_head.weight if hasattr(self, "lm_head") else self.model.decoder.embed_tokens.weight
+
+
+# --------------------------------------------------------------------------------------------------
+# Flan-T5 (arXiv:1910.10683, arXiv:2210.11416). In the stream a segment holds the encoder's tokens, then the
+# decoder's, which begin with its start token (id 0); that token stands nowhere else, so it is where the
+# stream is divided.
+
+T5_ACTIVATIONS = {"gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh")}
+
+
+class T5Norm(nn.Module):
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.d_model))
+        self.eps = config.layer_norm_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+def t5_buckets(distance: Tensor, bidirectional: bool, num_buckets: int, max_distance: int) -> Tensor:
+    """Distance key - query -> bucket: exact when near, logarithmic up to max_distance; half of them for each
+    sign if both are seen."""
+    bucket = torch.zeros_like(distance)
+    if bidirectional:
+        num_buckets //= 2
+        bucket = (distance > 0).long() * num_buckets
+        distance = distance.abs()
+    else:
+        distance = (-distance).clamp(min=0)
+    exact = num_buckets // 2
+    far = (
+        torch.log(distance.float().clamp(min=1) / exact)
+        / math.log(max_distance / exact)
+        * (num_buckets - exact)
+    )
+    far = (exact + far.long()).clamp(max=num_buckets - 1)
+    return bucket + torch.where(distance < exact, distance, far)
+
+
+class T5Attention(nn.Module):
+    def __init__(self, config: T5Config, layer: int, decoder: bool, with_bias: bool = False):
+        super().__init__()
+        C, inner = config.d_model, config.num_heads * config.d_kv
+        self.layer, self.decoder, self.head_dim = layer, decoder, config.d_kv
+        self.num_buckets, self.max_distance = (
+            config.relative_attention_num_buckets,
+            config.relative_attention_max_distance,
+        )
+        self.q = nn.Linear(C, inner, bias=False)
+        self.k = nn.Linear(C, inner, bias=False)
+        self.v = nn.Linear(C, inner, bias=False)
+        self.o = nn.Linear(inner, C, bias=False)
+        self.relative_attention_bias = nn.Embedding(self.num_buckets, config.num_heads) if with_bias else None
+
+    def bias(self, first: int, length: int, device: torch.device) -> Tensor:
+        """(H, length - first, length), queries from position `first`
+        on; -inf on what a decoder may not see."""
+        key = torch.arange(length, device=device)
+        distance = key - key[first:, None]
+        buckets = t5_buckets(distance, not self.decoder, self.num_buckets, self.max_distance)
+        bias = self.relative_attention_bias(buckets).permute(2, 0, 1)
+        return bias.masked_fill(distance > 0, float("-inf")) if self.decoder else bias
+
+    def project(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        return layer(x).unflatten(-1, (-1, self.head_dim))
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        if self.relative_attention_bias is not None:
+            first = 0 if ctx.cache is None else ctx.cache.longest_past()
+            ctx.shared.bias = self.bias(first, first + ctx.max_len, x.device)
+        x = parallel.copy_to_tp(x, self.q)
+        q, k, v = (self.project(layer, x) for layer in (self.q, self.k, self.v))
+        q = q * q.shape[-1] ** 0.5  # T5 does not scale its scores, attention() does
+        bias = ctx.shared.bias.to(q.dtype)
+        if ctx.cache is not None:
+            o = ctx.cache.attend(self.layer, q, k, v, ctx.cu_seqlens, ctx.max_len, bias=bias)
+        else:
+            o = attention(q, k, v, ctx.cu_seqlens, ctx.cu_seqlens, ctx.max_len, causal=False, bias=bias)
+        return self.o(o.flatten(1))
+
+    def cross(self, x: Tensor, ctx: Context) -> Tensor:
+        """Attention to the encoder's output, all of it seen."""
+        q = self.project(self.q, parallel.copy_to_tp(x, self.q))
+        q, k, v = q * q.shape[-1] ** 0.5, None, None
+        if ctx.memory is not None:
+            memory = parallel.copy_to_tp(ctx.memory, self.k)
+            with dropout_rows(ctx.memory_keys):
+                k, v = self.project(self.k, memory), self.project(self.v, memory)
+        if ctx.cache is not None:
+            o = ctx.cache.attend_memory(self.layer, q, k, v, ctx.cu_seqlens, ctx.memory_cu_seqlens)
+        else:
+            lengths = ctx.max_len, int(ctx.memory_cu_seqlens.diff().max())
+            o = attention(q, k, v, ctx.cu_seqlens, ctx.memory_cu_seqlens, max(lengths), causal=False)
+        return self.o(o.flatten(1))
+
+
+class T5MLP(nn.Module):
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.wi_0 = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.act, self.dropout = T5_ACTIVATIONS[config.dense_act_fn], Dropout(config.dropout_rate)
+
+    def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
+        x = parallel.copy_to_tp(x, self.wi_0)
+        x = self.act(self.wi_0(x)) * self.wi_1(x)
+        return self.wo(self.dropout(x, keys, parallel.first_channel(x.shape[-1])))
+
+
+class T5Sublayer(nn.Module):
+    def __init__(self, config: T5Config, name: str, inner: nn.Module):
+        super().__init__()
+        self.add_module(name, inner)
+        self.layer_norm = T5Norm(config)
+        self.dropout = Dropout(config.dropout_rate)
+
+
+class T5Block(nn.Module):
+    def __init__(self, config: T5Config, layer: int, decoder: bool):
+        super().__init__()
+        sublayers = [
+            T5Sublayer(config, "SelfAttention", T5Attention(config, layer, decoder, with_bias=layer == 0))
+        ]
+        if decoder:
+            sublayers.append(T5Sublayer(config, "EncDecAttention", T5Attention(config, layer, decoder)))
+        self.layer = nn.ModuleList([*sublayers, T5Sublayer(config, "DenseReluDense", T5MLP(config))])
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        own, *cross, mlp = self.layer
+        x = x + own.dropout(own.SelfAttention(own.layer_norm(x), ctx), ctx.keys)
+        for sub in cross:
+            x = x + sub.dropout(sub.EncDecAttention.cross(sub.layer_norm(x), ctx), ctx.keys)
+        return x + mlp.dropout(mlp.DenseReluDense(mlp.layer_norm(x), ctx.keys), ctx.keys)
+
+
+class T5Stack(nn.Module):
+    def __init__(self, config: T5Config, num_layers: int, decoder: bool):
+        super().__init__()
+        self.block = nn.ModuleList(T5Block(config, i, decoder) for i in range(num_layers))
+        self.final_layer_norm = T5Norm(config)
+        self.dropout_in, self.dropout_out = Dropout(config.dropout_rate), Dropout(config.dropout_rate)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        x = self.dropout_in(x, ctx.keys)
+        with dropout_rows(ctx.keys):
+            for block in self.block:
+                x = block(x, ctx)
+        return self.dropout_out(self.final_layer_norm(x), ctx.keys)
+
+
+class T5(nn.Module):
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.start = config.pad_token_id
+        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.encoder = T5Stack(config, config.num_layers, decoder=False)
+        self.decoder = T5Stack(config, config.num_decoder_layers, decoder=True)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return [*self.encoder.block, *self.decoder.block]
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        return self.shared(input_ids)
+
+    def add_positions(self, x: Tensor, batch: dict) -> Tensor:
+        return x  # they are in the attention's bias
+
+    def decoder_rows(self, batch: dict) -> Tensor:
+        """(T,) bool: rows of the stream from their segment's start token on."""
+        starts = (batch["input_ids"] == self.start).int()
+        before = starts.cumsum(0)
+        lengths = batch["cu_seqlens"].diff().to(before.device)
+        first = batch["cu_seqlens"][:-1].to(before.device).long()
+        return before > (before - starts)[first].repeat_interleave(lengths)
+
+    def hidden(self, x: Tensor, batch: dict, keys: Tensor | None, blocks=None) -> Tensor:
+        """(T, C) -> the decoder's rows (Td, C), normalised. `blocks`: all of them, always."""
+        cache = batch.get("cache")
+        if cache is not None and not cache.encode:  # a decoding step: decoder tokens only
+            return self.decoder(x, Context(batch["cu_seqlens"], batch["max_len"], keys, cache))
+        in_decoder = self.decoder_rows(batch)
+        rows = (~in_decoder).nonzero()[:, 0], in_decoder.nonzero()[:, 0]
+        cu_seqlens = batch["cu_seqlens"].to(x.device).long()
+        decoder_lengths = F.pad(in_decoder.long().cumsum(0), (1, 0))[cu_seqlens].diff()
+        cu = segments(cu_seqlens.diff() - decoder_lengths), segments(decoder_lengths)
+        row_keys = [None if keys is None else keys[r] for r in rows]
+        memory = self.encoder(x[rows[0]], Context(cu[0], int(cu[0].diff().max()), row_keys[0]))
+        ctx = Context(cu[1], int(cu[1].diff().max()), row_keys[1], cache, memory, cu[0], row_keys[0])
+        return self.decoder(x[rows[1]], ctx)
+
+    def targets(self, batch: dict) -> Tensor:
+        return batch["targets"][self.decoder_rows(batch)]
+
+    def last_rows(self, batch: dict) -> Tensor:
+        """Rows of hidden()'s result: in a prompt and in a step the
+        decoder holds one token of each segment."""
+        return torch.arange(len(batch["cu_seqlens"]) - 1)
+
+    def norm(self, x: Tensor) -> Tensor:
+        return x  # hidden() did it
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.lm_head.weight

@@ -1,0 +1,381 @@
+"""BLIP-2's stage 1 and retrieval: the Q-Former with a text branch, contrasted, matched and captioned.
+
+    python train.py --model blip2 --stage pretrain1 --output_dir output_stage1
+    python evaluate.py --model_name_or_path samples/blip2_stage1 --name coco_caption \\
+        --image_root samples --data_files samples/caption/captions_val_en.json
+
+The model of a config.json whose Q-Former takes text (`use_qformer_text_input`). model_blip2.build_model makes
+it; the vision tower and the Q-Former are that file's. Numerics follow LAVIS (2023), arXiv:2301.12597 sec. 3.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import parallel
+from blip2_language import segments
+from dropout import dropout_rows, mix, name_dropouts
+from kernels.linear_cross_entropy import IGNORE_INDEX
+from model_blip2 import (
+    Blip2Config,
+    QFormer,
+    QFormerConfig,
+    QFormerContext,
+    VisionModel,
+    encode_queries,
+    init_weights,
+    spread_keys,
+)
+from vlm import Batch
+
+
+def interleave(Q: int, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of queries (N*Q,) and of text, and cu_seqlens, of N segments with Q queries and then lengths[n]
+    text tokens."""
+    device, N = lengths.device, len(lengths)
+    cu_seqlens = segments(lengths + Q)
+    starts = cu_seqlens[:-1].to(device).long()
+    query_rows = (starts[:, None] + torch.arange(Q, device=device)).flatten()
+    text_rows = torch.arange(int(lengths.sum()), device=device)
+    return (
+        query_rows,
+        text_rows + Q * (1 + torch.arange(N, device=device)).repeat_interleave(lengths),
+        cu_seqlens,
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Stage 1 and retrieval. A segment of the stream is Q slots (queries) and then [CLS] text [SEP].
+
+
+class LMPredictions(nn.Module):
+    """BERT's head; its vocabulary matrix is the word embedding."""
+
+    def __init__(self, config: QFormerConfig):
+        super().__init__()
+        C = config.hidden_size
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.transform = nn.Module()
+        self.transform.dense = nn.Linear(C, C)
+        self.transform.LayerNorm = nn.LayerNorm(C, eps=config.layer_norm_eps)
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(self.transform.LayerNorm(F.gelu(self.transform.dense(x))), weight, self.bias)
+
+
+class Blip2Qformer(nn.Module):
+    prefill = "alone"  # a prompt enters the engine whole, without running sequences: queries see one another
+    LOSSES = ("itc", "itm", "lm")
+    pipeline_obstacle = "stage=pretrain1 passes a picture's features to every layer in several passes"
+    position_step, position_axes = 1, 1
+    encoder_decoder = False
+    MASKED = -10000.0  # added to similarities that may not be drawn
+    SMOOTHING = 0.1  # of contrastive and language-modelling targets
+
+    def __init__(self, config: Blip2Config):
+        super().__init__()
+        self.config = config
+        q, C = config.qformer, config.qformer.hidden_size
+        self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, C))
+        self.vision_model = VisionModel(config.vision)
+        self.qformer = QFormer(q)
+        self.embeddings = nn.Module()
+        self.embeddings.word_embeddings = nn.Embedding(q.vocab_size, C)
+        self.embeddings.position_embeddings = nn.Embedding(q.max_position_embeddings, C)
+        self.vision_projection = nn.Linear(C, config.image_text_hidden_size)
+        self.text_projection = nn.Linear(C, config.image_text_hidden_size)
+        self.itm_head = nn.Linear(C, 2)
+        if config.stage1_heads:
+            self.temp = nn.Parameter(
+                torch.full((1,), 0.07)
+            )  # LAVIS's has no dimension, which fully_shard can't take
+            self.cls = nn.Module()
+            self.cls.predictions = LMPredictions(q)
+        name_dropouts(self)
+
+    @property
+    def num_image_tokens(self) -> int:
+        return self.config.num_query_tokens
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.config.vision.image_size, self.config.vision.image_size
+
+    @property
+    def decoder_start(self) -> int:
+        return self.config.qformer.vocab_size - 1  # [DEC], added behind BERT's vocabulary
+
+    @property
+    def blocks(self) -> list:
+        # a layer is used by three passes a step: it is sharded and recomputed with the whole, not alone
+        return []
+
+    @property
+    def vision_blocks(self) -> nn.ModuleList:
+        return self.vision_model.encoder.layers
+
+    def embed_text(self, ids: Tensor, positions: Tensor) -> Tensor:
+        return self.embeddings.word_embeddings(ids) + self.embeddings.position_embeddings(positions)
+
+    def embed(self, batch: dict) -> Tensor:
+        """(T, C): queries in the slots; text positions count from the segment's first text token."""
+        x = self.embed_text(batch["input_ids"], (batch["position_ids"] - self.num_image_tokens).clamp(min=0))
+        slots = batch.get("image_positions")
+        if slots is not None and len(slots):
+            x = x.index_copy(
+                0, slots.flatten(), self.query_tokens.expand(len(slots), -1, -1).flatten(0, 1).to(x.dtype)
+            )
+        return x
+
+    def hidden(self, batch: dict, image: Tensor | None = None) -> Tensor:
+        """The language-modelling pass: queries see queries, text sees
+        queries and the text before it. (T, C)"""
+        slots, Q, cu_seqlens = batch.get("image_positions"), self.num_image_tokens, batch["cu_seqlens"]
+        query_rows, text_rows, prefix = (
+            None,
+            torch.arange(len(batch["input_ids"]), device=batch["input_ids"].device),
+            0,
+        )
+        if slots is not None and len(slots):
+            image = batch.get("image_features") if image is None else image
+            if image is None:
+                with dropout_rows(batch.get("image_dropout_keys"), len(batch["pixel_values"])):
+                    image = self.vision_model(batch["pixel_values"])
+            is_text = torch.ones(len(text_rows), dtype=torch.bool, device=text_rows.device)
+            query_rows, prefix = slots.flatten(), Q
+            is_text[query_rows] = False
+            text_rows = text_rows[is_text]
+        prefix_lens = torch.full((len(cu_seqlens) - 1,), prefix)
+        keys = batch.get("dropout_keys") if self.training else None
+        image_keys = None if keys is None else batch["image_dropout_keys"]
+        ctx = QFormerContext(
+            cu_seqlens,
+            batch["max_len"],
+            query_rows,
+            text_rows,
+            image,
+            prefix_lens,
+            keys,
+            image_keys,
+            batch.get("cache"),
+        )
+        return self.qformer(self.embed(batch), ctx)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.cls.predictions(x, self.embeddings.word_embeddings.weight)
+
+    def encode_text(self, ids: Tensor, lengths: Tensor, keys: Tensor | None = None) -> Tensor:
+        """Text alone (T,), both directions -> (T, C)."""
+        positions = torch.arange(len(ids), device=ids.device)
+        cu_seqlens = segments(lengths)
+        positions = positions - cu_seqlens[:-1].to(ids.device).repeat_interleave(lengths)
+        rows = torch.arange(len(ids), device=ids.device)
+        ctx = QFormerContext(cu_seqlens, int(lengths.max()), None, rows, None, keys=keys)
+        return self.qformer(self.embed_text(ids, positions), ctx)
+
+    def match(self, image: Tensor, ids: Tensor, lengths: Tensor, keys: Tensor | None = None) -> Tensor:
+        """Matching logits (S, 2) of picture s (S, P, W) with text s:
+        the mean over the queries, who see both."""
+        queries = self.multimodal(image, ids, lengths, keys)
+        with dropout_rows(keys, len(queries)):
+            return self.itm_head(queries).mean(1)
+
+    def multimodal(self, image: Tensor, ids: Tensor, lengths: Tensor, keys: Tensor | None = None) -> Tensor:
+        """Query outputs (S, Q, C) of queries and text that see each other, both directions."""
+        S, Q, C = len(image), *self.query_tokens.shape[1:]
+        query_rows, text_rows, cu_seqlens = interleave(Q, lengths)
+        starts = segments(lengths)[:-1].to(ids.device)
+        positions = torch.arange(len(ids), device=ids.device) - starts.repeat_interleave(lengths)
+        text = self.embed_text(ids, positions)
+        x = text.new_empty(S * Q + len(ids), C).index_copy(0, text_rows, text)
+        x = x.index_copy(0, query_rows, self.query_tokens.expand(S, -1, -1).flatten(0, 1).to(text.dtype))
+        longest, pair_keys = int(cu_seqlens.diff().max()), keys
+        if keys is not None:  # (S,) -> one per row: the longest segment's worth, cut to each
+            table = spread_keys(keys, longest, salt=3).view(S, longest)
+            keys = table[torch.arange(longest, device=ids.device) < (lengths + Q)[:, None]]
+        ctx = QFormerContext(
+            cu_seqlens, longest, query_rows, text_rows, image, keys=keys, image_keys=pair_keys
+        )
+        return self.qformer(x, ctx)[query_rows].unflatten(0, (S, Q))
+
+    def image_features(self, queries: Tensor) -> Tensor:
+        """(N, Q, C) -> (N, Q, E), unit length."""
+        return F.normalize(self.vision_projection(queries), dim=-1)
+
+    def text_features(self, text: Tensor, lengths: Tensor) -> Tensor:
+        """Encoded text -> (S, E) of the first tokens, unit length."""
+        return F.normalize(self.text_projection(text[segments(lengths)[:-1].to(text.device).long()]), dim=-1)
+
+    def encode_pictures(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, 3, H, W) -> what match() takes (N, P, W), and image_features() of the queries alone."""
+        image = self.vision_model(pixel_values)
+        return image, self.image_features(encode_queries(self, image))
+
+    @staticmethod
+    def text_of(batch: dict) -> tuple[Tensor, Tensor]:
+        """The text rows' places in the stream, and how many each segment has."""
+        is_text = torch.ones(len(batch["input_ids"]), dtype=torch.bool, device=batch["input_ids"].device)
+        is_text[batch["image_positions"].flatten()] = False
+        cu_seqlens = batch["cu_seqlens"].to(is_text.device).long()
+        return is_text.nonzero()[:, 0], F.pad(is_text.long().cumsum(0), (1, 0))[cu_seqlens].diff()
+
+    def loss_counts(self, batch: dict) -> list[int]:
+        """What each of LOSSES is a sum over: pictures, pairs, tokens."""
+        B = len(batch["image_positions"])
+        return [B, 3 * B, batch["num_supervised"]]
+
+    def draw(self, scores: Tensor, rows: Tensor, columns: Tensor, purpose: int) -> Tensor:
+        """(B,) one column a row, drawn with probabilities softmax(scores) (B, M).
+
+        By adding Gumbel noise that is a hash of the two samples' keys: no number of ranks or their order
+        changes it.
+        """
+        rows, columns = (mix((k ^ (k >> 32)).to(torch.int32)) for k in (rows, columns))
+        bits = mix(mix(rows[:, None] + purpose) ^ columns)  # int32 (B, M)
+        uniform = (bits.double() + 2**31 + 0.5) / 2**32
+        return (scores.double() - (-uniform.log()).log()).argmax(1)
+
+    def losses(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """Summed losses (3,) as in LOSSES, and (S, 3, 2): sum and count of each segment (detached). all ranks
+
+        The batch of all ranks is what pictures and texts are contrasted in. `image_ids` (S,), optional: pairs
+        of the same picture are positives of each other and never negatives.
+        """
+        weight = 1.0
+        if not len(
+            batch["image_positions"]
+        ):  # this rank has no sample left, but the others wait for it: a blank one, times 0
+            batch, weight = self.blank(batch), 0.0
+        B, device = len(batch["image_positions"]), batch["input_ids"].device
+        real = B if weight else 0
+        rows, lengths = self.text_of(batch)
+        ids, keys = batch["input_ids"][rows], batch["image_dropout_keys"]
+        dropout = keys if self.training else None
+        with dropout_rows(dropout, len(batch["pixel_values"])):
+            image = self.vision_model(batch["pixel_values"])
+
+        # a caption begins with [DEC] where it is generated; queries don't see it, so this pass gives them
+        # what one without text would
+        started = batch["input_ids"].index_fill(
+            0, rows[segments(lengths)[:-1].to(device).long()], self.decoder_start
+        )
+        x = self.hidden({**batch, "input_ids": started}, image)
+        with dropout_rows(dropout, B):
+            image_feats = self.image_features(x[batch["image_positions"]])  # (B, Q, E)
+        text_keys = None if dropout is None else batch["dropout_keys"][rows] + 1
+        encoded = self.encode_text(ids, lengths, text_keys)
+        with dropout_rows(dropout, B):
+            text_feats = self.text_features(encoded, lengths)  # (B, E)
+
+        # contrast: the gathered side is detached, also in one process, as in LAVIS: each direction trains one
+        # side
+        all_images, first = parallel.gather_rows(image_feats[:real].detach())
+        all_texts, _ = parallel.gather_rows(text_feats[:real].detach())
+        sim_i2t = torch.einsum("bqe,me->bmq", image_feats, all_texts).amax(-1) / self.temp  # (B, M)
+        sim_t2i = torch.einsum("be,mqe->bmq", text_feats, all_images).amax(-1) / self.temp
+        M = len(all_texts)
+        image_ids = batch.get("image_ids")
+        own = torch.arange(first, first + B, device=device)
+        if image_ids is None:
+            same = F.one_hot(own.clamp(max=M - 1), M).bool()
+        else:
+            same = image_ids[:, None] == parallel.gather_rows(image_ids[:real])[0]
+        targets = same / same.sum(1, keepdim=True) * (1 - self.SMOOTHING) + self.SMOOTHING / M
+        itc = (
+            -(targets * (sim_i2t.float().log_softmax(-1) + sim_t2i.float().log_softmax(-1))).sum(1) / 2
+        )  # (B,)
+
+        # matching: true pairs, hard negative pictures, hard negative texts
+        all_keys, _ = parallel.gather_rows(keys[:real])
+        with torch.no_grad():
+            negative_image, negative_text = (
+                self.draw(sim.masked_fill(same, self.MASKED).float().log_softmax(-1), keys, all_keys, purpose)
+                for purpose, sim in ((1, sim_t2i), (2, sim_i2t))
+            )
+        every_image, _ = parallel.gather_rows(image[:real], differentiable=True)
+        every_ids, every_length = self.gather_text(ids, lengths, real)
+        pairs = torch.cat((own.clamp(max=M - 1), own.clamp(max=M - 1), negative_text))  # texts
+        pair_ids, pair_lengths = every_ids[pairs], every_length[pairs]
+        pair_ids = pair_ids[torch.arange(pair_ids.shape[1], device=device) < pair_lengths[:, None]]
+        pictures = torch.cat((image, every_image[negative_image], image))
+        pair_keys = None if dropout is None else torch.cat((dropout, dropout + 1, dropout + 2))
+        matched = self.match(pictures, pair_ids, pair_lengths, pair_keys)  # (3B, 2)
+        labels = torch.ones(3 * B, dtype=torch.long, device=device)
+        labels[B:] = 0
+        itm = F.cross_entropy(matched.float(), labels, reduction="none").view(3, B)
+        # a pair that is alone, or among pairs of its own picture, has no negative: what was drawn is its
+        # positive
+        itm = itm[0] + itm[1:].sum(0) * (~same).any(1)  # (B,)
+
+        predicted = (batch["targets"] != IGNORE_INDEX).nonzero()[:, 0]
+        with dropout_rows(None if dropout is None else batch["dropout_keys"][predicted]):
+            predictions = self.logits(x[predicted]).float()
+        lm = F.cross_entropy(
+            predictions, batch["targets"][predicted], reduction="none", label_smoothing=self.SMOOTHING
+        )
+        segment = torch.bucketize(predicted, batch["cu_seqlens"][1:].to(device), right=True)
+        lm_sums, lm_counts = torch.zeros(2, B, device=device)
+        lm_sums = lm_sums.index_add(0, segment, lm)
+        lm_counts = lm_counts.index_add(0, segment, torch.ones_like(lm))
+        sums = torch.stack((itc, itm, lm_sums), dim=1)  # (B, 3)
+        counts = torch.stack(
+            (torch.ones(B, device=device), torch.full((B,), 3.0, device=device), lm_counts), dim=1
+        )
+        return sums.sum(0) * weight, torch.stack((sums.detach(), counts), dim=-1) * weight
+
+    def blank(self, batch: dict) -> dict:
+        """A batch of one sample without meaning."""
+        Q, device = self.num_image_tokens, batch["input_ids"].device
+        ids = torch.zeros(Q + 2, dtype=torch.long, device=device)
+        zero = torch.zeros(1, dtype=torch.long, device=device)
+        return {
+            **batch,
+            "input_ids": ids,
+            "targets": torch.cat((ids[:-1] + IGNORE_INDEX, zero)),
+            "max_len": Q + 2,
+            "position_ids": torch.arange(Q + 2, device=device),
+            "cu_seqlens": torch.tensor([0, Q + 2], dtype=torch.int32),
+            "image_positions": torch.arange(Q, device=device)[None],
+            "dropout_keys": ids,
+            "image_dropout_keys": zero,
+        }
+
+    @staticmethod
+    def gather_text(ids: Tensor, lengths: Tensor, real: int) -> tuple[Tensor, Tensor]:
+        """The texts of all ranks as (M, L) with pads, and their lengths (M,). all ranks"""
+        longest = parallel.largest(int(lengths.max()), ids.device)
+        padded = torch.zeros(len(lengths), longest, dtype=torch.long, device=ids.device)
+        padded[torch.arange(longest, device=ids.device) < lengths[:, None]] = ids
+        return parallel.gather_rows(padded[:real])[0], parallel.gather_rows(lengths[:real])[0]
+
+    def forward(self, batch: dict, output: str = "loss", x: None = None, blocks: None = None):
+        """`output`: "loss" as losses(); "logits" (S, V) of each segment's last position (captioning with
+        stage 1 alone); "itc" (S, S) similarities of every picture with every text; "itm" (S,) probability
+        that picture and text match. `x`, `blocks`: a pipeline's, for which this model has no stages."""
+        assert x is None and blocks is None, "stage 1 has no pipeline stages"
+        if output == "features":
+            return self.encode_images(batch["pixel_values"])
+        if output == "logits":
+            x = self.hidden(batch)
+            return self.logits(x[batch["cu_seqlens"][1:].to(x.device) - 1])
+        if output == "loss":
+            return self.losses(batch)
+        rows, lengths = self.text_of(batch)
+        (image, image_feats), ids = self.encode_pictures(batch["pixel_values"]), batch["input_ids"][rows]
+        if output == "itm":
+            return self.match(image, ids, lengths).softmax(-1)[:, 1]
+        text_feats = self.text_features(self.encode_text(ids, lengths), lengths)
+        return torch.einsum("bqe,me->bmq", image_feats, text_feats).amax(-1)
+
+    def encode_images(self, pixel_values: Tensor, keys: Tensor | None = None) -> Tensor:
+        """The tower's output (N, P, W): the queries look at it in every pass anew."""
+        return self.vision_model(pixel_values)
+
+    def head(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.losses(batch)  # of three passes of its own, not of one hidden state
+
+    def cache_group(self, length: int) -> int:
+        return 0
+
+    def init_weights(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
+        init_weights(self.config, name, tensor, generator)
