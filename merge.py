@@ -176,14 +176,15 @@ def check_logits(definition: vlm.Model, base: Path, adapter: Path, merged: Path)
     return {"logits_vs_adapter": largest, "logits_vs_base": from_base}
 
 
-def example(adapter: Path) -> str:
+def example(adapter: Path, merged: str) -> str:
     """A question that the adapter was trained on, as options of generate.py; a plain one if that is not
     known."""
     for directory in (adapter, adapter.parent):  # a run, or its checkpoint-N
         with contextlib.suppress(ValueError, OSError, TypeError, AttributeError, KeyError):
             config = checkpoint.read_json(directory / "train_config.json", "")
             entry = data.Entry((config["dataset"] or data.DEFAULT_DATASET)["train"][0])
-            return terminal.example_request(entry.conversations(0)[0])
+            processor = data.load_processor(merged, config["stage"])
+            return terminal.example_request(entry.conversations(0)[0], processor)
     return "--prompt Hello"
 
 
@@ -209,9 +210,8 @@ def main(argv: list[str] | None = None) -> int:
     merge(args.model_name_or_path, args.lora_path, args.merge_model_path, dtype)
     print(f"merged model: {args.merge_model_path}")
     place = shlex.quote(args.merge_model_path)
-    print(
-        f"next: {terminal.script('generate.py')} --model_name_or_path {place} {example(Path(args.lora_path))}"
-    )
+    asking = example(Path(args.lora_path), args.merge_model_path)
+    print(f"next: {terminal.script('generate.py')} --model_name_or_path {place} {asking}")
     return 0
 
 

@@ -1010,6 +1010,10 @@ class Blip2Processor:
             "seen": seen,
         }
 
+    def asked(self, conversation) -> str:
+        """The prompt as a text to put behind the image."""
+        return self.texts(conversation)[0]
+
     def answer_ids(self, text: str) -> list[int]:
         """Ids of the beginning of an answer, behind the prompt, that generation goes on from."""
         return self.tokenizer.encode(f" {text}" if self.kind == "opt" else text)

@@ -958,6 +958,11 @@ class QwenVLProcessor:
             "truncated": False,
         }
 
+    def asked(self, conversation) -> str:
+        """The first question as a text to put behind the images."""
+        first = next(text for role, text in self.texts(conversation) if role == "user")
+        return re.sub(r"(Picture \d+: ?)?<img></img>\n?", "", first)
+
     def answer_ids(self, text: str) -> list[int]:
         """Ids of the beginning of an answer, behind the prompt, that generation goes on from."""
         return self.tokenizer.encode(text, special="vision")

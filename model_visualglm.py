@@ -1069,12 +1069,9 @@ class VisualGLMProcessor:
 
     def context(self, conversation, rounds, slot: int) -> tuple[list[int], list[int]]:
         """Ids before [gMASK] and the picture's first slot: the rounds but the last one's answer."""
-        query = rounds[-1][0]
-        if conversation.kind == "caption" and not query:
-            query = "描述这张图片。" if is_chinese("".join(conversation.answers)) else "Describe this image."
-        text = context_text(query, rounds[:-1], self.config.prompt_language)
-        if self.stage == "pretrain" and conversation.kind == "caption":
-            text = ""
+        query, earlier = self.worded(conversation, rounds[-1][0]), rounds[:-1]
+        alone = self.stage == "pretrain" and not query and not earlier
+        text = "" if alone else context_text(query, earlier, self.config.prompt_language)
         return context_ids(self.tokenizer, text, self.num_image_tokens if conversation.images else 0, slot)
 
     def sample(self, ids, labels, starts, conversation, truncated: bool) -> dict:
@@ -1112,6 +1109,18 @@ class VisualGLMProcessor:
             return {**self.sample(ids, [IGNORE_INDEX] * len(ids), starts, conversation, False), "seen": ids}
         except ValueError as e:
             raise ValueError(f"{conversation.where}: {e}") from None
+
+    def worded(self, conversation, query: str) -> str:
+        """The question; for a caption a request for one, which pre-training has not."""
+        if conversation.kind != "caption" or query and self.stage != "pretrain":
+            return query
+        if self.stage == "pretrain":
+            return ""
+        return "描述这张图片。" if is_chinese("".join(conversation.answers)) else "Describe this image."
+
+    def asked(self, conversation) -> str:
+        """The first question as a text to put behind the image."""
+        return self.worded(conversation, self.rounds(conversation)[0][0])
 
     def answer_ids(self, text: str) -> list[int]:
         """Ids of the beginning of an answer, behind the prompt, that generation goes on from."""

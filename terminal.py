@@ -20,7 +20,6 @@ import time
 from pathlib import Path
 
 from images import is_data_url
-from records import text_of
 
 
 def check_environment() -> None:
@@ -116,12 +115,12 @@ def script(name: str) -> str:
     return f"python {name if Path.cwd() == path.parent else shlex.quote(str(path))}"
 
 
-def example_request(conversation) -> str:
-    """--image and --prompt of generate.py that ask what a record asks."""
-    question = next((text_of(content) for role, content in conversation.turns if role == "user"), "").strip()
+def example_request(conversation, processor) -> str:
+    """--image, --prompt and --stage of generate.py that ask what the model learned to answer by a record."""
     images = [f"--image {shlex.quote(source)}" for source in conversation.images if not is_data_url(source)]
-    prompt = question.replace("\n", " ") or "Describe the image."
-    return " ".join([*images[:1], f"--prompt {shlex.quote(prompt[:200])}"])
+    prompt = processor.asked(conversation).strip().replace("\n", " ")
+    stage = [] if processor.stage == "sft" else [f"--stage {processor.stage}"]
+    return " ".join([*images[:1], f"--prompt {shlex.quote(prompt[:200])}", *stage])
 
 
 # ---- the progress bar

@@ -766,7 +766,7 @@ class Run:
             start = f"{terminal.script('merge.py')} --lora_path {shlex.quote(str(out))}"
             self.say(f"adapter: {out}\nnext: {start} --merge_model_path {merged}")
         elif saving:
-            example = terminal.example_request(self.plan.index.conversation(0))
+            example = terminal.example_request(self.plan.index.conversation(0), self.processor)
             start = f"{terminal.script('generate.py')} --model_name_or_path {shlex.quote(str(out))}"
             self.say(f"model: {out}\nnext: {start} {example}")
 

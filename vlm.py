@@ -191,6 +191,9 @@ class Processor(Protocol):
     def prompt(self, conversation) -> Sample:
         """What generation starts from: a trailing answer is left out."""
 
+    def asked(self, conversation) -> str:
+        """What a record asks in this model's wording, as `generate.py --prompt` takes it; the image aside."""
+
     def answer_ids(self, text: str) -> list[int]:
         """The beginning of an answer, behind a prompt, that generation goes on from."""
 

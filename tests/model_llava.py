@@ -25,6 +25,7 @@ from kernels.linear_cross_entropy import IGNORE_INDEX
 from kernels.norm import rms_norm
 from kernels.rotary import rotary
 from kernels.swiglu import swiglu
+from records import text_of
 
 # --------------------------------------------------------------------------------------------------
 # Configuration
@@ -412,6 +413,9 @@ class LlavaProcessor:
         while conversation.turns and conversation.turns[-1][0] == "assistant":
             conversation = type(conversation)(**{**vars(conversation), "turns": conversation.turns[:-1]})
         return self.encode(conversation, 1 << 30)
+
+    def asked(self, conversation) -> str:
+        return text_of(next(content for role, content in conversation.turns if role == "user")).strip()
 
     def answer_ids(self, text: str) -> list[int]:
         return self.ids(f" {text}")
