@@ -75,7 +75,6 @@ class Wish(engine.Request):
 
     chat: "Chat" = None
     index: int = 0
-    __eq__, __hash__ = object.__eq__, object.__hash__  # one wish is never another one
 
 
 class EngineThread(threading.Thread):
@@ -92,12 +91,18 @@ class EngineThread(threading.Thread):
     def cancel(self, wish: Wish) -> None:
         self.inbox.put((self.engine.cancel, wish))
 
+    def end(self) -> None:
+        self.inbox.put(None)
+        self.join(10)
+
     def run(self) -> None:
         try:
             while True:
                 orders = [] if self.engine.has_work() else [self.inbox.get()]  # sleeps where nothing is to do
                 while not self.inbox.empty():
                     orders.append(self.inbox.get())
+                if None in orders:
+                    return
                 news = [self.obey(*order) for order in orders]
                 news += [(event.request, event) for event in self.engine.step()]
                 if news := [item for item in news if item is not None]:
@@ -202,9 +207,7 @@ class Chat:
         async def write(content: bytes, more: bool = True) -> None:
             await send({"type": "http.response.body", "body": content, "more_body": more})
 
-        def delta(
-            choice: Choice, content: dict, finish: str | None = None, logprobs: dict | None = None
-        ) -> bytes:
+        def delta(choice: Choice, content: dict, finish=None, logprobs=None) -> bytes:
             one = {"index": choice.index, "delta": content, "logprobs": logprobs, "finish_reason": finish}
             return self.chunk([one])
 
@@ -250,9 +253,7 @@ class Choice:
         if begun and not text.startswith(processor.decode(begun)):
             text = processor.decode(begun)  # what the model makes of it
         self.shown, self.finish, self.begun = Shown(processor, stop, begun, text), None, len(begun)
-        self.entries: list[
-            tuple[int, dict]
-        ] = []  # log-probabilities to be sent, with where their text begins
+        self.entries = []  # (where its text begins, a log-probability that waits to be sent)
 
     @property
     def made(self) -> int:
@@ -389,10 +390,11 @@ class Seat:
         if self.seats.draining:
             raise Refused(503, "the server is shutting down", retry_after="30", connection="close")
         if self.seats.open + count > self.seats.most:
-            wait = str(min(60, max(1, math.ceil(self.seats.mean_seconds))))
-            raise Refused(
-                429, "too many requests are waiting; try again later", None, "queue_full", retry_after=wait
+            wait, message = (
+                math.ceil(self.seats.mean_seconds),
+                "too many requests are waiting; try again later",
             )
+            raise Refused(429, message, None, "queue_full", retry_after=str(min(60, max(1, wait))))
         self.seats.open += count
         self.count += count
 
@@ -403,28 +405,8 @@ class Seat:
 class Metrics:
     """Counters and histograms in Prometheus' text format, under vLLM's names."""
 
-    TIMES = (
-        0.001,
-        0.005,
-        0.01,
-        0.02,
-        0.04,
-        0.06,
-        0.08,
-        0.1,
-        0.25,
-        0.5,
-        0.75,
-        1,
-        2.5,
-        5,
-        7.5,
-        10,
-        20,
-        40,
-        80,
-        160,
-    )
+    TIMES = "0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1 2.5 5 7.5 10 20 40 80 160"
+    TIMES = tuple(map(float, TIMES.split()))
     COUNTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000)
     HISTOGRAMS = {
         "time_to_first_token_seconds": TIMES,
@@ -496,7 +478,9 @@ class Service:
         self.engine, self.processor, self.name, self.limits = engine, processor, name, limits
         self.created = int(time.time())
         self.seats, self.metrics = Seats(limits.max_running + limits.max_queue), Metrics(name)
-        self.workers = concurrent.futures.ThreadPoolExecutor(8)
+        self.workers = concurrent.futures.ThreadPoolExecutor(
+            4
+        )  # a large image is a hundred MB while it opens
         self.thread, self.failure, self.server = None, None, None
 
     def start(self, loop) -> None:
@@ -556,9 +540,8 @@ class Service:
         return ", ".join([self.name, *self.limits.adapters])
 
     def models(self) -> list[dict]:
-        ours = {
-            asked: getattr(self.limits.defaults, name) for asked, name in DECODING.items() if asked != "seed"
-        }
+        ours = {asked: getattr(self.limits.defaults, name) for asked, name in DECODING.items()}
+        ours.pop("seed")  # each time another one
         common = {"object": "model", "created": self.created, "owned_by": "trimix", "root": self.name}
         common |= {"defaults": ours, "image_tokens": self.processor.num_image_tokens}
         parents = [(self.name, None), *((name, self.name) for name in self.limits.adapters)]
@@ -571,9 +554,8 @@ class Service:
         for model in self.models():
             if model["id"] == request.path_params["name"]:
                 return JSONResponse(model)
-        raise Refused(
-            404, f"there is no such model; this server has {self.names()}", "model", "model_not_found"
-        )
+        message = f"there is no such model; this server has {self.names()}"
+        raise Refused(404, message, "model", "model_not_found")
 
     async def health(self, request: Request) -> Response:
         if self.seats.draining:
@@ -695,9 +677,8 @@ class Front:
         local = is_local(service.limits.host) and not service.limits.key
         if local and host not in ("localhost", "127.0.0.1", "[::1]", service.limits.host):
             # a page of another site whose name was turned to this address
-            raise Refused(
-                403, "this server is for its own machine: the Host must be localhost; or set --api_key"
-            )
+            message = "this server is for its own machine: the Host must be localhost; or set --api_key"
+            raise Refused(403, message)
 
 
 def is_local(host: str) -> bool:
@@ -749,21 +730,15 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add("--max_running", type=int, default=64, help="answers that are computed at the same time")
     add("--max_queue", type=int, default=256, help="answers that wait besides; one more gets status 429")
     add("--step_tokens", type=int, default=2048, help="of one forward pass")
-    add(
-        "--cache_tokens",
-        type=int,
-        default=32768,
-        help="of prompts and answers whose keys and values are kept",
-    )
+    add("--cache_tokens", type=int, default=32768, help="whose keys and values are kept, of all requests")
     add("--max_body_mb", type=int, default=20)
     add("--max_images", type=int, default=16, help="in one request")
-    add("--max_image_pixels", type=int, default=50_000_000)
+    add("--max_image_pixels", type=int, default=25_000_000)
     Decoding.add_arguments(parser)
     add("--dtype", default="float32", choices=DTYPES)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add(
-        "--quantize", default=None, choices=BITS, help="weights of the language model's blocks in 8 or 4 bits"
-    )
+    bits = "weights of the language model's blocks in 8 or 4 bits"
+    add("--quantize", default=None, choices=BITS, help=bits)
     kernels = "Triton kernels; auto: where there is a GPU"
     add("--use_flash_attention", default="auto", choices=("auto", "true", "false"), help=kernels)
     return check_arguments(parser.parse_args(argv))
@@ -772,14 +747,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 def check_arguments(args) -> argparse.Namespace:
     """The arguments with `defaults` (a Decoding), `adapters` {name: directory} and `key`. ValueError for what
     cannot be."""
-    for name in (
-        "max_running",
-        "max_body_mb",
-        "max_images",
-        "max_image_pixels",
-        "step_tokens",
-        "cache_tokens",
-    ):
+    above_zero = "max_running", "step_tokens", "cache_tokens", "max_body_mb", "max_images", "max_image_pixels"
+    for name in above_zero:
         if getattr(args, name) < 1:
             raise ValueError(f"{name}={getattr(args, name)}; expected 1 or more")
     if args.max_queue < 0 or not 0 <= args.port < 65536:
@@ -840,11 +809,7 @@ def open_service(args) -> Service:
         print(f"{quantize(model, args.quantize, probe)} (against {args.dtype})", file=sys.stderr)
         model.to(args.device)
     print(f"device {args.device}, kernels: {kernels}", file=sys.stderr)
-    sizes = {
-        "step_tokens": args.step_tokens,
-        "cache_tokens": args.cache_tokens,
-        "max_running": args.max_running,
-    }
+    sizes = {name: getattr(args, name) for name in ("step_tokens", "cache_tokens", "max_running")}
     return Service(engine.Engine(model, processor, args.adapters, **sizes), processor, name, args)
 
 
@@ -871,6 +836,7 @@ def serve(service: Service, listening: socket.socket) -> int:
         await server.serve(sockets=[listening])
 
     asyncio.run(whole_life())
+    service.thread.end()  # the interpreter's own end would meet it inside a step
     if service.failure:
         raise ValueError(f"the engine failed: {service.failure}")
     return 0

@@ -402,6 +402,8 @@ BAD = [  # what is changed in a good body, the field that the error names
     (user("<img>/etc/passwd</img> what?"), "messages[0].content"),
     (user("what is <image>?"), "messages[0].content"),
     (user("<img>"), "messages[0].content"),
+    (user("</img>" * 200_000 + "<img>" * 200_000), "messages[0].content"),  # hours of a search for pairs
+    (user("x" * 1_000_001), "messages"),
     (user(["text"]), "messages[0].content[0].type"),
     (user([{"type": "text"}]), "messages[0].content[0]"),
     (user([{"type": "text", "text": 3}]), "messages[0].content[0]"),
