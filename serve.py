@@ -85,11 +85,12 @@ class EngineThread(threading.Thread):
         self.engine, self.loop, self.deliver, self.failed = engine, loop, deliver, failed
         self.inbox: queue.SimpleQueue = queue.SimpleQueue()
 
-    def submit(self, wish: Wish) -> None:
-        self.inbox.put((self.engine.submit, wish))
+    def submit(self, wishes: list[Wish]) -> None:
+        """All of them before the next step, so that each is taken before the first event of one."""
+        self.inbox.put([(self.engine.submit, wish) for wish in wishes])
 
-    def cancel(self, wish: Wish) -> None:
-        self.inbox.put((self.engine.cancel, wish))
+    def cancel(self, wishes: list[Wish]) -> None:
+        self.inbox.put([(self.engine.cancel, wish) for wish in wishes])
 
     def end(self) -> None:
         self.inbox.put(None)
@@ -98,12 +99,12 @@ class EngineThread(threading.Thread):
     def run(self) -> None:
         try:
             while True:
-                orders = [] if self.engine.has_work() else [self.inbox.get()]  # sleeps where nothing is to do
+                told = [] if self.engine.has_work() else [self.inbox.get()]  # sleeps where nothing is to do
                 while not self.inbox.empty():
-                    orders.append(self.inbox.get())
-                if None in orders:
+                    told.append(self.inbox.get())
+                if None in told:
                     return
-                news = [self.obey(*order) for order in orders]
+                news = [self.obey(*order) for orders in told for order in orders]
                 news += [(event.request, event) for event in self.engine.step()]
                 if news := [item for item in news if item is not None]:
                     self.loop.call_soon_threadsafe(self.deliver, news)
@@ -154,12 +155,17 @@ class Chat:
 
     async def accepted(self) -> None:
         """Sends the answers to the engine. Refused where they can never run."""
-        for wish in self.wishes:
-            self.service.thread.submit(wish)
+        self.service.thread.submit(self.wishes)
+        refusal = None
         for _ in self.wishes:
-            _, said = await self.events.get()
+            wish, said = await self.events.get()
+            if isinstance(said, engine.Event):
+                raise Refused(500, said.error)  # the engine is lost
             if said is not True:
-                raise Refused(400, said, "messages")
+                self.running.discard(wish.index)
+                refusal = said
+        if refusal:
+            raise Refused(400, refusal, "messages")
 
     async def pieces(self):
         """Yields (choice, its new text, its new log-probabilities) until all answers have ended."""
@@ -175,9 +181,8 @@ class Chat:
                 self.service.metrics.ended(self, choice)
 
     def cancel(self) -> None:
-        for index in self.running:
-            self.service.thread.cancel(self.wishes[index])
         if self.running:
+            self.service.thread.cancel([self.wishes[index] for index in self.running])
             self.service.metrics.add("request_success", len(self.running), finished_reason="abort")
 
     def usage(self) -> dict:
@@ -308,8 +313,8 @@ class ChatCompletions:
             wanted, prompt, adapter = await prepared
             del content
             seats.take(wanted.n - 1)
-            chat = Chat(service, wanted, prompt, adapter)
-            scope["chat"] = chat  # for the log
+            chat = scope["chat"] = Chat(service, wanted, prompt, adapter)  # in the scope for the log
+            service.chats.add(chat)
             answer = asyncio.ensure_future(self.answer(chat, scope, receive, send))
             gone = asyncio.ensure_future(client_gone(receive))
             try:
@@ -319,6 +324,7 @@ class ChatCompletions:
                 await answer
             finally:
                 chat.cancel()
+                service.chats.discard(chat)
                 for task in (answer, gone):
                     task.cancel()
                 await asyncio.gather(answer, gone, return_exceptions=True)
@@ -474,14 +480,15 @@ class Metrics:
 class Service:
     """All that a request needs; the event loop's side of the engine."""
 
-    def __init__(self, engine, processor, name: str, limits: argparse.Namespace):
-        self.engine, self.processor, self.name, self.limits = engine, processor, name, limits
+    def __init__(self, made: engine.Engine, processor, name: str, limits: argparse.Namespace):
+        self.engine, self.processor, self.name, self.limits = made, processor, name, limits
         self.created = int(time.time())
         self.seats, self.metrics = Seats(limits.max_running + limits.max_queue), Metrics(name)
         self.workers = concurrent.futures.ThreadPoolExecutor(
             4
         )  # a large image is a hundred MB while it opens
         self.thread, self.failure, self.server = None, None, None
+        self.chats: set[Chat] = set()  # that are being answered
 
     def start(self, loop) -> None:
         self.thread = EngineThread(self.engine, loop, self.deliver, self.failed)
@@ -498,8 +505,11 @@ class Service:
         """The engine is lost, and all answers with it: the process ends, so that its keeper starts anew."""
         log(f"error: the engine failed: {failure}")
         self.failure = failure
-        self.seats.draining = True
-        self.server.should_exit = self.server.force_exit = True
+        self.seats.draining = self.server.should_exit = True
+        for chat in self.chats:
+            for wish in chat.wishes:
+                error = engine.Event(wish, None, finish="error", error="the engine failed")
+                chat.events.put_nowait((wish, error))
 
     def prepare(self, content: bytes) -> tuple[Wanted, dict, str | None]:
         """A body -> what it asks for, and its prompt. In a worker thread: it decodes, and may fetch."""

@@ -922,13 +922,19 @@ def test_sigterm_lets_answers_end_and_the_log_tells_nothing():
     assert sorted(statuses) == ["200", "400", "503"], err
 
 
-def test_a_lost_engine_ends_the_server(small, capfd):
+def test_a_lost_engine_ends_the_server(small):
     client = small()
-    client.service.engine.forward = client.service.engine.step = broken
-    chunks = client.send({"model": client.name, "messages": asked(), "stream": True}).read()
+    running = client.send({"model": client.name, "messages": asked(), "stream": True, **LONG})
+    assert b"assistant" in running.readline()
+    client.until(lambda: client.service.engine.running == 1, "an answer runs")
+    client.service.engine.step = broken
+    rest = running.read().decode()  # its client is told
+    assert (
+        "[DONE]" not in rest
+        and json.loads(rest.strip().splitlines()[-1][6:])["error"]["type"] == "server_error"
+    )
     client.thread.join(60)
     assert client.code is None and client.service.failure.startswith("ZeroDivisionError at test_serve.py")
-    assert b"[DONE]" not in chunks
 
 
 def broken(*args):
