@@ -115,10 +115,23 @@ class Pool:
     encoder-decoder's layers see of the encoder."""
 
     def __init__(self, size: int, before: int = 0):
-        self.size, self.before = size, before  # rows in front of each sequence's own (P-tuning)
-        self.free = [(0, size)]  # (first, end) of each gap, in order
+        self.size, self.before = 0, before  # rows in front of each sequence's own (P-tuning)
+        self.free: list[tuple[int, int]] = []  # (first, end) of each gap, in order
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
         self.memory: dict[int, tuple[Tensor, Tensor]] = {}
+        self.grow(size)
+
+    def grow(self, size: int) -> None:
+        """To that many rows, if it has fewer."""
+        if size <= self.size:
+            return
+        for buffers in (self.layers, self.memory):
+            for layer, pair in buffers.items():
+                buffers[layer] = larger = tuple(x.new_empty(size, *x.shape[1:]) for x in pair)
+                for new, old in zip(larger, pair, strict=True):
+                    new[: self.size] = old
+        self.give_back(self.size, size - self.size)
+        self.size = size
 
     def take(self, rows: int) -> int | None:
         """The first row of a range that is free, None where there is no such gap."""
@@ -762,7 +775,7 @@ class Engine:
         kept = [(k.start, k.start + k.rows) for k in self.kept]
         return not self.pool.would_fit(sequence.rows, kept)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(self, entries: list[tuple[Sequence, int]]) -> Tensor:
         """Logits (S, V) fp32 behind the next tokens of each sequence; the pool grows by them."""
         pieces, Q = [(s, s.fed, count) for s, count in entries], self.model.num_image_tokens
@@ -875,7 +888,7 @@ class Engine:
             _, x = self.features.popitem(last=False)
             self.feature_bytes -= x.numel() * x.element_size()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(self) -> list[Event]:
         """One forward pass; [] if there is nothing to do."""
         entries = self.schedule()

@@ -31,6 +31,7 @@ import metrics
 import terminal
 import vlm
 from config import Config, parse_config
+from engine import Engine
 from generate import DTYPES, Decoding, answer, base_of, check_bad, load_model, name_bad
 from kernels import dispatch
 from records import READERS, Conversation, one_line, text_of
@@ -74,10 +75,11 @@ def answer_all(
     Where an image cannot be read, the answer is None and (where, reason) is named and added to `bad`.
     """
     bar = terminal.Progress(len(conversations), "answered", progress)
+    engine = Engine(model, processor, cache_tokens=0)  # it keeps the features of images asked about again
     try:
         for first in range(0, len(conversations), batch_size):
             some, named = conversations[first : first + batch_size], len(bad)
-            texts = answer(model, processor, some, processor.stop_words, how, bad=bad)
+            texts = answer(model, processor, some, processor.stop_words, how, bad=bad, engine=engine)
             name_bad(bad[named:])
             yield from texts
             bar.update(first + len(some))
@@ -308,6 +310,7 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
+@torch.inference_mode()
 def run(args, how: Decoding, names: list[str]) -> int:
     cfg, source = settings(args)
     kernels = dispatch.use_flash_attention(args.use_flash_attention or cfg.use_flash_attention, args.device)

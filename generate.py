@@ -140,6 +140,7 @@ def generate(
     min_length: int = 0,
     penalty_rule: str = "hf",
     stopped: Callable[[list[int]], bool] | None = None,
+    engine: Engine | None = None,
 ) -> list[list[int]]:
     """New token ids of each request, a stop word included as it came.
 
@@ -150,7 +151,8 @@ def generate(
     the decoder's prompt) included. Draws of a request depend on (seed, its "id") alone: a batch gives what
     its requests give alone. penalty_rule: whose repetition penalty. "hf": of the prompt's tokens (`seen`, by
     default those outside pictures) and the answer's; "sat": of the answer's alone, always divided.
-    `on_token(request, token)` sees each token as it comes.
+    `on_token(request, token)` sees each token as it comes. `engine`: one of this model with these stop words,
+    which keeps what it computed for the next call.
     """
     how = Decoding(
         max_new_tokens=max_new_tokens,
@@ -163,7 +165,7 @@ def generate(
         min_length=min_length,
         seed=seed,
     )
-    engine = Engine(model, stop_words=stop_words, max_running=len(requests))
+    engine = engine or Engine(model, stop_words=stop_words, cache_tokens=0, max_running=len(requests))
     wanted = [Request(r.get("id", ""), r, how, logprobs=-1, stopped=stopped) for r in requests]
     sequences = [engine.sequence(request) for request in wanted]
     return answers_of(engine, sequences, on_token)
@@ -172,8 +174,8 @@ def generate(
 def answers_of(
     engine: Engine, sequences: list[Sequence], on_token: Callable[[int, int], None] | None = None
 ) -> list[list[int]]:
-    """New token ids of each, the engine's pool being as large as all of them need."""
-    engine.use_pool(sum(s.rows for s in sequences))
+    """New token ids of each; the engine's pool has room for all of them."""
+    engine.pool.grow(sum(s.rows for s in sequences))
     for sequence in sequences:
         engine.enqueue(sequence)
     outputs: list[list[int]] = [[] for _ in sequences]
@@ -225,7 +227,7 @@ def beam_search(
         beam_rule=rule,
         min_length=min_length,
     )
-    engine = Engine(model, stop_words=stop_words, max_running=len(requests))
+    engine = Engine(model, stop_words=stop_words, cache_tokens=0, max_running=len(requests))
     wanted = [Request(r.get("id", ""), r, how, logprobs=-1, stopped=stopped) for r in requests]
     sequences = [engine.sequence(request) for request in wanted]
     answers_of(engine, sequences)
@@ -343,11 +345,12 @@ def answer(
     on_token: Callable[[int, int], None] | None = None,
     stop_texts: list[str] = (),
     bad: list[tuple[str, str]] | None = None,
+    engine: Engine | None = None,
 ) -> list[str | None]:
     """The answers, searched for as `how` says, each up to the first of `stop_texts`.
 
     A conversation whose prompt or images cannot be read is listed in `bad` as (where, reason) and has the
-    answer None; without that list it raises its ValueError.
+    answer None; without that list it raises its ValueError. `engine` as generate() takes it.
     """
     d, dtype = how, next(p.dtype for p in model.parameters())
     requests = {}
@@ -398,6 +401,7 @@ def answer(
             d.min_length,
             d.penalty_rule,
             stopped,
+            engine,
         )
     texts = dict(zip(requests, (cut_at_stop(processor, ids, stop_texts)[0] for ids in found), strict=True))
     return [texts.get(n) for n in range(len(conversations))]
@@ -424,6 +428,7 @@ def chat(
     """Questions from standard input, one a line, each after all the rounds before; the images belong to the
     first."""
     turns = [("system", system)] if system else []
+    engine = Engine(model, processor, cache_tokens=0)  # it keeps the rounds before
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
@@ -433,7 +438,8 @@ def chat(
             continue
         conversation = data.request([*turns, ("user", line.strip())], images, where="standard input")
         printer = Printer(processor, stop_texts)
-        (text,) = answer(model, processor, [conversation], processor.stop_words, how, printer, stop_texts)
+        stops = processor.stop_words, how, printer, stop_texts
+        (text,) = answer(model, processor, [conversation], *stops, engine=engine)
         printer.end(text)
         turns, images = [*conversation.turns, ("assistant", [text])], []
 
@@ -538,6 +544,7 @@ def check_arguments(args) -> None:
         raise ValueError("--prompt is empty, and there is no --image that it could be about")
 
 
+@torch.inference_mode()
 def run(args, how: Decoding, world: parallel.World | None = None) -> int:
     kernels = dispatch.use_flash_attention(args.use_flash_attention, args.device)
     directory = data.model_directory(args.model, base_of(args.model_name_or_path, args.lora_path))

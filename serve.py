@@ -96,6 +96,7 @@ class EngineThread(threading.Thread):
         self.inbox.put(None)
         self.join(10)
 
+    @torch.inference_mode()
     def run(self) -> None:
         try:
             while True:

@@ -271,6 +271,36 @@ def test_answers_to_one_prompt_share_its_prefill(loaded, images, kind):
     assert len({tuple(a) for a in answers.values()}) == 5
 
 
+@pytest.mark.parametrize("kind", ["qwen_vl", "t5"])
+def test_an_engine_goes_on_with_a_larger_pool(loaded, images, kind):
+    """Calls of generate() that share one: what was computed stays right where the pool grows."""
+    (model, processor), rng, cached = loaded(kind), np.random.default_rng(3), []
+    e = Engine(model, processor, cache_tokens=0)
+    step = e.step
+
+    def watch():
+        events = step()
+        cached.extend(event.cached_tokens for event in events)
+        return events
+
+    e.step = watch
+    question, size = data.request([("user", "what is")], images[:1], "test"), 0
+    for new in (2, 9, 30):
+        prompt = processor.prompt(question)
+        request = Request("a", prompt, Decoding(new, temperature=1.0, min_new_tokens=new))
+        other = prompt_of(kind, processor, rng, images)
+        asked = [
+            {**p, "id": "a", "pixel_values": [processor.load_image(i) for i in p["images"]]}
+            for p in (prompt, other)
+        ]
+        how = {"temperature": 1.0, "min_new_tokens": new}
+        found = generate.generate(model, asked, new, processor.stop_words, **how, engine=e)
+        assert found[0] == alone(model, processor, request) and e.pool.size > size
+        size = e.pool.size
+    assert_whole(e)
+    assert max(cached) == len(prompt["input_ids"]) - 1  # the question was asked before
+
+
 def test_two_hundred_requests_lose_no_slot(loaded, images):
     (model, processor), rng = loaded("opt"), np.random.default_rng(2)
     e = Engine(model, processor, step_tokens=64, cache_tokens=300, max_running=5)
@@ -348,7 +378,9 @@ def test_a_request_that_fails_leaves_the_others(loaded):
     assert ends == {"good": ("length", None), "bad": ("error", engine.NOT_FINITE)}
     again = Request("again", bad, Decoding(4, min_new_tokens=4))
     e.submit(again)
-    assert drain(e)["again"] == alone(model, processor, again)
+    first, *_ = e.step()
+    assert first.cached_tokens < len(bad["input_ids"]) - 1  # what it shares with the good one alone
+    assert [first.token, *drain(e)["again"]] == alone(model, processor, again)
     assert_whole(e)
 
 
