@@ -1,4 +1,4 @@
-"""BLIP-2's language models: OPT and Flan-T5, on a stream of tokens.
+"""BLIP-2's language models: OPT and Flan-T5 on a stream of tokens, and the tokenizers.
 
     python generate.py --model_name_or_path blip2-flan-t5-xl --image a.png --prompt "a photo of"
 
@@ -9,13 +9,16 @@ aside: it acts on hidden states only, as in model_blip2.py.
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
+import checkpoint
 import parallel
 from checkpoint import Depth, Epsilon, Share, Size, TokenId
 from dropout import Dropout, dropout_rows
@@ -37,6 +40,19 @@ class OPTConfig:
     eos_token_id: TokenId = 2  # answers end at a line break, whatever it says
     tie_word_embeddings: bool = True  # in every published file
 
+    def only_values(self) -> dict:
+        """Keys of config.json that would change what is computed, with the one value that they have here."""
+        return {
+            "do_layer_norm_before": True,
+            "activation_function": "relu",
+            "enable_bias": True,
+            "layerdrop": 0,
+            "layer_norm_elementwise_affine": True,
+            "_remove_final_layer_norm": False,
+            "attention_dropout": 0,
+            "word_embed_proj_dim": self.hidden_size,
+        }
+
 
 @dataclass
 class T5Config:
@@ -55,6 +71,13 @@ class T5Config:
     dense_act_fn: Literal["gelu", "gelu_new"] = "gelu_new"
     pad_token_id: TokenId = 0  # also what the decoder starts with
     eos_token_id: TokenId = 1
+
+    def only_values(self) -> dict:
+        """As OPTConfig's."""
+        return {"feed_forward_proj": "gated-gelu", "decoder_start_token_id": self.pad_token_id}
+
+
+TEXT_CONFIGS = {"opt": OPTConfig, "t5": T5Config}  # by config.json's text_config.model_type
 
 
 def segments(lengths: Tensor) -> Tensor:
@@ -378,3 +401,91 @@ class T5(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         return self.lm_head.weight
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+def check_merges(path: Path, vocab: dict[str, int]) -> None:
+    """ValueError unless merges.txt is whole and in order: a line joins characters or what earlier lines made,
+    and all longer tokens of the vocabulary are made by one, but for some added ones."""
+    made: set[str] = set()
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        if number == 1 and line.startswith("#version"):
+            continue
+        pair = line.split(" ")
+        if len(pair) != 2 or any(len(part) > 1 and part not in made for part in pair):
+            raise ValueError(
+                f"{path}:{number}: {line[:40]!r} joins no two tokens that are there before; fetch it again"
+            )
+        made.add("".join(pair))
+    unmade = [token for token in vocab if len(token) > 1 and token not in made]
+    if len(unmade) > 64:
+        raise ValueError(
+            f"{path}: no line makes {len(unmade)} tokens of vocab.json, e.g. {unmade[0]!r}; fetch both again"
+        )
+
+
+class Blip2Tokenizer:
+    """OPT's byte-level BPE, T5's Unigram or BERT's WordPiece, from tokenizer.json, vocab.json + merges.txt,
+    or vocab.txt.
+
+    encode() adds no special token: the processor does. Those inside a text are read, but for T5's padding
+    token, which begins the decoder's part of a sample: it is left out.
+    """
+
+    def __init__(self, directory: str | Path, kind: str):
+        directory = Path(directory)
+        files = {"opt": ("vocab.json", "merges.txt"), "bert": ("vocab.txt",), "t5": ()}[kind]
+        if (directory / "tokenizer.json").exists():
+            self.model = checkpoint.read_tokenizer(directory / "tokenizer.json")
+        elif files and all((directory / f).exists() for f in files):
+            paths = [str(directory / f) for f in files]
+            self.model = checkpoint.read_tokenizer(
+                *paths,
+                make=lambda *paths: Tokenizer(
+                    models.BPE.from_file(*paths)
+                    if kind == "opt"
+                    else models.WordPiece.from_file(*paths, unk_token="[UNK]")
+                ),
+            )
+            if kind == "opt":
+                check_merges(directory / "merges.txt", self.model.get_vocab())
+                self.model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+                self.model.decoder = decoders.ByteLevel()
+                self.model.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+            else:
+                self.model.normalizer = normalizers.BertNormalizer(lowercase=True)
+                self.model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+                self.model.decoder = decoders.WordPiece()
+                self.model.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+        else:
+            expected = " or ".join(["tokenizer.json", *(["+".join(files)] if files else [])])
+            raise ValueError(f"{directory}: no tokenizer; expected {expected} beside the weights")
+        self.kind = kind
+        self.model.no_truncation()
+        self.model.no_padding()
+
+        def special(token: str) -> int:
+            if (i := self.model.token_to_id(token)) is None:
+                raise ValueError(
+                    f"{directory}: its tokenizer has no {token!r}; expected that of a {kind.upper()} model"
+                )
+            return i
+
+        if kind == "bert":
+            self.begin, self.eos = special("[CLS]"), special("[SEP]")
+        elif kind == "opt":
+            self.begin, self.eos = special("</s>"), special("</s>")
+        else:
+            self.begin, self.eos = special("<pad>"), special("</s>")
+        self.pad = self.model.token_to_id("<pad>")
+        self.vocab_size = 1 + max(self.model.get_vocab().values())
+
+    def encode(self, text: str) -> list[int]:
+        ids = self.model.encode(text, add_special_tokens=False).ids if text else []
+        return [i for i in ids if i != self.begin] if self.kind == "t5" else ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.model.decode([int(i) for i in ids if i < self.vocab_size], skip_special_tokens=True)

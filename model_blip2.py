@@ -24,13 +24,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
 import checkpoint
 import parallel
 import vlm
-from blip2_language import OPT, T5, OPTConfig, T5Config
+from blip2_language import OPT, T5, TEXT_CONFIGS, Blip2Tokenizer, OPTConfig, T5Config
 from checkpoint import Depth, Epsilon, Pixels, Scale, Share, Size, TokenId
 from dropout import Dropout, dropout_rows, keys_of_rows, name_dropouts
 from images import open_image
@@ -82,62 +81,39 @@ class Blip2Config:
     image_text_hidden_size: Size = 256
     image_token_index: TokenId | None = None  # null in older files
     initializer_range: Scale = 0.02
-    stage1_heads: bool = (
-        False  # temperature and language-modelling head of stage 1; published retrieval models lack them
-    )
+    # temperature and language-modelling head of stage 1; published retrieval models lack them
+    stage1_heads: bool = False
     raw: dict = field(default_factory=dict)  # config.json as it was read, written back with the weights
 
     @classmethod
     def from_dict(cls, raw: dict) -> "Blip2Config":
         """Raises ValueError for a shape that the architecture cannot have."""
-
         parts = {part: raw.get(f"{part}_config") for part in ("vision", "qformer", "text")}
         for part, values in parts.items():
             checkpoint.check(values, dict, f"config.json: {part}_config")
         kind = parts["text"].get("model_type")
         checkpoint.check(kind, Literal["opt", "t5"], "config.json: text_config.model_type")
-        text = checkpoint.from_json(
-            {"opt": OPTConfig, "t5": T5Config}[kind], parts["text"], "config.json: text_config"
-        )
-        vision = checkpoint.from_json(VisionConfig, parts["vision"], "config.json: vision_config")
-        qformer = checkpoint.from_json(QFormerConfig, parts["qformer"], "config.json: qformer_config")
-        config = checkpoint.from_json(
-            cls, raw, "config.json", vision=vision, qformer=qformer, text=text, raw=raw
-        )
-        text_only = {
-            "do_layer_norm_before": True,
-            "activation_function": "relu",
-            "enable_bias": True,
-            "layerdrop": 0,
-        }
-        text_only |= {
-            "layer_norm_elementwise_affine": True,
-            "_remove_final_layer_norm": False,
-            "attention_dropout": 0,
-        }
+        classes = {"vision": VisionConfig, "qformer": QFormerConfig, "text": TEXT_CONFIGS[kind]}
+        read = {p: checkpoint.from_json(classes[p], parts[p], f"config.json: {p}_config") for p in parts}
+        config = checkpoint.from_json(cls, raw, "config.json", **read, raw=raw)
+        v, q, text = config.vision, config.qformer, config.text
+        # keys that would change what is computed have one value here
         only = {
             "vision": {"hidden_act": "gelu", "qkv_bias": True, "attention_dropout": 0},
             "qformer": {"hidden_act": "gelu", "position_embedding_type": "absolute"},
-            "text": {**text_only, "word_embed_proj_dim": config.hidden_size},
+            "text": text.only_values(),
         }
-        if config.is_t5:
-            only["text"] = {"feed_forward_proj": "gated-gelu", "decoder_start_token_id": text.pad_token_id}
         checkpoint.require(raw, "config.json", use_decoder_only_language_model=not config.is_t5)
         for part, values in only.items():
             checkpoint.require(parts[part], f"config.json: {part}_config", **values)
-        v, q = config.vision, config.qformer
+        heads = "num_attention_heads must divide hidden_size"
         checks = [
-            (
-                v.hidden_size % v.num_attention_heads == 0,
-                "vision_config: num_attention_heads must divide hidden_size",
-            ),
+            (v.hidden_size % v.num_attention_heads == 0, f"vision_config: {heads}"),
+            (q.hidden_size % q.num_attention_heads == 0, f"qformer_config: {heads}"),
+            (config.is_t5 or text.hidden_size % text.num_attention_heads == 0, f"text_config: {heads}"),
             (
                 v.image_size % v.patch_size == 0,
                 f"patch_size={v.patch_size} does not divide image_size={v.image_size}",
-            ),
-            (
-                q.hidden_size % q.num_attention_heads == 0,
-                "qformer_config: num_attention_heads must divide hidden_size",
             ),
             (
                 q.encoder_hidden_size == v.hidden_size,
@@ -150,25 +126,16 @@ class Blip2Config:
                 f"text_config.vocab_size={text.vocab_size}",
             ),
         ]
-        if isinstance(text, OPTConfig):
-            checks += [
-                (
-                    text.hidden_size % text.num_attention_heads == 0,
-                    "text_config: num_attention_heads must divide hidden_size",
-                )
-            ]
-        else:
+        if config.is_t5:
             text.num_decoder_layers = text.num_decoder_layers or text.num_layers
-            checks += [
+            # transformers 5 saves tie_word_embeddings true for every T5, and what it means in the other key
+            tied = parts["text"].get("tie_word_embeddings", False)
+            checks.append(
                 (
-                    # transformers 5 saves tie_word_embeddings true for every T5, and what it means in the
-                    # other key
-                    not parts["text"].get(
-                        "scale_decoder_outputs", parts["text"].get("tie_word_embeddings", False)
-                    ),
+                    not parts["text"].get("scale_decoder_outputs", tied),
                     "text_config.tie_word_embeddings must be false: Flan-T5 has its own lm_head",
                 )
-            ]
+            )
         for ok, message in checks:
             if not ok:
                 raise ValueError(f"config.json: {message}")
@@ -736,94 +703,6 @@ def forward_flops(
         N = N / 2
     result["language model"] = tokens * N * (block + 4 * inner * segment_length / 2)
     return {**result, "head": 2.0 * supervised * C * config.vocab_size}
-
-
-# --------------------------------------------------------------------------------------------------
-# Tokenizers
-
-
-def check_merges(path: Path, vocab: dict[str, int]) -> None:
-    """ValueError unless merges.txt is whole and in order: a line joins characters or what earlier lines made,
-    and all longer tokens of the vocabulary are made by one, but for some added ones."""
-    made: set[str] = set()
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
-        if number == 1 and line.startswith("#version"):
-            continue
-        pair = line.split(" ")
-        if len(pair) != 2 or any(len(part) > 1 and part not in made for part in pair):
-            raise ValueError(
-                f"{path}:{number}: {line[:40]!r} joins no two tokens that are there before; fetch it again"
-            )
-        made.add("".join(pair))
-    unmade = [token for token in vocab if len(token) > 1 and token not in made]
-    if len(unmade) > 64:
-        raise ValueError(
-            f"{path}: no line makes {len(unmade)} tokens of vocab.json, e.g. {unmade[0]!r}; fetch both again"
-        )
-
-
-class Blip2Tokenizer:
-    """OPT's byte-level BPE, T5's Unigram or BERT's WordPiece, from tokenizer.json, vocab.json + merges.txt,
-    or vocab.txt.
-
-    encode() adds no special token: the processor does. Those inside a text are read, but for T5's padding
-    token, which begins the decoder's part of a sample: it is left out.
-    """
-
-    def __init__(self, directory: str | Path, kind: str):
-        directory = Path(directory)
-        files = {"opt": ("vocab.json", "merges.txt"), "bert": ("vocab.txt",), "t5": ()}[kind]
-        if (directory / "tokenizer.json").exists():
-            self.model = checkpoint.read_tokenizer(directory / "tokenizer.json")
-        elif files and all((directory / f).exists() for f in files):
-            paths = [str(directory / f) for f in files]
-            self.model = checkpoint.read_tokenizer(
-                *paths,
-                make=lambda *paths: Tokenizer(
-                    models.BPE.from_file(*paths)
-                    if kind == "opt"
-                    else models.WordPiece.from_file(*paths, unk_token="[UNK]")
-                ),
-            )
-            if kind == "opt":
-                check_merges(directory / "merges.txt", self.model.get_vocab())
-                self.model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-                self.model.decoder = decoders.ByteLevel()
-                self.model.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
-            else:
-                self.model.normalizer = normalizers.BertNormalizer(lowercase=True)
-                self.model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-                self.model.decoder = decoders.WordPiece()
-                self.model.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
-        else:
-            expected = " or ".join(["tokenizer.json", *(["+".join(files)] if files else [])])
-            raise ValueError(f"{directory}: no tokenizer; expected {expected} beside the weights")
-        self.kind = kind
-        self.model.no_truncation()
-        self.model.no_padding()
-
-        def special(token: str) -> int:
-            if (i := self.model.token_to_id(token)) is None:
-                raise ValueError(
-                    f"{directory}: its tokenizer has no {token!r}; expected that of a {kind.upper()} model"
-                )
-            return i
-
-        if kind == "bert":
-            self.begin, self.eos = special("[CLS]"), special("[SEP]")
-        elif kind == "opt":
-            self.begin, self.eos = special("</s>"), special("</s>")
-        else:
-            self.begin, self.eos = special("<pad>"), special("</s>")
-        self.pad = self.model.token_to_id("<pad>")
-        self.vocab_size = 1 + max(self.model.get_vocab().values())
-
-    def encode(self, text: str) -> list[int]:
-        ids = self.model.encode(text, add_special_tokens=False).ids if text else []
-        return [i for i in ids if i != self.begin] if self.kind == "t5" else ids
-
-    def decode(self, ids: list[int]) -> str:
-        return self.model.decode([int(i) for i in ids if i < self.vocab_size], skip_special_tokens=True)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -261,97 +261,93 @@ def read_all(weights: checkpoint.Weights) -> dict[str, Tensor]:
     return {name: weights.read(name) for name in weights}
 
 
-def main() -> int:
+def import_files(args) -> None:
+    """LAVIS .pth files -> a checkpoint directory."""
+    if args.config is None and args.base is None:
+        raise ValueError("give --config FILE, or --base DIRECTORY")
+    state = read_model(args.base) if args.base else {}
+    for path in args.files:
+        state |= read_lavis(path)
+    config = checkpoint.read_json(args.config or Path(args.base) / "config.json", "give it with --config")
+    # the features' norm is LAVIS's nn.LayerNorm, with that class's own eps
+    config["vision_config"] = {**config.get("vision_config", {}), "post_layernorm_eps": 1e-5}
+    config["stage1_heads"] = "temp" in state
+    with torch.device("meta"):
+        wanted = dict(build_model(config).named_parameters())
+    stage1_file = any(name in state for name in ("temp", "itm_head.weight"))
+    if stage1_file and not config["qformer_config"].get("use_qformer_text_input"):
+        # a stage-1 file for a stage-2 model: the text branch goes
+        state = {n: t for n, t in state.items() if n in wanted}
+    elif any(n.startswith("language_model.") for n in state):
+        tower = "vision_model.encoder.layers."
+        state = {n: t for n, t in state.items() if n in wanted or not n.startswith(tower)}
+    write_model(args.out, config, without_last_block(config, state), args.tokenizer or args.base)
+
+
+def begin_stage1(args) -> None:
+    """BERT and the tower -> the checkpoint that stage 1 begins with."""
+    config = vlm.shape("blip2-stage1")
+    if args.config:
+        config = checkpoint.read_json(args.config, "give --config")
+    config = {**config, "vision_config": {**config["vision_config"], "post_layernorm_eps": 1e-5}}
+    config["qformer_config"] = {**asdict(QFormerConfig()), **config["qformer_config"]}
+    state = read_lavis(args.tower)
+    state |= from_bert(read_all(checkpoint.open_weights(args.bert)), args.seed)
+    state = fill_stage1(config, without_last_block(config, state), args.seed)
+    write_model(args.out, config, state, args.bert)
+
+
+def export_file(args) -> None:
+    """A checkpoint directory -> a LAVIS .pth file."""
+    state = read_model(args.directory)
+    if args.trained_only:
+        frozen = (*(pattern[:-1] for pattern in blip2.TOWER), "language_model.")
+        state = {n: t for n, t in state.items() if not n.startswith(frozen)}
+    config = Blip2Config.from_dict(checkpoint.read_config(args.directory))
+    with checkpoint.atomic_file(args.out) as file:
+        torch.save({"model": to_lavis(state, config.qformer.max_position_embeddings)}, file)
+
+
+def resize(args) -> None:
+    """Interpolates the position embedding to another resolution."""
+    config = checkpoint.read_config(args.directory)
+    Blip2Config.from_dict(config)
+    config["vision_config"] = {**config["vision_config"], "image_size": args.image_size}
+    write_model(args.out, config, read_model(args.directory), args.directory)
+
+
+def main(argv: list[str] | None = None) -> int:
     parser = terminal.Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("import", help="LAVIS .pth files -> a checkpoint directory").add_argument
+
+    def command(name: str, run, help: str):
+        one = commands.add_parser(name, help=help)
+        one.set_defaults(run=run)
+        return one.add_argument
+
+    add = command("import", import_files, "LAVIS .pth files -> a checkpoint directory")
     add("files", nargs="+", help="later files win; parts that none has come from --base")
     add("--config", help="config.json of the model; default: the base's")
-    add(
-        "--base", help="checkpoint directory with the missing parts (tower, language model) and the tokenizer"
-    )
+    add("--base", help="checkpoint with the missing parts (tower, language model) and the tokenizer")
     add("--tokenizer", help="directory of tokenizer files, if not --base")
     add("--out", required=True)
-    add = commands.add_parser(
-        "init", help="BERT and the tower -> the checkpoint that stage 1 begins with"
-    ).add_argument
+    add = command("init", begin_stage1, "BERT and the tower -> the checkpoint that stage 1 begins with")
     add("bert", help="directory of bert-base-uncased: weights, vocab.txt or tokenizer.json")
     add("--tower", required=True, help="eva_vit_g.pth")
     add("--config", help="config.json of the model; default: the published sizes")
     add("--seed", type=int, default=0)
     add("--out", required=True)
-    add = commands.add_parser("export", help="a checkpoint directory -> a LAVIS .pth file").add_argument
+    add = command("export", export_file, "a checkpoint directory -> a LAVIS .pth file")
     add("directory")
-    add(
-        "--trained_only",
-        action="store_true",
-        help="leave out the tower and the language model, as LAVIS does when they are frozen",
-    )
+    trained_only = "leave out the tower and the language model, as LAVIS does when they are frozen"
+    add("--trained_only", action="store_true", help=trained_only)
     add("--out", required=True)
-    add = commands.add_parser(
-        "resize", help="interpolate the position embedding to another resolution"
-    ).add_argument
+    add = command("resize", resize, "interpolate the position embedding to another resolution")
     add("directory")
     add("out")
     add("--image_size", type=int, required=True)
-    args = parser.parse_args()
-    if args.command == "import":
-        state = read_model(args.base) if args.base else {}
-        for path in args.files:
-            state |= read_lavis(path)
-        if args.config is None and args.base is None:
-            raise ValueError("give --config FILE, or --base DIRECTORY")
-        config = checkpoint.read_json(args.config or Path(args.base) / "config.json", "give it with --config")
-        config["vision_config"] = {
-            **config.get("vision_config", {}),
-            "post_layernorm_eps": 1e-5,
-        }  # LAVIS's nn.LayerNorm
-        config["stage1_heads"] = "temp" in state
-        with torch.device("meta"):
-            wanted = dict(build_model(config).named_parameters())
-        if any(n in state for n in ("temp", "itm_head.weight")) and not config["qformer_config"].get(
-            "use_qformer_text_input"
-        ):
-            state = {
-                n: t for n, t in state.items() if n in wanted
-            }  # a stage-1 file for a stage-2 model: the text branch goes
-        elif "language_model" in {n.split(".")[0] for n in state}:
-            state = {
-                n: t
-                for n, t in state.items()
-                if n in wanted or not n.startswith("vision_model.encoder.layers.")
-            }
-        write_model(args.out, config, without_last_block(config, state), args.tokenizer or args.base)
-    elif args.command == "init":
-        config = vlm.shape("blip2-stage1")
-        if args.config:
-            config = checkpoint.read_json(args.config, "give --config")
-        config = {**config, "vision_config": {**config["vision_config"], "post_layernorm_eps": 1e-5}}
-        config["qformer_config"] = {**asdict(QFormerConfig()), **config["qformer_config"]}
-        state = {
-            **read_lavis(args.tower),
-            **from_bert(read_all(checkpoint.open_weights(args.bert)), args.seed),
-        }
-        state = fill_stage1(config, without_last_block(config, state), args.seed)
-        write_model(args.out, config, state, args.bert)
-    elif args.command == "export":
-        state = read_model(args.directory)
-        if args.trained_only:
-            state = {
-                n: t
-                for n, t in state.items()
-                if not n.startswith((*(p[:-1] for p in blip2.TOWER), "language_model."))
-            }
-        positions = Blip2Config.from_dict(
-            checkpoint.read_config(args.directory)
-        ).qformer.max_position_embeddings
-        with checkpoint.atomic_file(args.out) as file:
-            torch.save({"model": to_lavis(state, positions)}, file)
-    else:
-        config = checkpoint.read_config(args.directory)
-        Blip2Config.from_dict(config)
-        config["vision_config"] = {**config["vision_config"], "image_size": args.image_size}
-        write_model(args.out, config, read_model(args.directory), args.directory)
+    args = parser.parse_args(argv)
+    args.run(args)
     print(f"written: {args.out}")
     return 0
 

@@ -545,7 +545,7 @@ def _attention_dkdv(
 
 
 # (bytes of an element, largest head size) -> (rows of queries, rows of keys, warps, stages);
-# kernels/report.py checks them. sm_80's fit the 99 KB of shared memory of sm_86 and sm_89 too.
+# dev/report.py checks them. sm_80's fit the 99 KB of shared memory of sm_86 and sm_89 too.
 TILES = {
     "sm_80": {
         "forward": {

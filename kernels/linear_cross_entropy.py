@@ -241,7 +241,7 @@ def _ce_gradient(
     tl.store(pointers, g.to(grad.dtype.element_ty), mask=inside[:, None] & (words < num_words)[None, :])
 
 
-# bytes of an element -> (rows, words, channels, warps, stages); kernels/report.py checks them
+# bytes of an element -> (rows, words, channels, warps, stages); dev/report.py checks them
 TILES = {
     "sm_80": {2: (128, 128, 64, 8, 3), 4: (64, 64, 32, 4, 2)},
     "sm_90": {2: (128, 128, 64, 8, 3), 4: (64, 64, 32, 4, 2)},

@@ -711,7 +711,7 @@ def test_report_of_a_subset():
     budget."""
     only = r"attention_\w+ D=(88|128) bf16|cross_entropy_\w+ bf16|"
     only += "(norm_backward weight|rotary_2d|swiglu_backward) bf16"
-    command = [sys.executable, str(ROOT / "kernels" / "report.py"), "--only", only]
+    command = [sys.executable, str(ROOT / "dev" / "report.py"), "--only", only]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -25,6 +25,7 @@ import generate
 import merge
 import model_visualglm as glm
 import train
+from convert import sat
 
 QUESTIONS = ["what is it?", "这是什么？", "name it\nnow", "它是什么颜色？"]
 ANSWERS = ["a red bus, fast", "一只橘色的猫。", "two old men", "蓝色的，很亮！"]
@@ -248,9 +249,9 @@ def test_merge_folds_the_adapter(glm_references, glm_base, tmp_path, mode, capsy
     assert any("query_key_value" in n for n in names)
     assert all(n.startswith("transformer.layers.") for n in names)
     for qkv in ("split", "per_head"):  # the merged model in SAT's file and back, bit for bit
-        sat, back = str(tmp_path / f"sat_{qkv}"), tmp_path / f"back_{qkv}"
-        sat.main(["export", str(tmp_path / "merged"), sat, "--qkv", qkv])
-        sat.main(["import", sat, str(back), "--qkv", qkv])
+        file, back = str(tmp_path / f"sat_{qkv}"), tmp_path / f"back_{qkv}"
+        sat.main(["export", str(tmp_path / "merged"), file, "--qkv", qkv])
+        sat.main(["import", file, str(back), "--qkv", qkv])
         merged = {n: t for n, t in weights(tmp_path / "merged").items() if not n.endswith("inv_freq")}
         again = weights(back)
         assert again.keys() == merged.keys() and all(torch.equal(again[n], merged[n]) for n in merged)

@@ -749,6 +749,32 @@ def test_tokenizer_and_config_that_do_not_belong_together(copy, kind, path, valu
 # ---- LAVIS checkpoints
 
 
+def test_lavis_commands(tmp_path):
+    """Out and in again is the same model, whole or with the frozen parts from --base; resizing there and back
+    keeps all but the positions."""
+    base, file, whole = (
+        ROOT / "samples/tiny_blip2",
+        tmp_path / "x.pth",
+        lavis.read_model(ROOT / "samples/tiny_blip2"),
+    )
+    for number, options in enumerate(([], ["--trained_only"])):
+        out = tmp_path / str(number)
+        lavis.main(["export", str(base), "--out", str(file), *options])
+        held = {*torch.load(file, weights_only=True)["model"]}
+        assert any(n.startswith("opt_model.") for n in held) != bool(options) and "opt_proj.weight" in held
+        lavis.main(["import", str(file), "--base", str(base), "--out", str(out)])
+        again = lavis.read_model(out)
+        assert again.keys() == whole.keys()
+        assert not [n for n in whole if not torch.equal(whole[n].float(), again[n]) and "qkv.bias" not in n]
+        file.unlink()
+    lavis.main(["resize", str(base), str(tmp_path / "large"), "--image_size", "128"])
+    large, name = lavis.read_model(tmp_path / "large"), "vision_model.embeddings.position_embedding"
+    config = checkpoint.read_config(tmp_path / "large")
+    assert large.pop(name).shape[1] == (128 // config["vision_config"]["patch_size"]) ** 2 + 1
+    assert not [n for n in large if not torch.equal(large[n], whole[n].float())]
+    refused("--config", lavis.main, ["import", str(tmp_path / "none.pth"), "--out", str(tmp_path / "y")])
+
+
 def test_damaged_lavis_files(tmp_path):
     out, file = tmp_path / "out", tmp_path / "x.pth"
     config = checkpoint.read_config(ROOT / "samples/tiny_blip2")

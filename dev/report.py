@@ -1,10 +1,10 @@
 """Compiles every kernel in every shipped configuration for GPUs that need not be there, and reads what came
 out.
 
-    python kernels/report.py                       # all of sm_80 and sm_90: some minutes
-    python kernels/report.py --only dkdv --arch sm_90
-    python kernels/report.py --arch gfx942         # AMD: registers, spills, local memory, matrix instructions
-    python kernels/report.py --write_budget  # accept today's registers as the budget (kernels/budget.json)
+    python dev/report.py                       # all of sm_80 and sm_90: some minutes
+    python dev/report.py --only dkdv --arch sm_90
+    python dev/report.py --arch gfx942         # AMD: registers, spills, local memory, matrix instructions
+    python dev/report.py --write_budget  # accept today's registers as the budget (dev/budget.json)
 
 Triton's own wheel brings the compiler and the disassembler; no CUDA toolkit is needed. For each kernel it
 prints
