@@ -1,10 +1,10 @@
 """BLIP-2's language models: OPT and Flan-T5 on a stream of tokens, and the tokenizers.
 
-    python generate.py --model_name_or_path blip2-flan-t5-xl --image a.png --prompt "a photo of"
+    language_model = T5(config.text) if config.is_t5 else OPT(config.text)  # in model_blip2.py
+    x = language_model.hidden(language_model.embed(batch.input_ids), batch, keys)
 
-`hidden` takes the embedded stream through the blocks. Flan-T5 divides it into the encoder's and the decoder's
-tokens; OPT's positions are learned, Flan-T5's a bias of the attention. Numerics are transformers', dropout
-aside: it acts on hidden states only, as in model_blip2.py.
+Both take the stream of model_blip2.py, in which an image's tokens come first. OPT is causal. Of Flan-T5 a
+segment holds the encoder's tokens, then the decoder's, which begin with its start token.
 """
 
 import math
@@ -24,6 +24,10 @@ from checkpoint import Depth, Epsilon, Share, Size, TokenId
 from dropout import Dropout, dropout_rows
 from kernels.attention import attention
 from kernels.norm import rms_norm
+from vlm import Batch
+
+# --------------------------------------------------------------------------------------------------
+# Configuration: config.json's text_config
 
 
 @dataclass
@@ -83,6 +87,10 @@ TEXT_CONFIGS = {"opt": OPTConfig, "t5": T5Config}  # by config.json's text_confi
 def segments(lengths: Tensor) -> Tensor:
     """(S,) lengths -> (S+1,) int32 cumulative, on the host."""
     return F.pad(lengths.cpu().cumsum(0), (1, 0)).int()
+
+
+# --------------------------------------------------------------------------------------------------
+# Vision: images are a plain batch; inside, their patches are one stream of N*P rows
 
 
 # --------------------------------------------------------------------------------------------------
@@ -171,21 +179,21 @@ class OPT(nn.Module):
     def embed(self, input_ids: Tensor) -> Tensor:
         return self.model.decoder.embed_tokens(input_ids)
 
-    def add_positions(self, x: Tensor, batch: dict) -> Tensor:
-        return x + self.model.decoder.embed_positions(batch["position_ids"] + self.POSITION_OFFSET)
+    def add_positions(self, x: Tensor, batch: Batch) -> Tensor:
+        return x + self.model.decoder.embed_positions(batch.position_ids + self.POSITION_OFFSET)
 
-    def hidden(self, x: Tensor, batch: dict, keys: Tensor | None, blocks=None) -> Tensor:
-        ctx = Context(batch["cu_seqlens"], batch["max_len"], keys, batch.get("cache"))
+    def hidden(self, x: Tensor, batch: Batch, keys: Tensor | None, blocks=None) -> Tensor:
+        ctx = Context(batch.cu_seqlens, batch.max_len, keys, batch.cache)
         with dropout_rows(keys):
             for block in self.blocks if blocks is None else blocks:
                 x = block(x, ctx)
         return x
 
-    def targets(self, batch: dict) -> Tensor:
-        return batch["targets"]
+    def targets(self, batch: Batch) -> Tensor:
+        return batch.targets
 
-    def last_rows(self, batch: dict) -> Tensor:
-        return batch["cu_seqlens"][1:] - 1
+    def last_rows(self, batch: Batch) -> Tensor:
+        return batch.cu_seqlens[1:] - 1
 
     def norm(self, x: Tensor) -> Tensor:
         return self.model.decoder.final_layer_norm(x)
@@ -361,25 +369,25 @@ class T5(nn.Module):
     def embed(self, input_ids: Tensor) -> Tensor:
         return self.shared(input_ids)
 
-    def add_positions(self, x: Tensor, batch: dict) -> Tensor:
+    def add_positions(self, x: Tensor, batch: Batch) -> Tensor:
         return x  # they are in the attention's bias
 
-    def decoder_rows(self, batch: dict) -> Tensor:
+    def decoder_rows(self, batch: Batch) -> Tensor:
         """(T,) bool: rows of the stream from their segment's start token on."""
-        starts = (batch["input_ids"] == self.start).int()
+        starts = (batch.input_ids == self.start).int()
         before = starts.cumsum(0)
-        lengths = batch["cu_seqlens"].diff().to(before.device)
-        first = batch["cu_seqlens"][:-1].to(before.device).long()
+        lengths = batch.cu_seqlens.diff().to(before.device)
+        first = batch.cu_seqlens[:-1].to(before.device).long()
         return before > (before - starts)[first].repeat_interleave(lengths)
 
-    def hidden(self, x: Tensor, batch: dict, keys: Tensor | None, blocks=None) -> Tensor:
+    def hidden(self, x: Tensor, batch: Batch, keys: Tensor | None, blocks=None) -> Tensor:
         """(T, C) -> the decoder's rows (Td, C), normalised. `blocks`: all of them, always."""
-        cache = batch.get("cache")
+        cache = batch.cache
         if cache is not None and not cache.encode:  # a decoding step: decoder tokens only
-            return self.decoder(x, Context(batch["cu_seqlens"], batch["max_len"], keys, cache))
+            return self.decoder(x, Context(batch.cu_seqlens, batch.max_len, keys, cache))
         in_decoder = self.decoder_rows(batch)
         rows = (~in_decoder).nonzero()[:, 0], in_decoder.nonzero()[:, 0]
-        cu_seqlens = batch["cu_seqlens"].to(x.device).long()
+        cu_seqlens = batch.cu_seqlens.to(x.device).long()
         decoder_lengths = F.pad(in_decoder.long().cumsum(0), (1, 0))[cu_seqlens].diff()
         cu = segments(cu_seqlens.diff() - decoder_lengths), segments(decoder_lengths)
         row_keys = [None if keys is None else keys[r] for r in rows]
@@ -387,13 +395,13 @@ class T5(nn.Module):
         ctx = Context(cu[1], int(cu[1].diff().max()), row_keys[1], cache, memory, cu[0], row_keys[0])
         return self.decoder(x[rows[1]], ctx)
 
-    def targets(self, batch: dict) -> Tensor:
-        return batch["targets"][self.decoder_rows(batch)]
+    def targets(self, batch: Batch) -> Tensor:
+        return batch.targets[self.decoder_rows(batch)]
 
-    def last_rows(self, batch: dict) -> Tensor:
+    def last_rows(self, batch: Batch) -> Tensor:
         """Rows of hidden()'s result: in a prompt and in a step the
         decoder holds one token of each segment."""
-        return torch.arange(len(batch["cu_seqlens"]) - 1)
+        return torch.arange(len(batch.cu_seqlens) - 1)
 
     def norm(self, x: Tensor) -> Tensor:
         return x  # hidden() did it

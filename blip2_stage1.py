@@ -1,12 +1,14 @@
-"""BLIP-2's stage 1 and retrieval: the Q-Former with a text branch, contrasted, matched and captioned.
+"""BLIP-2's stage 1 of pre-training (arXiv:2301.12597 sec. 3.1), and retrieval with what it made.
 
     python train.py --model blip2 --stage pretrain1 --output_dir output_stage1
-    python evaluate.py --model_name_or_path samples/blip2_stage1 --name coco_caption \\
-        --image_root samples --data_files samples/caption/captions_val_en.json
 
-The model of a config.json whose Q-Former takes text (`use_qformer_text_input`). model_blip2.build_model makes
-it; the vision tower and the Q-Former are that file's. Numerics follow LAVIS (2023), arXiv:2301.12597 sec. 3.
+The Q-Former learns from pairs of image and text by three losses: contrast (which text belongs to which
+image), matching (does this text belong to this image), captioning. It is the model of a config.json whose
+Q-Former takes text (`use_qformer_text_input`); model_blip2.build_model makes it. A segment of the stream is Q
+places for queries and then [CLS] text [SEP].
 """
+
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -42,10 +44,6 @@ def interleave(Q: int, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         text_rows + Q * (1 + torch.arange(N, device=device)).repeat_interleave(lengths),
         cu_seqlens,
     )
-
-
-# --------------------------------------------------------------------------------------------------
-# Stage 1 and retrieval. A segment of the stream is Q slots (queries) and then [CLS] text [SEP].
 
 
 class LMPredictions(nn.Module):
@@ -117,47 +115,47 @@ class Blip2Qformer(nn.Module):
     def embed_text(self, ids: Tensor, positions: Tensor) -> Tensor:
         return self.embeddings.word_embeddings(ids) + self.embeddings.position_embeddings(positions)
 
-    def embed(self, batch: dict) -> Tensor:
+    def embed(self, batch: Batch) -> Tensor:
         """(T, C): queries in the slots; text positions count from the segment's first text token."""
-        x = self.embed_text(batch["input_ids"], (batch["position_ids"] - self.num_image_tokens).clamp(min=0))
-        slots = batch.get("image_positions")
+        x = self.embed_text(batch.input_ids, (batch.position_ids - self.num_image_tokens).clamp(min=0))
+        slots = batch.image_positions
         if slots is not None and len(slots):
             x = x.index_copy(
                 0, slots.flatten(), self.query_tokens.expand(len(slots), -1, -1).flatten(0, 1).to(x.dtype)
             )
         return x
 
-    def hidden(self, batch: dict, image: Tensor | None = None) -> Tensor:
+    def hidden(self, batch: Batch, image: Tensor | None = None) -> Tensor:
         """The language-modelling pass: queries see queries, text sees
         queries and the text before it. (T, C)"""
-        slots, Q, cu_seqlens = batch.get("image_positions"), self.num_image_tokens, batch["cu_seqlens"]
+        slots, Q, cu_seqlens = batch.image_positions, self.num_image_tokens, batch.cu_seqlens
         query_rows, text_rows, prefix = (
             None,
-            torch.arange(len(batch["input_ids"]), device=batch["input_ids"].device),
+            torch.arange(len(batch.input_ids), device=batch.input_ids.device),
             0,
         )
         if slots is not None and len(slots):
-            image = batch.get("image_features") if image is None else image
+            image = batch.image_features if image is None else image
             if image is None:
-                with dropout_rows(batch.get("image_dropout_keys"), len(batch["pixel_values"])):
-                    image = self.vision_model(batch["pixel_values"])
+                with dropout_rows(batch.image_dropout_keys, len(batch.pixel_values)):
+                    image = self.vision_model(batch.pixel_values)
             is_text = torch.ones(len(text_rows), dtype=torch.bool, device=text_rows.device)
             query_rows, prefix = slots.flatten(), Q
             is_text[query_rows] = False
             text_rows = text_rows[is_text]
         prefix_lens = torch.full((len(cu_seqlens) - 1,), prefix)
-        keys = batch.get("dropout_keys") if self.training else None
-        image_keys = None if keys is None else batch["image_dropout_keys"]
+        keys = batch.dropout_keys if self.training else None
+        image_keys = None if keys is None else batch.image_dropout_keys
         ctx = QFormerContext(
             cu_seqlens,
-            batch["max_len"],
+            batch.max_len,
             query_rows,
             text_rows,
             image,
             prefix_lens,
             keys,
             image_keys,
-            batch.get("cache"),
+            batch.cache,
         )
         return self.qformer(self.embed(batch), ctx)
 
@@ -212,17 +210,17 @@ class Blip2Qformer(nn.Module):
         return image, self.image_features(encode_queries(self, image))
 
     @staticmethod
-    def text_of(batch: dict) -> tuple[Tensor, Tensor]:
+    def text_of(batch: Batch) -> tuple[Tensor, Tensor]:
         """The text rows' places in the stream, and how many each segment has."""
-        is_text = torch.ones(len(batch["input_ids"]), dtype=torch.bool, device=batch["input_ids"].device)
-        is_text[batch["image_positions"].flatten()] = False
-        cu_seqlens = batch["cu_seqlens"].to(is_text.device).long()
+        is_text = torch.ones(len(batch.input_ids), dtype=torch.bool, device=batch.input_ids.device)
+        is_text[batch.image_positions.flatten()] = False
+        cu_seqlens = batch.cu_seqlens.to(is_text.device).long()
         return is_text.nonzero()[:, 0], F.pad(is_text.long().cumsum(0), (1, 0))[cu_seqlens].diff()
 
-    def loss_counts(self, batch: dict) -> list[int]:
+    def loss_counts(self, batch: Batch) -> list[int]:
         """What each of LOSSES is a sum over: pictures, pairs, tokens."""
-        B = len(batch["image_positions"])
-        return [B, 3 * B, batch["num_supervised"]]
+        B = len(batch.image_positions)
+        return [B, 3 * B, batch.num_supervised]
 
     def draw(self, scores: Tensor, rows: Tensor, columns: Tensor, purpose: int) -> Tensor:
         """(B,) one column a row, drawn with probabilities softmax(scores) (B, M).
@@ -235,7 +233,7 @@ class Blip2Qformer(nn.Module):
         uniform = (bits.double() + 2**31 + 0.5) / 2**32
         return (scores.double() - (-uniform.log()).log()).argmax(1)
 
-    def losses(self, batch: dict) -> tuple[Tensor, Tensor]:
+    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed losses (3,) as in LOSSES, and (S, 3, 2): sum and count of each segment (detached). all ranks
 
         The batch of all ranks is what pictures and texts are contrasted in. `image_ids` (S,), optional: pairs
@@ -243,26 +241,26 @@ class Blip2Qformer(nn.Module):
         """
         weight = 1.0
         if not len(
-            batch["image_positions"]
+            batch.image_positions
         ):  # this rank has no sample left, but the others wait for it: a blank one, times 0
             batch, weight = self.blank(batch), 0.0
-        B, device = len(batch["image_positions"]), batch["input_ids"].device
+        B, device = len(batch.image_positions), batch.input_ids.device
         real = B if weight else 0
         rows, lengths = self.text_of(batch)
-        ids, keys = batch["input_ids"][rows], batch["image_dropout_keys"]
+        ids, keys = batch.input_ids[rows], batch.image_dropout_keys
         dropout = keys if self.training else None
-        with dropout_rows(dropout, len(batch["pixel_values"])):
-            image = self.vision_model(batch["pixel_values"])
+        with dropout_rows(dropout, len(batch.pixel_values)):
+            image = self.vision_model(batch.pixel_values)
 
         # a caption begins with [DEC] where it is generated; queries don't see it, so this pass gives them
         # what one without text would
-        started = batch["input_ids"].index_fill(
+        started = batch.input_ids.index_fill(
             0, rows[segments(lengths)[:-1].to(device).long()], self.decoder_start
         )
-        x = self.hidden({**batch, "input_ids": started}, image)
+        x = self.hidden(replace(batch, input_ids=started), image)
         with dropout_rows(dropout, B):
-            image_feats = self.image_features(x[batch["image_positions"]])  # (B, Q, E)
-        text_keys = None if dropout is None else batch["dropout_keys"][rows] + 1
+            image_feats = self.image_features(x[batch.image_positions])  # (B, Q, E)
+        text_keys = None if dropout is None else batch.dropout_keys[rows] + 1
         encoded = self.encode_text(ids, lengths, text_keys)
         with dropout_rows(dropout, B):
             text_feats = self.text_features(encoded, lengths)  # (B, E)
@@ -274,7 +272,7 @@ class Blip2Qformer(nn.Module):
         sim_i2t = torch.einsum("bqe,me->bmq", image_feats, all_texts).amax(-1) / self.temp  # (B, M)
         sim_t2i = torch.einsum("be,mqe->bmq", text_feats, all_images).amax(-1) / self.temp
         M = len(all_texts)
-        image_ids = batch.get("image_ids")
+        image_ids = batch.image_ids
         own = torch.arange(first, first + B, device=device)
         if image_ids is None:
             same = F.one_hot(own.clamp(max=M - 1), M).bool()
@@ -307,13 +305,13 @@ class Blip2Qformer(nn.Module):
         # positive
         itm = itm[0] + itm[1:].sum(0) * (~same).any(1)  # (B,)
 
-        predicted = (batch["targets"] != IGNORE_INDEX).nonzero()[:, 0]
-        with dropout_rows(None if dropout is None else batch["dropout_keys"][predicted]):
+        predicted = batch.supervised
+        with dropout_rows(None if dropout is None else batch.dropout_keys[predicted]):
             predictions = self.logits(x[predicted]).float()
         lm = F.cross_entropy(
-            predictions, batch["targets"][predicted], reduction="none", label_smoothing=self.SMOOTHING
+            predictions, batch.targets[predicted], reduction="none", label_smoothing=self.SMOOTHING
         )
-        segment = torch.bucketize(predicted, batch["cu_seqlens"][1:].to(device), right=True)
+        segment = torch.bucketize(predicted, batch.cu_seqlens[1:].to(device), right=True)
         lm_sums, lm_counts = torch.zeros(2, B, device=device)
         lm_sums = lm_sums.index_add(0, segment, lm)
         lm_counts = lm_counts.index_add(0, segment, torch.ones_like(lm))
@@ -323,22 +321,23 @@ class Blip2Qformer(nn.Module):
         )
         return sums.sum(0) * weight, torch.stack((sums.detach(), counts), dim=-1) * weight
 
-    def blank(self, batch: dict) -> dict:
+    def blank(self, batch: Batch) -> Batch:
         """A batch of one sample without meaning."""
-        Q, device = self.num_image_tokens, batch["input_ids"].device
+        Q, device = self.num_image_tokens, batch.input_ids.device
         ids = torch.zeros(Q + 2, dtype=torch.long, device=device)
         zero = torch.zeros(1, dtype=torch.long, device=device)
-        return {
-            **batch,
-            "input_ids": ids,
-            "targets": torch.cat((ids[:-1] + IGNORE_INDEX, zero)),
-            "max_len": Q + 2,
-            "position_ids": torch.arange(Q + 2, device=device),
-            "cu_seqlens": torch.tensor([0, Q + 2], dtype=torch.int32),
-            "image_positions": torch.arange(Q, device=device)[None],
-            "dropout_keys": ids,
-            "image_dropout_keys": zero,
-        }
+        return replace(
+            batch,
+            input_ids=ids,
+            targets=torch.cat((ids[:-1] + IGNORE_INDEX, zero)),
+            supervised=None,  # made anew from the targets
+            max_len=Q + 2,
+            position_ids=torch.arange(Q + 2, device=device),
+            cu_seqlens=torch.tensor([0, Q + 2], dtype=torch.int32),
+            image_positions=torch.arange(Q, device=device)[None],
+            dropout_keys=ids,
+            image_dropout_keys=zero,
+        )
 
     @staticmethod
     def gather_text(ids: Tensor, lengths: Tensor, real: int) -> tuple[Tensor, Tensor]:
@@ -348,20 +347,20 @@ class Blip2Qformer(nn.Module):
         padded[torch.arange(longest, device=ids.device) < lengths[:, None]] = ids
         return parallel.gather_rows(padded[:real])[0], parallel.gather_rows(lengths[:real])[0]
 
-    def forward(self, batch: dict, output: str = "loss", x: None = None, blocks: None = None):
+    def forward(self, batch: Batch, output: str = "loss", x: None = None, blocks: None = None):
         """`output`: "loss" as losses(); "logits" (S, V) of each segment's last position (captioning with
         stage 1 alone); "itc" (S, S) similarities of every picture with every text; "itm" (S,) probability
         that picture and text match. `x`, `blocks`: a pipeline's, for which this model has no stages."""
         assert x is None and blocks is None, "stage 1 has no pipeline stages"
         if output == "features":
-            return self.encode_images(batch["pixel_values"])
+            return self.encode_images(batch.pixel_values)
         if output == "logits":
             x = self.hidden(batch)
-            return self.logits(x[batch["cu_seqlens"][1:].to(x.device) - 1])
+            return self.logits(x[batch.cu_seqlens[1:].to(x.device) - 1])
         if output == "loss":
             return self.losses(batch)
         rows, lengths = self.text_of(batch)
-        (image, image_feats), ids = self.encode_pictures(batch["pixel_values"]), batch["input_ids"][rows]
+        (image, image_feats), ids = self.encode_pictures(batch.pixel_values), batch.input_ids[rows]
         if output == "itm":
             return self.match(image, ids, lengths).softmax(-1)[:, 1]
         text_feats = self.text_features(self.encode_text(ids, lengths), lengths)

@@ -1,17 +1,16 @@
 """BLIP-2 (arXiv:2301.12597): EVA ViT-g, Q-Former, OPT or Flan-T5, and everything about its data format.
 
+    python train.py --model blip2 --lora
     python generate.py --model_name_or_path blip2-opt-2.7b --image a.png --prompt "a photo of"
 
 `Blip2` reads an image and writes text. Its language models are in blip2_language.py; the model of stage 1 and
-retrieval, built from the same vision tower and Q-Former, is in blip2_stage1.py; convert/lavis.py reads and
-writes LAVIS's files. Text has no batch dimension: a micro-batch is one stream of T tokens, cut into segments
+of retrieval, built from the same tower and Q-Former, is in blip2_stage1.py; convert/lavis.py reads and writes
+LAVIS's files. Text has no batch dimension: a micro-batch is one stream of T tokens, cut into segments
 (samples) by `cu_seqlens`. Parameter names are those of the published Hugging Face checkpoints. Numerics
 follow LAVIS (2023) and transformers; where this file differs on purpose, it says so. Dropout acts on hidden
 states only (the originals drop attention probabilities too) and is a pure function of the sample, so that no
 layout changes it.
 """
-
-import python_version  # noqa: F401  (first: it says which Python is needed)
 
 import hashlib
 import math
@@ -171,10 +170,6 @@ class Blip2Config:
     @property
     def mlp_width(self) -> int:
         return self.text.d_ff if self.is_t5 else self.text.ffn_dim
-
-
-# --------------------------------------------------------------------------------------------------
-# Vision: pictures are a plain batch; inside, their patches are one stream of N*P rows
 
 
 def resize_positions(table: Tensor, rows: int, columns: int) -> Tensor:
@@ -477,45 +472,32 @@ class Blip2(nn.Module):
         with dropout_rows(keys, len(pixel_values)):
             return self.language_projection(encode_queries(self, self.vision_model(pixel_values), keys))
 
-    def embed(self, batch: dict) -> Tensor:
-        """Word embeddings (T, C), those of the picture slots replaced by features, and positions.
-
-        More pictures than slots: the others (a blank one, so that every rank of a sharded run enters the
-        tower) count nothing.
-        """
-        x = self.language_model.embed(batch["input_ids"])
-        features = batch.get("image_features")
-        if features is None and batch.get("pixel_values") is not None:
-            features = self.encode_images(batch["pixel_values"], batch.get("image_dropout_keys"))
-        if features is not None:
-            positions = batch["image_positions"].flatten()
-            features = features.flatten(0, 1).to(x.dtype)
-            x = x.index_copy(0, positions, features[: len(positions)])
-            if len(features) > len(positions):
-                x = x + 0.0 * features[len(positions) :].sum()
+    def embed(self, batch: Batch) -> Tensor:
+        """The tokens' embeddings (T, C), the images' features at their places, and positions."""
+        x = vlm.splice_images(self.language_model.embed(batch.input_ids), batch, self.encode_images)
         return self.language_model.add_positions(x, batch)
 
-    def hidden(self, batch: dict, x: Tensor | None = None, blocks=None) -> Tensor:
+    def hidden(self, batch: Batch, x: Tensor | None = None, blocks=None) -> Tensor:
         """(T, C) behind the blocks. A pipeline stage gives what it received, `x` (T, C), and its own
         `blocks`."""
-        x, keys = self.embed(batch) if x is None else x, batch.get("dropout_keys") if self.training else None
+        x, keys = self.embed(batch) if x is None else x, batch.dropout_keys if self.training else None
         return self.language_model.hidden(x, batch, keys, blocks)
 
     def logits(self, x: Tensor) -> Tensor:
         return parallel.vocab_logits(F.linear(self.language_model.norm(x), self.language_model.head_weight))
 
-    def head(self, x: Tensor, batch: dict) -> tuple[Tensor, Tensor]:
+    def head(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed loss of the supervised tokens and each one's own loss (detached), in stream order."""
         targets = self.language_model.targets(batch)
         rows = (targets != IGNORE_INDEX).nonzero()[:, 0]
         x = self.language_model.norm(x[rows])
         return parallel.vocab_cross_entropy(x, self.language_model.head_weight, targets[rows])
 
-    def forward(self, batch: dict, output: str = "loss", x: Tensor | None = None, blocks=None):
+    def forward(self, batch: Batch, output: str = "loss", x: Tensor | None = None, blocks=None):
         """The one entrance of a sharded model. `output`: "loss" as head(); "logits" (S, V) of each segment's
         last position; "features" (N, Q, C) of the pictures; "hidden" (T, C). `x`, `blocks`: as hidden()."""
         if output == "features":
-            return self.encode_images(batch["pixel_values"])
+            return self.encode_images(batch.pixel_values)
         x = self.hidden(batch, x, blocks)
         if output == "hidden":
             return x
@@ -553,11 +535,10 @@ def init_weights(config: Blip2Config, name: str, tensor: Tensor, generator: torc
 
 
 def build_model(config: dict) -> nn.Module:
-    """The model for a config.json's contents; create it under `torch.device("meta")` and load the weights
-    after."""
+    """Blip2, or Blip2Qformer for a Q-Former that takes text: stage 1 and retrieval."""
     config = Blip2Config.from_dict(config)
     if config.qformer.use_qformer_text_input:
-        from blip2_stage1 import Blip2Qformer  # which is built from this file's parts
+        from blip2_stage1 import Blip2Qformer  # here, since it is built from this file's parts
 
         return Blip2Qformer(config)
     return Blip2(config)
@@ -593,30 +574,8 @@ def untied(config: dict) -> dict | None:
     )
 
 
-# Parameters of each part, for the start-up table: the first pattern that matches
-PARTS = {
-    "vision": "vision_model.*",
-    "resampler": "q*",  # query_tokens, qformer
-    "projection": "*_projection.*",
-    "language model": "language_model.*",
-    "text embedding": "embeddings.*",
-    "heads": "*",
-}
-IMAGE_PARAMETERS = ["vision_model.*", "q*", "language_projection.*"]  # what a picture's features depend on
-CONTRASTED = ("pretrain1",)  # stages that compare the samples of a micro-batch, of all ranks, with each other
-STAGES = ("sft", "pretrain1", "pretrain2")
-IGNORED_WEIGHTS: list[str] = []  # names that files hold but this file recomputes
-# Frozen by stage: not the tower's last norm, which both stages train. What fine-tuning freezes is the
-# configuration's choice.
+# Not its last norm, which both stages of pre-training train
 TOWER = ["vision_model.embeddings.*", "vision_model.encoder.*"]
-PRETRAIN_FREEZE = {"pretrain1": TOWER, "pretrain2": [*TOWER, "language_model.*"]}
-LORA_TARGETS = [r"language_model\.(model\.decoder\.layers.*\.(q_proj|v_proj)|.*Attention\.(q|v))"]
-# Names of the toolkit PaddleMIX inside patterns of the configuration -> ours
-LEGACY_NAMES = {
-    "language_model.opt.": "language_model.model.",
-    "visual_encoder": "vision_model",
-    "Qformer": "qformer",
-}
 # How a weight is cut over tensor-parallel ranks: (kind, number of equal blocks packed along the cut
 # dimension)
 TP_PLAN = {
@@ -641,17 +600,6 @@ TP_PLAN = {
     "language_model.*DenseReluDense.wi_[01]": ("column", 1),
     "language_model.*DenseReluDense.wo": ("row", 1),
     "language_model.lm_head": ("vocab", 1),
-}
-# Which pipeline stages have a parameter: a block's own stage; the first or last one (OPT's word embedding is
-# its vocabulary projection too). Stage 1 of pre-training and Flan-T5 are not cut: their passes cross all of
-# the layers.
-PIPELINE = {
-    "blocks": "language_model.model.decoder.layers",
-    "first": ["vision_model.*", "q*", "language_projection.*", "language_model.model.decoder.embed_*"],
-    "last": [
-        f"language_model.{n}.*"
-        for n in ("model.decoder.final_layer_norm", "model.decoder.embed_tokens", "lm_head")
-    ],
 }
 
 
@@ -940,16 +888,35 @@ MODEL = vlm.Model(
     load_processor=load_processor,
     probe_batch=probe_batch,
     forward_flops=forward_flops,
-    parts=PARTS,
-    image_parameters=IMAGE_PARAMETERS,
-    stages=STAGES,
-    pretrain_freeze=PRETRAIN_FREEZE,
-    lora_targets=LORA_TARGETS,
+    parts={
+        "vision": "vision_model.*",
+        "resampler": "q*",  # query_tokens, qformer
+        "projection": "*_projection.*",
+        "language model": "language_model.*",
+        "text embedding": "embeddings.*",
+        "heads": "*",
+    },
+    image_parameters=["vision_model.*", "q*", "language_projection.*"],
+    stages=("sft", "pretrain1", "pretrain2"),
+    pretrain_freeze={"pretrain1": TOWER, "pretrain2": [*TOWER, "language_model.*"]},
+    lora_targets=[r"language_model\.(model\.decoder\.layers.*\.(q_proj|v_proj)|.*Attention\.(q|v))"],
     tp_plan=tp_plan,
-    pipeline=PIPELINE,
+    # OPT's embedding is its vocabulary projection too: first and last stage have it, and sum its gradient
+    pipeline={
+        "blocks": "language_model.model.decoder.layers",
+        "first": ["vision_model.*", "q*", "language_projection.*", "language_model.model.decoder.embed_*"],
+        "last": [
+            f"language_model.{n}.*"
+            for n in ("model.decoder.final_layer_norm", "model.decoder.embed_tokens", "lm_head")
+        ],
+    },
     aliases=aliases,
     untied=untied,
-    legacy_names=LEGACY_NAMES,
-    contrasted=CONTRASTED,
+    legacy_names={
+        "language_model.opt.": "language_model.model.",
+        "visual_encoder": "vision_model",
+        "Qformer": "qformer",
+    },
+    contrasted=("pretrain1",),
     check_dtype=check_dtype,
 )

@@ -79,16 +79,6 @@ class Batch:
         nothing = torch.zeros(0, dtype=torch.int64, device=pixel_values.device)
         return cls(nothing, nothing, torch.zeros(1, dtype=torch.int32), 0, pixel_values=pixel_values)
 
-    def __getitem__(self, key):
-        return getattr(self, key)
-
-    def get(self, key, default=None):
-        value = getattr(self, key)
-        return default if value is None else value
-
-    def keys(self):
-        return [f.name for f in fields(self)]
-
     @property
     def num_supervised(self) -> int:
         return len(self.supervised)

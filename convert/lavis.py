@@ -1,19 +1,15 @@
-"""LAVIS checkpoints of BLIP-2, in and out; the beginning of stage 1; another image resolution.
+"""BLIP-2 checkpoints of LAVIS (.pth), in and out; a fresh stage 1 from BERT; another image size.
 
-    python convert/lavis.py import blip2_pretrained.pth --config config.json --out stage1
-    python convert/lavis.py import caption_coco_opt2.7b.pth --base blip2-opt-2.7b --out caption
-    python convert/lavis.py init bert-base-uncased --tower eva_vit_g.pth --out stage1
-    python convert/lavis.py resize blip2-opt-2.7b blip2-opt-2.7b-364 --image_size 364
-    python convert/lavis.py export caption --out caption.pth
-
-A LAVIS file is a .pth whose "model" holds what was trained: stage-2 files lack the frozen tower
-(eva_vit_g.pth) and the language model, which come from other files or from --base.
+python convert/lavis.py import blip2_pretrained.pth --config config.json --out stage1
+python convert/lavis.py init bert-base-uncased --tower eva_vit_g.pth --out stage1
+python convert/lavis.py export stage1 --out stage1.pth
+python convert/lavis.py resize blip2-opt-2.7b blip2-opt-2.7b-364 --image_size 364
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts stand one folder up
 
 import python_version  # noqa: F401  (first: it says which Python is needed)
 
@@ -30,7 +26,7 @@ import checkpoint
 import model_blip2 as blip2
 import terminal
 import vlm
-from model_blip2 import Blip2Config, QFormerConfig, build_model, init_weights, resize_positions
+from model_blip2 import TOWER, Blip2Config, QFormerConfig, build_model, init_weights, resize_positions
 
 # --------------------------------------------------------------------------------------------------
 # LAVIS's names. {} is a layer number.
@@ -146,7 +142,7 @@ def fill_stage1(config: dict, state: dict[str, Tensor], seed: int = 0) -> dict[s
     with torch.device("meta"):
         model = build_model(config)
     for name, p in model.named_parameters():
-        if name not in state and not name.startswith(tuple(pattern[:-1] for pattern in blip2.TOWER)):
+        if name not in state and not name.startswith(tuple(pattern[:-1] for pattern in TOWER)):
             generator = torch.Generator().manual_seed(seed + (zlib.crc32(name.encode()) >> 1))
             tensor = torch.empty(p.shape)
             if name.startswith(("vision_projection", "text_projection", "itm_head")):

@@ -12,7 +12,7 @@ wrong one gives nonsense. Memory: the checkpoint once.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts stand one folder up
 
 import python_version  # noqa: F401  (first: it says which Python is needed)
 

@@ -13,14 +13,14 @@ from PIL import Image
 from ranks import together
 from safetensors.torch import load_file
 
+import blip2_language
+import blip2_stage1
 import build
 import lora
 import model_blip2 as blip2
 import parallel
 import train as loop
 import vlm
-from blip2_language import segments
-from blip2_stage1 import Blip2Qformer
 from convert import lavis
 from generate import beam_search, generate
 
@@ -41,7 +41,7 @@ class Variant:
         state = {
             n: t
             for n, t in load_file(self.path / "model.safetensors").items()
-            if n not in blip2.aliases(config)
+            if n not in blip2.MODEL.aliases(config)
         }
         model.load_state_dict(state, strict=True)
         return model.eval()
@@ -50,7 +50,7 @@ class Variant:
 def stream(rows, targets=None, pixels=None, Q=0):
     """Rows of ids (and of what each is to predict) as one batch; the first Q tokens of a row are slots."""
     lengths = torch.tensor([len(r) for r in rows])
-    cu = segments(lengths)
+    cu = blip2_language.segments(lengths)
     return vlm.Batch(
         input_ids=torch.cat(rows).long(),
         cu_seqlens=cu,
@@ -460,7 +460,7 @@ def test_golden_stage1_two_processes(blip2_stage1_ddp):
     results = together(ddp_rank, blip2_stage1_ddp, world=world)
     for rank, (losses, grads) in enumerate(results):
         g = variant.golden["ranks"][str(rank)]
-        for loss, name in zip(losses, Blip2Qformer.LOSSES, strict=True):
+        for loss, name in zip(losses, blip2_stage1.Blip2Qformer.LOSSES, strict=True):
             assert abs(loss - g[f"loss_{name}"]) < 1e-5
         for expected, tensors in (
             (g["local_grads"], grads),

@@ -404,7 +404,7 @@ def their_model(transformers, path, kind):
         path, output_loading_info=True, dtype=torch.float32
     )
     assert not info["unexpected_keys"] and not info["mismatched_keys"]
-    assert not set(info["missing_keys"]) - blip2.aliases(checkpoint.read_config(path)).keys()
+    assert not set(info["missing_keys"]) - blip2.MODEL.aliases(checkpoint.read_config(path)).keys()
     theirs.config.image_token_index = theirs.config.image_token_id = SLOT
     return theirs.eval()
 
