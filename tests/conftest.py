@@ -1,7 +1,8 @@
 """What all tests share: options, threads, and the golden variants that a test is run for.
 
-    python -m pytest  # all but slow tests, with the golden files in tests/goldens
-    python -m pytest -m slow                        # the slow ones
+    python -m pytest          # all but slow tests, in two processes, with the golden files in tests/goldens
+    python -m pytest -m slow  # the slow ones
+    python -m pytest -n 0     # in one process
     python -m pytest tests -k golden --goldens DIR  # the golden tests, with another set of files
 
 (Name `tests` there: pytest takes an existing DIR outside the repository for a test path before it has read
@@ -31,7 +32,11 @@ import checkpoint  # noqa: E402
 import model_qwen_vl as qwen  # noqa: E402
 import vlm  # noqa: E402
 
-torch.set_num_threads(2)
+if "PYTEST_XDIST_WORKER" in os.environ:  # two processes share the cores, and so do the commands they start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+else:
+    torch.set_num_threads(2)
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = {  # test argument -> directories below the golden root, or a file that each of them holds
@@ -54,6 +59,14 @@ def pytest_addoption(parser):
     parser.addoption(
         "--tokenizers", metavar="DIR", default=None, help="real tokenizer files; without them tests skip"
     )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """The whole suite runs in two processes, a file of tests in one of them (they share what they set up)."""
+    whole = config.args_source is config.ArgsSource.TESTPATHS
+    if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
+        config.option.numprocesses, config.option.dist = 2, "loadfile"
 
 
 def pytest_configure(config):

@@ -9,6 +9,7 @@ import types
 
 import pytest
 import torch
+from golden import read_golden
 from PIL import Image
 from ranks import together
 from safetensors.torch import load_file
@@ -32,8 +33,8 @@ def close(a, b, atol=1e-4, rtol=1e-4):
 class Variant:
     def __init__(self, path):
         self.path = path
-        self.golden = json.loads((path / "golden.json").read_text())
-        self.io = load_file(path / "io.safetensors") if (path / "io.safetensors").exists() else {}
+        self.golden = read_golden(path / "golden.json")
+        self.io = read_golden(path / "io.safetensors") if (path / "io.safetensors").exists() else {}
 
     def model(self):
         config = json.loads((self.path / "config.json").read_text())
@@ -613,7 +614,7 @@ def test_golden_stage1_training(blip2_stage1):
     variant = Variant(blip2_stage1)
     if not (blip2_stage1 / "train.json").exists():
         pytest.skip("this variant has no training run")
-    train = json.loads((blip2_stage1 / "train.json").read_text())
+    train = read_golden(blip2_stage1 / "train.json")
     model, _ = lavis_model(variant)
     batch = text_batch(
         variant.io["in.input_ids"],
@@ -638,7 +639,7 @@ def test_golden_stage2_training(blip2_stage2):
     if not (blip2_stage2 / "train.json").exists():
         pytest.skip("this variant has no training run")
     variant, model, _, batches = stage2(blip2_stage2)
-    train = json.loads((blip2_stage2 / "train.json").read_text())
+    train = read_golden(blip2_stage2 / "train.json")
     batch = batches["forward"] if "forward" in batches else batches["noprompt"]
 
     def loss_of(_):
@@ -725,14 +726,14 @@ def shapes_of(config):
 
 @pytest.mark.parametrize("table", TABLES)
 def test_golden_published_names_and_shapes(goldens, table):
-    expected = json.loads((goldens / "blip2" / "tables" / f"{table}.json").read_text())
+    expected = read_golden(goldens / "blip2" / "tables" / f"{table}.json")
     ours = shapes_of(vlm.shape(TABLES[table]))
     assert ours == expected["released_names"]
     assert sum(math.prod(s) for s in ours.values()) == expected["n_parameters"]
 
 
 def test_golden_lavis_names_and_shapes(goldens):
-    table = json.loads((goldens / "blip2" / "tables" / "lavis_names.json").read_text())
+    table = read_golden(goldens / "blip2" / "tables" / "lavis_names.json")
     for file, names in table["files"].items():
         if "bare" in file:
             ours = {
@@ -769,7 +770,7 @@ def test_golden_lavis_names_and_shapes(goldens):
 
 def test_golden_preprocessing(goldens):
     root = goldens / "blip2" / "preproc"
-    images = json.loads((root / "golden.json").read_text())["images"]
+    images = read_golden(root / "golden.json")["images"]
     for name, e in images.items():
         with Image.open(root / e["file"]) as image:
             pixels = blip2.preprocess_image(image, int(name.split("@")[1]))
@@ -778,13 +779,13 @@ def test_golden_preprocessing(goldens):
 
 
 def test_golden_position_interpolation(goldens):
-    io = load_file(goldens / "blip2" / "pos_embed_interpolation.safetensors")
+    io = read_golden(goldens / "blip2" / "pos_embed_interpolation.safetensors")
     size = math.isqrt(io["out.pos_embed"].shape[1] - 1)
     close(blip2.resize_positions(io["in.pos_embed"], size, size), io["out.pos_embed"], 1e-6)
 
 
 def test_golden_text_processing(goldens):
-    g = json.loads((goldens / "blip2" / "lavis_text_processing.json").read_text())
+    g = read_golden(goldens / "blip2" / "lavis_text_processing.json")
     for name, cases in g.items():
         if name == "source":
             continue
@@ -802,7 +803,7 @@ def test_golden_text_processing(goldens):
 def test_golden_tokenizers(goldens, tokenizers_dir):
     if tokenizers_dir is None:
         pytest.skip("needs the published tokenizer files: pass --tokenizers DIR")
-    g = json.loads((goldens / "blip2" / "tokenizer_golden.json").read_text())
+    g = read_golden(goldens / "blip2" / "tokenizer_golden.json")
     opt, t5, bert = (
         blip2.Blip2Tokenizer(tokenizers_dir / d, k)
         for d, k in (("opt", "opt"), ("t5", "t5"), ("bert-base-uncased", "bert"))
@@ -831,7 +832,7 @@ def test_golden_tokenizers(goldens, tokenizers_dir):
 
 
 def test_golden_schedule(goldens):
-    g = json.loads((goldens / "blip2" / "lavis_lr_schedule.json").read_text())
+    g = read_golden(goldens / "blip2" / "lavis_lr_schedule.json")
     for name, case in g.items():
         if name == "source":
             continue
@@ -850,7 +851,7 @@ def test_golden_schedule(goldens):
 
 
 def test_golden_optimizer_groups(goldens):
-    g = json.loads((goldens / "blip2" / "lavis_optimizer_groups.json").read_text())
+    g = read_golden(goldens / "blip2" / "lavis_optimizer_groups.json")
     groups = g["stage1 (ViT frozen)"]
     names = {n for group in groups for n in group["params"]}
     layers = {int(n.split(".")[4]) for n in names if n.startswith("Qformer.bert.encoder.layer.")}

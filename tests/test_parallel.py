@@ -19,6 +19,7 @@ import test_blip2_train as blip2_train
 import test_train_visualglm as glm_train
 import torch
 import torch.distributed as dist
+from cells import diagonal, slow, thinned
 from ranks import Replaced, run
 from test_train import ROOT, arguments, assert_same_run, losses, wait_for_step, weights
 from torch.distributed.tensor import DTensor
@@ -142,7 +143,7 @@ TP2 = {"tensor_parallel_degree": 2}
 LAYOUTS = {"tp2": (2, {}), "tp2 x dp2": (4, {})}  # name -> (processes, settings)
 LAYOUTS |= {f"tp2 x zero{n}": (4, {"sharding": f"stage{n}"}) for n in (1, 2, 3)}
 ALL_LAYOUTS = ("qwen sft", "qwen lora", "glm sft", "glm lora", "opt sft", "opt lora", "t5 sft", "t5 lora")
-CELLS = [(mode, layout) for mode in MODES for layout in LAYOUTS if mode in ALL_LAYOUTS or layout == "tp2"]
+CELLS = [*diagonal(ALL_LAYOUTS, LAYOUTS), *((mode, "tp2") for mode in MODES if mode not in ALL_LAYOUTS)]
 
 
 def everywhere_equal(model) -> bool:  # all ranks of a tensor-parallel group
@@ -189,7 +190,7 @@ CHAINS = {  # mode -> layouts that a run goes through: (processes, settings)
 }
 
 
-@pytest.mark.parametrize("mode", CHAINS)
+@pytest.mark.parametrize("mode", thinned(CHAINS, ["glm lora"]))
 def test_resumes_on_other_layouts(train_run, mode, tmp_path):
     """Two steps on each layout of the chain: every run continues from what another layout saved."""
     options = {"lr_scheduler_type": "constant", "learning_rate": 1e-3}
@@ -276,6 +277,7 @@ def test_same_greedy_tokens(bases, references, tmp_path, mode):
     assert two == [one, one] and len(one) == len(requests) and min(map(len, one)) >= 6
 
 
+@pytest.mark.slow
 def test_evaluation_and_generation_in_training(train_run):
     options = {
         "evaluation_strategy": "steps",
@@ -375,8 +377,7 @@ PIPELINES = {  # name -> (processes, settings)
 PIPELINE_MODES = ["qwen sft", "qwen lora", "glm sft", "glm lora", "opt sft", "opt lora"]
 
 
-@pytest.mark.parametrize("layout", PIPELINES)
-@pytest.mark.parametrize("mode", PIPELINE_MODES)
+@pytest.mark.parametrize("mode, layout", diagonal(PIPELINE_MODES, PIPELINES))
 def test_pipeline_equals_one_process(references, train_run, mode, layout):
     """Micro-batches of one or two samples, so that many have no picture, and streams of all lengths."""
     world, settings = PIPELINES[layout]
@@ -389,10 +390,10 @@ def test_pipeline_equals_one_process(references, train_run, mode, layout):
     "options",
     [
         {"pipeline_schedule": "gpipe", "batch": 8},
-        {"pipeline_schedule": "gpipe", "recompute": True},
-        {"pipeline_schedule": "interleaved"},
+        slow({"pipeline_schedule": "gpipe", "recompute": True}),
+        slow({"pipeline_schedule": "interleaved"}),
         {"pipeline_schedule": "interleaved", "recompute": True},
-        {"recompute": True},
+        slow({"recompute": True}),
     ],
     ids=lambda o: " ".join(map(str, o.values())),
 )
@@ -420,8 +421,7 @@ FROZEN = {
 }
 
 
-@pytest.mark.parametrize("layout", ["pp2", "pp2 x zero1"])
-@pytest.mark.parametrize("case", FROZEN)
+@pytest.mark.parametrize("case, layout", diagonal(FROZEN, ["pp2", "pp2 x zero1"]))
 def test_frozen_stages(train_run, case, layout):
     """No gradient, or none for a micro-batch without a picture, comes back to a stage; frozen weights are
     bit-equal."""
@@ -438,8 +438,7 @@ def test_prefix_on_every_stage(train_run, references):
     assert_same_run(train_run("glm ptuning", 2, **PP2), references("glm ptuning"))
 
 
-@pytest.mark.parametrize("level", ["O1", "O2"])
-@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+@pytest.mark.parametrize("kind, level", diagonal(["bf16", "fp16"], ["O1", "O2"]))
 def test_pipeline_in_sixteen_bits(train_run, kind, level):
     options = {kind: True, "fp16_opt_level": level, "max_steps": 3, "learning_rate": 1e-3}
     reference = train_run("qwen sft", **options)
@@ -452,7 +451,7 @@ def test_pipeline_in_sixteen_bits(train_run, kind, level):
         assert all(a[n].dtype == b[n].dtype and (a[n].float() - b[n].float()).abs().max() < 0.02 for n in b)
 
 
-@pytest.mark.parametrize("mode", ["qwen sft", "qwen lora", "opt sft"])
+@pytest.mark.parametrize("mode", thinned(["qwen sft", "qwen lora", "opt sft"], ["qwen lora"]))
 def test_pipeline_resumes_on_other_layouts(train_run, mode, tmp_path):
     """Three steps each on pp2, one process, pp2 x zero3, dp2, pp2: the losses of an uninterrupted run."""
     options = {"lr_scheduler_type": "constant", "learning_rate": 1e-3}
@@ -553,8 +552,7 @@ def numbers_moved(log, name, place, collective, *args, **options):
     return collective(*args, **options)
 
 
-@pytest.mark.parametrize("batch", [4, 1])
-@pytest.mark.parametrize("sharding", ["stage1", "stage2", "stage3"])
+@pytest.mark.parametrize("sharding, batch", diagonal(["stage1", "stage2", "stage3"], [4, 1]))
 def test_zero_moves_no_more_than_it_must(bases, tmp_path, sharding, batch):
     """Counted numbers a step: parameters gathered once and gradients reduced once (2 x parameters) under
     ZeRO-1; with ZeRO-2 reduced, with ZeRO-3 also gathered twice, every micro-batch: 3 x, apart from what only
@@ -627,7 +625,7 @@ def dies_at_4(original, directory, *args, **options):
     return original(directory, *args, **options)
 
 
-@pytest.mark.parametrize("where", ["save_weights", "save_train_state"])
+@pytest.mark.parametrize("where", ["save_weights", slow("save_train_state")])
 def test_a_rank_that_dies_while_it_saves(bases, tmp_path, capfd, where):
     """The checkpoint before stands, the broken one does not appear, and the run goes on from it."""
     out, settings = tmp_path / "out", {**PP2, "save_steps": 2}

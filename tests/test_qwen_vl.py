@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from golden import read_golden
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -31,9 +32,9 @@ IMAGES = {
 class Variant:
     def __init__(self, path):
         self.path = path
-        self.golden = json.loads((path / "golden.json").read_text())
-        self.grads = json.loads((path / "grads.json").read_text())
-        self.io = load_file(path / "golden.safetensors")
+        self.golden = read_golden(path / "golden.json")
+        self.grads = read_golden(path / "grads.json")
+        self.io = read_golden(path / "golden.safetensors")
         self.config = json.loads((path / "config.json").read_text())
         self.pixels = [self.io[f"image{i}.pixel_values"] for i in range(len(self.golden["images"]))]
 
@@ -266,7 +267,7 @@ def test_golden_sampling(variant):
 
 
 def test_golden_published_names_and_shapes(goldens):
-    table = json.loads((goldens / "qwen_vl" / "params_7b.json").read_text())
+    table = read_golden(goldens / "qwen_vl" / "params_7b.json")
     with torch.device("meta"):
         model = qwen.build_model(vlm.shape("qwen-vl-7b"))
     ours = {name: list(p.shape) for name, p in model.state_dict().items()}
@@ -276,8 +277,8 @@ def test_golden_published_names_and_shapes(goldens):
 
 def test_golden_preprocess(goldens):
     root = goldens / "qwen_vl" / "preprocess"
-    expected = json.loads((root / "preprocess.json").read_text())["images"]
-    tensors = load_file(root / "preprocess.safetensors")
+    expected = read_golden(root / "preprocess.json")["images"]
+    tensors = read_golden(root / "preprocess.safetensors")
     assert expected
     for name, e in expected.items():
         with Image.open(root / name) as image:
@@ -302,12 +303,12 @@ def tokenizer(tokenizers_dir):
 
 @pytest.fixture
 def tokenizer_golden(goldens):
-    return json.loads((goldens / "qwen_vl" / "tokenizer" / "tokenizer.json").read_text())
+    return read_golden(goldens / "qwen_vl" / "tokenizer" / "tokenizer.json")
 
 
 @pytest.fixture
 def chat_golden(goldens):
-    return json.loads((goldens / "qwen_vl" / "tokenizer" / "chat.json").read_text())
+    return read_golden(goldens / "qwen_vl" / "tokenizer" / "chat.json")
 
 
 def test_golden_tokenizer_strings(tokenizer, tokenizer_golden):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cells import diagonal
 from PIL import Image
 from ranks import Replaced, run
 from test_blip2_train import OPT, T5, WORDS, write_checkpoint
@@ -134,8 +135,7 @@ def adapter(model):
     return {"lora": True, "lora_dropout": 0.3, "lora_target_modules": TOWERS[model], "learning_rate": 1e-2}
 
 
-@pytest.mark.parametrize("sharding", [None, "stage3"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model, sharding", diagonal(MODELS, [None, "stage3"]))
 def test_a_rank_without_data(bases, captions, tmp_path, model, sharding):
     """Seven samples, four a step: with two ranks of one sample a micro-batch, the second step's last one is
     empty."""
@@ -186,15 +186,14 @@ def test_packed_and_cached_beside_adapters(bases, captions, tmp_path, model):
 
 
 PRECISIONS = {
-    "bf16": {"bf16": True},
-    "bf16-master": {"bf16": True, "fp16_opt_level": "O2"},
     "fp16": {"fp16": True},
     "fp16-master": {"fp16": True, "fp16_opt_level": "O2"},
+    "bf16": {"bf16": True},
+    "bf16-master": {"bf16": True, "fp16_opt_level": "O2"},
 }
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("precision, model", diagonal(PRECISIONS, MODELS))
 def test_sixteen_bits(bases, captions, tmp_path, model, precision):
     """Forward, backward, generation. The first loss is fp32's up to the precision."""
     if model == "t5" and precision.startswith("fp16"):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cells import diagonal, slow, thinned
 from ranks import run
 from safetensors.torch import load_file
 
@@ -75,6 +76,7 @@ MODES = {
     },
 }
 SPLIT = {"per_device_train_batch_size": 8}
+SPLITS = [(mode, *split) for mode in MODES for split in ((4, 2), (1, 8))]
 
 
 @pytest.fixture(scope="session")
@@ -89,16 +91,14 @@ def references(base, dataset, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("batch, accumulation", [(4, 2), (1, 8)])
+@pytest.mark.parametrize("mode, batch, accumulation", thinned(SPLITS, SPLITS[::3]))
 def test_splits_of_a_batch_are_equal(references, base, dataset, tmp_path, mode, batch, accumulation):
     split = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
     run(arguments(base, dataset, tmp_path / "out", **split, **MODES[mode]))
     assert_same_run(tmp_path / "out", references[mode, False])
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("sharding", [None, "stage1", "stage2", "stage3"])
+@pytest.mark.parametrize("sharding, mode", diagonal([None, "stage1", "stage2", "stage3"], MODES))
 def test_two_processes_equal_one(references, base, dataset, tmp_path, mode, sharding):
     """Micro-batches of one sample, so that often only one of the ranks has a picture."""
     split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
@@ -190,7 +190,7 @@ def wait_for_step(out, step):
     pytest.fail("the run does not get on")
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, slow(2)])
 def test_killed_run_continues_exactly(base, dataset, tmp_path, world):
     options = {
         "save_steps": 3,
@@ -218,7 +218,7 @@ def test_killed_run_continues_exactly(base, dataset, tmp_path, world):
         assert_same_run(tmp_path / "out", tmp_path / "reference")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, slow(signal.SIGINT)])
 def test_signals_save_and_the_same_command_continues(base, dataset, tmp_path, number):
     """The whole process group gets the signal, data workers too, as from a terminal."""
     argv = arguments(
@@ -309,9 +309,7 @@ def test_best_model_is_kept_and_loaded(base, dataset, tmp_path):
     assert all(torch.equal(a[n], b[n]) for n in a) and (out / "loss.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("level", ["O1", "O2"])
-@pytest.mark.parametrize("kind", ["bf16", "fp16"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind, level, mode", diagonal(["bf16", "fp16"], ["O1", "O2"], MODES))
 def test_sixteen_bits(references, base, dataset, tmp_path, kind, level, mode):
     out = tmp_path / "out"
     run(

@@ -5,12 +5,12 @@ greedy tokens, ids and labels exactly."""
 import dataclasses
 import fnmatch
 import hashlib
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from golden import read_golden
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -27,11 +27,11 @@ from quantize import quantize
 
 class Variant:
     def __init__(self, path):
-        self.golden = json.loads((path / "golden.json").read_text())
-        self.sat = json.loads((path / "sat_golden.json").read_text())
+        self.golden = read_golden(path / "golden.json")
+        self.sat = read_golden(path / "sat_golden.json")
         self.io, self.sat_io = (
-            load_file(path / "golden.safetensors"),
-            load_file(path / "sat_golden.safetensors"),
+            read_golden(path / "golden.safetensors"),
+            read_golden(path / "sat_golden.safetensors"),
         )
         self.config, self.cases = {"model_type": "chatglm", **self.golden["config"]}, self.golden["cases"]
         self.weights = load_file(path / "weights.safetensors")
@@ -560,7 +560,7 @@ def root(goldens):
 
 
 def test_golden_published_names_and_shapes(root):
-    table = json.loads((root / "param_table.json").read_text())
+    table = read_golden(root / "param_table.json")
     with torch.device("meta"):
         model = glm.build_model(vlm.shape("visualglm-6b"))
     ours = {name: list(p.shape) for name, p in model.named_parameters()}
@@ -579,7 +579,7 @@ def test_golden_published_names_and_shapes(root):
 
 
 def test_golden_rotary_tables(root):
-    g = load_file(root / "rotary_real.safetensors")
+    g = read_golden(root / "rotary_real.safetensors")
     head_dim = 4 * len(g["inv_freq_exact"])
     for exact, suffix, inv_freq in (
         (True, "exact", "inv_freq_exact"),
@@ -593,8 +593,8 @@ def test_golden_rotary_tables(root):
 
 
 def test_golden_image_preprocessing(root):
-    expected = json.loads((root / "image_golden.json").read_text())["images"]
-    tensors = load_file(root / "image_golden.safetensors")
+    expected = read_golden(root / "image_golden.json")["images"]
+    tensors = read_golden(root / "image_golden.safetensors")
     assert expected
     for name, e in expected.items():
         resized = tensors[f"{name}.resized_uint8_hwc"]
@@ -618,7 +618,7 @@ def tokenizer(tokenizers_dir):
 
 @pytest.fixture
 def tokenizer_golden(root):
-    return json.loads((root / "tokenizer_golden.json").read_text())
+    return read_golden(root / "tokenizer_golden.json")
 
 
 def test_golden_tokenizer_strings(tokenizer, tokenizer_golden):
