@@ -76,8 +76,8 @@ def start(function: Callable, *args, world: int = 1) -> list:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    # the fork server takes no path from us before Python 3.12
-    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+    # the fork server takes no path from us before Python 3.12, and must not look into a test's directory
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)), PYTHONSAFEPATH="1"):
         if CONTEXT.get_start_method() == "forkserver":
             ensure_running()
     processes = []

@@ -1,11 +1,10 @@
-"""Every command of the README runs, in its order, in a copy of the repository.
+"""Every command of the README runs, in its order, in a copy of the repository: those of the first screen by
+default, all of them with `-m slow`. Training is cut short; pip and pytest are left out."""
 
-Training is cut short; pip and pytest are
-left out.
-"""
-
+import importlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from ranks import run
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -51,8 +51,44 @@ def servers():
         process.wait(60)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+FIRST = next(n for n, command in enumerate(COMMANDS) if "data.py" in command)  # those of the first screen
+
+
+@pytest.mark.parametrize("command", COMMANDS[FIRST:])
+def test_command_is_understood(copy, monkeypatch, capfd, command):
+    """What follows the first screen: training by a dry run, else by the script's help; test_commands_in_full
+    runs it."""
+    words = shlex.split(command)
+    if words[0] == "curl":
+        pytest.skip("no script of ours")
+    place = next(n for n, word in enumerate(words) if word.endswith(".py"))
+    main, argv = importlib.import_module(words[place][:-3]).main, words[place + 1 :]
+    monkeypatch.chdir(copy)
+    if words[place] == "train.py":
+        world = int(words[words.index("--nproc_per_node") + 1]) if "--nproc_per_node" in words else 1
+        if not re.search(r"--init_from|--lora_path", command):
+            run([*argv, *([] if "--dry_run" in argv else ["--dry_run"])], world, main)
+        return
+    run([*(word for word in argv if word in ("check", "preview", "bench")), "--help"], main=main)
+    known = capfd.readouterr().out
+    flags = [word for word in argv if word.startswith("--")]
+    assert known and not [flag for flag in flags if not re.search(rf"{flag}\b", known)], known
+    assert not [word for word in argv if word.startswith("samples/") and not (copy / word).exists()]
+
+
+@pytest.mark.parametrize("command", COMMANDS[:FIRST])
 def test_command(copy, command, servers):
+    execute(copy, command, servers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_in_full(copy, command, servers):
+    """In their order, from the first on: later ones read what earlier ones wrote."""
+    execute(copy, command, servers)
+
+
+def execute(copy, command, servers):
     if "train.py" in command and "--dry_run" not in command:
         command += " --max_steps 3"
     folder = str(Path(sys.executable).parent)
