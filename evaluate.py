@@ -32,7 +32,7 @@ import terminal
 import vlm
 from config import Config, parse_config
 from engine import Engine
-from generate import DTYPES, Decoding, answer, base_of, check_bad, load_model, name_bad
+from generate import DTYPES, Decoding, answer, base_of, check_bad, check_device, load_model, name_bad
 from kernels import dispatch
 from records import READERS, Conversation, one_line, text_of
 
@@ -296,8 +296,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     how = Decoding.of(args)
+    for key in ("name", "image_root"):
+        if getattr(args, key) and not args.data_files:
+            raise ValueError(f"--{key} says how --data_files are read, and none is given; leave it out")
     if args.output:
         checkpoint.check_place(args.output, "output")
+    check_device(args.device)
     for key in ("batch_size", "rerank"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise ValueError(f"{key}={getattr(args, key)}; expected at least 1")

@@ -34,7 +34,7 @@ from draw import draw_boxes
 from engine import Engine, Request, Sequence, cut_at_stop, room_for
 from kernels import dispatch
 from quantize import BITS, quantize
-from records import BadRecord, Conversation, one_record
+from records import BadRecord, Conversation, one_line, one_record
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -521,6 +521,17 @@ def main(argv: list[str] | None = None) -> int:
         parallel.leave_world()
 
 
+def check_device(name: str) -> None:
+    """ValueError unless tensors can be kept there."""
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        reason = one_line(str(e), 120)
+        raise ValueError(
+            f"device={name[:40]!r} cannot be used here ({reason}); use cpu, or cuda where there is a GPU"
+        ) from None
+
+
 def check_arguments(args) -> None:
     """Refuses what would be ignored."""
     if args.batch_size < 1:
@@ -533,6 +544,9 @@ def check_arguments(args) -> None:
         raise ValueError("--stop is empty; give the text that ends an answer")
     if args.output:
         checkpoint.check_place(args.output, "output", devices=True)
+    if os.path.isdir(args.draw):
+        raise ValueError(f"draw={args.draw} is a directory; name a file")
+    check_device(args.device)
     for name, others in (("requests", ("prompt", "image", "system", "chat")), ("chat", ("prompt", "output"))):
         for other in others if getattr(args, name) else ():
             if getattr(args, other) not in (None, [], False):

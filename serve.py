@@ -59,7 +59,7 @@ import records
 import terminal
 import vlm
 from chat_body import DECODING, Refused, Wanted, read_wanted
-from generate import DTYPES, Decoding, Shown, cut_at_stop, load_model
+from generate import DTYPES, Decoding, Shown, check_device, cut_at_stop, load_model
 from kernels import dispatch
 from quantize import BITS, quantize
 
@@ -808,6 +808,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def open_service(args) -> Service:
     """The model in an engine, and what is around it."""
+    check_device(args.device)
     kernels = dispatch.use_flash_attention(args.use_flash_attention, args.device)
     directory = data.model_directory(args.model, args.model_name_or_path)
     name = args.served_model_name or re.sub(r"[^\w.-]", "_", Path(directory).resolve().name)

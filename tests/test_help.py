@@ -235,6 +235,22 @@ def test_a_place_that_holds_no_file_is_refused_before_the_work(tmp_path, path, s
             main(["--output", str(tmp_path / path)])
 
 
+@pytest.mark.parametrize("device", ["tpu", "cpu:x", "meta"])
+def test_a_device_that_is_not_here_is_one_line(device):
+    for main, argv in ((evaluate.main, []), (generate.main, ["--prompt", "q"])):
+        with pytest.raises(ValueError, match=f"^device='{device}' cannot be used here .*; use cpu") as e:
+            main([*argv, "--device", device])
+        assert "\n" not in str(e.value) and len(str(e.value)) < 300
+
+
+def test_options_that_would_do_nothing_are_refused():
+    for argv in (["--name", "coco_vqa"], ["--image_root", "samples"]):
+        with pytest.raises(ValueError, match=f"{argv[0]} says how --data_files are read"):
+            evaluate.main(argv)
+    with pytest.raises(ValueError, match=r"draw=\. is a directory"):
+        generate.main(["--prompt", "q", "--draw", "."])
+
+
 def test_a_device_is_not_replaced():
     with pytest.raises(checkpoint.SaveError, match="no regular file"), checkpoint.atomic_file(os.devnull):
         pass
