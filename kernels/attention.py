@@ -90,8 +90,9 @@ def attention_ranges_ref(
 ) -> Tensor:
     """Segment by segment, each over a view of its range of k and v.
 
-    Measured on two CPU cores (fp32, 4 heads of 32, 200 keys a segment): 0.23 ms for 16 segments, 0.9 ms for
-    64; with the keys brought together first 0.75 and 4.3 ms, padded to one batched call 6.7 and 3.7 ms.
+    CPU time of a layer in a decoding step (one core, fp32, 16 segments of 300 keys): 0.23 ms with 4 heads of
+    32, 10 ms with 32 heads of 128; with the keys brought together first 2.2 and 76 ms, padded to one batched
+    call 2.1 and 86 ms. Copies are ahead only where all keys fit a cache: 0.10 against 0.15 ms at 100 keys.
     """
     bounds = cu_seqlens_q.tolist()
     prefixes = prefix_lens.tolist() if causal and prefix_lens is not None else [0] * len(keys)
