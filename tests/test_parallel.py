@@ -600,10 +600,10 @@ def test_torchrun_restarts_after_a_kill(bases, tmp_path):
         start_new_session=True,
     )
     try:
-        wait_for_step(tmp_path / "out", 6)
+        wait_for_step(tmp_path / "out", 6, lambda: process.poll() is None)
         holder = re.match(r"process (\d+) on ", (tmp_path / "out/.lock").read_text())  # rank 0 holds the lock
         os.kill(int(holder[1]), signal.SIGKILL)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate()
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -301,7 +301,8 @@ def test_what_peft_saves_computes_the_same_here(tmp_path, options):
     batch = qwen.probe_batch(qwen.load_processor(directory))
     ours = generate.load_model(directory, lora_path=tmp_path)
     expected = logits_of(theirs.base_model.model, batch)
-    torch.testing.assert_close(logits_of(ours, batch), expected, atol=1e-4, rtol=1e-4)
+    scale = expected.abs().max()
+    torch.testing.assert_close(logits_of(ours, batch) / scale, expected / scale, atol=1e-4, rtol=0)
     assert (expected - logits_of(generate.load_model(directory), batch)).abs().max() > 0.1
 
 

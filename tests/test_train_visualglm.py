@@ -162,14 +162,14 @@ def test_stopped_run_continues_exactly(glm_references, glm_base, glm_dataset, tm
 def test_killed_run_continues_exactly(glm_base, glm_dataset, tmp_path, mode):
     """kill -9 somewhere behind the second checkpoint, then the same
     command: losses and weights bit for bit."""
-    options = {**SIZE, **MODES[mode], "lr_scheduler_type": "constant", "max_steps": 60, "save_steps": 4}
+    options = {**SIZE, **MODES[mode], "lr_scheduler_type": "constant", "max_steps": 5000, "save_steps": 4}
     argv = arguments(glm_base, glm_dataset, tmp_path / "out", **options)
     (process,) = start(script, train.main, argv)
-    wait_for_step(tmp_path / "out", 9)
+    wait_for_step(tmp_path / "out", 9, process.is_alive)
     process.kill()
     process.join()
     done = len(losses(tmp_path / "out"))
-    assert 9 <= done < 60 and checkpoint.last_checkpoint(tmp_path / "out")
+    assert 9 <= done < 5000 and checkpoint.last_checkpoint(tmp_path / "out")
     options["max_steps"] = done + 4
     run(arguments(glm_base, glm_dataset, tmp_path / "out", **options))
     run(arguments(glm_base, glm_dataset, tmp_path / "reference", **options))

@@ -1,0 +1,35 @@
+"""Every configuration in configs/ starts: those of samples/ for a step, those of published sizes dry."""
+
+import json
+from pathlib import Path
+
+import pytest
+from ranks import run
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("blip2", "qwen_vl", "visualglm")
+CONFIGS = sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("configs/*/*.json"))
+CONFIGS = [name for name in CONFIGS if "/shapes/" not in name]
+SHAPES = {
+    "configs/blip2/pretrain1.json": "blip2-stage1",
+    "configs/blip2": "blip2-opt-2.7b",
+    "configs/qwen_vl": "qwen-vl-7b",
+    "configs/visualglm": "visualglm-6b",
+}
+
+
+def test_there_are_configurations():
+    assert len(CONFIGS) >= 21 and {Path(name).parent.name for name in CONFIGS} == set(FOLDERS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configuration_starts(tmp_path, capfd, name):
+    out = ["--output_dir", str(tmp_path / "out")]
+    if "samples" in name:
+        quick = ["--evaluation_strategy", "no", "--load_best_model_at_end", "false", "--do_eval", "false"]
+        run([name, *out, "--max_steps", "1", "--num_workers", "0", *quick])
+        assert "loss" in json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[0])
+    else:  # without data, which are the user's
+        shape = SHAPES.get(name) or SHAPES[str(Path(name).parent)]
+        run([name, *out, "--model_name_or_path", shape, "--dry_run"])
+        assert "GiB" in capfd.readouterr().out
