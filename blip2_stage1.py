@@ -64,7 +64,7 @@ class LMPredictions(nn.Module):
 class Blip2Qformer(nn.Module):
     prefill = "alone"  # a prompt enters the engine whole, without running sequences: queries see one another
     LOSSES = ("itc", "itm", "lm")
-    pipeline_obstacle = "stage=pretrain1 passes a picture's features to every layer in several passes"
+    pipeline_obstacle = "stage=pretrain1 passes an image's features to every layer in several passes"
     position_step, position_axes = 1, 1
     encoder_decoder = False
     MASKED = -10000.0  # added to similarities that may not be drawn
@@ -172,7 +172,7 @@ class Blip2Qformer(nn.Module):
         return self.qformer(self.embed_text(ids, positions), ctx)
 
     def match(self, image: Tensor, ids: Tensor, lengths: Tensor, keys: Tensor | None = None) -> Tensor:
-        """Matching logits (S, 2) of picture s (S, P, W) with text s:
+        """Matching logits (S, 2) of image s (S, P, W) with text s:
         the mean over the queries, who see both."""
         queries = self.multimodal(image, ids, lengths, keys)
         with dropout_rows(keys, len(queries)):
@@ -204,7 +204,7 @@ class Blip2Qformer(nn.Module):
         """Encoded text -> (S, E) of the first tokens, unit length."""
         return F.normalize(self.text_projection(text[segments(lengths)[:-1].to(text.device).long()]), dim=-1)
 
-    def encode_pictures(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_and_project(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """(N, 3, H, W) -> what match() takes (N, P, W), and image_features() of the queries alone."""
         image = self.vision_model(pixel_values)
         return image, self.image_features(encode_queries(self, image))
@@ -218,7 +218,7 @@ class Blip2Qformer(nn.Module):
         return is_text.nonzero()[:, 0], F.pad(is_text.long().cumsum(0), (1, 0))[cu_seqlens].diff()
 
     def loss_counts(self, batch: Batch) -> list[int]:
-        """What each of LOSSES is a sum over: pictures, pairs, tokens."""
+        """What each of LOSSES is a sum over: images, pairs, tokens."""
         B = len(batch.image_positions)
         return [B, 3 * B, batch.num_supervised]
 
@@ -236,28 +236,26 @@ class Blip2Qformer(nn.Module):
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed losses (3,) as in LOSSES, and (S, 3, 2): sum and count of each segment (detached). all ranks
 
-        The batch of all ranks is what pictures and texts are contrasted in. `image_ids` (S,), optional: pairs
-        of the same picture are positives of each other and never negatives.
+        The batch of all ranks is what images and texts are contrasted in. `image_ids` (S,), optional: pairs
+        of the same image are positives of each other and never negatives.
         """
         weight = 1.0
-        if not len(
-            batch.image_positions
-        ):  # this rank has no sample left, but the others wait for it: a blank one, times 0
+        if not len(batch.image_positions):
+            # this rank has no sample left, but the others wait for it: a blank one, times 0
             batch, weight = self.blank(batch), 0.0
         B, device = len(batch.image_positions), batch.input_ids.device
-        real = B if weight else 0
+        real = B if weight else 0  # samples that other ranks may see
         rows, lengths = self.text_of(batch)
         ids, keys = batch.input_ids[rows], batch.image_dropout_keys
         dropout = keys if self.training else None
         with dropout_rows(dropout, len(batch.pixel_values)):
-            image = self.vision_model(batch.pixel_values)
+            image = self.vision_model(batch.pixel_values)  # (B, P, W), for all three passes
 
         # a caption begins with [DEC] where it is generated; queries don't see it, so this pass gives them
         # what one without text would
-        started = batch.input_ids.index_fill(
-            0, rows[segments(lengths)[:-1].to(device).long()], self.decoder_start
-        )
-        x = self.hidden(replace(batch, input_ids=started), image)
+        begins = rows[segments(lengths)[:-1].to(device).long()]
+        started = batch.input_ids.index_fill(0, begins, self.decoder_start)
+        x = self.hidden(replace(batch, input_ids=started), image)  # (T, C)
         with dropout_rows(dropout, B):
             image_feats = self.image_features(x[batch.image_positions])  # (B, Q, E)
         text_keys = None if dropout is None else batch.dropout_keys[rows] + 1
@@ -265,25 +263,13 @@ class Blip2Qformer(nn.Module):
         with dropout_rows(dropout, B):
             text_feats = self.text_features(encoded, lengths)  # (B, E)
 
-        # contrast: the gathered side is detached, also in one process, as in LAVIS: each direction trains one
-        # side
-        all_images, first = parallel.gather_rows(image_feats[:real].detach())
-        all_texts, _ = parallel.gather_rows(text_feats[:real].detach())
-        sim_i2t = torch.einsum("bqe,me->bmq", image_feats, all_texts).amax(-1) / self.temp  # (B, M)
-        sim_t2i = torch.einsum("be,mqe->bmq", text_feats, all_images).amax(-1) / self.temp
-        M = len(all_texts)
-        image_ids = batch.image_ids
-        own = torch.arange(first, first + B, device=device)
-        if image_ids is None:
-            same = F.one_hot(own.clamp(max=M - 1), M).bool()
-        else:
-            same = image_ids[:, None] == parallel.gather_rows(image_ids[:real])[0]
+        sim_i2t, sim_t2i, own, same = self.similarities(batch, image_feats, text_feats, real)
+        M = same.shape[1]
         targets = same / same.sum(1, keepdim=True) * (1 - self.SMOOTHING) + self.SMOOTHING / M
-        itc = (
-            -(targets * (sim_i2t.float().log_softmax(-1) + sim_t2i.float().log_softmax(-1))).sum(1) / 2
-        )  # (B,)
+        logs = sim_i2t.float().log_softmax(-1) + sim_t2i.float().log_softmax(-1)
+        itc = -(targets * logs).sum(1) / 2  # (B,)
 
-        # matching: true pairs, hard negative pictures, hard negative texts
+        # the most similar of the others are the likeliest negatives
         all_keys, _ = parallel.gather_rows(keys[:real])
         with torch.no_grad():
             negative_image, negative_text = (
@@ -291,35 +277,65 @@ class Blip2Qformer(nn.Module):
                 for purpose, sim in ((1, sim_t2i), (2, sim_i2t))
             )
         every_image, _ = parallel.gather_rows(image[:real], differentiable=True)
-        every_ids, every_length = self.gather_text(ids, lengths, real)
-        pairs = torch.cat((own.clamp(max=M - 1), own.clamp(max=M - 1), negative_text))  # texts
-        pair_ids, pair_lengths = every_ids[pairs], every_length[pairs]
-        pair_ids = pair_ids[torch.arange(pair_ids.shape[1], device=device) < pair_lengths[:, None]]
-        pictures = torch.cat((image, every_image[negative_image], image))
-        pair_keys = None if dropout is None else torch.cat((dropout, dropout + 1, dropout + 2))
-        matched = self.match(pictures, pair_ids, pair_lengths, pair_keys)  # (3B, 2)
-        labels = torch.ones(3 * B, dtype=torch.long, device=device)
-        labels[B:] = 0
-        itm = F.cross_entropy(matched.float(), labels, reduction="none").view(3, B)
-        # a pair that is alone, or among pairs of its own picture, has no negative: what was drawn is its
+        images = torch.cat((image, every_image[negative_image], image))  # (3B, P, W)
+        own = own.clamp(max=M - 1)  # a blank sample has no place of its own
+        texts = torch.cat((own, own, negative_text))
+        itm = self.matching(images, self.gather_text(ids, lengths, real), texts, dropout)  # (3, B)
+        # a pair that is alone, or among pairs of its own image, has no negative: what was drawn is its
         # positive
         itm = itm[0] + itm[1:].sum(0) * (~same).any(1)  # (B,)
 
+        lm, lm_counts = self.captioning(batch, x)
+        sums = torch.stack((itc, itm, lm), dim=1)  # (B, 3)
+        ones = torch.ones_like(lm_counts)
+        counts = torch.stack((ones, 3 * ones, lm_counts), dim=1)
+        return sums.sum(0) * weight, torch.stack((sums.detach(), counts), dim=-1) * weight
+
+    def similarities(
+        self, batch: Batch, image_feats: Tensor, text_feats: Tensor, real: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of this rank's B images with the M texts of all ranks (B, M), of its texts with all images; the
+        places of its own pairs among the M (B,); which pairs show the same image (B, M) bool. all ranks
+
+        The gathered side is detached, also in one process, as in LAVIS: each direction trains one side. An
+        image's similarity is its best query's.
+        """
+        all_images, first = parallel.gather_rows(image_feats[:real].detach())  # (M, Q, E)
+        all_texts, _ = parallel.gather_rows(text_feats[:real].detach())  # (M, E)
+        sim_i2t = torch.einsum("bqe,me->bmq", image_feats, all_texts).amax(-1) / self.temp
+        sim_t2i = torch.einsum("be,mqe->bmq", text_feats, all_images).amax(-1) / self.temp
+        own, M = torch.arange(first, first + len(text_feats), device=text_feats.device), len(all_texts)
+        if (image_ids := batch.image_ids) is None:
+            same = F.one_hot(own.clamp(max=M - 1), M).bool()
+        else:
+            same = image_ids[:, None] == parallel.gather_rows(image_ids[:real])[0]
+        return sim_i2t, sim_t2i, own, same
+
+    def matching(
+        self, images: Tensor, every: tuple[Tensor, Tensor], texts: Tensor, dropout: Tensor | None
+    ) -> Tensor:
+        """(3, B) losses of true pairs, of negative images, of negative texts: `images` (3B, P, W) beside the
+        `texts` (3B,) of `every` (ids (M, L), lengths (M,))."""
+        ids, lengths = every[0][texts], every[1][texts]
+        ids = ids[torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]]  # without pads, a stream
+        keys = None if dropout is None else torch.cat((dropout, dropout + 1, dropout + 2))
+        matched = self.match(images, ids, lengths, keys)  # (3B, 2)
+        B = len(texts) // 3
+        labels = torch.ones(3 * B, dtype=torch.long, device=ids.device)
+        labels[B:] = 0
+        return F.cross_entropy(matched.float(), labels, reduction="none").view(3, B)
+
+    def captioning(self, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Language-modelling losses of each segment, summed, and their number: (B,) and (B,). `x` (T, C)."""
         predicted = batch.supervised
-        with dropout_rows(None if dropout is None else batch.dropout_keys[predicted]):
+        with dropout_rows(batch.dropout_keys[predicted] if self.training else None):
             predictions = self.logits(x[predicted]).float()
-        lm = F.cross_entropy(
+        losses = F.cross_entropy(
             predictions, batch.targets[predicted], reduction="none", label_smoothing=self.SMOOTHING
         )
-        segment = torch.bucketize(predicted, batch.cu_seqlens[1:].to(device), right=True)
-        lm_sums, lm_counts = torch.zeros(2, B, device=device)
-        lm_sums = lm_sums.index_add(0, segment, lm)
-        lm_counts = lm_counts.index_add(0, segment, torch.ones_like(lm))
-        sums = torch.stack((itc, itm, lm_sums), dim=1)  # (B, 3)
-        counts = torch.stack(
-            (torch.ones(B, device=device), torch.full((B,), 3.0, device=device), lm_counts), dim=1
-        )
-        return sums.sum(0) * weight, torch.stack((sums.detach(), counts), dim=-1) * weight
+        segment = torch.bucketize(predicted, batch.cu_seqlens[1:].to(x.device), right=True)
+        sums, counts = torch.zeros(2, len(batch.image_positions), device=x.device)
+        return sums.index_add(0, segment, losses), counts.index_add(0, segment, torch.ones_like(losses))
 
     def blank(self, batch: Batch) -> Batch:
         """A batch of one sample without meaning."""
@@ -349,8 +365,8 @@ class Blip2Qformer(nn.Module):
 
     def forward(self, batch: Batch, output: str = "loss", x: None = None, blocks: None = None):
         """`output`: "loss" as losses(); "logits" (S, V) of each segment's last position (captioning with
-        stage 1 alone); "itc" (S, S) similarities of every picture with every text; "itm" (S,) probability
-        that picture and text match. `x`, `blocks`: a pipeline's, for which this model has no stages."""
+        stage 1 alone); "itc" (S, S) similarities of every image with every text; "itm" (S,) probability
+        that image and text match. `x`, `blocks`: a pipeline's, for which this model has no stages."""
         assert x is None and blocks is None, "stage 1 has no pipeline stages"
         if output == "features":
             return self.encode_images(batch.pixel_values)
@@ -360,7 +376,7 @@ class Blip2Qformer(nn.Module):
         if output == "loss":
             return self.losses(batch)
         rows, lengths = self.text_of(batch)
-        (image, image_feats), ids = self.encode_pictures(batch.pixel_values), batch.input_ids[rows]
+        (image, image_feats), ids = self.encode_and_project(batch.pixel_values), batch.input_ids[rows]
         if output == "itm":
             return self.match(image, ids, lengths).softmax(-1)[:, 1]
         text_feats = self.text_features(self.encode_text(ids, lengths), lengths)

@@ -151,7 +151,7 @@ def retrieval(
                     raise
                 reasons[path] = one_line(e)
         if pixels:
-            features = model.encode_pictures(torch.stack(pixels).to(device, dtype))
+            features = model.encode_and_project(torch.stack(pixels).to(device, dtype))
             pictures.append(features[0].cpu())
             image_feats.append(features[1])
     if reasons:

@@ -38,8 +38,7 @@ from records import front_image, text_of
 from vlm import Batch, even_segments
 
 # --------------------------------------------------------------------------------------------------
-# Configuration: the fields of the published config.json that change what is computed, with that file's
-# defaults
+# Configuration: the fields of the published config.json that change what is computed, with its defaults
 
 
 @dataclass
@@ -147,7 +146,7 @@ class Blip2Config:
     # what train.py asks of every model's config
     @property
     def max_positions(self) -> int | None:
-        """Tokens of a sequence, a picture's slots included, that have a learned position; None: no table that
+        """Tokens of a sequence, an image's slots included, that have a learned position; None: no table that
         ends."""
         if self.qformer.use_qformer_text_input:  # text counts from the end of the slots
             return self.num_query_tokens + self.qformer.max_position_embeddings
@@ -170,6 +169,10 @@ class Blip2Config:
     @property
     def mlp_width(self) -> int:
         return self.text.d_ff if self.is_t5 else self.text.ffn_dim
+
+
+# --------------------------------------------------------------------------------------------------
+# Vision: images are a plain batch; inside, their patches are one stream of N*P rows
 
 
 def resize_positions(table: Tensor, rows: int, columns: int) -> Tensor:
@@ -203,9 +206,8 @@ class VisionAttention(nn.Module):
         super().__init__()
         C = config.hidden_size
         self.head_dim = C // config.num_attention_heads
-        self.qkv = nn.Linear(
-            C, 3 * C
-        )  # LAVIS has no bias for k: here its third starts 0, and does not change a softmax
+        # LAVIS has no bias for k: here its third starts at 0, and does not change a softmax
+        self.qkv = nn.Linear(C, 3 * C)
         self.projection = nn.Linear(C, C)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
@@ -269,16 +271,13 @@ class QFormerContext:
 
     cu_seqlens: Tensor  # (S+1,) int32, host
     max_len: int
-    query_rows: (
-        Tensor | None
-    )  # (N*Q,) rows of the stream that hold queries, picture by picture; None: all text
+    query_rows: Tensor | None  # (N*Q,) rows of the stream that hold queries, image by image; None: all text
     text_rows: Tensor | None  # the other rows; None: all queries
-    image: Tensor | None  # (N, P, W): picture n is seen by queries n*Q .. n*Q+Q-1
-    prefix_lens: Tensor | None = (
-        None  # language modelling: text is causal, and sees this many queries before it
-    )
+    image: Tensor | None  # (N, P, W): image n is seen by queries n*Q .. n*Q+Q-1
+    # language modelling: text is causal, and sees this many queries before it
+    prefix_lens: Tensor | None = None
     keys: Tensor | None = None  # (R,) dropout keys of the rows
-    image_keys: Tensor | None = None  # (N,) of the pictures
+    image_keys: Tensor | None = None  # (N,) of the images
     cache: object | None = None  # engine.KVCache
 
     def __post_init__(self):
@@ -367,7 +366,7 @@ class QFormerLayer(nn.Module):
             self.output = QFormerOutput(config, config.intermediate_size)
 
     def forward(self, x: Tensor, ctx: QFormerContext) -> Tensor:
-        """(R, C) -> (R, C). Queries look at the picture and have a feed-forward of their own; text never sees
+        """(R, C) -> (R, C). Queries look at the image and have a feed-forward of their own; text never sees
         it directly."""
         x = self.attention(x, ctx)
         parts = []
@@ -399,7 +398,7 @@ class QFormer(nn.Module):
 
 
 def spread_keys(keys: Tensor | None, count: int, salt: int = 0) -> Tensor | None:
-    """One key per picture (N,) -> one per row (N*count,)."""
+    """One key per image (N,) -> one per row (N*count,)."""
     if keys is None:
         return None
     return keys_of_rows(keys, count, salt)
@@ -416,23 +415,12 @@ def encode_queries(model: nn.Module, image: Tensor, keys: Tensor | None = None) 
 
 
 # --------------------------------------------------------------------------------------------------
-# Picture -> text: stage 2, fine-tuning, captioning, questions
+# Image -> text: stage 2, fine-tuning, captioning, questions
 
 
 class Blip2(nn.Module):
     LOSSES = ("loss",)
     position_step, position_axes = 1, 1
-
-    @property
-    def encoder_decoder(self) -> bool:
-        return self.config.is_t5
-
-    @property
-    def prefill(self) -> str:
-        return "alone" if self.config.is_t5 else "chunks"
-
-    def cache_group(self, length: int) -> int:
-        return 0
 
     def __init__(self, config: Blip2Config):
         super().__init__()
@@ -456,6 +444,17 @@ class Blip2(nn.Module):
         return [batch.num_supervised]
 
     @property
+    def encoder_decoder(self) -> bool:
+        return self.config.is_t5
+
+    @property
+    def prefill(self) -> str:
+        return "alone" if self.config.is_t5 else "chunks"
+
+    def cache_group(self, length: int) -> int:
+        return 0
+
+    @property
     def pipeline_obstacle(self) -> str | None:
         return "Flan-T5's decoder needs the encoder's output in every block" if self.config.is_t5 else None
 
@@ -473,9 +472,9 @@ class Blip2(nn.Module):
             return self.language_projection(encode_queries(self, self.vision_model(pixel_values), keys))
 
     def embed(self, batch: Batch) -> Tensor:
-        """The tokens' embeddings (T, C), the images' features at their places, and positions."""
-        x = vlm.splice_images(self.language_model.embed(batch.input_ids), batch, self.encode_images)
-        return self.language_model.add_positions(x, batch)
+        """The stream's embeddings (T, C), at the images' places their features; with learned positions."""
+        x = self.language_model.embed(batch.input_ids)
+        return self.language_model.add_positions(vlm.splice_images(x, batch, self.encode_images), batch)
 
     def hidden(self, batch: Batch, x: Tensor | None = None, blocks=None) -> Tensor:
         """(T, C) behind the blocks. A pipeline stage gives what it received, `x` (T, C), and its own
@@ -495,7 +494,7 @@ class Blip2(nn.Module):
 
     def forward(self, batch: Batch, output: str = "loss", x: Tensor | None = None, blocks=None):
         """The one entrance of a sharded model. `output`: "loss" as head(); "logits" (S, V) of each segment's
-        last position; "features" (N, Q, C) of the pictures; "hidden" (T, C). `x`, `blocks`: as hidden()."""
+        last position; "features" (N, Q, C) of the images; "hidden" (T, C). `x`, `blocks`: as hidden()."""
         if output == "features":
             return self.encode_images(batch.pixel_values)
         x = self.hidden(batch, x, blocks)
@@ -514,16 +513,9 @@ def init_weights(config: Blip2Config, name: str, tensor: Tensor, generator: torc
     std = 0.02
     if config.is_t5 and name.startswith("language_model.") and tensor.ndim == 2:
         t = config.text
-        kind = name.split(".")[-2]
-        std = {
-            "shared": 1.0,
-            "q": (t.d_model * t.d_kv) ** -0.5,
-            "o": (t.num_heads * t.d_kv) ** -0.5,
-            "wo": t.d_ff**-0.5,
-        }.get(
-            kind,
-            t.d_model**-0.5,  # the original draws lm_head from N(0, 1), which begins at a loss of hundreds
-        )
+        fan_in = {"shared": 1, "q": t.d_model * t.d_kv, "o": t.num_heads * t.d_kv, "wo": t.d_ff}
+        # the original draws lm_head from N(0, 1), which begins at a loss of hundreds
+        std = fan_in.get(name.split(".")[-2], t.d_model) ** -0.5
     if name == "temp":
         tensor.fill_(0.07)
     elif name.endswith("bias"):
@@ -564,20 +556,15 @@ def aliases(config: dict) -> dict[str, str]:
 
 
 def untied(config: dict) -> dict | None:
-    """The same with a vocabulary projection of its own; None for Flan-T5, whose encoder and decoder share
-    words."""
+    """The same with a vocabulary projection of its own; None for Flan-T5: its stacks share the embedding."""
     text = config["text_config"]
-    return (
-        {**config, "text_config": {**text, "tie_word_embeddings": False}}
-        if text["model_type"] == "opt"
-        else None
-    )
+    apart = {**config, "text_config": {**text, "tie_word_embeddings": False}}
+    return apart if text["model_type"] == "opt" else None
 
 
 # Not its last norm, which both stages of pre-training train
 TOWER = ["vision_model.embeddings.*", "vision_model.encoder.*"]
-# How a weight is cut over tensor-parallel ranks: (kind, number of equal blocks packed along the cut
-# dimension)
+# How a weight is cut over tensor-parallel ranks: (kind, equal blocks packed along the cut dimension)
 TP_PLAN = {
     "vision_model.encoder.layers.*.self_attn.qkv": ("column", 3),
     "vision_model.encoder.layers.*.self_attn.projection": ("row", 1),
@@ -622,14 +609,10 @@ def forward_flops(
     config: Blip2Config, tokens: int, supervised: int, images: int, segment_length: float
 ) -> dict[str, float]:
     """FLOPs of one forward pass by part (a multiply-add counts two): tokens in the stream, supervised tokens,
-    pictures."""
+    images."""
     v, q, C, N = config.vision, config.qformer, config.hidden_size, config.num_hidden_layers
-    W, P, Q, E = (
-        v.hidden_size,
-        (v.image_size // v.patch_size) ** 2 + 1,
-        config.num_query_tokens,
-        q.hidden_size,
-    )
+    W, P = v.hidden_size, (v.image_size // v.patch_size) ** 2 + 1
+    Q, E = config.num_query_tokens, q.hidden_size
     tower = v.num_hidden_layers * (2 * P * (4 * W * W + 2 * W * v.intermediate_size) + 4 * P * P * W)
     cross = -(-q.num_hidden_layers // q.cross_attention_frequency)
     qformer = q.num_hidden_layers * (2 * Q * (4 * E * E + 2 * E * q.intermediate_size) + 4 * Q * Q * E)
@@ -640,11 +623,8 @@ def forward_flops(
     }
     if q.use_qformer_text_input:  # three passes over the text, and queries in two more
         text = tokens * 2 * (4 * E * E + 2 * E * q.intermediate_size) * q.num_hidden_layers
-        return {
-            **result,
-            "resampler": images * 4 * qformer + 5.0 * text,
-            "head": 2.0 * supervised * E * q.vocab_size,
-        }
+        result["resampler"] = images * 4 * qformer + 5.0 * text
+        return {**result, "head": 2.0 * supervised * E * q.vocab_size}
     inner, mlp = (config.text.num_heads * config.text.d_kv, 3) if config.is_t5 else (C, 2)
     block = 2 * (4 * C * inner + mlp * C * config.mlp_width)
     if config.is_t5:  # a token passes one of the two stacks
@@ -654,7 +634,7 @@ def forward_flops(
 
 
 # --------------------------------------------------------------------------------------------------
-# Pictures, text, prompt format, label mask
+# Images, text, prompt format, label mask
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
@@ -669,35 +649,29 @@ def preprocess_image(image: Image.Image, size: int) -> Tensor:
     )
 
 
-def _words(text: str, limit: int) -> str:
-    words = text.split(" ")
-    return " ".join(words[:limit]) if len(words) > limit else text
-
-
 def caption_text(caption: str, max_words: int = 50) -> str:
     """LAVIS's blip_caption: lower case, some punctuation to blanks, runs of blanks to one."""
     caption = re.sub(r"([.!\"()*#:;~])", " ", caption.lower())
     caption = re.sub(r"\s{2,}", " ", caption).rstrip("\n").strip(" ")
-    return _words(caption, max_words)
+    return " ".join(caption.split(" ")[:max_words])
 
 
 def question_text(question: str, max_words: int = 50) -> str:
     """LAVIS's blip_question: lower case, the same punctuation deleted."""
-    return _words(re.sub(r"([.!\"()*#:;~])", "", question.lower()).rstrip(" "), max_words)
+    question = re.sub(r"([.!\"()*#:;~])", "", question.lower()).rstrip(" ")
+    return " ".join(question.split(" ")[:max_words])
 
 
 class Blip2Processor:
-    """Conversations and pictures -> what the model takes. Stage "sft" captions after "a photo of",
-    pre-training without a prompt."""
+    """Conversations -> what the model takes. Stage "sft" captions after a prompt, pre-training without."""
 
     CAPTION_PROMPT = "a photo of"
     QUESTION_PROMPT = "Question: {} Short answer:"
 
     def __init__(self, config: Blip2Config, tokenizer: Blip2Tokenizer, stage: str = "sft"):
         stage1, text = config.qformer.use_qformer_text_input, config.text
-        room = (
-            config.qformer.vocab_size - 1 if stage1 else config.vocab_size
-        )  # stage 1 adds [DEC] behind BERT's words
+        # stage 1 adds [DEC] behind BERT's vocabulary
+        room = config.qformer.vocab_size - 1 if stage1 else config.vocab_size
         if tokenizer.vocab_size > room:
             raise ValueError(
                 f"tokenizer and config.json do not belong together: {tokenizer.vocab_size} tokens, "
@@ -713,31 +687,27 @@ class Blip2Processor:
         )
         if not stage1 and (tokenizer.begin, tokenizer.eos) != (begin, eos):
             raise ValueError(
-                "tokenizer and config.json do not belong together: texts begin and "
-                f"end with tokens {tokenizer.begin} "
-                f"and {tokenizer.eos}; by text_config with {begin} and {eos}"
+                "tokenizer and config.json do not belong together: texts begin and end with tokens "
+                f"{tokenizer.begin} and {tokenizer.eos}; by text_config with {begin} and {eos}"
             )
-        if (stage == "pretrain1") != config.qformer.use_qformer_text_input:
-            kind = "a stage-1" if config.qformer.use_qformer_text_input else "a captioning"
+        if (stage == "pretrain1") != stage1:
+            kind = "a stage-1" if stage1 else "a captioning"
             raise ValueError(
-                f"stage={stage} and {kind} checkpoint do not go together: "
-                "pretrain1 takes a stage-1 checkpoint, "
-                "the others don't"
+                f"stage={stage} and {kind} checkpoint do not go together: pretrain1 takes a stage-1 "
+                "checkpoint, the others don't"
             )
         self.config, self.tokenizer, self.stage = config, tokenizer, stage
         self.image_size, self.num_image_tokens = config.vision.image_size, config.num_query_tokens
         self.kind = "bert" if stage == "pretrain1" else "t5" if config.is_t5 else "opt"
         self.slot = config.image_token_index
-        if (
-            self.slot is None
-        ):  # any token but the one that T5's decoder starts with: features replace its embedding
+        if self.slot is None:
+            # any token but the one that T5's decoder starts with: features replace its embedding
             self.slot = config.text.eos_token_id if config.is_t5 else config.text.pad_token_id
         self.decoder_start = config.qformer.vocab_size - 1  # stage 1, as in Blip2Qformer
         # OPT ends at a line break; </s>, which stands in front of every text, ends nothing
         self.end = tokenizer.encode("\n") if self.kind == "opt" else [tokenizer.eos]
         self.eos, self.stop_words = self.end[-1], [self.end]
-        # what a rank without a sample computes on: both of T5's stacks have a row, so that all ranks do the
-        # same
+        # a rank without a sample computes on these: both of T5's stacks have a row, as on the other ranks
         self.blank_ids = (tokenizer.eos, tokenizer.begin) if self.kind == "t5" else (0,)
 
     def fingerprint(self) -> str:
@@ -753,9 +723,8 @@ class Blip2Processor:
     def check_length(self, length: int) -> None:
         if (limit := self.config.max_positions) is not None and length > limit:
             raise ValueError(
-                f"{length} tokens with the picture's, but the model has {limit} "
-                "positions; shorten the text, or let "
-                f"max_length={limit} cut it"
+                f"{length} tokens with the image's, but the model has {limit} positions; "
+                f"shorten the text, or let max_length={limit} cut it"
             )
 
     def texts(self, conversation) -> tuple[str, str]:
@@ -789,9 +758,7 @@ class Blip2Processor:
         prompt, answer = self.texts(conversation)
         room = max_length - Q
         if room < 4:
-            raise ValueError(
-                f"max_length={max_length} leaves no room for text behind the picture's {Q} slots"
-            )
+            raise ValueError(f"max_length={max_length} leaves no room for text behind the image's {Q} slots")
         if self.kind == "bert":  # [CLS] text [SEP]
             text = tk.encode(f"{prompt} {answer}".strip())
             ids = [tk.begin, *text[: room - 2], tk.eos]
@@ -852,7 +819,7 @@ class Blip2Processor:
 
 
 def probe_batch(processor: Blip2Processor) -> Batch:
-    """A fixed prompt with one synthetic picture, to compare two models' logits."""
+    """A fixed prompt with one synthetic image, to compare two models' logits."""
     tk, Q, size = processor.tokenizer, processor.num_image_tokens, processor.image_size
     text = tk.encode("Question: what is this? Short answer:")
     text = [*text, tk.eos, tk.begin] if processor.kind == "t5" else [tk.begin, *text]
@@ -872,14 +839,12 @@ def probe_batch(processor: Blip2Processor) -> Batch:
 def load_processor(directory: str | Path, stage: str = "sft") -> Blip2Processor:
     """The processor of a checkpoint directory (config.json and tokenizer)."""
     config = Blip2Config.from_dict(checkpoint.read_config(directory))
-    side, bert = (
-        config.vision.image_size,
-        {"do_lower_case": True} if config.qformer.use_qformer_text_input else {},
-    )
-    checkpoint.check_side_files(
-        directory, side, side, add_prefix_space=False, tokenize_chinese_chars=True, **bert
-    )
-    kind = "bert" if config.qformer.use_qformer_text_input else "t5" if config.is_t5 else "opt"
+    side, stage1 = config.vision.image_size, config.qformer.use_qformer_text_input
+    options = {"add_prefix_space": False, "tokenize_chinese_chars": True}
+    if stage1:
+        options["do_lower_case"] = True
+    checkpoint.check_side_files(directory, side, side, **options)
+    kind = "bert" if stage1 else "t5" if config.is_t5 else "opt"
     return Blip2Processor(config, Blip2Tokenizer(directory, kind), stage)
 
 
