@@ -240,8 +240,7 @@ class VisionBlock(nn.Module):
 
 
 class VisionModel(nn.Module):
-    """EVA-CLIP-g without its last block. Only post_layernorm (LAVIS: ln_vision) belongs to what is always
-    trained."""
+    """EVA-CLIP-g without its last block. Only post_layernorm (LAVIS: ln_vision) is always trained."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -366,8 +365,7 @@ class QFormerLayer(nn.Module):
             self.output = QFormerOutput(config, config.intermediate_size)
 
     def forward(self, x: Tensor, ctx: QFormerContext) -> Tensor:
-        """(R, C) -> (R, C). Queries look at the image and have a feed-forward of their own; text never sees
-        it directly."""
+        """(R, C) -> (R, C). Queries see the image and have an MLP of their own; text never sees it directly."""
         x = self.attention(x, ctx)
         parts = []
         if ctx.query_rows is not None:
