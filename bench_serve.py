@@ -23,11 +23,11 @@ import records
 import terminal
 
 
-def one_answer(url, args, number: int, picture: str | None) -> dict:
+def one_answer(url, args, number: int, image: str | None) -> dict:
     """Asks once and streams the answer: times of its pieces, its tokens, or the error."""
     content = [{"type": "text", "text": args.prompt.replace("{n}", str(number))}]
-    if picture:
-        content.insert(0, {"type": "image_url", "image_url": {"url": picture}})
+    if image:
+        content.insert(0, {"type": "image_url", "image_url": {"url": image}})
     body = {"messages": [{"role": "user", "content": content}], "stream": True, "max_tokens": args.max_tokens}
     body |= {"model": args.model_name, "stream_options": {"include_usage": True}, "temperature": 0}
     body |= args.body
@@ -100,17 +100,17 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"url={args.url!r}; expected http://HOST:PORT or https://HOST")
     if args.num_requests < 1 or args.concurrency < 1 or (args.rate is not None and args.rate <= 0):
         raise ValueError("bench: num_requests, concurrency and rate must be above 0")
-    pictures = []
+    sent = []
     for path in args.image:
         images.open_image(path)
-        pictures.append("data:image/png;base64," + base64.b64encode(Path(path).read_bytes()).decode())
+        sent.append("data:image/png;base64," + base64.b64encode(Path(path).read_bytes()).decode())
     args.body = records.parse_json(args.body)
     if not isinstance(args.body, dict):
         raise ValueError('body: expected an object such as {"min_tokens": 64}')
     args.model_name = args.model_name or first_model(url, args.api_key)
 
     def ask(number: int) -> dict:
-        return one_answer(url, args, number, pictures[number % len(pictures)] if pictures else None)
+        return one_answer(url, args, number, sent[number % len(sent)] if sent else None)
 
     began = time.perf_counter()
     if args.rate is None:

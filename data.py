@@ -417,7 +417,7 @@ def measure_all(measurer: Measurer, num_workers: int, progress: bool):
 
 
 def digest(path: str) -> str:
-    """Of the contents of a file, or of all files of a directory (pictures in it by size)."""
+    """Of the contents of a file, or of all files of a directory (images in it by size)."""
     if not os.path.isdir(path):
         return checkpoint.file_digest(path)
     listed = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
@@ -446,7 +446,7 @@ def content_key(entries: list[Entry]) -> str:
 def index_key(entries: list[Entry], processor, max_length: int) -> str:
     facts = [max_length, processor.fingerprint()]
     facts.append(content_key(entries))
-    for entry in entries:  # where pictures are looked for
+    for entry in entries:  # where images are looked for
         settings = {key: value for key, value in entry.settings.items() if key != "weight"}
         facts.append([[os.path.abspath(p) for p in entry.paths], settings])
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
@@ -491,7 +491,7 @@ def build_index(
     rows = None
     if path and path.exists() and (saved := read_index(path)):
         rows, problems = saved
-        # A picture may have been added since: if a record has become good, measure anew.
+        # An image may have been added since: if a record has become good, measure anew.
         if any(not measurer((number, record, record + 1))[1] for number, record, *_ in problems):
             rows = None
     fresh = rows is None
@@ -532,7 +532,7 @@ class Plan:
     """Which samples make up step k: a pure function of (index, seed, epoch).
 
     A unit is one sample, or with mixtoken a stream of samples that fills max_length tokens (and holds at most
-    max_images pictures). A step takes the next global_batch units of its epoch; the last one may take fewer.
+    max_images images). A step takes the next global_batch units of its epoch; the last one may take fewer.
     global_batch = per_device_batch * grad_accum * dp_size; how it splits into these three changes no step.
     """
 
@@ -596,12 +596,12 @@ class Plan:
 
     def pack(self, order: np.ndarray) -> list[np.ndarray]:
         lengths, images = self.index.length[order].tolist(), self.index.num_images[order].tolist()
-        borders, tokens, pictures = [], 0, 0
+        borders, tokens, shown = [], 0, 0
         for n, (length, count) in enumerate(zip(lengths, images, strict=True)):
-            if tokens + length > self.max_length or (self.max_images and pictures + count > self.max_images):
+            if tokens + length > self.max_length or (self.max_images and shown + count > self.max_images):
                 borders.append(n)
-                tokens = pictures = 0
-            tokens, pictures = tokens + length, pictures + count
+                tokens = shown = 0
+            tokens, shown = tokens + length, shown + count
         return np.split(order, borders)
 
     def count(self, epoch: int) -> int:
@@ -678,7 +678,7 @@ def jitter(image: torch.Tensor, fraction: float, rng: np.random.Generator) -> to
     """
     dx, dy, scale, angle = rng.uniform(-fraction, fraction, 4)
     cos, sin = (1 + scale) * np.cos(angle), (1 + scale) * np.sin(angle)
-    # in grid_sample's units, a picture is 2 wide
+    # in grid_sample's units, an image is 2 wide
     matrix = torch.tensor([[[cos, -sin, 2 * dx], [sin, cos, 2 * dy]]], dtype=image.dtype)
     grid = F.affine_grid(matrix, [1, *image.shape], align_corners=False)
     moved = F.grid_sample(image[None], grid, padding_mode="border", align_corners=False)[0]

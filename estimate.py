@@ -107,7 +107,7 @@ def saved_bytes(
 
 @dataclass
 class Stream:
-    """A micro-batch: tokens, supervised tokens, pictures; lengths of its samples."""
+    """A micro-batch: tokens, supervised tokens, images; lengths of its samples."""
 
     tokens: int
     supervised: int
@@ -164,6 +164,27 @@ class Layout:
         return self.dp > 1 or self.master
 
 
+def gathered_bytes(groups: list[float], layout: Layout) -> float:
+    """Weights that are whole at a time, of sharded ones; the last group is the root's."""
+    if layout.sharding != "stage3":
+        return sum(groups)
+    return sum(sorted(groups[:-1], reverse=True)[:2]) + groups[-1]  # this block's, the next one's, the root's
+
+
+def alive_micro_batches(layout: Layout, stages: list[int]) -> float:
+    """Micro-batches whose activations are kept at a time, on the rank that has `stages`."""
+    L, n, rank = layout, layout.micro_batches, stages[0]
+    if L.pp == 1:
+        return 1
+    if L.schedule == "gpipe":
+        return n
+    if L.schedule == "1f1b":
+        return min(n, L.pp - rank)
+    # in stages: warm-up of the interleaved schedule and the one at work
+    chunks = len(stages)
+    return min(n * chunks, 2 * (L.pp - rank - 1) + (chunks - 1) * L.pp + 1) / chunks
+
+
 def stage_memory(
     model: nn.Module,
     stages: list[int],
@@ -195,25 +216,11 @@ def stage_memory(
     gathered = 0.0
     if L.fsdp:
         width = L.compute_bytes if L.master else 4
-        if L.sharding == "stage3":  # this block's, the next one's, and the root's
-            gathered = sum(sorted((size(g, None, width) for g in groups[:-1]), reverse=True)[:2])
-            gathered += size(groups[-1], None, width)
-        else:
-            gathered = size(everything, None, width)
+        gathered = gathered_bytes([size(g, None, width) for g in groups], L)
         communication += group / 4 * width  # an all-gather's result before it is dealt out
     if L.autocast:
         weights += trained / 2  # autocast's copies
-    # micro-batches whose activations are kept at a time
-    n, rank = L.micro_batches, stages[0]
-    if L.pp == 1:
-        alive = 1
-    elif L.schedule == "gpipe":
-        alive = n
-    elif L.schedule == "1f1b":
-        alive = min(n, L.pp - rank)
-    else:  # in stages: warm-up of the interleaved schedule and the one at work
-        chunks = len(stages)
-        alive = min(n * chunks, 2 * (L.pp - rank - 1) + (chunks - 1) * L.pp + 1) / chunks
+    n, alive = L.micro_batches, alive_micro_batches(L, stages)
     activations = alive * kept
     if (
         L.pp > 1
@@ -380,7 +387,7 @@ def dry_run(cfg: Config, config: dict, definition, plan, world_size: int) -> str
     sixteen, o2 = cfg.bf16 or cfg.fp16, (cfg.bf16 or cfg.fp16) and cfg.fp16_opt_level == "O2"
     if plan is not None:
         sizes, heaviest = stream_sizes(plan, cfg), heaviest_stream(plan, cfg.per_device_train_batch_size)
-    else:  # no tokenizer, so no data: full streams with one picture each
+    else:  # no tokenizer, so no data: full streams with one image each
         tokens = cfg.max_length * cfg.per_device_train_batch_size
         sizes = StreamSizes(tokens, 0.3 * tokens, 1.0, tokens)
         heaviest = Stream(tokens, int(0.3 * tokens), 1, [tokens])
@@ -419,7 +426,7 @@ def dry_run(cfg: Config, config: dict, definition, plan, world_size: int) -> str
     lines.append(f"disk: {disk / 2**30:.2f} GiB a checkpoint, {cfg.save_total_limit or 'all'} of them kept")
     lines.append(
         f"tokens per step: {sizes.tokens * micro:,.0f} ({sizes.supervised / sizes.tokens:.0%} supervised, "
-        f"{sizes.images * micro:,.0f} pictures)"
+        f"{sizes.images * micro:,.0f} images)"
     )
     lines.append(f"FLOPs per step: {flops * micro:.3e} (forward: {shares})")
     volumes = communication(model, sizes.tokens, layout)

@@ -55,7 +55,7 @@ def merge_references(conversations: list[Conversation], entries: list[int]) -> l
 
 
 def question(conversation: Conversation) -> str:
-    """The last thing that the user said, without the picture."""
+    """The last thing that the user said, without the image."""
     return next(
         (text_of(content) for role, content in reversed(conversation.turns) if role == "user"), ""
     ).strip()
@@ -140,7 +140,7 @@ def retrieval(
     """
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
     paths, reasons = list(dict.fromkeys(c.images[0] for c in conversations)), {}
-    pictures, image_feats = [], []
+    images, image_feats = [], []
     for first in range(0, len(paths), batch_size):
         pixels = []
         for path in paths[first : first + batch_size]:
@@ -152,7 +152,7 @@ def retrieval(
                 reasons[path] = one_line(e)
         if pixels:
             features = model.encode_and_project(torch.stack(pixels).to(device, dtype))
-            pictures.append(features[0].cpu())
+            images.append(features[0].cpu())
             image_feats.append(features[1])
     if reasons:
         found = [(c.where, reasons[c.images[0]]) for c in conversations if c.images[0] in reasons]
@@ -164,7 +164,7 @@ def retrieval(
             raise ValueError("no image could be read; the reasons are listed above")
     row = {path: n for n, path in enumerate(paths)}
     owner = torch.tensor([row[c.images[0]] for c in conversations])  # (M,) each text's image
-    pictures, image_feats = torch.cat(pictures), torch.cat(image_feats)
+    images, image_feats = torch.cat(images), torch.cat(image_feats)
     Q = processor.num_image_tokens
     texts = [torch.from_numpy(processor.encode(c, Q + 35)["input_ids"][Q:]).long() for c in conversations]
     similarity = []
@@ -182,7 +182,7 @@ def retrieval(
     for some in pairs.split(batch_size):
         of = [texts[m] for m in some[:, 1].tolist()]
         lengths = torch.tensor([len(t) for t in of], device=device)
-        logits = model.match(pictures[some[:, 0]].to(device), torch.cat(of).to(device), lengths)
+        logits = model.match(images[some[:, 0]].to(device), torch.cat(of).to(device), lengths)
         matched[some[:, 0], some[:, 1]] = logits[:, 1].float().cpu() + similarity[some[:, 0], some[:, 1]]
     matched = torch.where(wanted, matched, float("-inf"))
     own = owner == torch.arange(len(paths))[:, None]  # (N, M)
@@ -375,53 +375,15 @@ def run(args, how: Decoding, names: list[str]) -> int:
             )
         scores, similarity, _ = retrieval(model, processor, conversations, batch_size, args.rerank, bad)
         result |= {"metrics": ["retrieval"], "scores": scores, "rerank": args.rerank}
-        print(f"retrieval among {similarity.shape[0]} pictures and {similarity.shape[1]} captions: ", end="")
+        print(f"retrieval among {similarity.shape[0]} images and {similarity.shape[1]} captions: ", end="")
     else:
-        conversations, answers = merge_references(conversations, numbers), []
-        try:
-            for text in answer_all(model, processor, conversations, batch_size, how, bad, progress=True):
-                answers.append(text)
-        except (KeyboardInterrupt, Exception) as e:  # what is answered is written before it ends
-            stop = e
-            if not any(text is not None for text in answers):
-                raise
-            result |= {"complete": False, "asked": len(conversations)}
-        asked = len(conversations)
-        conversations, answers = answered(conversations[: len(answers)], answers)
-        scores, each = score(conversations, answers, args.metric)
-        prompts = [
-            processor.tokenizer.decode(processor.prompt(c)["input_ids"].tolist()) for c in conversations
-        ]
-        result |= {
-            "metrics": args.metric
-            or sorted({name for c in conversations for name in metrics.OF_KIND[c.kind]}),
-            "scores": scores,
-            "decoding": dataclasses.asdict(how),
-            "answers": [
-                {
-                    "id": c.id,
-                    "where": c.where,
-                    "images": c.images,
-                    "question": question(c),
-                    "prompt": prompt,
-                    "answer": text,
-                    "references": c.answers,
-                    "scores": own,
-                }
-                for c, prompt, text, own in zip(conversations, prompts, answers, each, strict=True)
-            ],
-        }
-        if stop is not None:
-            print(
-                f"stopped ({type(stop).__name__}) with {len(answers):,} of {asked:,} questions answered; ",
-                end="",
-            )
-        print(f"scores of {len(answers)} answers: ", end="")
+        conversations = merge_references(conversations, numbers)
+        batches = answer_all(model, processor, conversations, batch_size, how, bad, progress=True)
+        found, stop = scored_answers(processor, conversations, batches, args.metric)
+        result |= {**found, "decoding": dataclasses.asdict(how)}
+        scores = result["scores"]
     result["left_out"] = [{"where": where, "reason": reason} for where, reason in bad]
-    print(", ".join(f"{k} {v:.3f}" for k, v in scores.items() if "/" not in k))
-    for key in ("vqa_accuracy", "accuracy"):
-        if parts := [f"{k.partition('/')[2]} {v:.3f}" for k, v in scores.items() if k.startswith(f"{key}/")]:
-            print(f"{key} by source: {', '.join(parts)}")
+    print_scores(scores)
     if args.output:
         checkpoint.write_json(args.output, result)
         print(f"results: {args.output}", flush=True)
@@ -432,6 +394,55 @@ def run(args, how: Decoding, names: list[str]) -> int:
         print(f"{len(bad):,} of {total:,} left out, named above", file=sys.stderr)
     check_bad(bad, total, cfg.max_bad_samples, "records")
     return 0
+
+
+def print_scores(scores: dict[str, float]) -> None:
+    print(", ".join(f"{k} {v:.3f}" for k, v in scores.items() if "/" not in k))
+    for key in ("vqa_accuracy", "accuracy"):
+        if parts := [f"{k.partition('/')[2]} {v:.3f}" for k, v in scores.items() if k.startswith(f"{key}/")]:
+            print(f"{key} by source: {', '.join(parts)}")
+
+
+def scored_answers(
+    processor, conversations: list, batches, asked_for: list[str] | None
+) -> tuple[dict, BaseException | None]:
+    """Takes the answers as they come -> (what the result file says of them, what broke them off). What is
+    answered by then is scored and written; with no answer at all the error is raised."""
+    answers, stop, asked = [], None, len(conversations)
+    try:
+        for text in batches:
+            answers.append(text)
+    except (KeyboardInterrupt, Exception) as e:
+        if not any(text is not None for text in answers):
+            raise
+        stop = e
+    conversations, answers = answered(conversations[: len(answers)], answers)
+    scores, each = score(conversations, answers, asked_for)
+    prompts = [processor.tokenizer.decode(processor.prompt(c)["input_ids"].tolist()) for c in conversations]
+    result = {
+        "metrics": asked_for or sorted({name for c in conversations for name in metrics.OF_KIND[c.kind]}),
+        "scores": scores,
+        "answers": [
+            {
+                "id": c.id,
+                "where": c.where,
+                "images": c.images,
+                "question": question(c),
+                "prompt": prompt,
+                "answer": text,
+                "references": c.answers,
+                "scores": own,
+            }
+            for c, prompt, text, own in zip(conversations, prompts, answers, each, strict=True)
+        ],
+    }
+    if stop is not None:
+        result |= {"complete": False, "asked": asked}
+        print(
+            f"stopped ({type(stop).__name__}) with {len(answers):,} of {asked:,} questions answered; ", end=""
+        )
+    print(f"scores of {len(answers)} answers: ", end="")
+    return result, stop
 
 
 def say_again(path: str) -> None:

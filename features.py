@@ -23,8 +23,8 @@ from run_dir import Signals, Stopped
 
 
 class ImageFeatures:
-    """Features of a frozen vision tower, (Q, C) fp32 a picture, in one file beside the length index. The rows
-    of pictures that could not be read are NaN. The file ends in a checksum of what is before."""
+    """Features of a frozen vision tower, (Q, C) fp32 an image, in one file beside the length index. The rows
+    of images that could not be read are NaN. The file ends in a checksum of what is before."""
 
     def __init__(self, paths: list[str], file: Path, shape: tuple[int, int], mode: str):
         self.rows = {path: i for i, path in enumerate(paths)}
@@ -58,7 +58,7 @@ def refuse_feature_cache(model, definition, cfg: Config) -> None:
 
 
 def features_key(model, definition, processor, cfg: Config, paths: list[str]) -> str:  # all ranks
-    """Of all that features depend on: the tower's values, whatever they come from, pictures, precision."""
+    """Of all that features depend on: the tower's values, whatever they come from, images, precision."""
     key = hashlib.sha256()
     for name, p in sorted(model.named_parameters()):
         if matches(name, definition.image_parameters):
@@ -82,7 +82,7 @@ def features_key(model, definition, processor, cfg: Config, paths: list[str]) ->
 def cache_features(
     model, definition, plan, processor, cfg: Config, world, signals: Signals
 ) -> ImageFeatures:  # all ranks
-    """Encodes every readable picture of the training set once, ranks in turn; a later run with the same
+    """Encodes every readable image of the training set once, ranks in turn; a later run with the same
     files, weights and precision reads them."""
     refuse_feature_cache(model, definition, cfg)
     paths = sorted({path for n in range(len(plan.index)) for path in plan.index.conversation(n).images})
@@ -122,7 +122,7 @@ def cache_features(
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, file)
-        for other in set(file.parent.glob("features-*.f32")) - {file}:  # of another tower or other pictures
+        for other in set(file.parent.glob("features-*.f32")) - {file}:  # of another tower or other images
             other.unlink()
     parallel.barrier(world)
     return ImageFeatures(paths, file, shape, "r")

@@ -1,8 +1,8 @@
-"""Pictures + prompt -> text.
+"""Images + prompt -> text.
 
     python generate.py --image samples/images/flags/noto/fr.png --prompt "这是哪个国家的国旗？"
     python generate.py --lora_path output --requests requests.jsonl --output answers.jsonl
-    python generate.py --image picture.png --chat        # questions from standard input, one a line
+    python generate.py --image image.png --chat        # questions from standard input, one a line
 
 Answers come from engine.py, so a batch gives what its requests give alone. Sampling follows transformers'
 order: repetition penalty, minimal length, temperature, top-k, top-p; each request has draws of its own.
@@ -144,13 +144,13 @@ def generate(
 ) -> list[list[int]]:
     """New token ids of each request, a stop word included as it came.
 
-    A request: input_ids (T,), image_starts (positions of the pictures' first slots), pixel_values (list of
+    A request: input_ids (T,), image_starts (positions of the images' first slots), pixel_values (list of
     (3, H, W)), and what data.collate takes besides. temperature 0 is greedy. A sequence ends where all its
     ids, prompt included, end with one of `stop_words`, or where `stopped` says so of the ids of its answer.
     Stop words of one token can't come before min_length ids, those of the prompt (of an encoder-decoder: of
     the decoder's prompt) included. Draws of a request depend on (seed, its "id") alone: a batch gives what
     its requests give alone. penalty_rule: whose repetition penalty. "hf": of the prompt's tokens (`seen`, by
-    default those outside pictures) and the answer's; "sat": of the answer's alone, always divided.
+    default those outside images) and the answer's; "sat": of the answer's alone, always divided.
     `on_token(request, token)` sees each token as it comes. `engine`: one of this model with these stop words,
     which keeps what it computed for the next call.
     """
@@ -454,7 +454,7 @@ def main(argv: list[str] | None = None) -> int:
         help="checkpoint directory; default: the adapter's base, else the tiny model",
     )
     add("--lora_path", default=None, help="adapter directory, applied without merging")
-    add("--image", action="append", default=[], help="picture file; may be repeated")
+    add("--image", action="append", default=[], help="image file; may be repeated")
     add("--prompt", default=None)
     add("--system", default=None, help="system text instead of the model's own")
     add("--chat", action="store_true", help="several rounds: questions from standard input, one a line")
@@ -467,7 +467,7 @@ def main(argv: list[str] | None = None) -> int:
     add(
         "--draw",
         default="boxes.png",
-        help="where a copy of the picture with the answer's boxes goes, if it has any",
+        help="where a copy of the image with the answer's boxes goes, if it has any",
     )
     add("--stage", default="sft", choices=("sft", "pretrain", "pretrain1", "pretrain2"), help="prompt format")
     Decoding.add_arguments(parser)

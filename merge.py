@@ -4,7 +4,7 @@
 
 Writes a whole checkpoint directory: weights W + scaling * B A (added in fp32, rounded once), config.json,
 tokenizer. Before it appears under its name, every tensor is read back and compared, and the logits of base +
-adapter, merged and base are compared on one short prompt with a picture. Memory: one file of up to 5 GB while
+adapter, merged and base are compared on one short prompt with an image. Memory: one file of up to 5 GB while
 merging, then one fp32 model.
 """
 

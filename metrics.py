@@ -191,7 +191,7 @@ def rouge_l(candidates: list[list[str]], references: list[list[list[str]]]) -> t
 def cider_d(candidates: list[list[str]], references: list[list[list[str]]]) -> tuple[float, list[float]]:
     """CIDEr-D: 10 x the mean over n = 1..4 and the references of the clipped tf-idf cosine, with a Gaussian
     penalty (sigma 6) on the difference of lengths. Document frequencies are those of these references: a
-    corpus of one picture has 0."""
+    corpus of one image has 0."""
     counted = [[ngrams(ref) for ref in refs] for refs in references]
     frequency = Counter(gram for refs in counted for gram in set().union(*refs))
     log_total = math.log(len(references))

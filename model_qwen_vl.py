@@ -2,7 +2,7 @@
 data format.
 
     python train.py --model qwen_vl --lora
-    python generate.py --image picture.png --prompt "What is this?"
+    python generate.py --image image.png --prompt "What is this?"
 
 Text has no batch dimension: a micro-batch is one stream of T tokens, cut into segments (samples) by
 `cu_seqlens`. Numerics follow the original modeling_qwen.py and visual.py (2023); where this file differs on
@@ -207,7 +207,7 @@ class Block(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# Vision: pictures are a plain batch; inside, their patches are one stream of N*P rows
+# Vision: images are a plain batch; inside, their patches are one stream of N*P rows
 
 VISUAL_EPS = 1e-6  # fixed in the original, whatever layer_norm_epsilon says
 
@@ -269,7 +269,7 @@ class CrossAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, num_images: int) -> Tensor:
-        """q (Q, E), the same for every picture; k and v (N*P, E). Returns (N*Q, E)."""
+        """q (Q, E), the same for every image; k and v (N*P, E). Returns (N*Q, E)."""
         q, k, v = (parallel.copy_to_tp(x, self) for x in (q, k, v))
         (wq, wk, wv), (bq, bk, bv) = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         q = F.linear(q, wq, bq).repeat(num_images, 1)
@@ -529,7 +529,7 @@ def forward_flops(
     config: QwenVLConfig, tokens: int, supervised: int, images: int, segment_length: float
 ) -> dict[str, float]:
     """FLOPs of one forward pass by part (a multiply-add counts two): tokens in the stream, supervised tokens,
-    pictures.
+    images.
     """
     c, v = config, config.visual
     C, W, E = c.hidden_size, v.width, v.output_dim
@@ -687,7 +687,7 @@ class QwenTokenizer:
         keep_image_special: bool = False,
         errors: str = "replace",
     ) -> str:
-        """Text of the ids; a picture span becomes `<img>path</img>` again. ValueError for a span without a
+        """Text of the ids; an image span becomes `<img>path</img>` again. ValueError for a span without a
         pad, as the original."""
         out, i = b"", 0
         kept_tags = {self.special[t] for t in VISION_TAGS[:6]} if keep_image_special else set()
@@ -743,7 +743,7 @@ def to_list_format(text: str) -> list[dict]:
 
 
 # --------------------------------------------------------------------------------------------------
-# Pictures, prompt format, label mask
+# Images, prompt format, label mask
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
@@ -824,7 +824,7 @@ def is_chinese(text: str) -> bool:
 
 
 class QwenVLProcessor:
-    """Conversations and pictures -> what the model takes. `stage` "pretrain" uses the base model's raw
+    """Conversations and images -> what the model takes. `stage` "pretrain" uses the base model's raw
     captioning format."""
 
     def __init__(self, config: QwenVLConfig, tokenizer: QwenTokenizer, stage: str = "sft"):
@@ -886,10 +886,10 @@ class QwenVLProcessor:
         return turns
 
     def encode(self, conversation, max_length: int) -> dict:
-        """One training sample: ids, unshifted labels, slots. A picture's span is never cut; text is cut from
+        """One training sample: ids, unshifted labels, slots. An image's span is never cut; text is cut from
         the end.
 
-        Deviations from finetune.py: the slots of a picture in an assistant's turn are not supervised, and a
+        Deviations from finetune.py: the slots of an image in an assistant's turn are not supervised, and a
         literal `<|endoftext|>` in the data is attended to.
         """
         tk = self.tokenizer

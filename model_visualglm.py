@@ -1,7 +1,7 @@
 """VisualGLM-6B: EVA ViT-g, a Q-Former with 32 queries, ChatGLM-6B, and everything about its data format.
 
     python train.py --model visualglm --lora
-    python generate.py --model visualglm --image picture.png --prompt "这张图片里有什么？"
+    python generate.py --model visualglm --image image.png --prompt "这张图片里有什么？"
 
 Text has no batch dimension: a micro-batch is one stream of T tokens, cut into segments (samples) by
 `cu_seqlens`. Of each segment the context (up to and without `<sop>`) is seen by every token, the answer is
@@ -58,7 +58,7 @@ class VisionConfig:
 
     @property
     def num_tokens(self) -> int:
-        """Of one picture: its patches and the class token in front."""
+        """Of one image: its patches and the class token in front."""
         height, width = self.image_size
         return (height // self.patch_size) * (width // self.patch_size) + 1
 
@@ -70,7 +70,7 @@ class QFormerConfig:
     num_layers: Depth
     hidden_size: Size
     num_attention_heads: Size
-    is_decoder: list[bool]  # which layers attend to the picture
+    is_decoder: list[bool]  # which layers attend to the image
     vocab_size: Size = 32
     inner_hidden_size: Size | None = None  # default: 4 x hidden_size
     layernorm_epsilon: Epsilon = 1e-12
@@ -305,7 +305,7 @@ class PrefixEncoder(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# Vision: pictures are a plain batch; inside, their tokens are one stream of N*P rows
+# Vision: images are a plain batch; inside, their tokens are one stream of N*P rows
 
 
 class VisionAttention(nn.Module):
@@ -609,7 +609,7 @@ def forward_flops(
     config: VisualGLMConfig, tokens: int, supervised: int, images: int, segment_length: float
 ) -> dict[str, float]:
     """FLOPs of one forward pass by part (a multiply-add counts two): tokens in the stream, supervised tokens,
-    pictures."""
+    images."""
     c, v, q = config, config.eva_config, config.qformer_config
     C, W, P, E, Q = c.hidden_size, v.hidden_size, v.num_tokens, q.hidden_size, q.vocab_size
     block = 2 * (4 * C * C + 2 * C * c.inner_hidden_size)
@@ -906,7 +906,7 @@ class GLMTokenizer:
 
 
 # --------------------------------------------------------------------------------------------------
-# Pictures, prompt format, label mask
+# Images, prompt format, label mask
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
@@ -952,8 +952,8 @@ def context_text(query: str, history: list[tuple[str, str]] = (), language: str 
 def context_ids(
     tokenizer: GLMTokenizer, text: str, num_image_tokens: int, slot: int
 ) -> tuple[list[int], list[int]]:
-    """-> ids of `<img>`, the picture's slots, `</img>` and the text; [index of the first slot].
-    num_image_tokens 0: no picture.
+    """-> ids of `<img>`, the image's slots, `</img>` and the text; [index of the first slot].
+    num_image_tokens 0: no image.
 
     The tags are plain text to the tokenizer. No slot's id reaches an embedding: HF writes <unk> there, SAT
     <pad>.
@@ -972,7 +972,7 @@ def chat_prompt(
     language: str = "zh",
     slot: int | None = None,
 ) -> list[int]:
-    """Ids of a chat up to where the answer begins; a picture stands in front of the first round, whatever
+    """Ids of a chat up to where the answer begins; an image stands in front of the first round, whatever
     round it is."""
     slot = tokenizer.unk if slot is None else slot
     ids, _ = context_ids(tokenizer, context_text(query, history, language), num_image_tokens, slot)
@@ -1009,7 +1009,7 @@ def is_chinese(text: str) -> bool:
 
 
 class VisualGLMProcessor:
-    """Conversations and pictures -> what the model takes. `stage` "pretrain" puts nothing but the picture
+    """Conversations and images -> what the model takes. `stage` "pretrain" puts nothing but the image
     before a caption."""
 
     def __init__(self, config: VisualGLMConfig, tokenizer: GLMTokenizer, stage: str = "sft"):
@@ -1068,7 +1068,7 @@ class VisualGLMProcessor:
         return list(zip(texts[::2], [*texts[1::2], None] if len(texts) % 2 else texts[1::2], strict=True))
 
     def context(self, conversation, rounds, slot: int) -> tuple[list[int], list[int]]:
-        """Ids before [gMASK] and the picture's first slot: the rounds but the last one's answer."""
+        """Ids before [gMASK] and the image's first slot: the rounds but the last one's answer."""
         query, earlier = self.worded(conversation, rounds[-1][0]), rounds[:-1]
         alone = self.stage == "pretrain" and not query and not earlier
         text = "" if alone else context_text(query, earlier, self.config.prompt_language)

@@ -1,6 +1,6 @@
 """Weight-only int8 and int4 of a language model's blocks, for inference, for every model here.
 
-    python generate.py --model visualglm --quantize int4 --image picture.png --prompt "What is this?"
+    python generate.py --model visualglm --quantize int4 --image image.png --prompt "What is this?"
 
 Each output row has one scale, max|w| / (2^(bits-1) - 1), kept in fp16; weights are rounded to it, computed
 with in the activations' dtype. Embeddings, vocabulary head, norms, biases and the vision tower stay as they

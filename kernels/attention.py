@@ -5,7 +5,7 @@ nothing is visible across segments. Queries stand at the end of their keys, so a
 than keys is decoding.
 
 `attention_ref` is plain PyTorch: scaled_dot_product_attention segment by segment, in one batched call where
-neighbours are equally long (pictures are). On CPU this beats padding and any dense mask; no mask is built
+neighbours are equally long (images are). On CPU this beats padding and any dense mask; no mask is built
 unless a prefix asks for one. The Triton kernels follow it.
 """
 
