@@ -365,7 +365,7 @@ class QFormerLayer(nn.Module):
             self.output = QFormerOutput(config, config.intermediate_size)
 
     def forward(self, x: Tensor, ctx: QFormerContext) -> Tensor:
-        """(R, C) -> (R, C). Queries see the image and have an MLP of their own; text sees queries alone."""
+        """(R, C) -> (R, C). Queries see the image and have an MLP of their own; text never does."""
         x = self.attention(x, ctx)
         parts = []
         if ctx.query_rows is not None:

@@ -124,6 +124,7 @@ class Meeting:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.over, self.beats, self.looked = False, {}, 0.0
         if self.size > 1:
+            # a thread, since a rank may read data for minutes before it waits for anybody
             threading.Thread(target=self.beat, daemon=True).start()
 
     @property
@@ -194,6 +195,7 @@ def init_world(
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    # gloo beside NCCL: facts, texts and checkpoints travel as CPU tensors
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     meeting = meeting or Meeting()
     dist.init_process_group(
@@ -202,6 +204,7 @@ def init_world(
     meeting.over = True
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
     axes = {**{axis: mesh[axis] for axis in AXES}, "dp": mesh["dp_replicate", "dp_shard"]._flatten("dp")}
+    # an axis of one rank has no group, so that every helper below is an identity there
     groups.clear()
     groups.update({axis: part.get_group() for axis, part in axes.items() if part.size() > 1})
     place = {f"{axis}_rank": axes[axis].get_local_rank() for axis in ("dp", "tp", "pp")}
@@ -222,6 +225,7 @@ def leave_world() -> None:
 
 def compare(facts: dict) -> None:  # all ranks
     """ValueError on every rank unless all have the same facts {name: value}."""
+    # before the first collective of the loop: a difference would hang there, without a word
     found: list = [None] * dist.get_world_size()
     dist.all_gather_object(found, facts)
     for key in facts:
@@ -249,9 +253,12 @@ def shard(model: nn.Module, mesh: DeviceMesh, stage: str | None, dtype: torch.dt
     """Shards (or only replicates) in place, one group per block. `dtype`: what the forward and backward
     compute in; the sharded parameters keep theirs and act as its master copy, gradients are reduced in fp32.
     """
+    # a two-axis mesh means hybrid sharding: shards on one axis, all-reduce over the other
     mesh = mesh["dp_shard"] if mesh["dp_replicate"].size() == 1 else mesh["dp_replicate", "dp_shard"]
     # inputs are not cast: rotary angles must stay fp32, and the towers cast their pixels themselves
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # inner modules first: what no block took belongs to the root, which stays whole between forward and
+    # backward (its head and embedding are used at both ends)
     for module in [*model.vision_blocks, *model.blocks, model]:
         fully_shard(
             module,
@@ -273,6 +280,7 @@ def set_gradient_sync(model: nn.Module, stage: str | None, last: bool) -> None:
     """Before each micro-batch's backward: only stages 2 and 3 reduce gradients before the step's last one,
     and only stage 3 gathers the parameters again for the next one."""
     if isinstance(model, FSDPModule):
+        # without it a micro-batch's gradients stay on the rank, unsharded, and are summed there
         model.set_requires_gradient_sync(last or stage in ("stage2", "stage3"))
         model.set_reshard_after_backward(last or stage == "stage3")
 
@@ -300,6 +308,7 @@ class Cut:
     size: int
 
     def take(self, whole: Tensor) -> Tensor:
+        # (parts * size * n) -> (parts, size, n): qkv is packed, so a rank's slice is not one contiguous range
         slices = whole.unflatten(self.dim, (self.parts, self.size, -1))
         return slices.select(self.dim + 1, self.rank).flatten(self.dim, self.dim + 1)
 
@@ -311,6 +320,7 @@ class Cut:
 
 def check_degree(degree: int, sizes: dict[str, int]) -> None:
     """sizes {name: what a tensor-parallel degree has to divide}."""
+    # degrees that would divide all of them, for the message
     works = [
         str(n) for n in range(1, math.gcd(*sizes.values()) + 1) if all(s % n == 0 for s in sizes.values())
     ]
@@ -362,16 +372,20 @@ def tensor_parallel(model: nn.Module, plan: dict[str, tuple[str, int]], world: W
             for key, _ in list(module.named_parameters(recurse=False)):
                 cut(f"{name}.{key}", 0, parts)
             if lora:
+                # B's rows follow the layer's; A stays whole and every rank gives its gradient a share
                 cut(f"{name}.lora_B.weight", 0, parts)
                 module.lora_A.forward = functools.partial(_shared_linear, module.lora_A)
             if isinstance(module, nn.Embedding):
                 module.forward = functools.partial(_vocab_embedding, module)
         elif kind == "row":
+            # the bias stays whole: it is added once, behind the sum
             cut(f"{name}.weight", 1)
             module.forward = functools.partial(_row_linear, module)
             if lora:
+                # A sees a rank's input channels; its share of the update joins the layer's sum
                 cut(f"{name}.lora_A.weight", 1)
                 module.lora_B.forward = functools.partial(_shared_linear, module.lora_B)
+                # the adapter's dropout mask is a hash of the channel in the whole layer
                 module.first_channel = world.tp_rank * module.weight.shape[1]
         else:
             assert kind == "heads", kind
@@ -450,6 +464,7 @@ def _shared_linear(module: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _row_linear(module: nn.Linear, x: Tensor) -> Tensor:
+    # the adapter's update joins before the sum, so that both need one collective
     y = F.linear(x, module.weight)
     if hasattr(module, "lora_A"):
         y = y + module.update(x).to(y.dtype)
@@ -459,6 +474,7 @@ def _row_linear(module: nn.Linear, x: Tensor) -> Tensor:
 
 def _vocab_embedding(module: nn.Embedding, ids: Tensor) -> Tensor:
     V = len(module.weight)
+    # a rank embeds the tokens of its rows, zeros for the others: one rank's row is in the sum
     ids = ids - first_channel(V)
     outside = (ids < 0) | (ids >= V)
     x = F.embedding(ids.masked_fill(outside, 0), module.weight).masked_fill(outside[..., None], 0.0)
@@ -470,6 +486,7 @@ def vocab_logits(logits: Tensor) -> Tensor:  # all ranks of a group
     if "tp" not in groups:
         return logits
     parts = [torch.empty_like(logits) for _ in range(dist.get_world_size(groups["tp"]))]
+    # parts are equal: tp_plan refuses a degree that does not divide the vocabulary
     dist.all_gather(parts, logits.contiguous(), groups["tp"])
     return torch.cat(parts, -1)
 
@@ -487,6 +504,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter], world: World) -> float:  #
     """Of the gradients of all ranks' parameters; one that several ranks hold counts once."""
     grads, shares = [], []
     for p in parameters:
+        # squares are added over all ranks, so each rank counts the share 1 / (ranks that hold this part)
         holders = p.cut.size if hasattr(p, "cut") else 1  # ranks that hold different parts of it
         grad = p.grad
         if isinstance(grad, DTensor):
@@ -497,6 +515,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter], world: World) -> float:  #
             ]
             holders, grad = holders * math.prod(sharded), grad.to_local()
         grads.append(grad)
+        # pp_size: a stage's ranks are size / pp_size, of which `holders` have different parts
         shares.append(holders * world.pp_size / world.size)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     if grads:  # a frozen pipeline stage has none
@@ -531,6 +550,7 @@ def gather_rows(x: Tensor, differentiable: bool = False) -> tuple[Tensor, int]: 
     if group is None:
         return x, 0
     counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(dist.get_world_size(group))]
+    # all_gather needs equal shapes: first how many rows each has, then the rows, padded to the most
     dist.all_gather(counts, torch.tensor([len(x)], device=x.device), group)
     counts = [int(n) for n in counts]
     first = sum(counts[: dist.get_rank(group)])
@@ -557,6 +577,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
+        # every rank used the gathered rows in its own loss
         grad = grad.contiguous()
         dist.all_reduce(grad, group=ctx.group)
         return grad[ctx.rows], None, None, None

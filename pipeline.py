@@ -50,6 +50,7 @@ def cut(costs: list[float], first: float, last: float, stages: int) -> list[rang
     def cost_of(stage: int, a: int, b: int) -> float:
         return total[b] - total[a] + first * (stage == 0) + last * (stage == stages - 1)
 
+    # dynamic programming over (stage, end): at most stages * N^2 steps, exact where a greedy cut is not
     best = {0: (0.0, [])}  # blocks given out -> (costliest stage so far, ends of the stages)
     for stage in range(stages):
         least = 0 if stage in (0, stages - 1) else 1
@@ -78,6 +79,7 @@ def stages_of_parameters(model: nn.Module, plan: dict, blocks: list[range]) -> d
         return {{"first": 0, "last": last}[end] for end in ends} or set(range(last + 1))
 
     found: dict[int, set[int]] = {}
+    # the stages of both names, since each stage must hold what it uses
     for name, p in model.named_parameters(remove_duplicate=False):  # a tied one has two names
         found.setdefault(id(p), set()).update(stages_of(name))
     return {name: found[id(p)] for name, p in model.named_parameters()}
@@ -108,6 +110,7 @@ class _Stage(nn.Module):
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
         i = int(index)
         out = self.run(i, x)
+        # runs when this stage's backward begins: each micro-batch decides whether gradients are synchronised
         if out.requires_grad:
             out.register_hook(lambda _grad: self.before_backward(i))
         return out
@@ -134,6 +137,7 @@ class Pipeline:
         self.model, self.schedule, self.world, self.dtype = model, schedule, world, dtype
         self.num_stages, self.ranges, self.hidden_size = len(blocks), blocks, model.config.hidden_size
         self.group = world.mesh["pp"].get_group()
+        # stage s is on rank s % pp_size: under the interleaved schedule a rank has stages s and s + pp_size
         modules = model.get_submodule(plan["blocks"])._modules
         self.blocks = {
             stage: [modules[str(n)] for n in numbers]
@@ -159,6 +163,7 @@ class Pipeline:
         differentiated.
         """
         self.forward, self.before_backward = forward, before_backward
+        # torch's stages arrange receive buffers once, from shapes; a schedule is made anew where these change
         key = num_micro_batches, length, before_backward is not None
         if key != self.made:  # gloo aborts when a message has another size than was arranged
             self.made, self.running = key, self.make_schedule(*key)
@@ -172,6 +177,7 @@ class Pipeline:
     def make_schedule(self, num_micro_batches: int, length: int, train: bool):
         def hidden(stage: int) -> Tensor:
             """What enters `stage`."""
+            # the first stage receives no hidden state: the schedule hands it the micro-batch's number
             if stage == 0:
                 return torch.zeros(1, dtype=torch.int64)
             options = {"dtype": self.dtype, "requires_grad": train and self.needs_gradient[stage]}
@@ -181,6 +187,7 @@ class Pipeline:
         for stage, blocks in self.blocks.items():
             last = stage == self.num_stages - 1
 
+            # bound as defaults: a closure would see the loop's last stage
             def forward(i, x, stage=stage, blocks=blocks, last=last):
                 return self.forward(i, None if stage == 0 else x, blocks, last)
 
@@ -197,9 +204,11 @@ class Pipeline:
                     group=self.group,
                 )
             )
+        # the last stage returns its loss; it is a sum over the step's tokens already, so nothing is scaled
         options = {"loss_fn": (lambda output, _: output) if train else None, "scale_grads": False}
         if self.schedule == "interleaved":
             return ScheduleInterleaved1F1B(stages, num_micro_batches, **options)
+        # without a backward pass 1F1B is GPipe
         kind = Schedule1F1B if self.schedule == "1f1b" and train else ScheduleGPipe
         return kind(stages[0], num_micro_batches, **options)
 
@@ -212,6 +221,7 @@ class Pipeline:
                 continue
             grad = parameters[name].grad
             grad = grad.to_local() if isinstance(grad, DTensor) else grad
+            # one rank adds in rank order and sends the sum back: an all-reduce might round otherwise elsewhere
             if me == first:
                 for rank in others:
                     received = torch.empty_like(grad)
