@@ -221,7 +221,7 @@ class Pipeline:
                 continue
             grad = parameters[name].grad
             grad = grad.to_local() if isinstance(grad, DTensor) else grad
-            # one rank adds in rank order and sends the sum back: an all-reduce might round otherwise elsewhere
+            # one rank adds in rank order and sends the sum back: an all-reduce may round differently
             if me == first:
                 for rank in others:
                     received = torch.empty_like(grad)
