@@ -127,6 +127,7 @@ def inject(
         raise ValueError(f"lora_rank={rank}; expected at least 1")
     if not 0 <= dropout < 1:
         raise ValueError(f"lora_dropout={dropout}; expected 0 <= lora_dropout < 1")
+    # the exact type: a LoraLinear, and a vocabulary projection (a subclass), are not adapted
     linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     names = set()
     for pattern in target_patterns:
@@ -142,6 +143,7 @@ def inject(
             )
         outside = [n for n in hits if not any(fnmatch.fnmatch(f"{n}.weight", p) for p in tower or ())]
         names.update(outside or hits)
+    # in the model's order, whatever the patterns' order: it is the adapter file's
     names = [name for name in linears if name in names]
     for name in names:
         split = next((p for pattern, p in (parts or {}).items() if re.fullmatch(pattern, name)), None)
@@ -152,9 +154,11 @@ def inject(
 def _to_lora(model: nn.Module, name: str, rank: int, scaling: float, dropout: float, parts=None) -> None:
     module = model.get_submodule(name)
     where = {"device": module.weight.device, "dtype": module.weight.dtype}
+    # the class is changed in place: the weight keeps its name, so base checkpoints load as before
     module.__class__ = LoraLinear
     module.lora_A = nn.Linear(module.in_features, rank, bias=False, **where)
     module.lora_B = nn.Linear(rank, module.out_features, bias=False, **where)
+    # B = 0: training begins at the base's own outputs
     nn.init.zeros_(module.lora_B.weight)
     module.rank, module.scaling, module.dropout, module.parts = rank, scaling, dropout, parts
     module.seed = zlib.crc32(name.encode()) >> 1  # fits int32

@@ -261,10 +261,6 @@ def vqa_words(text: str) -> str:
     return " ".join(VQA_WORDS.get(word, word) for word in words if word not in ("a", "an", "the"))
 
 
-def vqa_normalise(text: str) -> str:
-    return vqa_words(vqa_punctuation(text.replace("\n", " ").replace("\t", " ").strip()))
-
-
 def vqa_accuracy(prediction: str, answers: list[str]) -> float:
     """min(1, matches / 3), the mean over leaving out each of the ten answers, equal ones among them counted
     each. Nothing but blanks and line breaks is normalised where all answers are the same.
