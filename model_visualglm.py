@@ -10,22 +10,16 @@ SwissArmyTransformer (SAT) by an option; where this file differs on purpose, it 
 those of the Hugging Face checkpoint.
 """
 
-import hashlib
-import json
 import math
 import re
-import struct
-import unicodedata
-from base64 import b64decode
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 
 import checkpoint
@@ -38,6 +32,7 @@ from kernels.attention import attention
 from kernels.linear_cross_entropy import IGNORE_INDEX
 from kernels.rotary import rotary
 from records import front_image, text_of
+from tokenizer_visualglm import GLMTokenizer
 from vlm import Batch, LMHead, even_segments
 
 # --------------------------------------------------------------------------------------------------
@@ -623,286 +618,6 @@ def forward_flops(
         "vision": images * (v.num_layers * vision_block + 2 * 3 * v.patch_size**2 * W * (P - 1)),
         "q-former": images * float(adapter),
     }
-
-
-# --------------------------------------------------------------------------------------------------
-# SAT checkpoints. Names differ by a few prefixes; the language model's query_key_value by its row order
-
-
-def sat_name(name: str) -> str:
-    """SAT's name of a Hugging Face parameter."""
-    if name == "lm_head.weight":
-        return "mixins.chatglm-final.lm_head.weight"
-    return (
-        name.replace("image_encoder.", "mixins.eva.model.", 1) if name.startswith("image_encoder.") else name
-    )
-
-
-def repack_qkv(name: str, tensor: Tensor, num_heads: int, to_sat: bool) -> Tensor:
-    """Rows of the language model's query_key_value: per head q, k, v <-> [all q | all k | all v]. Others as
-    they are."""
-    if not re.fullmatch(r"transformer\.layers\.\d+\.attention\.query_key_value\.(weight|bias)", name):
-        return tensor
-    order = (num_heads, 3) if to_sat else (3, num_heads)
-    return tensor.unflatten(0, (*order, -1)).transpose(0, 1).flatten(0, 2).contiguous()
-
-
-# --------------------------------------------------------------------------------------------------
-# Tokenizer: a sentencepiece unigram model. The segmentation is the tokenizers library's, the normalisation is
-# done here
-
-SPACE = "\u2581"  # sentencepiece's visible blank
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # sentencepiece's piece types
-NEWLINE, TAB = "<n>", "<|tab|>"
-BLANKS = [f"<|blank_{n}|>" for n in range(2, 81)]
-# Literally in a user's text these become the special ids, as in the original; [gMASK] and </s> do not
-TEXT_SPECIALS = ["<sop>", "<eop>", "<pad>", "<unk>", "[MASK]"]
-
-
-def protobuf_fields(data: bytes):
-    """(number, value) of each field of one message: ints, 4-byte floats, bytes.
-    https://protobuf.dev/programming-guides/encoding/"""
-    i = 0
-
-    def varint() -> int:
-        nonlocal i
-        value = shift = 0
-        while True:
-            byte = data[i]
-            i += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
-    while i < len(data):
-        key = varint()
-        kind = key & 7
-        if kind == 0:
-            value = varint()
-        elif kind == 2:
-            size = varint()
-            value, i = data[i : i + size], i + size
-            if i > len(data):
-                raise ValueError("it is cut short")
-        elif kind in (1, 5):
-            size = 8 if kind == 1 else 4
-            value, i = struct.unpack("<d" if kind == 1 else "<f", data[i : i + size])[0], i + size
-        else:
-            raise ValueError(f"wire type {kind}")
-        yield key >> 3, value
-
-
-def read_sentencepiece(path: Path) -> tuple[list[tuple[str, float, int]], bytes]:
-    """-> ([(piece, score, type)], normalisation table) of a unigram model file.
-    https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto"""
-    pieces, table = [], b""
-    try:
-        for number, value in protobuf_fields(path.read_bytes()):
-            if number == 1:
-                piece = dict(protobuf_fields(value))
-                pieces.append((piece[1].decode(), piece.get(2, 0.0), piece.get(3, NORMAL)))
-            elif number == 2 and dict(protobuf_fields(value)).get(3, 1) != 1:
-                raise ValueError("its model type is not unigram")
-            elif number == 3:
-                table = dict(protobuf_fields(value)).get(2, b"")
-    except (ValueError, IndexError, KeyError, struct.error, TypeError) as e:
-        raise ValueError(f"{path}: not a sentencepiece unigram model ({e}); fetch it again") from None
-    return pieces, table
-
-
-def read_tokenizer_json(path: Path) -> tuple[list[tuple[str, float, int]], bytes]:
-    """The same from a tokenizers file with a Unigram model. Types go by name."""
-    document = checkpoint.read_json(path, "expected a tokenizer")
-    model, added, normalizer = (document.get(key) for key in ("model", "added_tokens", "normalizer"))
-    checkpoint.check(model, dict, f"{path}: model")
-    checkpoint.check(model.get("type", "Unigram"), Literal["Unigram"], f"{path}: model.type")
-    vocab = model.get("vocab")
-    checkpoint.check(vocab, list, f"{path}: model.vocab")
-    pairs = (isinstance(e, list) and len(e) == 2 and isinstance(e[0], str) for e in vocab)
-    if not all(pairs) or not all(isinstance(score, int | float) for _, score in vocab):
-        raise ValueError(
-            f"{path}: model.vocab has an entry that is no pair of text and score; fetch it again"
-        )
-    checkpoint.check(model.get("unk_id"), Annotated[int, 0, len(vocab) - 1], f"{path}: model.unk_id")
-    checkpoint.check(added, list[dict] | None, f"{path}: added_tokens")
-    control = {str(token.get("content")) for token in added or [] if token.get("special")}
-    checkpoint.check(normalizer, dict | None, f"{path}: normalizer")
-    parts = (normalizer or {}).get("normalizers", [normalizer or {}])
-    checkpoint.check(parts, list[dict], f"{path}: normalizer.normalizers")
-    maps = [n.get("precompiled_charsmap") for n in parts if n.get("type") == "Precompiled"]
-    checkpoint.check(maps, list[str], f"{path}: precompiled_charsmap")
-    try:
-        table = b64decode(maps[0], validate=True) if maps else b""
-    except ValueError as e:
-        raise ValueError(f"{path}: precompiled_charsmap is no base64 ({e}); fetch it again") from None
-
-    def kind(i: int, piece: str) -> int:
-        if i == model["unk_id"]:
-            return UNKNOWN
-        if piece in (NEWLINE, TAB) or re.fullmatch(r"<\|blank_\d+\|>", piece):
-            return USER_DEFINED
-        return BYTE if re.fullmatch(r"<0x[0-9A-F]{2}>", piece) else CONTROL if piece in control else NORMAL
-
-    return [(piece, float(score), kind(i, piece)) for i, (piece, score) in enumerate(vocab)], table
-
-
-class CharacterMap:
-    """sentencepiece's normalisation table: a Darts double array of UTF-8 prefixes -> offsets of their
-    replacements."""
-
-    def __init__(self, table: bytes):
-        size = struct.unpack("<I", table[:4])[0] if len(table) > 4 else 0
-        if not 4 <= size <= len(table) - 5 or size % 4 or table[-1]:
-            raise ValueError("the tokenizer's normalisation table is damaged; fetch it again")
-        self.units = np.frombuffer(table[4 : 4 + size], dtype="<u4").tolist()
-        self.replacements = table[4 + size :]
-
-    def longest(self, data: bytes, start: int) -> tuple[int, str] | None:
-        """(length, replacement) of the longest prefix of data[start:] in the table."""
-        units, found = self.units, None
-        node = offset_of(units[0])
-        for i in range(start, len(data)):
-            node ^= data[i]
-            if node >= len(units) or units[node] & 0x800000FF != data[i]:
-                break
-            unit = units[node]
-            node ^= offset_of(unit)
-            if unit >> 8 & 1:  # a key ends here; its value is the next unit
-                if node >= len(units) or (value := units[node] & 0x7FFFFFFF) >= len(self.replacements):
-                    raise ValueError("the tokenizer's normalisation table is damaged; fetch it again")
-                found = i + 1 - start, value
-        if found is None:
-            return None
-        end = self.replacements.index(b"\0", found[1])
-        return found[0], self.replacements[found[1] : end].decode()
-
-
-def offset_of(unit: int) -> int:
-    return (unit >> 10) << ((unit & 512) >> 6)
-
-
-class GLMTokenizer:
-    """ChatGLM-6B's tokenizer: `ice_text.model`, or a `tokenizer.json`
-    with a Unigram model, in `directory`."""
-
-    def __init__(self, directory: str | Path):
-        directory = Path(directory)
-        if (directory / "ice_text.model").exists():
-            pieces, table = read_sentencepiece(directory / "ice_text.model")
-        elif (directory / "tokenizer.json").exists():
-            pieces, table = read_tokenizer_json(directory / "tokenizer.json")
-        else:
-            raise ValueError(
-                f"{directory}: no tokenizer; expected ice_text.model or tokenizer.json beside the weights"
-            )
-        self.pieces = [piece for piece, _, _ in pieces]
-        self.types = [kind for _, _, kind in pieces]
-        self.ids = {piece: i for i, piece in enumerate(self.pieces)}
-        odd = next((p for p in pieces if not math.isfinite(p[1]) or p[2] not in range(1, 7)), None)
-        if odd or len(self.ids) < len(pieces):
-            what = f"the piece {odd!r}" if odd else "a piece twice"
-            raise ValueError(f"{directory}: the tokenizer has {what}; expected ChatGLM-6B's, fetch it again")
-        missing = [t for t in (*TEXT_SPECIALS, "[gMASK]", NEWLINE, "<0x00>", "<0xFF>") if t not in self.ids]
-        if missing:
-            raise ValueError(
-                f"{directory}: the tokenizer has no piece {', '.join(missing)}; expected ChatGLM-6B's"
-            )
-        self.unk, self.pad, self.sop, self.eop, self.mask, self.gmask = (
-            self.ids[t] for t in ("<unk>", "<pad>", "<sop>", "<eop>", "[MASK]", "[gMASK]")
-        )
-        self.vocab_size = len(pieces)
-        # a name with a raw blank is never found in normalised text: only ordinary pieces are
-        vocab = [
-            (piece if kind in (NORMAL, UNUSED) else f" {i}", score)
-            for i, (piece, score, kind) in enumerate(pieces)
-        ]
-        self.unigram = Tokenizer(models.Unigram(vocab, self.unk))
-        user = sorted((p for p, _, kind in pieces if kind == USER_DEFINED), key=len, reverse=True)
-        self.user_defined = re.compile("(" + "|".join(map(re.escape, user)) + ")")
-        self.specials = re.compile("(" + "|".join(map(re.escape, TEXT_SPECIALS)) + ")")
-        self.map = CharacterMap(table) if table else None
-        self.fingerprint = hashlib.sha256(json.dumps(pieces).encode() + table).hexdigest()
-
-    def normalise(self, text: str) -> str:
-        """As sentencepiece: characters by the table (plain NFKC without one), runs of blanks to one, none at
-        the ends, a dummy blank in front; user-defined pieces stay as they are."""
-        out, after_blank = [], True
-        for i, part in enumerate(self.user_defined.split(text)):
-            for piece in [part] if i % 2 else self.characters(part):
-                piece = piece.lstrip(" ") if after_blank else piece
-                if piece:
-                    out.append(piece.replace(" ", SPACE))
-                    after_blank = piece.endswith(" ")
-        text = "".join(out).rstrip(SPACE)
-        return SPACE + text if text else ""
-
-    def characters(self, text: str):
-        if self.map is None:
-            yield from unicodedata.normalize("NFKC", text)
-            return
-        data, i = text.encode("utf-8", "replace"), 0
-        while i < len(data):
-            found = self.map.longest(data, i)
-            if found is None:
-                size = 1 if data[i] < 0x80 else 2 if data[i] < 0xE0 else 3 if data[i] < 0xF0 else 4
-                found = size, data[i : i + size].decode()
-            yield found[1]
-            i += found[0]
-
-    def encode_plain(self, text: str) -> list[int]:
-        """Without special tokens: line ends, tabs and runs of blanks have pieces of their own, unknown
-        characters are bytes."""
-        text = text.replace("\n", NEWLINE).replace("\t", TAB)
-        for n in range(80, 1, -1):
-            text = text.replace(" " * n, f"<|blank_{n}|>")
-        ids: list[int] = []
-        for i, part in enumerate(self.user_defined.split(self.normalise(text))):
-            if i % 2:
-                ids.append(self.ids[part])
-                continue
-            encoding = self.unigram.encode(part, add_special_tokens=False)
-            for token, (first, end) in zip(encoding.ids, encoding.offsets, strict=True):
-                ids += (
-                    [token]
-                    if token != self.unk
-                    else [self.ids[f"<0x{b:02X}>"] for b in part[first:end].encode()]
-                )
-        return ids
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text; TEXT_SPECIALS in it become their ids, blanks around them are lost, as in the
-        original."""
-        ids, parts = [], self.specials.split(text)
-        for i, part in enumerate(parts):
-            if i % 2:
-                ids.append(self.ids[part])
-            else:
-                part = part.lstrip() if i else part
-                ids += self.encode_plain(part.rstrip() if i < len(parts) - 1 else part)
-        return ids
-
-    def decode(self, ids: list[int], skip_special: bool = False) -> str:
-        """Text of the ids. Pads and control pieces vanish; so do ids without a piece (the embedding has more
-        rows than the vocabulary), where the original raises IndexError."""
-        text, raw = "", b""
-        for token in map(int, ids):
-            if token >= self.vocab_size or token == self.pad:
-                continue
-            if skip_special and (token == self.unk or self.types[token] == CONTROL):
-                continue
-            piece, kind = self.pieces[token], self.types[token]
-            if kind == BYTE:
-                raw += bytes([int(piece[1:-1], 16)])
-                continue
-            text, raw = text + raw.decode("utf-8", "replace"), b""
-            if kind == UNKNOWN:
-                text += " \u2047 "
-            elif kind != CONTROL:
-                text += piece.replace(SPACE, " ") if text else piece.removeprefix(SPACE).replace(SPACE, " ")
-        text += raw.decode("utf-8", "replace")
-        text = text.replace(NEWLINE, "\n").replace(TAB, "\t")
-        return re.sub(r"<\|blank_(\d+)\|>", lambda m: " " * int(m[1]), text)
 
 
 # --------------------------------------------------------------------------------------------------

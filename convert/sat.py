@@ -17,9 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts s
 import python_version  # noqa: F401  (first: it says which Python is needed)
 
 import os
+import re
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import checkpoint
 import model_visualglm as glm
@@ -42,6 +44,24 @@ SAME_KEYS = [
     "pad_token_id",
 ]
 RENAMED = {"eva_config": "eva_args", "qformer_config": "qformer_args"}
+
+
+def sat_name(name: str) -> str:
+    """SAT's name of a Hugging Face parameter."""
+    if name == "lm_head.weight":
+        return "mixins.chatglm-final.lm_head.weight"
+    return (
+        name.replace("image_encoder.", "mixins.eva.model.", 1) if name.startswith("image_encoder.") else name
+    )
+
+
+def repack_qkv(name: str, tensor: Tensor, num_heads: int, to_sat: bool) -> Tensor:
+    """Rows of the language model's query_key_value: per head q, k, v <-> [all q | all k | all v]. Others as
+    they are."""
+    if not re.fullmatch(r"transformer\.layers\.\d+\.attention\.query_key_value\.(weight|bias)", name):
+        return tensor
+    order = (num_heads, 3) if to_sat else (3, num_heads)
+    return tensor.unflatten(0, (*order, -1)).transpose(0, 1).flatten(0, 2).contiguous()
 
 
 def expected_shapes(config: dict) -> dict[str, torch.Size]:
@@ -86,7 +106,7 @@ def import_sat(source: Path, target: Path, split_qkv: bool, tokenizer: Path | No
     shapes = expected_shapes(config)
     state = read_state(source)
     state = {name: tensor for name, tensor in state.items() if name not in LEFT_OUT}
-    names = {glm.sat_name(name): name for name in shapes}
+    names = {sat_name(name): name for name in shapes}
     problems = [f"missing {n}" for n in names if n not in state] + [
         f"unexpected {n}" for n in state if n not in names
     ]
@@ -106,7 +126,7 @@ def import_sat(source: Path, target: Path, split_qkv: bool, tokenizer: Path | No
         checkpoint.largest(state[n], n)
     heads = config["num_attention_heads"]
     tensors = (
-        (name, glm.repack_qkv(name, state[n], heads, to_sat=False) if split_qkv else state[n])
+        (name, repack_qkv(name, state[n], heads, to_sat=False) if split_qkv else state[n])
         for n, name in names.items()
     )
     config["torch_dtype"] = str(state["transformer.word_embeddings.weight"].dtype).removeprefix("torch.")
@@ -131,8 +151,8 @@ def export_sat(source: Path, target: Path, split_qkv: bool) -> None:
     for name in weights:
         tensor = weights.read(name)
         checkpoint.largest(tensor, name)
-        state[glm.sat_name(name)] = (
-            glm.repack_qkv(name, tensor, c.num_attention_heads, to_sat=True) if split_qkv else tensor
+        state[sat_name(name)] = (
+            repack_qkv(name, tensor, c.num_attention_heads, to_sat=True) if split_qkv else tensor
         )
     state[LEFT_OUT[0]] = glm.inverse_frequencies(c.head_dim, exact=True)
     sat_config = {k: config[k] for k in (*SAME_KEYS, "layernorm_epsilon", "eos_token_id") if k in config}

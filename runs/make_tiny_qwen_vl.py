@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 import checkpoint
 import model_qwen_vl as qwen
+import tokenizer_qwen_vl
 from build import named_generator
 
 NUM_TOKENS = 1500  # of the BPE, special tokens not counted
@@ -46,7 +47,7 @@ CONFIG = {
         "heads": 4,
         "mlp_ratio": 4.0,
         "output_dim": 128,
-        "image_start_id": NUM_TOKENS + qwen.SPECIAL_TOKENS.index("<img>"),
+        "image_start_id": NUM_TOKENS + tokenizer_qwen_vl.SPECIAL_TOKENS.index("<img>"),
         "n_queries": 16,
     },
 }
@@ -73,7 +74,7 @@ def texts() -> list[str]:
 
 def init(out: Path) -> None:
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = qwen.byte_level_split()
+    bpe.pre_tokenizer = tokenizer_qwen_vl.byte_level_split()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
         texts(), trainers.BpeTrainer(vocab_size=NUM_TOKENS, initial_alphabet=alphabet, show_progress=False)
@@ -82,7 +83,7 @@ def init(out: Path) -> None:
     assert len(vocab) == NUM_TOKENS, len(vocab)
     out.mkdir(parents=True, exist_ok=True)
     lines = (
-        base64.b64encode(bytes(qwen.CHAR_TO_BYTE[c] for c in token)).decode() + f" {i}\n"
+        base64.b64encode(bytes(tokenizer_qwen_vl.CHAR_TO_BYTE[c] for c in token)).decode() + f" {i}\n"
         for token, i in vocab
     )
     (out / "qwen.tiktoken").write_text("".join(lines))

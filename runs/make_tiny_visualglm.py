@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 import checkpoint
 import model_qwen_vl as qwen
 import model_visualglm as glm
+import tokenizer_visualglm
 from build import named_generator
 
 NUM_PIECES = 1400  # ordinary ones
@@ -70,10 +71,15 @@ def tokenizer() -> Tokenizer:
     ordinary = [
         (p, s) for p, s in json.loads(trained.to_str())["model"]["vocab"] if p not in ("<unk>", "<n>")
     ]
-    if glm.SPACE not in dict(ordinary):
-        ordinary.append((glm.SPACE, -8.0))
-    zero = ["<unk>", "<s>", "</s>", "<pad>", glm.NEWLINE]
-    late = [*CONTROL, glm.TAB, *glm.BLANKS, *(f"<0x{b:02X}>" for b in range(256))]
+    if tokenizer_visualglm.SPACE not in dict(ordinary):
+        ordinary.append((tokenizer_visualglm.SPACE, -8.0))
+    zero = ["<unk>", "<s>", "</s>", "<pad>", tokenizer_visualglm.NEWLINE]
+    late = [
+        *CONTROL,
+        tokenizer_visualglm.TAB,
+        *tokenizer_visualglm.BLANKS,
+        *(f"<0x{b:02X}>" for b in range(256)),
+    ]
     vocab = [(p, 0.0) for p in zero] + ordinary + [(p, 0.0) for p in late]
     out = Tokenizer(models.Unigram(vocab, 0, byte_fallback=True))
     out.normalizer = normalizers.NFKC()
@@ -163,7 +169,7 @@ def focus(model) -> None:
 def init(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     tokenizer().save(str(out / "tokenizer.json"), pretty=False)
-    tk = glm.GLMTokenizer(out)
+    tk = tokenizer_visualglm.GLMTokenizer(out)
     ids = {"bos": tk.sop, "eos": tk.eop, "mask": tk.mask, "gmask": tk.gmask, "pad": tk.pad}
     config = {
         **CONFIG,

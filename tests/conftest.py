@@ -30,6 +30,7 @@ from PIL import Image  # noqa: E402
 import build  # noqa: E402
 import checkpoint  # noqa: E402
 import model_qwen_vl as qwen  # noqa: E402
+import tokenizer_qwen_vl
 import vlm  # noqa: E402
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # two processes share the cores, and so do the commands they start
@@ -174,7 +175,7 @@ def base(tmp_path_factory):
             "heads": 2,
             "mlp_ratio": 2.0,
             "output_dim": 128,
-            "image_start_id": num_tokens + qwen.SPECIAL_TOKENS.index("<img>"),
+            "image_start_id": num_tokens + tokenizer_qwen_vl.SPECIAL_TOKENS.index("<img>"),
             "n_queries": 4,
         },
     }

@@ -22,6 +22,7 @@ import build
 import checkpoint
 import model_qwen_vl as qwen
 import parallel
+import tokenizer_qwen_vl
 import train
 import vlm
 
@@ -36,7 +37,7 @@ def large(tmp_path_factory):
     base.mkdir()
     shutil.copy(ROOT / "samples/tiny_qwen_vl/qwen.tiktoken", base)
     tokens = len((base / "qwen.tiktoken").read_text().splitlines())
-    image_start = tokens + qwen.SPECIAL_TOKENS.index("<img>")
+    image_start = tokens + tokenizer_qwen_vl.SPECIAL_TOKENS.index("<img>")
     visual = {
         "image_size": 64,
         "patch_size": 8,

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import model_qwen_vl as qwen
+import tokenizer_qwen_vl
 import vlm
 from engine import sampling_probs
 from generate import generate
@@ -298,7 +299,7 @@ def test_golden_preprocess(goldens):
 def tokenizer(tokenizers_dir):
     if tokenizers_dir is None or not (tokenizers_dir / "qwen.tiktoken").exists():
         pytest.skip("needs the published qwen.tiktoken: pass --tokenizers DIR")
-    return qwen.QwenTokenizer(tokenizers_dir)
+    return tokenizer_qwen_vl.QwenTokenizer(tokenizers_dir)
 
 
 @pytest.fixture
@@ -343,16 +344,16 @@ def test_golden_tokenizer_errors_and_lists(tokenizer, tokenizer_golden):
     for case in tokenizer_golden["from_list_format"]:
         if "error" in case:
             with pytest.raises((ValueError, AssertionError)):
-                qwen.from_list_format(case["list"])
+                tokenizer_qwen_vl.from_list_format(case["list"])
             continue
-        assert qwen.from_list_format(case["list"]) == case["text"]
+        assert tokenizer_qwen_vl.from_list_format(case["list"]) == case["text"]
         assert tokenizer.encode(case["text"]) == case["ids"]
     for case in tokenizer_golden["to_list_format"]:
         if "error" in case:
             with pytest.raises(ValueError):
-                qwen.to_list_format(case["text"])
+                tokenizer_qwen_vl.to_list_format(case["text"])
             continue
-        assert qwen.to_list_format(case["text"]) == case["list"]
+        assert tokenizer_qwen_vl.to_list_format(case["text"]) == case["list"]
     for case in tokenizer_golden["decode"]:
         assert tokenizer.decode(case["ids"]) == case["decoded"]
         assert tokenizer.decode(case["ids"], skip_special=True) == case["skip_special"]

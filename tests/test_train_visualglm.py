@@ -25,6 +25,7 @@ import evaluate
 import generate
 import merge
 import model_visualglm as glm
+import tokenizer_visualglm
 import train
 from convert import sat
 
@@ -41,9 +42,16 @@ def glm_base(tmp_path_factory):
         "".join(QUESTIONS + ANSWERS)
         + "问答：,.:;?!<>/img0123456789abcdefghijklmnopqrstuvwxyzQADescribthmg描述这张图片。"
     )
-    letters = sorted({c for c in text.replace("\n", "")} - {" "} | {glm.SPACE})
-    special = ["<unk>", "<s>", "</s>", "<pad>", glm.NEWLINE]
-    pieces = [*special, *letters, *CONTROL, glm.TAB, *glm.BLANKS, *(f"<0x{b:02X}>" for b in range(256))]
+    letters = sorted({c for c in text.replace("\n", "")} - {" "} | {tokenizer_visualglm.SPACE})
+    special = ["<unk>", "<s>", "</s>", "<pad>", tokenizer_visualglm.NEWLINE]
+    pieces = [
+        *special,
+        *letters,
+        *CONTROL,
+        tokenizer_visualglm.TAB,
+        *tokenizer_visualglm.BLANKS,
+        *(f"<0x{b:02X}>" for b in range(256)),
+    ]
     tokenizer = Tokenizer(models.Unigram([(p, 0.0 if p in special else -5.0) for p in pieces], 0))
     tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in (*special[:4], *CONTROL)])
     tokenizer.save(str(path / "tokenizer.json"))

@@ -18,6 +18,7 @@ import checkpoint
 import lora
 import merge
 import model_visualglm as glm
+import tokenizer_visualglm
 import vlm
 from convert import sat
 from engine import penalise_repetition, sampling_probs, seen_mask
@@ -241,15 +242,15 @@ def test_golden_sat_names(variant):
     """Names and row order of SAT's file, there and back bit for bit."""
     heads, names = variant.config["num_attention_heads"], variant.sat["name_map_sat_to_hf"]
     ours = dict(variant.model().named_parameters())
-    assert {glm.sat_name(n): n for n in ours} == names
+    assert {sat.sat_name(n): n for n in ours} == names
     assert {
-        n for n in ours if not torch.equal(glm.repack_qkv(n, ours[n], heads, to_sat=True), ours[n])
+        n for n in ours if not torch.equal(sat.repack_qkv(n, ours[n], heads, to_sat=True), ours[n])
     } == set(variant.sat["qkv_permuted"])
     for name, tensor in ours.items():
-        sat = glm.repack_qkv(name, tensor, heads, to_sat=True)
-        assert torch.equal(glm.repack_qkv(name, sat, heads, to_sat=False), tensor)
+        theirs = sat.repack_qkv(name, tensor, heads, to_sat=True)
+        assert torch.equal(sat.repack_qkv(name, theirs, heads, to_sat=False), tensor)
         if variant.sat_weights is not None:
-            assert torch.equal(sat, variant.sat_weights[glm.sat_name(name)])
+            assert torch.equal(theirs, variant.sat_weights[sat.sat_name(name)])
 
 
 def requests_of(variant, case):
@@ -575,7 +576,7 @@ def test_golden_published_names_and_shapes(root):
     for name, shape in kinds["buffer"].items():
         assert any(fnmatch.fnmatch(name, p) for p in glm.MODEL.ignored_weights) and shape == frequencies
     for name in ours:
-        assert glm.sat_name(name) == table["tensors"][name]["sat_name"]
+        assert sat.sat_name(name) == table["tensors"][name]["sat_name"]
 
 
 def test_golden_rotary_tables(root):
@@ -613,7 +614,7 @@ def test_golden_image_preprocessing(root):
 def tokenizer(tokenizers_dir):
     if tokenizers_dir is None or not (tokenizers_dir / "chatglm-6b/ice_text.model").exists():
         pytest.skip("needs the published chatglm-6b/ice_text.model: pass --tokenizers DIR")
-    return glm.GLMTokenizer(tokenizers_dir / "chatglm-6b")
+    return tokenizer_visualglm.GLMTokenizer(tokenizers_dir / "chatglm-6b")
 
 
 @pytest.fixture

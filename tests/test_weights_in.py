@@ -26,6 +26,8 @@ import generate
 import model_blip2 as blip2
 import model_qwen_vl as qwen
 import model_visualglm as glm
+import tokenizer_qwen_vl
+import tokenizer_visualglm
 from convert import lavis, sat
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -465,9 +467,9 @@ def test_tiktoken_lines(copy):
         + ["YWFhYWFh " + str(lines.index(next(line for line in lines if line.split()[0] == a)))],
     ):
         path.write_text("\n".join(bad))
-        refused("qwen.tiktoken", qwen.read_tiktoken, path)
+        refused("qwen.tiktoken", tokenizer_qwen_vl.read_tiktoken, path)
     path.write_text("\n".join(lines[::-1]))  # any order: the ranks say it
-    assert qwen.read_tiktoken(path).get_vocab_size() == len(lines)
+    assert tokenizer_qwen_vl.read_tiktoken(path).get_vocab_size() == len(lines)
 
 
 def test_merges_out_of_order(copy):
@@ -501,7 +503,7 @@ def test_sentencepiece_files(tmp_path):
     pieces += [piece(f"<0x{b:02X}>", 0.0, 6) for b in range(256)] + [piece(c, -1.0) for c in "▁ab"]
     path = tmp_path / "ice_text.model"
     path.write_bytes(b"".join(pieces))
-    assert glm.GLMTokenizer(tmp_path).encode("ab")
+    assert tokenizer_visualglm.GLMTokenizer(tmp_path).encode("ab")
     whole = b"".join(pieces)
     for bad in (
         whole[:-1],
@@ -516,7 +518,7 @@ def test_sentencepiece_files(tmp_path):
         whole + field(3, field(2, b"\x05\0\0\0abc")),
     ):
         path.write_bytes(bad)
-        refused("ice_text.model|the tokenizer", glm.GLMTokenizer, tmp_path)
+        refused("ice_text.model|the tokenizer", tokenizer_visualglm.GLMTokenizer, tmp_path)
 
 
 # ---- SAT checkpoints as SAT saves them
