@@ -30,6 +30,7 @@ from config import Config
 
 def check_stage(cfg: Config, definition) -> None:
     """Refuses another model's stage, and gives patterns this model's names for the toolkit's."""
+    # PaddleMIX's files name its own modules; their patterns mean ours.
     for key in ("freeze_include", "freeze_exclude", "lora_target_modules"):
         for theirs, ours in definition.legacy_names.items():
             if getattr(cfg, key):
@@ -48,6 +49,7 @@ def check_adapter(cfg: Config) -> None:
             "that adapter on, or fold it into its "
             "base with merge.py and train the result"
         )
+    # Both change the base itself, and an adapter is saved without its base.
     for key in ("init_from", "pre_seq_len"):
         if cfg.lora and getattr(cfg, key):
             raise ValueError(
@@ -73,6 +75,7 @@ def matches(name: str, patterns: list[str] | None) -> bool:
 def choose_trainable(model: nn.Module, definition, cfg: Config) -> None:
     """Sets requires_grad: adapters and what freeze_exclude carves out train; what freeze_include matches, the
     rest under `lora` and the language model in pre-training are frozen."""
+    # A pattern that matches nothing is a misspelt one: it would train or freeze something else than meant.
     names = [name for name, _ in model.named_parameters()]
     for key in ("freeze_include", "freeze_exclude"):
         for pattern in getattr(cfg, key) or ():
@@ -163,6 +166,7 @@ def pipeline_blocks(model: nn.Module, definition, cfg: Config, sizes: StreamSize
     prefix, N = definition.pipeline["blocks"] + ".", len(model.blocks)
     image = any(matches(n, definition.image_parameters) for n in trained)
     head = any(matches(n, definition.pipeline["last"]) for n in trained)
+    # A stage is as slow as its FLOPs, forward and backward; the slowest one sets the pace of all.
     # forward 1; gradients of inputs 1, of weights 1; the tower's inputs are pixels, which need none if it is
     # frozen
     block = flops.pop("language model") / N * (2 + any(n.startswith(prefix) for n in trained) + cfg.recompute)
@@ -324,6 +328,7 @@ def load_init_from(path: str, definition: vlm.Model, parameters: dict, shapes: d
 
 def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
     trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    # LAVIS decays its temperature, which is one number; other scalars and biases are exempt.
     one_number = {n for n, p in trainable if p.numel() == 1 and cfg.decay_scalars}
     exempt = {n for n, p in trainable if n.endswith("bias") or p.ndim < 2 and n not in one_number}
     plain = [p for n, p in trainable if n in exempt]

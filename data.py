@@ -571,8 +571,10 @@ class Plan:
         samples."""
         if not self.shuffle:
             return np.arange(len(self.index))
+        # A function of (seed, epoch) alone: any process, at any time, can say what comes where.
         if not self.weighted:
             return generator(self.seed, epoch).permutation(len(self.index))
+        # Not drawn at random: after n samples each entry has its share of n, to within one sample.
         drawn, order = np.zeros(len(self.shares)), np.empty(len(self.index), np.int64)
         passes = [self.passes(epoch, e) for e in range(len(self.shares))]
         for n in range(len(order)):
@@ -598,6 +600,7 @@ class Plan:
         lengths, images = self.index.length[order].tolist(), self.index.num_images[order].tolist()
         borders, tokens, shown = [], 0, 0
         for n, (length, count) in enumerate(zip(lengths, images, strict=True)):
+            # Greedy, in the order of training: a pack never waits for a sample that comes later.
             if tokens + length > self.max_length or (self.max_images and shown + count > self.max_images):
                 borders.append(n)
                 tokens = shown = 0
@@ -646,6 +649,7 @@ class Plan:
         round_size = per_device_batch * dp_size
         epoch, first = self.locate(step, round_size * grad_accum)
         units = self.units(epoch)[first : first + round_size * grad_accum]
+        # A round is one forward pass of all ranks; dealt out in turn, so that the last one is even too.
         rounds = [units[start : start + round_size] for start in range(0, len(units), round_size)]
         return epoch, [units_of_round[dp_rank::dp_size] for units_of_round in rounds]
 
@@ -664,6 +668,7 @@ def splitmix64(x: np.ndarray) -> np.ndarray:
 
 def hash_keys(*parts) -> np.ndarray:
     """int64 hash of whole numbers and arrays of them, for dropout masks that no layout changes."""
+    # Folded one by one: (1, 2) and (2, 1) are different keys.
     state = np.zeros(1, np.uint64)
     for part in parts:
         state = splitmix64(state ^ np.atleast_1d(part).astype(np.uint64))
@@ -719,6 +724,7 @@ def load_sample(
     """Sample `number`, ready for collate. Raises BadRecord if it
     can't be read or an image can't be decoded."""
     entry, conversation = int(index.entry[number]), index.conversation(number)
+    # Whatever a record does wrong, here or in its images, is that record's fault and has its name.
     with one_record(conversation.where):
         sample = processor.encode(conversation, max_length)
         attach_images(sample, processor, features, image_jitter, seed=(seed, epoch, int(number)))

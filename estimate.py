@@ -171,6 +171,14 @@ def gathered_bytes(groups: list[float], layout: Layout) -> float:
     return sum(sorted(groups[:-1], reverse=True)[:2]) + groups[-1]  # this block's, the next one's, the root's
 
 
+def loss_bytes(head: dict | None, layout: Layout) -> float:
+    """Of the vocabulary projection with its loss, which keeps a chunk of the logits at a time."""
+    if not head:
+        return 0.0
+    rows, V, C = head["rows"], head["vocabulary"], head["width"]
+    return 2 * min(CHUNK_BYTES, 4 * rows * V) + 3 * rows * C * layout.compute_bytes + head["gradient"]
+
+
 def alive_micro_batches(layout: Layout, stages: list[int]) -> float:
     """Micro-batches whose activations are kept at a time, on the rank that has `stages`."""
     L, n, rank = layout, layout.micro_batches, stages[0]
@@ -233,10 +241,7 @@ def stage_memory(
     accumulated = 0.0
     if n > 1:
         accumulated = trained / shards if reduced else trained * (L.compute_bytes / 4 if L.master else 1)
-    loss = 0.0
-    if head:
-        rows, V, C = head["rows"], head["vocabulary"], head["width"]
-        loss = 2 * min(CHUNK_BYTES, 4 * rows * V) + 3 * rows * C * L.compute_bytes + head["gradient"]
+    loss = loss_bytes(head, L)
     base = {"weights": weights + gathered, "optimiser": optimiser}
     reduce = trained_group * (1 + 1 / shards) if L.fsdp else 0.0
     final = trained / shards if L.fsdp and reduced else trained
@@ -368,12 +373,7 @@ def communication(model: nn.Module, tokens: float, layout: Layout) -> dict[str, 
     return volumes
 
 
-def dry_run(cfg: Config, config: dict, definition, plan, world_size: int) -> str:
-    """Memory per device, disk, steps and FLOPs, from shapes alone."""
-    model = definition.network(with_prefix(config, definition, cfg))
-    if cfg.lora:
-        add_adapter(model, definition, cfg)
-    choose_trainable(model, definition, cfg)
+def layout_of(cfg: Config, world_size: int) -> Layout:
     pp, replicas, shard, tp = parallel.layout(
         world_size,
         cfg.tensor_parallel_degree,
@@ -381,10 +381,34 @@ def dry_run(cfg: Config, config: dict, definition, plan, world_size: int) -> str
         cfg.sharding,
         cfg.sharding_parallel_degree,
     )
-    dp, micro_batches = replicas * shard, cfg.gradient_accumulation_steps
+    sixteen = cfg.bf16 or cfg.fp16
+    o2 = sixteen and cfg.fp16_opt_level == "O2"
+    return Layout(
+        pp=pp,
+        dp=replicas * shard,
+        shard=shard,
+        tp=tp,
+        sharding=cfg.sharding,
+        schedule=cfg.pipeline_schedule,
+        micro_batches=cfg.gradient_accumulation_steps,
+        recompute=cfg.recompute,
+        compute_bytes=2 if sixteen else 4,
+        master=o2,
+        autocast=sixteen and not o2,
+    )
+
+
+def dry_run(cfg: Config, config: dict, definition, plan, world_size: int) -> str:
+    """Memory per device, disk, steps and FLOPs, from shapes alone."""
+    model = definition.network(with_prefix(config, definition, cfg))
+    if cfg.lora:
+        add_adapter(model, definition, cfg)
+    choose_trainable(model, definition, cfg)
+    layout = layout_of(cfg, world_size)
+    pp, dp, tp, micro_batches = layout.pp, layout.dp, layout.tp, layout.micro_batches
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    sixteen, o2 = cfg.bf16 or cfg.fp16, (cfg.bf16 or cfg.fp16) and cfg.fp16_opt_level == "O2"
+    o2 = layout.master
     if plan is not None:
         sizes, heaviest = stream_sizes(plan, cfg), heaviest_stream(plan, cfg.per_device_train_batch_size)
     else:  # no tokenizer, so no data: full streams with one image each
@@ -394,19 +418,6 @@ def dry_run(cfg: Config, config: dict, definition, plan, world_size: int) -> str
     blocks = pipeline_blocks(model, definition, cfg, sizes) if pp > 1 else [range(len(model.blocks))]
     forward = definition.forward_flops(
         model.config, sizes.tokens, sizes.supervised, sizes.images, sizes.segment
-    )
-    layout = Layout(
-        pp,
-        dp,
-        shard,
-        tp,
-        cfg.sharding,
-        cfg.pipeline_schedule,
-        micro_batches,
-        cfg.recompute,
-        2 if sixteen else 4,
-        o2,
-        sixteen and not o2,
     )
     found = devices(model, definition, blocks, heaviest, layout, torch.bfloat16 if o2 else torch.float32)
     fullest = max(found, key=lambda device: device.total)

@@ -181,6 +181,7 @@ def resize_positions(table: Tensor, rows: int, columns: int) -> Tensor:
     G = math.isqrt(table.shape[1] - 1)
     if (rows, columns) == (G, G):
         return table
+    # fp32: bicubic weights in 16 bits move every position a little.
     grid = table[:, 1:].float().unflatten(1, (G, G)).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
     return torch.cat((table[:, :1], grid.flatten(2).transpose(1, 2).to(table.dtype)), dim=1)
@@ -196,6 +197,7 @@ class VisionEmbeddings(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         x = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))  # (N, C, rows, columns)
+        # 224 pixels in pre-training, 364 in fine-tuning: the table is stretched to the image.
         positions = resize_positions(self.position_embedding, *x.shape[2:])
         x = x.flatten(2).transpose(1, 2)
         return torch.cat((self.class_embedding.expand(len(x), -1, -1).to(x.dtype), x), dim=1) + positions
@@ -212,6 +214,7 @@ class VisionAttention(nn.Module):
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
         x = parallel.copy_to_tp(x, self.qkv)
+        # [all q | all k | all v], each head-major.
         q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).unbind(1)  # 3 x (N*P, H, D)
         return self.projection(attention(q, k, v, cu_seqlens, cu_seqlens, max_len, causal=False).flatten(1))
 
@@ -254,6 +257,7 @@ class VisionModel(nn.Module):
         """(N, 3, H, W) -> (N, P, C), class token first."""
         x = self.embeddings(pixel_values)
         N, P, _ = x.shape
+        # An image is a segment: (N, P, C) -> (N*P, C), no batch dimension.
         x, cu_seqlens = x.flatten(0, 1), even_segments(N, P)
         for block in self.encoder.layers:
             x = block(x, cu_seqlens, P)
@@ -281,6 +285,7 @@ class QFormerContext:
 
     def __post_init__(self):
         both = self.query_rows is not None and self.text_rows is not None
+        # Queries and text are computed apart; this brings their rows back into the stream's order.
         self.order = torch.cat((self.query_rows, self.text_rows)).argsort() if both else None
         self.query_keys, self.text_keys = (
             self.keys if self.keys is None or rows is None else self.keys[rows]
@@ -319,7 +324,9 @@ class QFormerAttention(nn.Module):
         cross-attention of the queries (N*Q, C)."""
         a = self.attention
         y = parallel.copy_to_tp(x, a.query)
+        # Keys and values: the stream itself, or the patches of the images.
         kv = y if image is None else parallel.copy_to_tp(image.flatten(0, 1), a.key)
+        # Whose dropout keys the adapters see: rows of the stream, or the queries alone.
         rows = ctx.keys if image is None else ctx.query_keys
         with dropout_rows(rows):
             q = a.query(y).unflatten(-1, (-1, self.head_dim))
@@ -334,6 +341,7 @@ class QFormerAttention(nn.Module):
                 self.layer, q, k, v, ctx.cu_seqlens, ctx.max_len, prefix_lens=ctx.prefix_lens
             )
         else:
+            # Contrast and matching see both ways; captioning is causal behind the queries.
             causal = ctx.prefix_lens is not None
             o = attention(
                 q, k, v, ctx.cu_seqlens, ctx.cu_seqlens, ctx.max_len, causal, prefix_lens=ctx.prefix_lens
@@ -356,6 +364,7 @@ class QFormerLayer(nn.Module):
         super().__init__()
         self.attention = QFormerAttention(config, layer, config.hidden_size)
         self.crossattention = None
+        # Every second layer looks at the image.
         if layer % config.cross_attention_frequency == 0:
             self.crossattention = QFormerAttention(config, layer, config.encoder_hidden_size)
         self.intermediate_query = QFormerIntermediate(config)
@@ -423,6 +432,7 @@ class Blip2(nn.Module):
     def __init__(self, config: Blip2Config):
         super().__init__()
         self.config = config
+        # In the order of the data: image -> tower -> queries -> language model's width -> language model.
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, config.qformer.hidden_size))
         self.vision_model = VisionModel(config.vision)
         self.qformer = QFormer(config.qformer)
@@ -485,6 +495,7 @@ class Blip2(nn.Module):
 
     def head(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed loss of the supervised tokens and each one's own loss (detached), in stream order."""
+        # Flan-T5's hidden() gives the decoder's rows alone, so its targets are those rows' too.
         targets = self.language_model.targets(batch)
         rows = (targets != IGNORE_INDEX).nonzero()[:, 0]
         x = self.language_model.norm(x[rows])
@@ -499,6 +510,7 @@ class Blip2(nn.Module):
         if output == "hidden":
             return x
         if output == "logits":
+            # (T, C) -> (S, C): the last row of each segment says what comes next.
             return self.logits(x[self.language_model.last_rows(batch).to(x.device)])
         return self.head(x, batch)
 

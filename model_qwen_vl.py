@@ -94,6 +94,7 @@ class QwenVLConfig:
             raw, "config.json", attn_dropout_prob=0, emb_dropout_prob=0, scale_attn_weights=True
         )
         c, v = config, config.visual
+        # Each line is a shape that the modules below could not have.
         for ok, message in (
             (
                 c.kv_channels * c.num_attention_heads == c.hidden_size,
@@ -166,13 +167,17 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         x = parallel.copy_to_tp(x, self.c_attn)
+        # One product for all three; a tensor-parallel rank holds its heads of each.
         q, k, v = self.c_attn(x).unflatten(-1, (3, -1, self.head_dim)).unbind(1)  # 3 x (T, H, D)
+        # Turned before they are cached: a key keeps the angle of the position where it was made.
         q, k = rotary(q, ctx.cos, ctx.sin), rotary(k, ctx.cos, ctx.sin)
+        # Queries alone are scaled, beyond the trained length: the softmax stays as sharp as at that length.
         if ctx.logn is not None:
             q = q * ctx.logn.to(q.dtype)
         if ctx.cache is None:
             o = attention(q, k, v, ctx.cu_seqlens, ctx.cu_seqlens, ctx.max_len, causal=True)
         else:
+            # The cache appends k and v and attends to all that the sequence holds.
             o = ctx.cache.attend(self.layer, q, k, v, ctx.cu_seqlens, ctx.max_len)
         return self.c_proj(o.flatten(1))
 
@@ -187,6 +192,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = parallel.copy_to_tp(x, self.w1)
+        # (T, C) -> (T, inner) twice -> (T, C)
         return self.c_proj(swiglu(self.w2(x), self.w1(x)))
 
 
@@ -215,6 +221,7 @@ def resize_positions(table: Tensor, grid: int) -> Tensor:
     if G == grid:
         return table
     image = table.float().view(1, G, G, -1).permute(0, 3, 1, 2)
+    # fp32: bicubic weights in 16 bits move every position a little.
     image = F.interpolate(image, size=(grid, grid), mode="bicubic", align_corners=False)
     return image.permute(0, 2, 3, 1).flatten(0, 2).to(table.dtype)
 
@@ -269,6 +276,7 @@ class CrossAttention(nn.Module):
         """q (Q, E), the same for every image; k and v (N*P, E). Returns (N*Q, E)."""
         q, k, v = (parallel.copy_to_tp(x, self) for x in (q, k, v))
         (wq, wk, wv), (bq, bk, bv) = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        # The queries are the same for every image: projected once, (Q, E) -> (N*Q, E).
         q = F.linear(q, wq, bq).repeat(num_images, 1)
         q, k, v = (
             x.unflatten(-1, (-1, self.head_dim)) for x in (q, F.linear(k, wk, bk), F.linear(v, wv, bv))
@@ -294,6 +302,7 @@ class Resampler(nn.Module):
         self.ln_kv = nn.LayerNorm(E, eps=VISUAL_EPS)
 
     def forward(self, x: Tensor, num_images: int) -> Tensor:
+        # width -> E, then the norm: the order of the original.
         kv = self.ln_kv(self.kv_proj(x))  # (N*P, E)
         grid = math.isqrt(x.shape[0] // num_images)
         k = kv + resize_positions(self.pos_embed, grid).to(kv.dtype).repeat(num_images, 1)
@@ -318,13 +327,16 @@ class Visual(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(N, 3, H, W) -> features (N, Q, E)."""
+        # Patches as rows: (N, 3, H, W) -> (N, W, h, w) -> (N, P, W).
         x = self.conv1(pixel_values.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)  # (N, P, W)
         N, P, _ = x.shape
         x = (x + resize_positions(self.positional_embedding, math.isqrt(P))).flatten(0, 1)
         x = self.ln_pre(x)
+        # An image is a segment, so the tower has no batch dimension either.
         cu_seqlens = even_segments(N, P)
         for block in self.transformer.resblocks:
             x = block(x, cu_seqlens, P)
+        # The resampler makes Q features of P patches, whatever P is.
         x = self.ln_post(self.attn_pool(x, N)) @ self.proj
         return x.unflatten(0, (N, -1))
 
@@ -392,14 +404,17 @@ class QwenVL(nn.Module):
         segment's own (while decoding: the prompt's; the cached keys were turned with it).
         """
         c, positions, cu_seqlens = self.config, batch.position_ids, batch.cu_seqlens
+        # Made here, not kept as buffers: NTK changes the base from segment to segment.
         half = torch.arange(0, c.kv_channels, 2, device=positions.device, dtype=torch.float32) / c.kv_channels
         lengths = cu_seqlens.diff()
+        # Training never stretches: its samples end at the trained length.
         if self.training or not c.use_dynamic_ntk:
             inv_freq = 1.0 / c.rotary_emb_base**half
         else:
             alpha = self.ntk_alpha(lengths if batch.rope_lengths is None else batch.rope_lengths)
             base = c.rotary_emb_base * alpha ** (c.kv_channels / (c.kv_channels - 2))
             inv_freq = 1.0 / base.to(positions.device, torch.float32)[:, None] ** half  # (S, D/2)
+            # (S, D/2) -> (T, D/2): each token has the base of its segment.
             inv_freq = inv_freq.repeat_interleave(lengths.to(positions.device), dim=0)
         angles = (
             positions[:, None].float() * inv_freq
@@ -426,6 +441,7 @@ class QwenVL(nn.Module):
 
     def head(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed loss of the supervised tokens and each one's own loss (detached), in stream order."""
+        # Only supervised rows reach the norm and the vocabulary: (T, C) -> (rows, C).
         x, targets = self.transformer.ln_f(x[batch.supervised]), batch.targets[batch.supervised]
         if self.config.tie_word_embeddings:
             return parallel.vocab_cross_entropy(x, self.transformer.wte.weight, targets)
@@ -518,6 +534,7 @@ def tp_plan(config: QwenVLConfig, degree: int) -> dict[str, tuple[str, int]]:
             "visual's MLP width": int(v.width * v.mlp_ratio),
         },
     )
+    # The resampler has E / 128 heads, fewer than the language model.
     whole = v.output_dim // 128 % degree != 0
     return {name: cut for name, cut in TP_PLAN.items() if not (whole and ".attn_pool." in name)}
 
@@ -531,6 +548,7 @@ def forward_flops(
     c, v = config, config.visual
     C, W, E = c.hidden_size, v.width, v.output_dim
     P, Q = (v.image_size // v.patch_size) ** 2, v.n_queries
+    # c_attn and c_proj: 4 C^2; w1, w2 and c_proj of the MLP: 3 C * inner. A multiply-add is two.
     block = 2 * (4 * C * C + 3 * C * c.intermediate_size // 2)
     visual_block = 2 * (4 * W * W + 2 * W * int(W * v.mlp_ratio)) * P + 4 * P * P * W
     resampler = 2 * (W * E * P + 2 * E * E * P + 2 * E * E * Q) + 4 * P * Q * E + 2 * E * E * Q
@@ -558,6 +576,7 @@ def resize_image(image: Image.Image, size: int) -> np.ndarray:
 
 def preprocess_image(image: Image.Image, size: int) -> Tensor:
     """(3, size, size) fp32, normalised."""
+    # In fp32 from the 8-bit pixels on, as torchvision does it.
     pixels = resize_image(image, size).astype(np.float32) / np.float32(255)
     return torch.from_numpy(np.ascontiguousarray(((pixels - MEAN) / STD).transpose(2, 0, 1)))
 
@@ -571,9 +590,11 @@ def chat_ids(
     newline and content are encoded separately. A first message that is not the user's is dropped.
     """
     tk, ids, labels = tokenizer, [], []
+    # The official script does so: a chat begins with a question.
     if turns and turns[0][0] != "user":
         turns = turns[1:]
     for role, text in [("system", system), *turns]:
+        # Encoded apart: a merge across the border would give other ids than the official ones.
         header = tk.encode(role) + tk.newline
         content = tk.encode(text, strict_paths=strict_paths)
         ids += [tk.im_start, *header, *content, tk.im_end, *tk.newline]
@@ -604,6 +625,7 @@ def chat_prompt(
     for question, answer in reversed(history):
         turn = tk.newline + block("user", question)
         turn += tk.newline + block("assistant", answer) if answer is not None else []
+        # The newest turns are worth most: older ones go first, a turn as a whole.
         if len(head) + len(turn) + len(kept) >= max_window_size:
             break
         kept = turn + kept
@@ -707,15 +729,18 @@ class QwenVLProcessor:
             turns = [turn for turn in turns if turn[0] != "system"]
             ids, labels = chat_ids(tk, turns, system[0] if system else SYSTEM)
         ids, labels = np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int32)
+        # An image takes the places behind <img>; what stands there is replaced by its features.
         starts = np.flatnonzero(ids == tk.img_start) + 1
         if len(starts) != len(conversation.images):
             raise ValueError(f"{len(conversation.images)} images, but the text has {len(starts)} tags <img>")
         length = min(len(ids), max_length)
         for start in starts:
+            # A cut inside an image would leave places without features: it goes as a whole.
             if start - 1 < length < start + self.num_image_tokens + 1:
                 length = int(start) - 1
         starts = [int(s) for s in starts if s < length]
         for start in starts:
+            # Features cannot be predicted.
             labels[start : start + self.num_image_tokens] = IGNORE_INDEX
         if length < len(ids) and not {*labels[:length].tolist()} - {
             IGNORE_INDEX,
@@ -735,6 +760,7 @@ class QwenVLProcessor:
     def prompt(self, conversation) -> dict:
         """The ids that generation starts from; a trailing answer is left out."""
         tk, turns = self.tokenizer, self.texts(conversation)
+        # A record of training may be asked as it is.
         while turns and turns[-1][0] == "assistant":
             turns = turns[:-1]
         system = next((text for role, text in turns if role == "system"), None)
@@ -770,6 +796,7 @@ class QwenVLProcessor:
     def decode(self, ids: list[int]) -> str:
         """The reply: cut at the first end marker, special text such as boxes kept."""
         ends = {self.tokenizer.im_start, self.tokenizer.im_end, self.eos}
+        # The end marker is part of what was generated, not of the answer.
         stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
         return self.tokenizer.decode(ids[:stop]).strip()
 

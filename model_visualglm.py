@@ -129,6 +129,7 @@ class VisualGLMConfig:
             QFormerConfig, raw.get("qformer_config"), "config.json: qformer_config"
         )
         c = checkpoint.from_json(cls, raw, "config.json", eva_config=vision, qformer_config=qformer, raw=raw)
+        # Keys whose other values would be another model: refused, not ignored.
         checkpoint.require(raw, "config.json", position_encoding_2d=True, image_length=qformer.vocab_size)
         checkpoint.require(
             raw["eva_config"],
@@ -198,6 +199,7 @@ class Context:
 def inverse_frequencies(head_dim: int, exact: bool = False, device=None) -> Tensor:
     """(D/4,) fp32. Each half of a head turns by its own position, so the rotary dimension is D/2."""
     half = torch.arange(0, head_dim // 2, 2, device=device, dtype=torch.float32) / (head_dim // 2)
+    # The published model was trained with frequencies rounded to half precision.
     inv_freq = 1.0 / 10000.0**half
     return inv_freq if exact else inv_freq.half().float()
 
@@ -220,8 +222,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         x = parallel.copy_to_tp(x, self.query_key_value)
+        # Grouped by head, so that a tensor-parallel cut of the rows keeps heads whole.
         q, k, v = self.query_key_value(x).unflatten(-1, (-1, 3, self.head_dim)).unbind(2)  # 3 x (T, H, D)
         q, k = (
+            # 2-D rotary: half of a head turns by the place in the context, half by that in the answer.
             torch.cat([rotary(half, ctx.cos[i], ctx.sin[i]) for i, half in enumerate(t.chunk(2, -1))], -1)
             for t in (q, k)
         )
@@ -232,11 +236,13 @@ class Attention(nn.Module):
                 self.layer, q, k, v, ctx.cu_seqlens, ctx.max_len, ctx.prefix_lens, tuned=tuned
             )
         elif tuned is None:
+            # One mask rule: causal, but every token sees the whole context (prefix_lens).
             o = attention(
                 q, k, v, ctx.cu_seqlens, ctx.cu_seqlens, ctx.max_len, causal=True, prefix_lens=ctx.prefix_lens
             )
         else:  # queries stand at the end of their keys
             P = tuned.shape[1]
+            # P-tuning: P keys and values in front of each segment, which the context may see too.
             k, v = (prepend_to_segments(p, t, ctx.cu_seqlens) for p, t in zip(tuned, (k, v), strict=True))
             cu_seqlens_k = ctx.cu_seqlens + P * torch.arange(len(ctx.cu_seqlens), dtype=torch.int32)
             prefix_lens = P + (
@@ -275,6 +281,7 @@ class Block(nn.Module):
         self.mlp = MLP(C, config.inner_hidden_size, "tanh")
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        # GLM's DeepNorm variant: the residual is the normalised input, scaled by alpha.
         a = self.input_layernorm(x)
         b = self.post_attention_layernorm(self.alpha * a + self.attention(a, ctx))
         return self.alpha * b + self.mlp(b)  # both residuals start from the normalised input
@@ -351,12 +358,14 @@ class ViT(nn.Module):
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, int]:
         """(N, 3, H, W) -> (N*P, W), P"""
         proj, t = self.mixins["patch_embedding"].proj, self.transformer
+        # Patches as rows: (N, 3, H, W) -> (N, W, h, w) -> (N, P-1, W).
         x = proj(pixel_values.to(proj.weight.dtype)).flatten(2).transpose(1, 2)  # (N, P-1, W)
         x = (
             torch.cat((t.word_embeddings.weight.to(x.dtype).expand(len(x), 1, -1), x), dim=1)
             + t.position_embeddings.weight
         )
         N, P, _ = x.shape
+        # An image is a segment: (N, P, W) -> (N*P, W), no batch dimension.
         x, cu_seqlens = x.flatten(0, 1), even_segments(N, P)
         for block in t.layers:
             x = block(x, cu_seqlens, P)
@@ -373,6 +382,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, image: Tensor, num_images: int) -> Tensor:
         x, image = (parallel.copy_to_tp(t, self.query) for t in (x, image))
+        # Queries of an image see the patches of that image alone.
         q = self.query(x).unflatten(-1, (-1, self.head_dim))  # (N*Q, H, D)
         k, v = self.key_value(image).unflatten(-1, (2, -1, self.head_dim)).unbind(1)  # 2 x (N*P, H, D)
         Q, P = len(q) // num_images, len(k) // num_images
@@ -399,6 +409,7 @@ class QFormerBlock(nn.Module):
     def forward(self, x: Tensor, image: Tensor, num_images: int) -> Tensor:
         Q = len(x) // num_images
         a = self.input_layernorm(x)
+        # Post-norm, as BERT: the sum is normalised, not the branch.
         y = self.post_attention_layernorm(a + self.attention(a, even_segments(num_images, Q), Q))
         if self.cross_attention is not None:
             y = self.post_cross_attention_layernorm(y + self.cross_attention(y, image, num_images))
@@ -417,6 +428,7 @@ class QFormer(nn.Module):
 
     def forward(self, image: Tensor, num_images: int) -> Tensor:
         """(N*P, W) -> (N*Q, C)"""
+        # Every image starts from the same learned queries: (Q, C) -> (N*Q, C).
         x = self.transformer.word_embeddings.weight.repeat(num_images, 1)
         for block in self.transformer.layers:
             x = block(x, image, num_images)
@@ -519,6 +531,7 @@ class VisualGLM(nn.Module):
 
     def head(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed loss of the supervised tokens and each one's own loss (detached), in stream order."""
+        # Only supervised rows reach the vocabulary: (T, C) -> (rows, C).
         x = self.transformer.final_layernorm(x[batch.supervised])
         return self.lm_head(x, batch.targets[batch.supervised])
 
@@ -590,6 +603,7 @@ def tp_plan(config: VisualGLMConfig, degree: int) -> dict[str, tuple[str, int]]:
             "eva_config.inner_hidden_size": v.inner_hidden_size,
         },
     )
+    # A Q-Former of 12 heads is not cut by 8: it stays whole on every rank.
     whole = q.num_attention_heads % degree or (q.inner_hidden_size or 4 * q.hidden_size) % degree
     return {name: cut for name, cut in TP_PLAN.items() if not (whole and ".qformer." in name)}
 
@@ -607,6 +621,7 @@ def forward_flops(
     images."""
     c, v, q = config, config.eva_config, config.qformer_config
     C, W, P, E, Q = c.hidden_size, v.hidden_size, v.num_tokens, q.hidden_size, q.vocab_size
+    # A multiply-add counts two; GELU's MLP has two matrices.
     block = 2 * (4 * C * C + 2 * C * c.inner_hidden_size)
     vision_block = 2 * P * (4 * W * W + 2 * W * v.inner_hidden_size) + 4 * P * P * W
     self_block = 2 * Q * (4 * E * E + 2 * E * (q.inner_hidden_size or 4 * E)) + 4 * Q * Q * E

@@ -63,6 +63,7 @@ from vlm import Batch
 
 def learning_rate_at(step: int, total: int, cfg: Config, epoch: int = 0) -> float:
     """Of the update that follows `step` finished ones."""
+    # warmup_steps, where given, wins over the ratio, as in transformers.
     warmup = cfg.warmup_steps or math.ceil(cfg.warmup_ratio * total)
     if cfg.lr_scheduler_type == "cosine_epochs":  # warm-up ends with the first epoch at the latest
         if epoch == 0:
@@ -72,6 +73,7 @@ def learning_rate_at(step: int, total: int, cfg: Config, epoch: int = 0) -> floa
         return cfg.eta_min + (cfg.learning_rate - cfg.eta_min) * shape
     if step < warmup:
         return cfg.warmup_start_lr + (cfg.learning_rate - cfg.warmup_start_lr) * step / warmup
+    # From the end of the warm-up (0) to the end of the run (1).
     done = (step - warmup) / max(1, total - warmup)
     shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[
         cfg.lr_scheduler_type
@@ -92,6 +94,7 @@ class LossScaler:
         self.scale, self.good, self.skipped = state["scale"], state["good"], state["skipped"]
 
     def update(self, finite: bool) -> None:
+        # Good steps count over skipped ones: growth waits for 2,000 in all.
         self.good, self.skipped = (self.good + 1, 0) if finite else (0, self.skipped + 1)
         if not self.enabled:
             return
@@ -122,6 +125,7 @@ class Facts:
 def step_facts(
     model: nn.Module, micro_batches: list[Batch], signalled: int, world: parallel.World
 ) -> Facts:  # all ranks
+    # all ranks: two small messages a step, instead of one a micro-batch
     counts = [sum(column) for column in zip(*(model.loss_counts(b) for b in micro_batches), strict=True)]
     sums = [*counts, sum(b.num_supervised for b in micro_batches), sum(len(b.bad) for b in micro_batches)]
     maxima = [signalled, *(b.pixel_values is not None for b in micro_batches)]
@@ -155,6 +159,7 @@ def losses_by_dataset(batch: Batch, losses: Tensor, num_datasets: int) -> Tensor
         losses = torch.stack((losses.double(), torch.ones_like(losses).double()), dim=1)[:, None]
     else:
         index, losses = batch.dataset_ids, losses.double()
+    # fp64: sums of many tokens must not depend on the order in which ranks add them.
     out = torch.zeros(num_datasets, *losses.shape[1:], dtype=torch.float64, device=losses.device)
     return out.index_add_(0, index, losses)
 
@@ -202,10 +207,12 @@ class Passes:
             batch, size = self.micro_batches[i], run.processor.image_size
             self.on_device[i] = to_device(batch, run.world.device, self.has_images[i], size)
         batch = self.on_device[i]
+        # O1 computes in 16 bits from fp32 weights; O2 has 16-bit weights, so autocast does nothing.
         with autocast(run.cfg, run.world):
             if not last:
                 return run.model(batch, "hidden", x, blocks)
             loss_sum, losses = run.model(batch, x=x, blocks=blocks)
+        # Each token belongs to an entry of `dataset`: the log says how each one learns.
         self.sums.add_(losses_by_dataset(batch, losses, len(self.sums)))
         return loss_sum
 
@@ -269,12 +276,14 @@ def clip_and_step(
     if stages is not None:
         stages.sum_shared_gradients(parameters)
     counted = [p for n, p in parameters.items() if stages is None or stages.counts_here(n)]
+    # all ranks: of the whole gradient, so every rank clips by the same factor
     norm = parallel.gradient_norm(counted, world) / scaler.scale
     finite = math.isfinite(norm)
     if finite:
         factor = min(1.0, max_grad_norm / (norm + 1e-6)) if max_grad_norm else 1.0
         if parameters and (factor != 1.0 or scaler.scale != 1.0):  # a frozen pipeline stage has none
             torch._foreach_mul_([p.grad for p in parameters.values()], factor / scaler.scale)
+        # With a gradient that is not finite there is no update at all.
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     scaler.update(finite)
@@ -305,6 +314,7 @@ def evaluate_loss(run: "Run") -> dict[str, float]:  # all ranks
     kept: list[Tensor] = []  # on the device; brought to the host every eval_accumulation_steps
     num_bad = 0
     for _, _, micro_batches in loader:
+        # all ranks: a signal that one got breaks off all
         facts = step_facts(run.model, micro_batches, run.signals.number, world)
         if facts.signal:
             raise Stopped(facts.signal)
@@ -319,6 +329,7 @@ def evaluate_loss(run: "Run") -> dict[str, float]:  # all ranks
         if cfg.eval_accumulation_steps and len(kept) == cfg.eval_accumulation_steps:
             sums += sum(kept).cpu()
             kept.clear()
+    # all ranks: eval samples were dealt to them
     sums = parallel.all_sum(sums + sum(kept).cpu() if kept else sums)
     if stages is not None:
         stages.from_last(sums)
@@ -368,6 +379,7 @@ def save_checkpoint(path: Path, run: "Run") -> None:  # all ranks
             return built.stages.whole_tensor(name, parameters, everything[name])
         return checkpoint.full_tensor(parameters[name])
 
+    # Under another name until everything is written: a kill leaves the last checkpoint as it was.
     with checkpoint.atomic_dir(path, run.world.rank) as temporary:
         if cfg.lora:
             lora.save_adapter(
@@ -392,6 +404,7 @@ def save_checkpoint(path: Path, run: "Run") -> None:  # all ranks
                 config = {**built.model.config.raw, "torch_dtype": str(dtype).removeprefix("torch.")}
                 checkpoint.write_json(temporary / "config.json", config)
                 checkpoint.copy_side_files(run.directory, temporary)
+        # Each rank writes its own shards; any other layout can read them.
         checkpoint.save_train_state(temporary, run.trainable, run.optimizer, run.state)
 
 
@@ -447,6 +460,7 @@ class Run:
         self.say = print if world.main else (lambda *_a, **_k: None)
         self.out, self.entries = Path(cfg.output_dir), self.plan.index.entries
         self.global_batch = self.state["facts"]["global_batch"]
+        # Weights are loaded here; a mistake in keys or data has been said before.
         self.built = build(cfg, directory, world, stream_sizes(self.plan, cfg))
         self.model, definition = self.built.model, self.built.definition
         self.say(parameter_table(self.built.whole, definition.parts))
@@ -459,6 +473,7 @@ class Run:
         self.optimizer, self.scaler = make_optimizer(self.model, cfg), LossScaler(cfg.fp16)
         self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.images_only = all(matches(n, definition.image_parameters) for n in self.trainable)
+        # Moments and counters, once there are parameters that they belong to.
         self.restore()
         self.features = None
         if cfg.cache_image_features:
@@ -532,8 +547,10 @@ class Run:
             return facts.signal
         if facts.supervised == 0:
             raise ValueError(f"step {step + 1} has no supervised token; its samples: {', '.join(ids)}")
+        # A function of the step alone: nothing of the schedule is in a checkpoint.
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        # forward, backward: gradients of the mean over all ranks
         sums = forward_backward(self, micro_batches, facts)
         tokens = [sum(len(b.input_ids) for b in micro_batches), len(ids)]
         totals = parallel.all_sum(
@@ -544,6 +561,7 @@ class Run:
         sums, (num_tokens, num_samples) = totals[:-2].view(len(self.entries), -1, 2), totals[-2:].tolist()
         loss = float(means(sums.sum(0)).sum())
         where = f"its samples: {', '.join(ids)}; the last checkpoint stands"
+        # Before the update: the parameters are still those of the last step.
         if not math.isfinite(loss):
             raise ValueError(f"the loss of step {step + 1} is {loss}; {where}")
         norm = clip_and_step(
@@ -675,6 +693,7 @@ class Run:
         cfg, state = self.cfg, self.state
         evaluates = self.due(cfg.evaluation_strategy, cfg.eval_steps or cfg.save_steps)
         state["evaluated"] = not evaluates
+        # Save before evaluating: an evaluation that fails or is killed costs no training.
         if self.due(cfg.save_strategy, cfg.save_steps) or (stop and cfg.save_strategy != "no"):
             self.save()
         if stop:
@@ -702,11 +721,13 @@ class Run:
             if not state["evaluated"] and cfg.do_train and self.eval_plan is not None:  # it was killed before
                 self.judge(self.evaluate()[cfg.metric_for_best_model])
             clock = time.perf_counter()
+            # THE LOOP. Workers prepare the next micro-batches while this step computes.
             for step, epoch, micro_batches in loader if cfg.do_train else ():
                 stop = self.train_step(step, epoch, micro_batches, time.perf_counter() - clock, clock)
                 clock = time.perf_counter()
                 self.after_step(stop)
                 clock = time.perf_counter() if self.saved_at == step + 1 else clock
+            # The final model is a checkpoint like any other, published in the output directory itself.
             self.finish()
         except Stopped as e:
             return self.stopped(e.number)
@@ -778,6 +799,7 @@ class Run:
 def run(
     cfg: Config, definition, directory: Path, meeting: parallel.Meeting, signals: Signals | None = None
 ) -> int:
+    # What runs before there is a process group: reading, comparing, refusing.
     kernels = dispatch.use_flash_attention(cfg.use_flash_attention, meeting.device)
     signals, run_dir, doing = signals or Signals(), RunDir(cfg), "records were read"
     try:
@@ -801,6 +823,7 @@ def run(
             )
             facts = {**ready.state["facts"], "checkpoint": run_dir.start.resume, "total steps": ready.total}
             rows = hashlib.sha256(ready.plan.index.rows.tobytes()).hexdigest()[:16]
+            # all ranks: the same data, settings and checkpoint everywhere, or one line and the end
             parallel.compare(
                 {**facts, "length index": rows, "settings": json.dumps(asdict(cfg), sort_keys=True)}
             )
