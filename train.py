@@ -94,7 +94,7 @@ class LossScaler:
         self.scale, self.good, self.skipped = state["scale"], state["good"], state["skipped"]
 
     def update(self, finite: bool) -> None:
-        # Good steps count over skipped ones: growth waits for 2,000 in all.
+        # An overflow begins the count anew: growth waits for 2,000 good steps in a row.
         self.good, self.skipped = (self.good + 1, 0) if finite else (0, self.skipped + 1)
         if not self.enabled:
             return
@@ -222,8 +222,8 @@ def forward_backward(run: "Run", micro_batches: list[Batch], facts: Facts) -> Te
     (num_datasets, K, 2) of this rank: loss sums and counts."""
     cfg, world, stages, has_images = run.cfg, run.world, run.built.stages, facts.has_images
     if stages is not None:
-        # A schedule sends as many micro-batches of one length in each step; a rank with fewer adds empty
-        # ones.
+        # A schedule sends as many micro-batches of one length in each step;
+        # a rank with fewer adds empty ones.
         empty = cfg.gradient_accumulation_steps - len(micro_batches)
         micro_batches = [
             *micro_batches,
@@ -244,7 +244,7 @@ def forward_backward(run: "Run", micro_batches: list[Batch], facts: Facts) -> Te
         return (out * weights).sum() if last else out
 
     def before_backward(i: int) -> None:
-        # ZeRO-1 and 2 reduce once a step, in the last backward pass.
+        # Where the layout reduces gradients once a step, it does so in the last backward pass.
         parallel.set_gradient_sync(run.model, cfg.sharding, last=i == max(with_gradient, default=-1))
 
     if stages is not None:
