@@ -92,6 +92,8 @@ def start(function: Callable, *args, world: int = 1) -> list:
 
 
 def _rank(_outputs, environment: dict, function: Callable, args: tuple) -> None:
+    for stream in (sys.stdout, sys.stderr):  # a line in one piece: ranks say things at the same moment
+        stream.reconfigure(line_buffering=True, write_through=False)
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
