@@ -65,7 +65,7 @@ class Blip2Qformer(nn.Module):
     prefill = "alone"  # a prompt enters the engine whole, without running sequences: queries see one another
     LOSSES = ("itc", "itm", "lm")
     pipeline_obstacle = "stage=pretrain1 passes an image's features to every layer in several passes"
-    position_step, position_axes = 1, 1
+    position_step, position_axes, prefix_rows = 1, 1, 0
     encoder_decoder = False
     MASKED = -10000.0  # added to similarities that may not be drawn
     SMOOTHING = 0.1  # of contrastive and language-modelling targets
@@ -84,9 +84,8 @@ class Blip2Qformer(nn.Module):
         self.text_projection = nn.Linear(C, config.image_text_hidden_size)
         self.itm_head = nn.Linear(C, 2)
         if config.stage1_heads:
-            self.temp = nn.Parameter(
-                torch.full((1,), 0.07)
-            )  # LAVIS's has no dimension, which fully_shard can't take
+            # LAVIS's has no dimension, which fully_shard can't take
+            self.temp = nn.Parameter(torch.full((1,), 0.07))
             self.cls = nn.Module()
             self.cls.predictions = LMPredictions(q)
         name_dropouts(self)

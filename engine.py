@@ -534,7 +534,7 @@ class Engine:
         self.end_words = [word for word in stop_words if len(word) > 1]
         self.adapters = lora.add_adapters(model, adapters) if adapters else {}
         self.step_tokens, self.max_running = step_tokens, max_running
-        self.tuned = getattr(getattr(model, "config", None), "pre_seq_len", None) or 0
+        self.tuned = model.prefix_rows
         self.use_pool(cache_tokens)
         self.sampler = Sampler(max_running, sorted(self.end_tokens))
         self.free_slots = list(range(max_running))[::-1]
@@ -606,7 +606,7 @@ class Engine:
 
     def beams(self, request: Request, room: int, given: int, stopped) -> Beams:
         """ValueError for what a beam search does not take."""
-        how, size = request.how, getattr(getattr(self.model, "config", None), "vocab_size", None)
+        how, size = request.how, self.model.config.vocab_size
         if self.end_words:
             raise ValueError(
                 "beam search ends at single tokens; a stop word of several tokens needs num_beams=1"

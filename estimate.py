@@ -230,9 +230,8 @@ def stage_memory(
         weights += trained / 2  # autocast's copies
     n, alive = L.micro_batches, alive_micro_batches(L, stages)
     activations = alive * kept
-    if (
-        L.pp > 1
-    ):  # the schedule has a buffer for each message of a step, and keeps outputs until their backward
+    if L.pp > 1:
+        # the schedule has a buffer for each message of a step, and keeps outputs until their backward
         received = sum((s > 0) + (s < num_stages - 1) for s in stages)
         communication += n * hidden * received
         activations += alive * hidden * sum(s < num_stages - 1 for s in stages)

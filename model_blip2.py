@@ -427,7 +427,7 @@ def encode_queries(model: nn.Module, image: Tensor, keys: Tensor | None = None) 
 
 class Blip2(nn.Module):
     LOSSES = ("loss",)
-    position_step, position_axes = 1, 1
+    position_step, position_axes, prefix_rows = 1, 1, 0
 
     def __init__(self, config: Blip2Config):
         super().__init__()
@@ -502,17 +502,7 @@ class Blip2(nn.Module):
         return parallel.vocab_cross_entropy(x, self.language_model.head_weight, targets[rows])
 
     def forward(self, batch: Batch, output: str = "loss", x: Tensor | None = None, blocks=None):
-        """The one entrance of a sharded model. `output`: "loss" as head(); "logits" (S, V) of each segment's
-        last position; "features" (N, Q, C) of the images; "hidden" (T, C). `x`, `blocks`: as hidden()."""
-        if output == "features":
-            return self.encode_images(batch.pixel_values)
-        x = self.hidden(batch, x, blocks)
-        if output == "hidden":
-            return x
-        if output == "logits":
-            # (T, C) -> (S, C): the last row of each segment says what comes next.
-            return self.logits(x[self.language_model.last_rows(batch).to(x.device)])
-        return self.head(x, batch)
+        return vlm.run(self, batch, output, x, blocks, self.language_model.last_rows(batch))
 
     def init_weights(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         init_weights(self.config, name, tensor, generator)

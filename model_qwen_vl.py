@@ -347,7 +347,7 @@ class Visual(nn.Module):
 
 class QwenVL(nn.Module):
     LOSSES = ("loss",)
-    position_step, position_axes = 1, 1
+    position_step, position_axes, prefix_rows = 1, 1, 0
     prefill, encoder_decoder = "chunks", False
 
     def __init__(self, config: QwenVLConfig):

@@ -480,6 +480,10 @@ class VisualGLM(nn.Module):
         return self.config.num_image_tokens
 
     @property
+    def prefix_rows(self) -> int:
+        return self.config.pre_seq_len or 0
+
+    @property
     def image_size(self) -> tuple[int, int]:
         height, width = self.config.eva_config.image_size
         return height, width

@@ -124,6 +124,7 @@ class Network(Protocol):
     prefill: str  # how the engine computes a prompt. "chunks": a token never sees later ones, so in pieces;
     # "whole": tokens see later ones; "alone": an encoder takes it, while no answer runs beside it
     encoder_decoder: bool  # a prompt's tokens but the last are the encoder's
+    prefix_rows: int  # keys and values in front of every segment (P-tuning), 0 for none
     num_image_tokens: int  # Q, the places of an image in the stream
     image_size: tuple[int, int]  # height and width of pixel_values
     blocks: Any  # the language model's blocks: what is recomputed, sharded, compiled, cut into stages
@@ -330,15 +331,16 @@ class LMHead(nn.Linear):
         return parallel.vocab_cross_entropy(x, self.weight, targets)
 
 
-def run(model: nn.Module, batch: Batch, output: str, x: Tensor | None, blocks):
-    """Network.forward for a decoder whose rows of the stream are the rows of its result."""
+def run(model: nn.Module, batch: Batch, output: str, x: Tensor | None, blocks, last_rows=None):
+    """Network.forward. `last_rows` (S,): of hidden()'s result, where they are not the stream's own."""
     if output == "features":
         return model.encode_images(batch.pixel_values)
     x = model.hidden(batch, x, blocks)
     if output == "hidden":
         return x
     if output == "logits":
-        return model.logits(x[batch.cu_seqlens[1:].to(x.device) - 1])
+        last_rows = batch.cu_seqlens[1:] - 1 if last_rows is None else last_rows
+        return model.logits(x[last_rows.to(x.device)])  # (T, C) -> (S, C): what comes next in each segment
     return model.head(x, batch)
 
 

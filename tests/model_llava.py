@@ -240,7 +240,7 @@ class VisionTower(nn.Module):
 
 class Llava(nn.Module):
     LOSSES = ("loss",)
-    pipeline_obstacle, position_step, position_axes = None, 1, 1
+    pipeline_obstacle, position_step, position_axes, prefix_rows = None, 1, 1, 0
     prefill, encoder_decoder = "chunks", False
 
     def __init__(self, config: LlavaConfig):
