@@ -240,7 +240,6 @@ def stage_memory(
     accumulated = 0.0
     if n > 1:
         accumulated = trained / shards if reduced else trained * (L.compute_bytes / 4 if L.master else 1)
-    loss = loss_bytes(head, L)
     base = {"weights": weights + gathered, "optimiser": optimiser}
     reduce = trained_group * (1 + 1 / shards) if L.fsdp else 0.0
     final = trained / shards if L.fsdp and reduced else trained
@@ -249,7 +248,7 @@ def stage_memory(
             **base,
             "gradients": accumulated,
             "activations": activations,
-            "loss": loss,
+            "loss": loss_bytes(head, L),
             "communication": communication,
         }
     )
