@@ -135,15 +135,19 @@ def adapter(model):
     return {"lora": True, "lora_dropout": 0.3, "lora_target_modules": TOWERS[model], "learning_rate": 1e-2}
 
 
+@pytest.mark.parametrize("accumulation", [2, 1])
 @pytest.mark.parametrize("model, sharding", diagonal(MODELS, [None, "stage3"]))
-def test_a_rank_without_data(bases, captions, tmp_path, model, sharding):
-    """Seven samples, four a step: with two ranks of one sample a micro-batch, the second step's last one is
-    empty."""
-    one = trained(bases, captions, model, tmp_path / "one", num_train_epochs=1, max_steps=2)
-    split = {"per_device_train_batch_size": 2, "max_steps": 2, "sharding": sharding}
-    if model != "pretrain1":  # where what is contrasted is a micro-batch of all ranks
-        split |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
-    two = trained(bases, captions, model, tmp_path / "two", 2, num_train_epochs=1, **split)
+def test_a_rank_without_data(bases, captions, tmp_path, model, sharding, accumulation):
+    """Seven samples on two ranks of one sample a micro-batch: the last micro-batch of one rank is empty, with
+    a full one before it in the step, or alone in its step."""
+    if model == "pretrain1":  # what is contrasted is a micro-batch of all ranks
+        accumulation, split = 2, {"per_device_train_batch_size": 2}
+    else:
+        split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulation}
+    batch = 2 * accumulation
+    options = {"num_train_epochs": 1, "max_steps": -(-7 // batch)}
+    one = trained(bases, captions, model, tmp_path / "one", **options, per_device_train_batch_size=batch)
+    two = trained(bases, captions, model, tmp_path / "two", 2, **options, sharding=sharding, **split)
     assert_same_run(two, one, loss_tol=2e-5, weight_tol=2e-4)
 
 
