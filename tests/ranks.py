@@ -12,7 +12,6 @@ computes anything: a rank starts in milliseconds, without threads or process gro
 
 import os
 import pkgutil
-import socket
 import sys
 import tempfile
 import time
@@ -73,9 +72,9 @@ def script(main: Callable, argv: list[str]) -> None:
 
 def start(function: Callable, *args, world: int = 1) -> list:
     """`function(*args)` in `world` processes -> the processes."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    # As under torchrun the store is not a rank's: a port that we only looked up could be taken by anybody
+    # before rank 0 listens on it.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     # the fork server takes no path from us before Python 3.12, and must not look into a test's directory
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)), PYTHONSAFEPATH="1"):
         if CONTEXT.get_start_method() == "forkserver":
@@ -83,11 +82,13 @@ def start(function: Callable, *args, world: int = 1) -> list:
     processes = []
     for rank in range(world):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+        place |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
         environment = {**os.environ, **{key: str(value) for key, value in place.items()}}
         job = (Outputs(), environment, function, args)
         processes.append(CONTEXT.Process(target=_rank, args=job))
         processes[-1].start()
+        processes[-1].store = store  # it serves as long as somebody holds one of them
     return processes
 
 
