@@ -346,7 +346,7 @@ def check_image(source: str, where: str, limits) -> None:
     """Refuses what is no image, or a larger one, by its header alone."""
     try:
         content = images.read_bytes(source)
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(content), formats=images.readable(FORMATS)) as image:
             width, height = image.size
     except Image.DecompressionBombError:
         width = height = math.inf

@@ -72,6 +72,12 @@ def content_key(source: str) -> str:
     return hashlib.sha256(read_bytes(source)).hexdigest()
 
 
+def readable(formats: tuple[str, ...]) -> list[str]:
+    """Those that this Pillow has a decoder for; it stops at the first one that it lacks, whatever follows."""
+    Image.init()
+    return [name for name in formats if name in Image.OPEN]
+
+
 def open_image(source: str | os.PathLike) -> Image.Image:
     """An image file or data URL as 8-bit RGB. ValueError naming it for anything that is no whole image of
     sane size.
@@ -82,9 +88,7 @@ def open_image(source: str | os.PathLike) -> Image.Image:
     try:
         if not is_data_url(source) and os.path.exists(source) and not os.path.isfile(source):
             raise ValueError("not a regular file")  # a pipe would block for ever
-        Image.init()
-        known = [name for name in FORMATS if name in Image.OPEN]
-        with Image.open(io.BytesIO(read_bytes(source)), formats=known) as image:
+        with Image.open(io.BytesIO(read_bytes(source)), formats=readable(FORMATS)) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels, at most {MAX_PIXELS:,} are opened")
             return rgb(upright(image))

@@ -573,11 +573,15 @@ def mutated(body, rng: random.Random):
     return body
 
 
-def test_no_body_is_a_500(client):
+@pytest.mark.parametrize(
+    "model, count", [("qwen_vl", 300), *(pytest.param(m, 2000, marks=pytest.mark.slow) for m in MODELS)]
+)
+def test_no_body_is_a_500(clients, model, count):
+    client = clients(model)
     rng, statuses = random.Random(0), {}
     full = {
         "model": client.name,
-        "messages": chats("qwen_vl")[3],
+        "messages": chats(model)[3],
         "max_tokens": 2,
         "temperature": 0.5,
         "top_p": 0.9,
@@ -591,7 +595,7 @@ def test_no_body_is_a_500(client):
         "logit_bias": {"5": 1},
     }
     full |= {"user": "u", "stream": False, "top_k": 5, "presence_penalty": 1, "metadata": {"k": "v"}}
-    for _ in range(300):
+    for _ in range(count):
         body = mutated(full, rng)
         response = client.send(body)
         content = json.loads(response.read())
@@ -604,8 +608,8 @@ def test_no_body_is_a_500(client):
 # ---- images and addresses
 
 
-def png(width: int, height: int, data: bytes = b"") -> str:
-    """A PNG of any claimed size."""
+def png(width: int, height: int, data: bytes = b"", before: tuple[bytes, bytes] = (b"tIME", b"")) -> str:
+    """A PNG of any claimed size, with a chunk (its kind, its content) before its pixels."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return (
@@ -616,6 +620,7 @@ def png(width: int, height: int, data: bytes = b"") -> str:
     content = (
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", head)
+        + chunk(*before)
         + chunk(b"IDAT", zlib.compress(data))
         + chunk(b"IEND", b"")
     )
@@ -643,6 +648,11 @@ ATTACKS = {
     "http": "http://127.0.0.1/x.png",
     "metadata": "http://169.254.169.254/latest/meta-data",
     "https": "https://example.com/x.png",
+    "decimal address": "https://2130706433/x.png",
+    "hexadecimal address": "https://0x7f000001/x.png",
+    "octal address": "https://0177.0.0.1/x.png",
+    "user": "https://images.example@127.0.0.1/x.png",
+    "backslash": "https://images.example\\@127.0.0.1/x.png",
     "ftp": "ftp://example.com/x.png",
     "gopher": "gopher://127.0.0.1:25/_x",
     "bad address": "https://[::1",
@@ -653,6 +663,13 @@ ATTACKS = {
     "bomb": png(60_000, 60_000),
     "large": png(9_000, 8_000),
     "no pixels": png(0, 5),
+    "bomb of text": png(4, 4, before=(b"zTXt", b"a\0\0" + zlib.compress(bytes(100_000_000)))),
+    "frame larger than its image": as_url(
+        b"GIF89a" + struct.pack("<HHBBBBHHHHB", 4, 4, 0, 0, 0, 44, 0, 0, 65000, 65000, 0) + b"\2\2L\1\0;"
+    ),
+    "script first": as_url(b"GIF89a<script>alert(1)</script>" + bytes(99), "image/gif"),
+    "document first": as_url(b"%PDF-1.4\n" + DIGIT.read_bytes()),
+    "document's type": as_url(DIGIT.read_bytes(), "application/pdf"),
     "truncated": as_url(DIGIT.read_bytes()[:-200]),
     "eps": as_url(eps()),
     "tiff": as_url(tiff()),
@@ -679,7 +696,21 @@ def test_attacks_by_images_are_refused(client, monkeypatch, name):
     error = json.loads(response.read())["error"]
     assert response.status == 400 and error["param"].startswith("messages[0].content[0]"), error
     assert "root:" not in error["message"] and "No such file" not in error["message"]
-    assert (error["code"] == "image_too_large") == (name in ("bomb", "large"))
+    assert (error["code"] == "image_too_large") == (name in ("bomb", "large", "frame larger than its image"))
+
+
+@pytest.mark.parametrize("kind", chat_body.FORMATS)
+def test_every_format_is_taken(client, kind):
+    """Of an animation its first image."""
+    images = [Image.new("RGB", (9, 9), color) for color in ("red", "green", "blue") * 20]
+    several = {"save_all": True, "append_images": images[1:]} if kind in ("PNG", "GIF", "WEBP") else {}
+    answers = []
+    for options in ({}, several):
+        out = io.BytesIO()
+        images[0].save(out, kind, **options)
+        content = [{"type": "image_url", "image_url": as_url(out.getvalue())}, text("What?")]
+        answers.append(client.ask(user(content)["messages"], max_tokens=4)["choices"][0]["message"])
+    assert answers[0] == answers[1]
 
 
 def test_many_images_are_refused(client):
