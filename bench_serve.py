@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import torch
 
 import images
-import records
+import record_files
 import terminal
 
 
@@ -104,7 +104,7 @@ def main(argv: list[str]) -> int:
     for path in args.image:
         images.open_image(path)
         sent.append("data:image/png;base64," + base64.b64encode(Path(path).read_bytes()).decode())
-    args.body = records.parse_json(args.body)
+    args.body = record_files.parse_json(args.body)
     if not isinstance(args.body, dict):
         raise ValueError('body: expected an object such as {"min_tokens": 64}')
     args.model_name = args.model_name or first_model(url, args.api_key)

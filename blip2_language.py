@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 import checkpoint
 import parallel
-from checkpoint import Depth, Epsilon, Share, Size, TokenId
 from dropout import Dropout, dropout_rows
 from kernels.attention import attention
 from kernels.norm import rms_norm
+from schema import Depth, Epsilon, Share, Size, TokenId
 from vlm import Batch
 
 # --------------------------------------------------------------------------------------------------

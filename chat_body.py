@@ -25,7 +25,9 @@ from urllib.parse import urlsplit
 from PIL import Image
 
 import images
+import record_files
 import records
+import terminal
 from generate import Decoding
 
 NUMBERS = {  # field -> (type, least, most)
@@ -119,7 +121,7 @@ class Refused(Exception):
 
 
 def bad(param: str, expected: str, got) -> Refused:
-    return Refused(400, f"{param}: expected {expected}, got {records.cut(got)}", param)
+    return Refused(400, f"{param}: expected {expected}, got {terminal.cut(got)}", param)
 
 
 @dataclass
@@ -181,21 +183,21 @@ def read_fields(content: bytes) -> dict:
     """The body's fields that are given (null is not), all of them known and none that asks for what is not
     there."""
     try:
-        body = records.parse_json(content.decode("utf-8"))
+        body = record_files.parse_json(content.decode("utf-8"))
     except ValueError as e:
-        raise Refused(400, f"the body is not valid JSON: {records.one_line(e, 120)}") from None
+        raise Refused(400, f"the body is not valid JSON: {terminal.one_line(e, 120)}") from None
     if not isinstance(body, dict):
-        raise Refused(400, f"the body must be a JSON object, got {records.cut(body)}")
+        raise Refused(400, f"the body must be a JSON object, got {terminal.cut(body)}")
     body = {name: value for name, value in body.items() if value is not None}
     for name in body:
         if name not in KNOWN:
-            hint = records.nearest(name, sorted(KNOWN))
-            raise Refused(400, f"unknown field {records.cut(name)}{hint}", name[:100], "unknown_parameter")
+            hint = terminal.nearest(name, sorted(KNOWN))
+            raise Refused(400, f"unknown field {terminal.cut(name)}{hint}", name[:100], "unknown_parameter")
     if body.get("tool_choice") == "none":
         body.pop("tools", None)  # they are never called
     for name in NEUTRAL:
         if name in body and not any(type(body[name]) is type(v) and body[name] == v for v in NEUTRAL[name]):
-            message = f"{name}={records.cut(body[name])} is not supported here; leave it out"
+            message = f"{name}={terminal.cut(body[name])} is not supported here; leave it out"
             raise Refused(400, message, name, "unsupported_parameter")
     for name in ("model", "messages"):
         if name not in body:
@@ -208,7 +210,7 @@ def read_stream_options(options, stream: bool) -> bool:
     if not isinstance(options, dict) or not all(isinstance(v, bool) for v in options.values()):
         raise bad("stream_options", 'an object such as {"include_usage": true}', options)
     if unknown := options.keys() - {"include_usage", "include_obfuscation"}:
-        raise Refused(400, f"stream_options: unknown field {records.cut(min(unknown))}", "stream_options")
+        raise Refused(400, f"stream_options: unknown field {terminal.cut(min(unknown))}", "stream_options")
     if options and not stream:
         raise Refused(400, "stream_options goes with stream=true", "stream_options")
     return options.get("include_usage", False)
@@ -309,7 +311,7 @@ def read_messages(messages, limits, go_on: bool) -> tuple[list, list[str], str |
     except ValueError as e:
         number = re.match(r"turn (\d+) ", str(e))
         where = f"messages[{number[1]}].content" if number else "messages"
-        raise Refused(400, f"{where}: {records.one_line(e)}", where) from None
+        raise Refused(400, f"{where}: {terminal.one_line(e)}", where) from None
     return turns, places, begun
 
 
@@ -352,7 +354,7 @@ def check_image(source: str, where: str, limits) -> None:
         width = height = math.inf
     except Exception as e:  # decoders raise errors of every kind
         known = isinstance(e, ValueError) and not isinstance(e, OSError)
-        reason = f" ({records.one_line(e, 100)})" if known else ""
+        reason = f" ({terminal.one_line(e, 100)})" if known else ""
         message = f"{where}: not a readable image{reason}; expected PNG, JPEG, WEBP, GIF or BMP in base64"
         raise Refused(400, message, where, "invalid_image") from None
     if width * height > limits.max_image_pixels:
@@ -424,7 +426,7 @@ def fetch_image(url: str, where: str, limits, seconds: float = 10) -> str:
         if len(content) > limits.max_body_mb * 1_000_000:
             raise ValueError(f"more than {limits.max_body_mb} MB")
     except (OSError, ValueError, http.client.HTTPException) as e:
-        reason = records.one_line(e, 100) if isinstance(e, ValueError) else type(e).__name__
+        reason = terminal.one_line(e, 100) if isinstance(e, ValueError) else type(e).__name__
         raise Refused(
             400, f"{where}: the image could not be fetched ({reason})", where, "invalid_image_url"
         ) from None

@@ -1,16 +1,14 @@
-"""Checkpoints in and out: weight files under their published names, and training state that resumes on
-another layout.
+"""Checkpoints in and out: weight files under their published names, each written whole or not at all.
 
     weights = open_weights("qwen-vl-chat")                        # .safetensors or .bin, one file or shards
     load_into(dict(model.named_parameters()), weights)  # a strict copy: no missing, no unexpected names
     with atomic_dir("output/checkpoint-500", rank) as directory:  # whole, or not there at all
         named = ((name, full_tensor(p)) for name, p in model.named_parameters())
         save_weights(directory, named, write=rank == 0)
-        save_train_state(directory, params, optimizer, {"step": 500})
 
 A parameter here is a plain tensor (the same on every rank that has its name) or a DTensor (each rank holds a
-shard). If it carries a parallel.Cut, that is a tensor-parallel rank's part of the one in the files. Formats:
-https://huggingface.co/docs/safetensors#format, https://pytorch.org/docs/stable/distributed.checkpoint.html
+shard). If it carries a parallel.Cut, that is a tensor-parallel rank's part of the one in the files. Format:
+https://huggingface.co/docs/safetensors#format; training state is train_state.py's.
 """
 
 import base64
@@ -20,41 +18,26 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import struct
 import sys
-import types
-import typing
-import warnings
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 import parallel
 import terminal
-from records import printable
+from schema import Pixels, check, read_json, require
+from terminal import printable
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -125,23 +108,7 @@ def cli(main) -> int:
         return 130
 
 
-# ---- JSON that others wrote
-
-
-def read_json(path, what: str) -> dict:
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path.parent} has no {path.name}; {what}")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path}:{e.lineno}: not valid JSON ({e.msg}); fetch or write it again") from None
-    except ValueError as e:
-        raise ValueError(f"{path} is not text ({e}); fetch or write it again") from None
-    except RecursionError:
-        raise ValueError(f"{path} is nested too deeply; fetch or write it again") from None
-    check(value, dict, f"{path}: the file")
-    return value
+# ---- files in place, whole or not at all
 
 
 def check_place(path: str, key: str, devices: bool = False) -> None:
@@ -179,7 +146,7 @@ def atomic_file(path, mode: str = "wb"):
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         if isinstance(e, OSError) and not isinstance(e, SaveError):
-            raise SaveError(path, _reason(e)) from e
+            raise SaveError(path, reason_of(e)) from e
         raise
 
 
@@ -188,88 +155,9 @@ def write_json(path, value: dict) -> None:
         file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-# Numbers of JSON files: Annotated[type, least, most]. The limits are far from any model, so that a damaged
-# number is refused before a layer or a table is made of it.
-Size = Annotated[int, 1, 1 << 20]
-Depth = Annotated[int, 1, 1000]
-Pixels = Annotated[int, 1, 4096]
-TokenId = Annotated[int, 0, 1 << 24]
-Epsilon = Annotated[float, 1e-20, 0.1]
-Share = Annotated[float, 0.0, 0.99]
-Scale = Annotated[float, 0.0, 1.0]
-NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-NAMES |= {dict: "an object", list: "a list", types.NoneType: "null"}
-
-
-def fits(value, kind) -> bool:
-    """Whether a JSON value is what a type annotation says; true is no number, and NaN and infinity are none
-    either."""
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Annotated:
-        return fits(value, parts[0]) and parts[1] <= value <= parts[2]
-    if origin is Literal:
-        return any(value == part and type(value) is type(part) for part in parts)
-    if origin in (types.UnionType, typing.Union):
-        return any(fits(value, part) for part in parts)
-    if origin is list:
-        return isinstance(value, list) and all(fits(item, parts[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(
-            fits(k, parts[0]) and fits(v, parts[1]) for k, v in value.items()
-        )
-    if kind in (int, float):
-        number = isinstance(value, int) or kind is float and isinstance(value, float) and math.isfinite(value)
-        return number and not isinstance(value, bool)
-    return isinstance(value, kind)
-
-
-def expectation(kind) -> str:
-    """A type annotation in words."""
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Annotated:
-        return f"{expectation(parts[0])} from {parts[1]:g} to {parts[2]:.10g}"
-    if origin is Literal:
-        return " or ".join(map(repr, parts))
-    if origin in (types.UnionType, typing.Union):
-        return " or ".join(map(expectation, parts))
-    if origin is list:
-        return f"a list of which each is {expectation(parts[0])}"
-    if origin is dict:
-        return f"an object in which each value is {expectation(parts[1])}"
-    return NAMES.get(kind, kind.__name__)
-
-
-def check(value, kind, where: str) -> None:
-    """ValueError unless the value at `where` (file and key) is what the annotation `kind` says."""
-    if not fits(value, kind):
-        shown = repr(value) if not isinstance(value, dict | list) or len(value) < 4 else NAMES[type(value)]
-        shown = shown if len(shown) <= 60 else shown[:60] + "..."
-        raise ValueError(f"{where} is {shown}; expected {expectation(kind)}; fetch or write it again")
-
-
-def from_json(kind: type, values, where: str, **given):
-    """A dataclass from a JSON object at `where`: each field is there, or has a default, and is of its type.
-    `given` are fields that come from elsewhere; other keys of the object are left out."""
-    check(values, dict, where)
-    hints = typing.get_type_hints(kind, include_extras=True)
-    wanted = [f for f in fields(kind) if f.name not in given]
-    missing = [f.name for f in wanted if f.name not in values and f.default is f.default_factory]
-    if missing:
-        raise ValueError(f"{where} lacks {', '.join(missing)}; is it a checkpoint of another model?")
-    for f in wanted:
-        if f.name in values:
-            check(values[f.name], hints[f.name], f"{where}: {f.name}")
-    return kind(**{f.name: values[f.name] for f in wanted if f.name in values}, **given)
-
-
-def require(values: dict, where: str, **expected) -> None:
-    """ValueError for a key that changes what is computed and has
-    another value than the only one supported."""
-    for key, value in expected.items():
-        if key in values and (
-            values[key] != value or isinstance(value, bool) != isinstance(values[key], bool)
-        ):
-            raise ValueError(f"{where}: {key} is {values[key]!r}; this model is computed with {value!r} only")
+def file_digest(path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def leave(code: int) -> None:
@@ -349,7 +237,7 @@ def read_tokenizer(*paths, make=None):
     except OSError:
         raise
     except Exception as e:  # the library raises nothing narrower
-        raise ValueError(f"{paths[0]}: not a readable tokenizer ({_reason(e)}); fetch it again") from None
+        raise ValueError(f"{paths[0]}: not a readable tokenizer ({reason_of(e)}); fetch it again") from None
     if len({*ids.values()}) < len(ids) or not ids:
         raise ValueError(f"{paths[0]}: the tokenizer has no tokens, or two with one id; fetch it again")
     return tokenizer
@@ -519,7 +407,7 @@ class Weights:
                     )  # format before torch 1.6
             except Exception as e:  # damaged pickles raise all sorts of errors
                 raise ValueError(
-                    f"{path} can't be read ({_reason(e)}); it may be cut short: fetch it again"
+                    f"{path} can't be read ({reason_of(e)}); it may be cut short: fetch it again"
                 ) from None
             self._shard = (path, tensors)
         return self._shard[1]
@@ -820,12 +708,12 @@ def _all_or_none(path):
         yield
     except (Exception, CheckpointException) as e:  # CheckpointException is no Exception
         error = e
-    reasons = [None if error is None else _reason(error)]
+    reasons = [None if error is None else reason_of(error)]
     if dist.is_initialized():
         reasons = [None] * dist.get_world_size()
-        dist.all_gather_object(reasons, None if error is None else _reason(error))
+        dist.all_gather_object(reasons, None if error is None else reason_of(error))
     if isinstance(error, OSError | SafetensorError | CheckpointException):
-        raise SaveError(path, _reason(error)) from error
+        raise SaveError(path, reason_of(error)) from error
     if error is not None:
         raise error
     for rank, reason in enumerate(reasons):
@@ -833,7 +721,7 @@ def _all_or_none(path):
             raise SaveError(path, f"rank {rank}: {reason}")
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """One line: what went wrong first, seen through the wrapping of torch.distributed.checkpoint and
     torch.save."""
     while isinstance(error, CheckpointException):
@@ -848,227 +736,6 @@ def _reason(error: BaseException) -> str:
     ):  # torch.save's words when a write fails; from another rank without cause
         return "a write failed (disk full?)"
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
-# ---- training state
-
-
-class StateReader(dcp.FileSystemReader):
-    """Reads a training state without running what its pickled .metadata may ask for: only the classes that
-    describe tensors are known."""
-
-    KNOWN = {
-        "torch.distributed.checkpoint.metadata": (
-            "Metadata",
-            "TensorStorageMetadata",
-            "TensorProperties",
-            "_MEM_FORMAT_ENCODING",
-            "ChunkStorageMetadata",
-            "MetadataIndex",
-            "StorageMeta",
-        ),
-        "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-        "torch": ("Size", *(str(dtype).removeprefix("torch.") for dtype in SAFETENSORS_DTYPES.values())),
-        "torch.serialization": ("_get_layout",),
-        "pathlib": ("PosixPath", "PurePosixPath", "WindowsPath"),
-        "pathlib._local": ("PosixPath", "PurePosixPath", "WindowsPath"),
-        "collections": ("OrderedDict",),
-    }
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module: str, name: str):
-            if name not in StateReader.KNOWN.get(module, ()):
-                raise pickle.UnpicklingError(f"it asks for {module}.{name}, which describes no tensor")
-            if name == "WindowsPath" or name == "PosixPath":  # of the system that saved it
-                name, module = "PurePosixPath", "pathlib"
-            return super().find_class(module, name)
-
-    def read_metadata(self, *args, **kwargs) -> Metadata:
-        with open(Path(self.path) / ".metadata", "rb") as file:
-            metadata = StateReader.Unpickler(file).load()
-        tensors = getattr(metadata, "state_dict_metadata", None)
-        if not isinstance(metadata, Metadata) or not isinstance(tensors, dict):
-            raise pickle.UnpicklingError("it describes no training state")
-        if not all(isinstance(t, TensorStorageMetadata) for t in tensors.values()):
-            raise pickle.UnpicklingError("it holds something else than tensors")
-        for place in metadata.storage_data.values():
-            if os.path.basename(place.relative_path) != place.relative_path:
-                raise pickle.UnpicklingError(
-                    f"it names the file {place.relative_path!r} outside of the directory"
-                )
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-def file_digest(path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def save_train_state(directory, params: dict, optimizer: torch.optim.Optimizer, extra: dict) -> None:
-    """Write {name: parameter} and AdamW's state to train_state/, and `extra` to trainer_state.json. all
-    ranks."""
-    folder, rank = Path(directory) / "train_state", dist.get_rank() if dist.is_initialized() else 0
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.save(_train_state(params, optimizer), storage_writer=dcp.FileSystemWriter(folder))
-    digests = [{p.name: file_digest(p) for p in sorted(folder.glob(f"__{rank}_*.distcp"))}]
-    if dist.is_initialized():
-        mine, digests = digests[0], [None] * dist.get_world_size()
-        dist.all_gather_object(digests, mine)
-    if rank == 0:  # last: it marks a complete state
-        files = {name: digest for part in digests for name, digest in part.items()}
-        write_json(Path(directory) / "trainer_state.json", {**extra, "train_state": files})
-
-
-def check_train_state(directory, files: dict) -> None:
-    """Compare the files of train_state/ with their checksums; ranks take files in turn. all ranks."""
-    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    problem = None
-    for name in sorted(files)[rank::size]:
-        path = Path(directory) / "train_state" / os.path.basename(name)
-        try:
-            if file_digest(path) != files[name]:
-                problem = f"{path} has changed since it was saved"
-        except OSError as e:
-            problem = f"{path}: {e.strerror}"
-    problems = [problem]
-    if dist.is_initialized():
-        problems = [None] * size
-        dist.all_gather_object(problems, problem)
-    if problem := next(filter(None, problems), None):
-        raise ValueError(
-            f"{problem}: the checkpoint is damaged; remove {directory} to resume from an earlier one"
-        )
-
-
-def load_train_state(directory, params: dict, optimizer: torch.optim.Optimizer) -> dict:
-    """Read back what save_train_state wrote, bit for bit, on any
-    number of ranks; returns `extra`. all ranks."""
-    directory = Path(directory)
-    extra = read_json(directory / "trainer_state.json", "expected a checkpoint-N directory of a training run")
-    files = extra.pop("train_state", {})
-    check(files, dict[str, str], f"{directory / 'trainer_state.json'}: train_state")
-    check_train_state(directory, files)
-    state = _train_state(params, optimizer)
-    try:
-        reader = StateReader(directory / "train_state")
-        saved = reader.read_metadata().state_dict_metadata
-        here = {name: (tuple(t.shape), t.dtype) for name, t in state.items()}
-        if (
-            dist.is_initialized()
-        ):  # pipeline stages hold different names; all ranks must come to the same verdict
-            gathered = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, here)
-            here = {name: value for part in gathered for name, value in part.items()}
-        problems = [f"missing {name}" for name in sorted(set(here) - set(saved))]
-        problems += [f"unexpected {name}" for name in sorted(set(saved) - set(here))]
-        for name in sorted(set(saved) & set(here)):  # dcp.load would cast silently
-            was = (tuple(saved[name].size), saved[name].properties.dtype)
-            if was != here[name]:
-                problems.append(f"{name} is {was[1]} {was[0]}, expected {here[name][1]} {here[name][0]}")
-        if problems:
-            more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-            raise ValueError(
-                f"{directory} is another run's training state: "
-                f"{'; '.join(problems[:8])}{more}; resume with the "
-                "model, precision and trainable parameters it was saved with, or set overwrite_output_dir"
-            )
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(state, storage_reader=reader)
-    except (
-        OSError,
-        EOFError,
-        pickle.UnpicklingError,
-        CheckpointException,
-        AttributeError,
-        TypeError,
-        IndexError,
-    ) as e:
-        raise ValueError(
-            f"{directory}/train_state can't be read ({_reason(e)}); remove "
-            f"{directory} to resume from an earlier one"
-        ) from None
-    return extra
-
-
-class Pieces(torch.Tensor):
-    """What this rank holds of a tensor-parallel parameter (or its AdamW state), as
-    torch.distributed.checkpoint takes it: a tensor of the whole shape without memory, and rectangles of it
-    {place in the whole: view of the rank's memory}. Packed blocks make several of them."""
-
-    @staticmethod
-    def __new__(cls, tensor: torch.Tensor, cut: parallel.Cut):
-        shape = [n * cut.size if i == cut.dim else n for i, n in enumerate(tensor.shape)]
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=tensor.dtype, device=tensor.device)
-
-    def __init__(self, tensor: torch.Tensor, cut: parallel.Cut):
-        local, first = tensor, [0] * tensor.ndim
-        if isinstance(tensor, DTensor):
-            local = tensor.to_local()
-            first = compute_local_shape_and_global_offset(
-                tensor.shape, tensor.device_mesh, tensor.placements
-            )[1]
-        self.local = local
-        self.pieces: dict[tuple, torch.Tensor] = {}
-        block = tensor.shape[cut.dim] // cut.parts  # of each packed block, the rank has so many rows
-        start, end = first[cut.dim], first[cut.dim] + local.shape[cut.dim]
-        while start < end and local.numel():
-            part, within = divmod(start, block)
-            length = min(block - within, end - start)
-            place = list(first)
-            place[cut.dim] = part * block * cut.size + cut.rank * block + within
-            self.pieces[tuple(place)] = local.narrow(cut.dim, start - first[cut.dim], length)
-            start += length
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        raise NotImplementedError(f"{function} of a tensor without memory")
-
-    def __create_write_items__(self, name: str, _) -> list[WriteItem]:
-        properties = TensorProperties.create_from_tensor(self.local)
-        items = zip(self.pieces, self.__create_chunk_list__(), strict=True)
-        return [
-            WriteItem(
-                MetadataIndex(name, torch.Size(place)),
-                WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk, properties, self.shape),
-            )
-            for place, chunk in items
-        ]
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(torch.Size(place), piece.size()) for place, piece in self.pieces.items()]
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
-        return self.pieces[tuple(index.offset)]
-
-
-def _train_state(params: dict, optimizer: torch.optim.Optimizer) -> dict:
-    """Flat {key: tensor} that shares memory with parameters and AdamW state; missing AdamW state is created
-    (zeros)."""
-
-    def entry(p, value):
-        return Pieces(value.detach(), p.cut) if hasattr(p, "cut") and value.ndim else value.detach()
-
-    state = {f"model.{name}": entry(p, p) for name, p in params.items()}
-    names = {id(p): name for name, p in params.items()}
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            assert id(p) in names, "the optimizer holds a parameter that is not in params"
-            slots = optimizer.state[p]
-            if not slots:  # never had a gradient; AdamW would make the same at its first step
-                on_device = group.get("fused") or group.get("capturable")
-                slots["step"] = torch.zeros((), dtype=torch.float32, device=p.device if on_device else "cpu")
-                slots["exp_avg"], slots["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-            assert set(slots) == {"step", "exp_avg", "exp_avg_sq"}, (
-                f"not plain AdamW: its state has {sorted(slots)}"
-            )
-            for key, value in slots.items():
-                state[f"optim.{names[id(p)]}.{key}"] = entry(p, value)
-    return state
 
 
 # ---- checkpoint-N directories

@@ -26,7 +26,7 @@ import metrics
 import parallel
 import pipeline
 import terminal
-from records import nearest
+from terminal import nearest
 
 MODEL, DATA, RUN, OPTIMISER = (
     "model and stage",

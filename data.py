@@ -3,9 +3,9 @@
     python data.py check  # open every record and image; or: check CONFIG.json --key value
     python data.py preview --packs 1  # the first stream as the model sees it, boxes drawn onto their images
 
-Top to bottom: entries (files of records, which records.py reads) -> length index (measured once, cached) ->
-plan (shuffle, mixture, packs, deal to ranks) -> samples and batches -> loader -> the two commands. A large
-set belongs in JSONL: its lines stay on disk, while a JSON document is held in memory by every worker.
+Top to bottom: entries (files of records) -> length index (measured once, cached) -> plan (shuffle, mixture,
+packs, deal to ranks) -> samples and batches -> loader; the two commands stand in data_check.py. A large set
+belongs in JSONL: its lines stay on disk, while a JSON document is held in memory by every worker.
 """
 
 import python_version  # noqa: F401  (first: it says which Python is needed)
@@ -35,29 +35,10 @@ import torch.nn.functional as F
 import checkpoint
 import terminal
 import vlm
-from draw import draw_boxes
-from images import is_constant, open_image, short
-from records import (
-    READERS,
-    BadRecord,
-    Content,
-    Conversation,
-    ImageRef,
-    check_text,
-    conversations_of,
-    cut,
-    nearest,
-    one_line,
-    one_record,
-    open_files,
-    parts_of_text,
-    place_images,
-    printable,
-    read_document,
-    resolve_image,
-    text_of,
-    unused_keys,
-)
+from images import short
+from record_files import open_files, read_document
+from records import READERS, BadRecord, Conversation, conversations_of, one_record, say_keys, unused_keys
+from terminal import cut, nearest, one_line
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_DATASET = {
@@ -242,12 +223,6 @@ def say_unused_keys(entries: list[Entry], first: int = 100) -> None:
             with contextlib.suppress(ValueError):  # named elsewhere
                 found.update(unused_keys(source[n]))
         say_keys(entry.label, found)
-
-
-def say_keys(what: str, keys) -> None:
-    if keys:
-        names = ", ".join(printable(key)[:60] for key in sorted(keys)[:20])
-        print(f"note: {what}: keys that are not used: {names}", file=sys.stderr)
 
 
 def dataset_of(value: str | dict) -> dict:
@@ -890,7 +865,7 @@ def _start_loading(worker):
 
 
 # --------------------------------------------------------------------------------------------------
-# Commands
+# A checkpoint's processor
 
 
 def model_directory(model: str | None, name: str) -> str:
@@ -916,194 +891,10 @@ def load_processor(directory: str, stage: str = "sft"):
     return vlm.find(checkpoint.read_config(directory)).processor(directory, stage)
 
 
-def request(
-    turns: list[tuple[str, str | Content]], images: list[str], where: str, folder: str = "", id: str = "0"
-) -> Conversation:
-    """A chat to be answered. A turn may be a text with <img>PATH</img> tags; `images` stand before the last
-    one's."""
-
-    def found(part):
-        return (
-            ImageRef(resolve_image(part.source, None, folder), part.wording)
-            if isinstance(part, ImageRef)
-            else part
-        )
-
-    parts = [
-        (role, parts_of_text(content) if isinstance(content, str) else content) for role, content in turns
-    ]
-    place_images([("user", parts[-1][1])], images)
-    if any(not isinstance(part, str) for role, content in parts if role == "system" for part in content):
-        raise ValueError(f"{where}: an image in the system text; images belong into the question")
-    turns = [(role, list(map(found, content))) for role, content in parts]
-    check_text([turn for turn in turns if turn[0] != "assistant"])
-    return Conversation(id, turns, "chat", where, [], "request")
-
-
-def read_requests(path: str, elsewhere=()) -> tuple[list[Conversation], list[BadRecord]]:
-    """What is to be answered, and the records that cannot be: {"prompt": ..., "image": path or list of paths}
-    or any record of records.py, whose last answer is dropped.
-
-    elsewhere: keys that a record must not have, since they are options of the whole command.
-    """
-    requests, problems, unused = [], [], set()
-    for source in open_files([path]):
-        for i in range(len(source)):
-            where = source.where(i)
-            try:
-                with one_record(where):
-                    record = source[i]
-                    if wrong := set(elsewhere) & set(record if isinstance(record, dict) else ()):
-                        raise ValueError(
-                            f"{wrong.pop()!r} is an option of the command, for all requests alike"
-                        )
-                    requests.append(
-                        conversations_of(record, where, os.path.dirname(source.path), i, answered=False)[0]
-                    )
-                    unused |= unused_keys(record)
-            except BadRecord as e:
-                problems.append(e)
-    if not requests and not problems:
-        raise ValueError(f"{path} holds no request")
-    say_keys(path, unused)
-    return requests, problems
-
-
-def check(dataset: dict, processor, settings: dict) -> int:
-    """Opens every record and image; prints what is or looks wrong, and sums. Returns 1 if a record is
-    unusable."""
-    found = 0
-    for split, entries in dataset.items():
-        max_length = settings["max_length"]
-        entries = open_entries(entries)
-        options = {"max_bad_samples": 1.0, "decode_images": True}
-        index = build_index(entries, processor, max_length, None, settings["num_workers"], **options)
-        for where, reason in index.problems:
-            print(f"{where}: {reason}")
-        say_unused_keys(index.entries)
-        found += len(index.problems)
-        if not len(index):
-            print(f"{split}: no usable sample")
-            found += 1
-            continue
-        doubts = 0
-        for where, doubt in odd_samples(index):
-            print(f"{where}: note: {doubt}")
-            doubts += 1
-        tokens = index.length.sum()
-        packs = len(Plan(index, settings["seed"], max_length, True, settings["max_images"]).units(0))
-        print(
-            f"{split}: {sum(map(len, entries)):,} records, {len(index):,} samples, "
-            f"{index.num_images.sum():,} images | "
-            f"tokens mean {index.length.mean():.1f} max {index.length.max():,}, "
-            f"{index.num_supervised.sum() / tokens:.1%} supervised | {index.truncated.sum():,} truncated | "
-            f"{packs:,} packs at max_length={max_length:,}, {tokens / packs / max_length:.1%} full | "
-            f"{len(index.problems):,} problems, {doubts:,} notes"
-        )
-    return 1 if found else 0
-
-
-def odd_samples(index: Index) -> Iterator[tuple[str, str]]:
-    """(where, what) of samples that can be trained on and are probably not what was meant."""
-    seen: dict[str, bool] = {}
-    for number in np.flatnonzero(index.part == 0):
-        conversation = index.conversation(number)
-        for source in conversation.images:
-            if source not in seen:
-                seen[source] = is_constant(open_image(source))
-            if seen[source]:
-                yield conversation.where, f"image {short(source)} has one colour throughout"
-        for role, content in conversation.turns:
-            text = text_of(content)
-            if problem := box_problems(text):
-                yield conversation.where, problem
-            if text.strip().lower() in ("nan", "null", "none", "n/a", "undefined", "<na>", "[]", "{}"):
-                yield conversation.where, f"the {role}'s text is {cut(text)}: a missing value?"
-
-
-def box_problems(text: str) -> str | None:
-    """What is wrong with the boxes of a text, whose corners are
-    thousandths of the image's sides: 0 to 999."""
-    for box in re.findall(r"<box>(.*?)</box>", text, re.S):
-        numbers = re.fullmatch(r"\s*\((\d+),(\d+)\),\((\d+),(\d+)\)\s*", box)
-        if not numbers:
-            return f"box {cut(box)} is not of the form (x1,y1),(x2,y2) with whole numbers"
-        if any(len(n) > 3 for n in numbers.groups()):
-            return f"box {cut(box)} goes beyond 999; corners are thousandths of the image's sides, not pixels"
-        x1, y1, x2, y2 = map(int, numbers.groups())
-        if x1 > x2 or y1 > y2:
-            return f"box {cut(box)} has its corners swapped; the upper left one comes first"
-    return None
-
-
-def coloured(sample: dict, processor) -> str:
-    """A sample's text: supervised tokens green, others grey, an image as one bracket; with NO_COLOR
-    (no-color.org) supervised tokens between »«."""
-    plain = bool(os.environ.get("NO_COLOR"))
-    image, green, grey, end_colour = (
-        ("", "»", "", "") if plain else ("\033[36m", "\033[32m", "\033[90m", "\033[0m")
-    )
-    ids, supervised = sample["input_ids"], sample["labels"] != IGNORE
-    supervised[0] = False
-    Q, pieces, t = processor.num_image_tokens, [], 0
-    spans = dict(zip(sample["image_starts"], enumerate(sample["images"], 1), strict=True))
-    while t < len(ids):
-        if t in spans:
-            n, source = spans[t]
-            pieces.append(f"{image}[image {n}: {short(source)}, {Q} tokens]{end_colour}")
-            t += Q
-            continue
-        end = t + 1
-        while end < len(ids) and end not in spans and supervised[end] == supervised[t]:
-            end += 1
-        colour, after = (green, "«" if plain else end_colour) if supervised[t] else (grey, end_colour)
-        text = printable(processor.tokenizer.decode(ids[t:end].tolist()), keep="\n\t")
-        pieces.append(f"{colour}{text}{after}")
-        t = end
-    return "".join(pieces)
-
-
-def preview(dataset: dict, processor, settings: dict) -> int:
-    max_length = settings["max_length"]
-    index = build_index(
-        dataset["train"], processor, max_length, None, settings["num_workers"], max_bad_samples=1.0
-    )
-    for where, reason in index.problems:
-        print(f"left out {where}: {reason}")
-    say_unused_keys(index.entries)
-    plan = Plan(index, settings["seed"], max_length, settings["mixtoken"], settings["max_images"])
-    for n, unit in enumerate(plan.units(0)[: settings["packs"]]):
-        print(f"=== stream {n}: {len(unit)} samples, {index.length[unit].sum():,} of {max_length:,} tokens")
-        for number in map(int, unit):
-            conversation = index.conversation(number)
-            sample = processor.encode(conversation, max_length)
-            supervised = index.num_supervised[number]
-            print(
-                f"--- {conversation.where} | {len(sample['input_ids']):,} tokens, {supervised:,} supervised"
-            )
-            print(coloured(sample, processor))
-            drawing = os.path.join(settings["out"], f"sample_{number}.png")
-            if sample["images"] and draw_boxes(
-                sample["images"][-1], text_of(conversation.turns[-1][1]), drawing
-            ):
-                print(f"boxes: {drawing}")
-    return 0
-
-
 def main(argv: list[str] | None = None) -> int:
-    from config import PreviewConfig, parse_config  # which imports this file
+    import data_check  # not above: its commands stand on all of this file
 
-    argv = sys.argv[1:] if argv is None else argv
-    usage = "data.py check|preview [CONFIG.json ...] [--key value ...]"
-    commands = ("check", "preview", "-h", "--help")
-    if not argv or argv[0] not in commands:
-        got = f"got {cut(argv[0])}{nearest(argv[0], commands)}" if argv else "got nothing"
-        raise ValueError(f"usage: python {usage}; {got}")
-    cfg = parse_config(argv[argv[0] in ("check", "preview") :], PreviewConfig, usage)
-    dataset = cfg.dataset or DEFAULT_DATASET
-    dataset = {split: dataset[split] for split in ("train", "eval") if dataset.get(split)}
-    processor = load_processor(model_directory(cfg.model, cfg.model_name_or_path), cfg.stage)
-    return (check if argv[0] == "check" else preview)(dataset, processor, vars(cfg))
+    return data_check.main(argv)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import checkpoint
 from images import open_image, short
-from records import printable
+from terminal import printable
 
 TAGGED = re.compile(r"<ref>(?P<label>.*?)</ref>|<box>(?P<box>.*?)</box>", re.S)
 NUMBER = r"\s*([-+]?(?:\d+\.?\d*|\.\d+))\s*"

@@ -34,7 +34,8 @@ from config import Config, parse_config
 from engine import Engine
 from generate import DTYPES, Decoding, answer, base_of, check_bad, check_device, load_model, name_bad
 from kernels import dispatch
-from records import READERS, Conversation, one_line, text_of
+from records import READERS, Conversation, text_of
+from terminal import one_line
 
 
 def merge_references(conversations: list[Conversation], entries: list[int]) -> list[Conversation]:

@@ -28,13 +28,15 @@ import checkpoint
 import data
 import lora
 import parallel
+import records
 import terminal
 import vlm
 from draw import draw_boxes
 from engine import Engine, Request, Sequence, cut_at_stop, room_for
 from kernels import dispatch
 from quantize import BITS, quantize
-from records import BadRecord, Conversation, one_line, one_record
+from records import BadRecord, Conversation, one_record
+from terminal import one_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -275,12 +277,12 @@ def load_model(
 def read_requests(args) -> tuple[list[Conversation], list[tuple[str, str]]]:
     """What is to be answered, and (where, reason) of the records of --requests that cannot be."""
     if args.requests:
-        conversations, problems = data.read_requests(args.requests, [f.name for f in fields(Decoding)])
+        conversations, problems = records.read_requests(args.requests, [f.name for f in fields(Decoding)])
         return conversations, [(problem.where, problem.reason) for problem in problems]
     if args.prompt is None:
         raise ValueError("nothing to answer: give --prompt (and --image), --chat, or --requests FILE.jsonl")
     turns = [("user", args.prompt)] if not args.system else [("system", args.system), ("user", args.prompt)]
-    return [data.request(turns, args.image, where="--prompt")], []
+    return [records.request(turns, args.image, where="--prompt")], []
 
 
 class Shown:
@@ -436,7 +438,7 @@ def chat(
             return
         if not line.strip():
             continue
-        conversation = data.request([*turns, ("user", line.strip())], images, where="standard input")
+        conversation = records.request([*turns, ("user", line.strip())], images, where="standard input")
         printer = Printer(processor, stop_texts)
         stops = processor.stop_words, how, printer, stop_texts
         (text,) = answer(model, processor, [conversation], *stops, engine=engine)

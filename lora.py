@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import checkpoint
+import schema
 import vlm
 from dropout import Rows, dropout_mask
 
@@ -185,7 +186,7 @@ USED = {
     "base_model_name_or_path": str | None,
     "r": Rank,
     "lora_alpha": Alpha,
-    "lora_dropout": checkpoint.Share,
+    "lora_dropout": schema.Share,
     "use_rslora": bool,
     "rank_pattern": dict[str, Rank] | None,
     "alpha_pattern": dict[str, Alpha] | None,
@@ -306,12 +307,12 @@ def read_adapter_config(directory) -> dict:
     path = Path(directory) / "adapter_config.json"
     if not path.is_file():
         raise ValueError(f"{directory} holds no LoRA adapter ({path.name} is missing)")
-    config = checkpoint.read_json(path, "")
+    config = schema.read_json(path, "")
     if missing := [key for key in REQUIRED if key not in config]:
         raise ValueError(f"{path} lacks {', '.join(missing)}; expected a LoRA adapter of PEFT's")
     for key, value in config.items():
         if key in USED:
-            checkpoint.check(value, USED[key], f"{path}: {key}")
+            schema.check(value, USED[key], f"{path}: {key}")
         elif key in PLAIN:
             if value != PLAIN[key] and (value or key == "bias"):
                 raise ValueError(f"{path}: {key}={value!r} is not supported; expected {PLAIN[key]!r}")

@@ -19,6 +19,7 @@ import torch
 
 import checkpoint
 import data
+import schema
 import terminal
 import vlm
 from checkpoint import Weights, open_weights
@@ -181,7 +182,7 @@ def example(adapter: Path, merged: str) -> str:
     known."""
     for directory in (adapter, adapter.parent):  # a run, or its checkpoint-N
         with contextlib.suppress(ValueError, OSError, TypeError, AttributeError, KeyError):
-            config = checkpoint.read_json(directory / "train_config.json", "")
+            config = schema.read_json(directory / "train_config.json", "")
             entry = data.Entry((config["dataset"] or data.DEFAULT_DATASET)["train"][0])
             processor = data.load_processor(merged, config["stage"])
             return terminal.example_request(entry.conversations(0)[0], processor)

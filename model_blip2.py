@@ -27,14 +27,15 @@ from torch import Tensor, nn
 
 import checkpoint
 import parallel
+import schema
 import vlm
 from blip2_language import OPT, T5, TEXT_CONFIGS, Blip2Tokenizer, OPTConfig, T5Config
-from checkpoint import Depth, Epsilon, Pixels, Scale, Share, Size, TokenId
 from dropout import Dropout, dropout_rows, keys_of_rows, name_dropouts
 from images import open_image
 from kernels.attention import attention
 from kernels.linear_cross_entropy import IGNORE_INDEX
 from records import front_image, text_of
+from schema import Depth, Epsilon, Pixels, Scale, Share, Size, TokenId
 from vlm import Batch, even_segments
 
 # --------------------------------------------------------------------------------------------------
@@ -88,12 +89,12 @@ class Blip2Config:
         """Raises ValueError for a shape that the architecture cannot have."""
         parts = {part: raw.get(f"{part}_config") for part in ("vision", "qformer", "text")}
         for part, values in parts.items():
-            checkpoint.check(values, dict, f"config.json: {part}_config")
+            schema.check(values, dict, f"config.json: {part}_config")
         kind = parts["text"].get("model_type")
-        checkpoint.check(kind, Literal["opt", "t5"], "config.json: text_config.model_type")
+        schema.check(kind, Literal["opt", "t5"], "config.json: text_config.model_type")
         classes = {"vision": VisionConfig, "qformer": QFormerConfig, "text": TEXT_CONFIGS[kind]}
-        read = {p: checkpoint.from_json(classes[p], parts[p], f"config.json: {p}_config") for p in parts}
-        config = checkpoint.from_json(cls, raw, "config.json", **read, raw=raw)
+        read = {p: schema.from_json(classes[p], parts[p], f"config.json: {p}_config") for p in parts}
+        config = schema.from_json(cls, raw, "config.json", **read, raw=raw)
         v, q, text = config.vision, config.qformer, config.text
         # keys that would change what is computed have one value here
         only = {
@@ -101,9 +102,9 @@ class Blip2Config:
             "qformer": {"hidden_act": "gelu", "position_embedding_type": "absolute"},
             "text": text.only_values(),
         }
-        checkpoint.require(raw, "config.json", use_decoder_only_language_model=not config.is_t5)
+        schema.require(raw, "config.json", use_decoder_only_language_model=not config.is_t5)
         for part, values in only.items():
-            checkpoint.require(parts[part], f"config.json: {part}_config", **values)
+            schema.require(parts[part], f"config.json: {part}_config", **values)
         heads = "num_attention_heads must divide hidden_size"
         checks = [
             (v.hidden_size % v.num_attention_heads == 0, f"vision_config: {heads}"),

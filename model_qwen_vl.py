@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 import checkpoint
 import parallel
+import schema
 import vlm
-from checkpoint import Depth, Epsilon, Pixels, Scale, Size, TokenId
 from dropout import dropout_rows
 from images import open_image
 from kernels.attention import attention
@@ -34,6 +34,7 @@ from kernels.norm import rms_norm
 from kernels.rotary import rotary
 from kernels.swiglu import swiglu
 from records import text_of
+from schema import Depth, Epsilon, Pixels, Scale, Size, TokenId
 from tokenizer_qwen_vl import QwenTokenizer
 from vlm import Batch, LMHead, even_segments
 
@@ -88,11 +89,9 @@ class QwenVLConfig:
     def from_dict(cls, raw: dict) -> "QwenVLConfig":
         """Raises ValueError for a missing field, a wrong type or a
         shape that the architecture cannot have."""
-        visual = checkpoint.from_json(VisualConfig, raw.get("visual"), "config.json: visual")
-        config = checkpoint.from_json(cls, raw, "config.json", visual=visual, raw=raw)
-        checkpoint.require(
-            raw, "config.json", attn_dropout_prob=0, emb_dropout_prob=0, scale_attn_weights=True
-        )
+        visual = schema.from_json(VisualConfig, raw.get("visual"), "config.json: visual")
+        config = schema.from_json(cls, raw, "config.json", visual=visual, raw=raw)
+        schema.require(raw, "config.json", attn_dropout_prob=0, emb_dropout_prob=0, scale_attn_weights=True)
         c, v = config, config.visual
         # Each line is a shape that the modules below could not have.
         for ok, message in (

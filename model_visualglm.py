@@ -24,14 +24,15 @@ from torch import Tensor, nn
 
 import checkpoint
 import parallel
+import schema
 import vlm
-from checkpoint import Depth, Epsilon, Pixels, Scale, Size, TokenId
 from dropout import dropout_rows
 from images import open_image
 from kernels.attention import attention
 from kernels.linear_cross_entropy import IGNORE_INDEX
 from kernels.rotary import rotary
 from records import front_image, text_of
+from schema import Depth, Epsilon, Pixels, Scale, Size, TokenId
 from tokenizer_visualglm import GLMTokenizer
 from vlm import Batch, LMHead, even_segments
 
@@ -124,14 +125,12 @@ class VisualGLMConfig:
     def from_dict(cls, raw: dict) -> "VisualGLMConfig":
         """Raises ValueError for a missing field, a wrong type or a
         shape that the architecture cannot have."""
-        vision = checkpoint.from_json(VisionConfig, raw.get("eva_config"), "config.json: eva_config")
-        qformer = checkpoint.from_json(
-            QFormerConfig, raw.get("qformer_config"), "config.json: qformer_config"
-        )
-        c = checkpoint.from_json(cls, raw, "config.json", eva_config=vision, qformer_config=qformer, raw=raw)
+        vision = schema.from_json(VisionConfig, raw.get("eva_config"), "config.json: eva_config")
+        qformer = schema.from_json(QFormerConfig, raw.get("qformer_config"), "config.json: qformer_config")
+        c = schema.from_json(cls, raw, "config.json", eva_config=vision, qformer_config=qformer, raw=raw)
         # Keys whose other values would be another model: refused, not ignored.
-        checkpoint.require(raw, "config.json", position_encoding_2d=True, image_length=qformer.vocab_size)
-        checkpoint.require(
+        schema.require(raw, "config.json", position_encoding_2d=True, image_length=qformer.vocab_size)
+        schema.require(
             raw["eva_config"],
             "config.json: eva_config",
             layernorm_order="pre",
@@ -141,7 +140,7 @@ class VisualGLMConfig:
             use_final_layernorm=False,
             vocab_size=1,
         )
-        checkpoint.require(
+        schema.require(
             raw["qformer_config"],
             "config.json: qformer_config",
             layernorm_order="post",

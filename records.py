@@ -1,9 +1,9 @@
 """Records: a line of somebody's file becomes a Conversation, whoever wrote it.
 
-    (source,) = open_files(["train.jsonl"])  # JSON, JSONL, CSV, TSV, or a folder of images with .txt captions
+    (source,) = record_files.open_files(["train.jsonl"])
     conversations_of(source[0], source.where(0), "", 0)     # [Conversation(...)]
 
-Top to bottom: the door for bad records -> files -> images of a turn -> readers by shape. A record is
+Top to bottom: the door for bad records -> images of a turn -> readers by shape -> requests. A record is
 recognised by its own keys: Qwen-VL's [user, assistant] pairs with <img> tags, LLaVA and ShareGPT (from/value,
 <image> where each image stands), ms-swift and LLaMA-Factory and TRL (messages and images, query/response,
 objects), OpenAI's content parts, instruction/input/output, captions, questions with answers. A key that would
@@ -11,33 +11,17 @@ change what a record means is understood or the record is refused; nothing is dr
 """
 
 import contextlib
-import csv
-import difflib
-import json
 import math
 import os
 import re
 import sys
-import unicodedata
-from array import array
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-import numpy as np
-
 import images
-
-
-def nearest(word: str, known) -> str:
-    """A hint at the known word that is meant: a like one, or the one that ends in it ("batch_size"); else
-    nothing."""
-    known, word = list(known), str(word)[:100]
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
-    close = close or [k for k in known if len(word) > 4 and k.endswith(f"_{word}")]
-    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-
+from record_files import IMAGE_KEYS, TABLE_KEYS, open_files
+from terminal import cut, nearest, one_line, printable
 
 # --------------------------------------------------------------------------------------------------
 # door
@@ -49,26 +33,6 @@ class BadRecord(ValueError):
     def __init__(self, where: str, reason: str):
         super().__init__(f"{where}: {reason}")
         self.where, self.reason = where, reason
-
-
-def one_line(error: BaseException | str, limit: int = 300) -> str:
-    """The error's message as one printable line of bounded length."""
-    text = error if isinstance(error, str) else str(error)
-    if (
-        isinstance(error, KeyError | AttributeError | TypeError | AssertionError | RecursionError)
-        or not text.strip()
-    ):
-        text = f"{type(error).__name__}: {text}"  # such a text alone says little
-    text = printable(" ".join(text[: 4 * limit].split()))
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def printable(text: str, keep: str = "") -> str:
-    """With codes in place of what no terminal shows or what would steer it: control characters, invisible
-    ones, half characters; but for those of `keep`."""
-    # category Zs: blanks of any width
-    shown = (c.isprintable() or c in keep or unicodedata.category(c) == "Zs" for c in text)
-    return "".join(c if s else c.encode("unicode_escape").decode() for c, s in zip(text, shown, strict=True))
 
 
 @contextlib.contextmanager
@@ -83,296 +47,6 @@ def one_record(where: str):
         raise
     except Exception as e:
         raise BadRecord(where, one_line(e).removeprefix(f"{where}: ")) from e
-
-
-def cut(value, limit: int = 60) -> str:
-    """A value for a message."""
-    text = repr(value[: 2 * limit] if isinstance(value, str | list | tuple) else value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-# --------------------------------------------------------------------------------------------------
-# files
-
-
-def unique_keys(pairs: list) -> dict:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {cut(twice)} stands twice")
-    return found
-
-
-def parse_json(text: str):
-    """JSON whose objects have each key once. ValueError (RecursionError included) if it is none."""
-    try:
-        return json.loads(text, object_pairs_hook=unique_keys)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-class JsonLines:
-    """A JSONL file as a sequence of records. Only 24 bytes a line are in memory; blank lines are skipped."""
-
-    def __init__(self, path: str):
-        self.path, spans, position = path, array("q"), 0
-        with open(path, "rb") as file:
-            self.utf16 = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
-            file.seek(0)
-            for number, line in enumerate(file, 1):
-                skip = 3 if number == 1 and line.startswith(b"\xef\xbb\xbf") else 0  # UTF-8 byte order mark
-                if line[skip:].strip():
-                    spans.extend((position + skip, len(line) - skip, number))
-                position += len(line)
-        self.spans = np.frombuffer(spans, np.int64).reshape(-1, 3)  # (N, 3): offset, size, line number
-
-    def __len__(self):
-        return len(self.spans)
-
-    def __getitem__(self, i: int):
-        start, size, _ = map(int, self.spans[i])
-        with open(
-            self.path, "rb"
-        ) as file:  # opened anew each time, so that forked workers share no file position
-            file.seek(start)
-            line = file.read(size)
-        if self.utf16:
-            raise ValueError("UTF-16 text; convert the file to UTF-8")
-        try:
-            return parse_json(line.decode("utf-8"))
-        except UnicodeDecodeError as e:
-            raise ValueError(
-                f"not UTF-8 text ({e.reason} at byte {e.start} of the line); convert the file"
-            ) from None
-        except ValueError as e:
-            raise ValueError(f"not valid JSON: {e}") from None
-
-    def where(self, i: int) -> str:
-        return f"{self.path}:{self.spans[i, 2]}"
-
-
-class Records:
-    """Records of a parsed document, or what is wrong with them; `places` names each (default: "record N",
-    from 0)."""
-
-    def __init__(self, path: str, records: list, places: list[str] | None = None):
-        self.path, self.records, self.places = path, records, places
-
-    def __len__(self):
-        return len(self.records)
-
-    def __getitem__(self, i: int):
-        if isinstance(self.records[i], Exception):
-            raise self.records[i]
-        return self.records[i]
-
-    def where(self, i: int) -> str:
-        return f"{self.path}{self.places[i]}" if self.places else f"{self.path} record {i}"
-
-
-def is_jsonl(path: str) -> bool:
-    """Whether each line is a record: if the first line is a whole object and another line follows; of a file
-    named so, unless it begins an array that goes on in the next line."""
-    with open(path, "rb") as file:
-        lines = (line for line in file if line.strip())
-        first, second = next(lines, b""), next(lines, None)
-    try:
-        value = parse_json(first.decode("utf-8-sig"))
-        return path.endswith(".jsonl") or (isinstance(value, dict) and second is not None)
-    except ValueError:
-        return path.endswith(".jsonl") and not first.lstrip(b"\xef\xbb\xbf \t").startswith(b"[")
-
-
-def read_text(path: str) -> str:
-    try:
-        return Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start}); convert the file") from None
-
-
-def read_document(path: str):
-    try:
-        return parse_json(read_text(path))
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path}:{e.lineno}: not valid JSON: {e.msg} (column {e.colno})") from None
-    except ValueError as e:
-        raise ValueError(f"{path}: not valid JSON: {one_line(e).removeprefix(f'{path}: ')}") from None
-
-
-def read_table(path: str) -> Records:
-    """A CSV or TSV file with a header; a cell of JSON ("[...]" or "{...}") in a column that may hold one is
-    parsed."""
-    csv.field_size_limit(sys.maxsize)  # a data URL is long
-    rows, places = [], []
-    try:
-        reader = csv.reader(
-            read_text(path).splitlines(keepends=True), delimiter="\t" if is_tsv(path) else ",", strict=True
-        )
-        header = [cell.strip() for cell in next(reader, [])]
-        if repeated := [key for key, count in Counter(header).items() if count > 1]:
-            raise ValueError(f"{path}:1: the column {repeated[0]!r} stands twice in the header")
-        if "" in header or not set(header) & TABLE_KEYS:
-            raise ValueError(
-                f"{path}:1: the header {cut(header)} names no known column; expected e.g. image,caption or "
-                "image,question,answer"
-            )
-        first = reader.line_num + 1
-        for cells in reader:
-            if any(cell.strip() for cell in cells):
-                rows.append(row_record(header, cells))
-                places.append(f":{first}")
-            first = reader.line_num + 1
-    except csv.Error as e:
-        raise ValueError(
-            f"{path}:{reader.line_num}: not a table of comma- or tab-separated values: {e}"
-        ) from None
-    return Records(path, rows, places)
-
-
-def row_record(header: list[str], cells: list[str]) -> dict | Exception:
-    if len(cells) != len(header):
-        return ValueError(f"a row of {len(cells)} cells under a header of {len(header)}")
-    try:
-        return {column: cell_value(column, cell) for column, cell in zip(header, cells, strict=True)}
-    except ValueError as e:
-        return e
-
-
-def is_tsv(path: str) -> bool:
-    return path.lower().endswith((".tsv", ".tab"))
-
-
-def cell_value(column: str, cell: str):
-    """A cell of a column that may hold a list or an object is JSON if it looks so; an empty cell is a missing
-    key."""
-    text = cell.strip()
-    if not text:
-        return None
-    if column in LIST_KEYS and text[0] + text[-1] in ("[]", "{}"):
-        try:
-            return parse_json(cell)
-        except ValueError as e:
-            raise ValueError(f"the cell of {column!r} looks like JSON and is none: {e}") from None
-    return cell
-
-
-def read_folder(path: str) -> list:
-    """A folder of images beside .txt files of the same name, each line of which is a caption of the image; or
-    one that describes itself in metadata.jsonl or metadata.csv."""
-    files = sorted(p for p in Path(path).rglob("*") if p.is_file() and not p.name.startswith("."))
-    for name in ("metadata.jsonl", "metadata.csv"):
-        if (Path(path) / name).is_file():
-            if unused := sum(p.suffix.lower() == ".txt" for p in files):
-                print(
-                    f"note: {path}: {name} has the captions; {unused:,} .txt files are not used",
-                    file=sys.stderr,
-                )
-            return open_files([str(Path(path) / name)])
-    pictures = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
-    texts = {p.with_suffix("") for p in files if p.suffix.lower() == ".txt"}
-    if not pictures or not texts:
-        raise ValueError(
-            f"{path} is a folder without images that have captions beside them (a.jpg and a.txt)"
-        )
-    records, places = [], []
-    for picture in pictures:
-        name = str(picture.relative_to(path))
-        caption = picture.with_suffix(".txt")
-        try:
-            lines = [line.strip() for line in read_text(str(caption)).splitlines() if line.strip()]
-            if not lines:
-                raise ValueError(f"{caption.name} is empty")
-            records.append({"image": name, "caption": lines})
-        except (OSError, ValueError) as e:
-            records.append(ValueError(f"no caption beside it ({one_line(e)})"))
-        places.append(name)
-    for text in sorted(texts - {p.with_suffix("") for p in pictures}):
-        records.append(ValueError("no image beside it"))
-        places.append(f"{text.relative_to(path)}.txt")
-    return [
-        Records(os.path.join(path, ""), records, places)
-    ]  # with a file's path: its records stand in its folder
-
-
-def open_files(paths: list[str]) -> list:
-    """Data files -> record sequences. COCO's and VQAv2's own documents become one record per image or
-    question."""
-    sources, questions, annotations = [], [], {}
-    for path in paths:
-        if os.path.isdir(path):
-            sources += read_folder(path)
-        elif is_tsv(path) or path.lower().endswith(".csv"):
-            sources.append(read_table(path))
-        elif is_jsonl(path):
-            sources.append(JsonLines(path))
-        else:
-            document = read_document(path)
-            keys = document.keys() if isinstance(document, dict) else ()
-            if "questions" in keys:
-                questions.append((path, document))
-            elif "annotations" in keys and "images" not in keys:
-                found = {a["question_id"]: a for a in document["annotations"]}
-                if len(found) < len(document["annotations"]) or annotations.keys() & found.keys():
-                    raise ValueError(f"{path}: two annotations have one question_id")
-                annotations |= found
-            elif "annotations" in keys:
-                sources.append(Records(path, coco_captions(path, document)))
-            else:
-                sources.append(Records(path, document if isinstance(document, list) else [document]))
-    if bool(questions) != bool(annotations):
-        have, lack = ("questions", "annotations") if questions else ("annotations", "questions")
-        raise ValueError(
-            f"{', '.join(paths)}: VQAv2 {have} without their {lack}; list both files in data_files"
-        )
-    joined = [Records(path, vqa_v2(path, document, annotations)) for path, document in questions]
-    asked = {record["question_id"] for source in joined for record in source.records}
-    if lost := [key for key in annotations if key not in asked]:
-        raise ValueError(
-            f"{', '.join(paths)}: {len(lost):,} annotations have no question, the "
-            f"first is question_id={cut(lost[0])}; "
-            "list the files that belong together"
-        )
-    return sources + joined
-
-
-def coco_captions(path: str, document: dict) -> list[dict]:
-    """One record an image, with all its captions."""
-    records = {
-        i["id"]: {"image": i["file_name"], "image_id": i["id"], "caption": []} for i in document["images"]
-    }
-    if len(records) < len(document["images"]):
-        raise ValueError(f"{path}: two images have one id")
-    for annotation in document["annotations"]:
-        if annotation["image_id"] not in records:
-            raise ValueError(
-                f"{path}: a caption is of image_id={cut(annotation['image_id'])}, which is no id among its "
-                "images; the two lists do not belong together"
-            )
-        records[annotation["image_id"]]["caption"].append(annotation["caption"])
-    if without := sum(not record["caption"] for record in records.values()):
-        print(f"warning: {path}: {without:,} images have no caption and are left out", file=sys.stderr)
-    return [record for record in records.values() if record["caption"]]
-
-
-def vqa_v2(path: str, document: dict, annotations: dict) -> list[dict]:
-    """Questions with their annotations. The published files name no
-    image: COCO's own file names are meant."""
-    files = {i["id"]: i["file_name"] for i in document.get("images", [])}
-    subset, records = document.get("data_subtype", ""), []
-    for question in document["questions"]:
-        image, annotation = question["image_id"], annotations.get(question["question_id"], {})
-        if annotation.get("image_id", image) != image:
-            raise ValueError(
-                f"{path}: question {question['question_id']} is about image {image}, its annotation about "
-                f"{annotation['image_id']}; the files do not belong together"
-            )
-        if not files and not str(image).isdecimal():
-            raise ValueError(
-                f"{path}: image_id={cut(image)} is no number, and no list of images names its file"
-            )
-        name = files.get(image) if files else f"{subset}/COCO_{subset}_{int(image):012d}.jpg"
-        records.append({**annotation, **question, "image": name})
-    return records
 
 
 # --------------------------------------------------------------------------------------------------
@@ -428,7 +102,6 @@ def front_image(content: Content) -> tuple[ImageRef | None, str]:
     return content[places[0]], text.removeprefix("\n") if unworded and not before.strip() else text
 
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 IMAGE_TAG = re.compile(r"((?:Picture \d+: ?)?)<img>(.*?)</img>(\n?)", re.S)  # Qwen-VL's own file format
 PLACEHOLDER = "<image>"
 PICTURE = object()  # inside a turn: an image that the record's list will fill in
@@ -552,25 +225,6 @@ def resolve_image(path: str, image_root: str | None, folder: str) -> str:
 # ------------------------------------------------------------------------------------------------
 # readers: one turns a record into [(kind, turns, answers)]; most give one, a caption list several
 
-IMAGE_KEYS = ("image", "images", "img", "image_path", "image_paths", "image_file", "image_url", "file_name")
-TABLE_KEYS = {
-    *IMAGE_KEYS,
-    "caption",
-    "captions",
-    "text",
-    "question",
-    "answer",
-    "answers",
-    "query",
-    "response",
-    "prompt",
-    "completion",
-    "instruction",
-    "output",
-    "label",
-    "messages",
-    "conversations",
-}
 # What some reader takes as a record's content. Beside another kind's keys it would be dropped: refused.
 CONTENT_KEYS = {
     *TABLE_KEYS.difference(IMAGE_KEYS),
@@ -581,7 +235,6 @@ CONTENT_KEYS = {
     "input",
     "objects",
 }
-LIST_KEYS = {*IMAGE_KEYS, "caption", "captions", "answers", "messages", "conversations", "history", "objects"}
 MEDIA_WORD = re.compile(r"image|img|picture|photo|video|audio|speech|media|frames?$|pixel", re.I)
 ABOUT_MEDIA = re.compile(  # facts about an image, no image
     r"_(ids?|sizes?|width|height|sources?|licen[sc]es?|credits?|authors?|types?|formats?|hash|md5|sha\d*|"
@@ -1037,3 +690,66 @@ def check_text(turns: list[tuple[str, Content]]) -> None:
         except UnicodeEncodeError as e:
             half = cut(e.object[e.start])
             raise ValueError(f"turn {n} ({role}) has a lone surrogate, half a character: {half}") from None
+
+
+# --------------------------------------------------------------------------------------------------
+# requests: records that are to be answered
+
+
+def say_keys(what: str, keys) -> None:
+    if keys:
+        names = ", ".join(printable(key)[:60] for key in sorted(keys)[:20])
+        print(f"note: {what}: keys that are not used: {names}", file=sys.stderr)
+
+
+def request(
+    turns: list[tuple[str, str | Content]], images: list[str], where: str, folder: str = "", id: str = "0"
+) -> Conversation:
+    """A chat to be answered. A turn may be a text with <img>PATH</img> tags; `images` stand before the last
+    one's."""
+
+    def found(part):
+        return (
+            ImageRef(resolve_image(part.source, None, folder), part.wording)
+            if isinstance(part, ImageRef)
+            else part
+        )
+
+    parts = [
+        (role, parts_of_text(content) if isinstance(content, str) else content) for role, content in turns
+    ]
+    place_images([("user", parts[-1][1])], images)
+    if any(not isinstance(part, str) for role, content in parts if role == "system" for part in content):
+        raise ValueError(f"{where}: an image in the system text; images belong into the question")
+    turns = [(role, list(map(found, content))) for role, content in parts]
+    check_text([turn for turn in turns if turn[0] != "assistant"])
+    return Conversation(id, turns, "chat", where, [], "request")
+
+
+def read_requests(path: str, elsewhere=()) -> tuple[list[Conversation], list[BadRecord]]:
+    """What is to be answered, and the records that cannot be: {"prompt": ..., "image": path or list of paths}
+    or any record of records.py, whose last answer is dropped.
+
+    elsewhere: keys that a record must not have, since they are options of the whole command.
+    """
+    requests, problems, unused = [], [], set()
+    for source in open_files([path]):
+        for i in range(len(source)):
+            where = source.where(i)
+            try:
+                with one_record(where):
+                    record = source[i]
+                    if wrong := set(elsewhere) & set(record if isinstance(record, dict) else ()):
+                        raise ValueError(
+                            f"{wrong.pop()!r} is an option of the command, for all requests alike"
+                        )
+                    requests.append(
+                        conversations_of(record, where, os.path.dirname(source.path), i, answered=False)[0]
+                    )
+                    unused |= unused_keys(record)
+            except BadRecord as e:
+                problems.append(e)
+    if not requests and not problems:
+        raise ValueError(f"{path} holds no request")
+    say_keys(path, unused)
+    return requests, problems

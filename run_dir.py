@@ -23,6 +23,7 @@ from pathlib import Path
 
 import checkpoint
 import parallel
+import schema
 import terminal
 from config import Config
 
@@ -199,7 +200,7 @@ class RunDir:
     def record(self) -> dict | None:
         """run.json; of a run of before there was one, what its other files say; None without a run."""
         if (self.path / "run.json").exists():
-            record = checkpoint.read_json(self.path / "run.json", "")
+            record = schema.read_json(self.path / "run.json", "")
             kinds = {
                 "id": str | None,
                 "settings": dict,
@@ -208,13 +209,13 @@ class RunDir:
                 "finished": int | None,
             }
             for key, kind in kinds.items():
-                checkpoint.check(record.get(key), kind, f"{self.path / 'run.json'}: {key}")
+                schema.check(record.get(key), kind, f"{self.path / 'run.json'}: {key}")
             if not all((self.path / name).exists() for name in record.get("published") or [""]):
                 record["finished"] = None  # what it published was removed
             return record
         if not (self.path / "train_config.json").exists():
             return None
-        settings = checkpoint.read_json(self.path / "train_config.json", "")
+        settings = schema.read_json(self.path / "train_config.json", "")
         last = checkpoint.last_checkpoint(self.path)
         is_published = any(p for pattern in PUBLISHED[:2] for p in self.path.glob(pattern))
         finished = int(last.name.split("-")[1]) if last and is_published else None
@@ -329,7 +330,7 @@ class RunDir:
     def write_record(self, finished: int | None = None, published: list[str] = ()) -> None:
         start, request, first = self.start, self.request(), start_of(self.start)
         if not start.anew and (self.path / "run.json").exists():  # what its first start asked for stands
-            before = checkpoint.read_json(self.path / "run.json", "")
+            before = schema.read_json(self.path / "run.json", "")
             request, first = before["request"], before.get("from")
             published = published or before.get("published", [])
         settings = asdict(self.cfg)
@@ -376,7 +377,7 @@ class RunDir:
     def finish(self, source: Path, step: int) -> None:
         """The final model's files stand in the output directory
         itself too, and the run is finished. rank 0."""
-        before = checkpoint.read_json(self.path / "run.json", "").get("published", [])
+        before = schema.read_json(self.path / "run.json", "").get("published", [])
         published = publish(source, self.path)
         for name in {*before} - {*published}:
             (self.path / os.path.basename(name)).unlink(missing_ok=True)
@@ -397,12 +398,12 @@ def checkpoint_changed(path: Path, record: dict) -> bool:
 def read_state(directory) -> dict:
     """trainer_state.json of a checkpoint, checked; its directory's name says the same step."""
     path = Path(directory) / "trainer_state.json"
-    state = checkpoint.read_json(path, "expected a checkpoint-N directory of a training run")
+    state = schema.read_json(path, "expected a checkpoint-N directory of a training run")
     number = float | int | None
     kinds = {"step": int, "epoch": int | None, "units": int | None, "bad": int | None, "samples": int | None}
     kinds |= {"best_step": int | None, "facts": dict | None, "scaler": dict | None, "run": str | None}
     for key, kind in {**kinds, "best_metric": number, "evaluated": bool | None}.items():
-        checkpoint.check(state.get(key), kind, f"{path}: {key}")
+        schema.check(state.get(key), kind, f"{path}: {key}")
     state.pop("train_state", None)
     name = Path(directory).resolve().name
     if state["step"] < 0 or name.startswith("checkpoint-") and name != f"checkpoint-{state['step']}":

@@ -516,7 +516,7 @@ class Service:
         """A body -> what it asks for, and its prompt. In a worker thread: it decodes, and may fetch."""
         wanted = read_wanted(content, self.limits, self.limits.defaults, self.processor.config.vocab_size)
         if wanted.model not in (self.name, *self.limits.adapters):
-            message = f"there is no model {records.cut(wanted.model)}; this server has {self.names()}"
+            message = f"there is no model {terminal.cut(wanted.model)}; this server has {self.names()}"
             raise Refused(404, message, "model", "model_not_found")
         conversation = records.Conversation("0", wanted.turns, "chat", "messages", [], "request")
         place = "messages"

@@ -17,9 +17,50 @@ import shutil
 import sys
 import textwrap
 import time
+import unicodedata
 from pathlib import Path
 
 from images import is_data_url
+
+# ---- words of messages
+
+
+def nearest(word: str, known) -> str:
+    """A hint at the known word that is meant: a like one, or the one that ends in it ("batch_size"); else
+    nothing."""
+    known, word = list(known), str(word)[:100]
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
+    close = close or [k for k in known if len(word) > 4 and k.endswith(f"_{word}")]
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def one_line(error: BaseException | str, limit: int = 300) -> str:
+    """The error's message as one printable line of bounded length."""
+    text = error if isinstance(error, str) else str(error)
+    if (
+        isinstance(error, KeyError | AttributeError | TypeError | AssertionError | RecursionError)
+        or not text.strip()
+    ):
+        text = f"{type(error).__name__}: {text}"  # such a text alone says little
+    text = printable(" ".join(text[: 4 * limit].split()))
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def printable(text: str, keep: str = "") -> str:
+    """With codes in place of what no terminal shows or what would steer it: control characters, invisible
+    ones, half characters; but for those of `keep`."""
+    # category Zs: blanks of any width
+    shown = (c.isprintable() or c in keep or unicodedata.category(c) == "Zs" for c in text)
+    return "".join(c if s else c.encode("unicode_escape").decode() for c, s in zip(text, shown, strict=True))
+
+
+def cut(value, limit: int = 60) -> str:
+    """A value for a message."""
+    text = repr(value[: 2 * limit] if isinstance(value, str | list | tuple) else value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+# ---- the environment
 
 
 def check_environment() -> None:

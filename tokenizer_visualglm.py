@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 import numpy as np
 from tokenizers import Tokenizer, models
 
-import checkpoint
+import schema
 
 SPACE = "\u2581"  # sentencepiece's visible blank
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # sentencepiece's piece types
@@ -83,25 +83,25 @@ def read_sentencepiece(path: Path) -> tuple[list[tuple[str, float, int]], bytes]
 
 def read_tokenizer_json(path: Path) -> tuple[list[tuple[str, float, int]], bytes]:
     """The same from a tokenizers file with a Unigram model. Types go by name."""
-    document = checkpoint.read_json(path, "expected a tokenizer")
+    document = schema.read_json(path, "expected a tokenizer")
     model, added, normalizer = (document.get(key) for key in ("model", "added_tokens", "normalizer"))
-    checkpoint.check(model, dict, f"{path}: model")
-    checkpoint.check(model.get("type", "Unigram"), Literal["Unigram"], f"{path}: model.type")
+    schema.check(model, dict, f"{path}: model")
+    schema.check(model.get("type", "Unigram"), Literal["Unigram"], f"{path}: model.type")
     vocab = model.get("vocab")
-    checkpoint.check(vocab, list, f"{path}: model.vocab")
+    schema.check(vocab, list, f"{path}: model.vocab")
     pairs = (isinstance(e, list) and len(e) == 2 and isinstance(e[0], str) for e in vocab)
     if not all(pairs) or not all(isinstance(score, int | float) for _, score in vocab):
         raise ValueError(
             f"{path}: model.vocab has an entry that is no pair of text and score; fetch it again"
         )
-    checkpoint.check(model.get("unk_id"), Annotated[int, 0, len(vocab) - 1], f"{path}: model.unk_id")
-    checkpoint.check(added, list[dict] | None, f"{path}: added_tokens")
+    schema.check(model.get("unk_id"), Annotated[int, 0, len(vocab) - 1], f"{path}: model.unk_id")
+    schema.check(added, list[dict] | None, f"{path}: added_tokens")
     control = {str(token.get("content")) for token in added or [] if token.get("special")}
-    checkpoint.check(normalizer, dict | None, f"{path}: normalizer")
+    schema.check(normalizer, dict | None, f"{path}: normalizer")
     parts = (normalizer or {}).get("normalizers", [normalizer or {}])
-    checkpoint.check(parts, list[dict], f"{path}: normalizer.normalizers")
+    schema.check(parts, list[dict], f"{path}: normalizer.normalizers")
     maps = [n.get("precompiled_charsmap") for n in parts if n.get("type") == "Precompiled"]
-    checkpoint.check(maps, list[str], f"{path}: precompiled_charsmap")
+    schema.check(maps, list[str], f"{path}: precompiled_charsmap")
     try:
         table = b64decode(maps[0], validate=True) if maps else b""
     except ValueError as e:

@@ -35,7 +35,9 @@ import data
 import estimate
 import lora
 import parallel
+import schema
 import terminal
+import train_state
 import vlm
 from build import (
     autocast,
@@ -52,9 +54,9 @@ from config import Config, parse_config
 from draw import draw_loss
 from features import cache_features
 from kernels import dispatch
-from records import one_line
 from resume import Prepared, is_finished, prepare
 from run_dir import HARMLESS, Log, RunDir, Signals, Stopped, shown
+from terminal import one_line
 from vlm import Batch
 
 # --------------------------------------------------------------------------------------------------
@@ -405,7 +407,7 @@ def save_checkpoint(path: Path, run: "Run") -> None:  # all ranks
                 checkpoint.write_json(temporary / "config.json", config)
                 checkpoint.copy_side_files(run.directory, temporary)
         # Each rank writes its own shards; any other layout can read them.
-        checkpoint.save_train_state(temporary, run.trainable, run.optimizer, run.state)
+        train_state.save_train_state(temporary, run.trainable, run.optimizer, run.state)
 
 
 def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -493,7 +495,7 @@ class Run:
         self.start_step = self.saved_at = state["step"]
         if start.resume is None:
             return
-        checkpoint.load_train_state(start.resume, self.trainable, self.optimizer)
+        train_state.load_train_state(start.resume, self.trainable, self.optimizer)
         if state.get("scaler"):
             self.scaler.load(state["scaler"])
         elif state.get("scale"):  # of before the counters were saved
@@ -683,7 +685,7 @@ class Run:
         if self.saved_at == state["step"] and self.world.main:
             path = self.out / f"checkpoint-{state['step']}" / "trainer_state.json"
             if path.exists():
-                files = checkpoint.read_json(path, "").get("train_state", {})
+                files = schema.read_json(path, "").get("train_state", {})
                 checkpoint.write_json(path, {**state, "train_state": files})
         if state["best_step"] == state["step"] and self.saved_at == state["step"]:
             self.rotate()
@@ -757,7 +759,7 @@ class Run:
         if cfg.load_best_model_at_end and state["best_step"]:
             final = state["best_step"]
             best = out / f"checkpoint-{final}"
-            checkpoint.load_train_state(best, self.trainable, self.optimizer)
+            train_state.load_train_state(best, self.trainable, self.optimizer)
             self.say(f"best model: {best} with {cfg.metric_for_best_model} {state['best_metric']:.4f}")
         elif cfg.load_best_model_at_end:
             self.say("no evaluation gave a number: the last model stands for the best one", flush=True)

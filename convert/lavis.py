@@ -24,6 +24,7 @@ from torch import Tensor
 
 import checkpoint
 import model_blip2 as blip2
+import schema
 import terminal
 import vlm
 from model_blip2 import TOWER, Blip2Config, QFormerConfig, build_model, init_weights, resize_positions
@@ -239,7 +240,7 @@ def write_model(
         if file.is_file():  # it may be another resolution's
             side = Blip2Config.from_dict(config).vision.image_size
             checkpoint.write_json(
-                file, {**checkpoint.read_json(file, ""), "size": {"height": side, "width": side}}
+                file, {**schema.read_json(file, ""), "size": {"height": side, "width": side}}
             )
 
 
@@ -264,7 +265,7 @@ def import_files(args) -> None:
     state = read_model(args.base) if args.base else {}
     for path in args.files:
         state |= read_lavis(path)
-    config = checkpoint.read_json(args.config or Path(args.base) / "config.json", "give it with --config")
+    config = schema.read_json(args.config or Path(args.base) / "config.json", "give it with --config")
     # the features' norm is LAVIS's nn.LayerNorm, with that class's own eps
     config["vision_config"] = {**config.get("vision_config", {}), "post_layernorm_eps": 1e-5}
     config["stage1_heads"] = "temp" in state
@@ -284,7 +285,7 @@ def begin_stage1(args) -> None:
     """BERT and the tower -> the checkpoint that stage 1 begins with."""
     config = vlm.shape("blip2-stage1")
     if args.config:
-        config = checkpoint.read_json(args.config, "give --config")
+        config = schema.read_json(args.config, "give --config")
     config = {**config, "vision_config": {**config["vision_config"], "post_layernorm_eps": 1e-5}}
     config["qformer_config"] = {**asdict(QFormerConfig()), **config["qformer_config"]}
     state = read_lavis(args.tower)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 import checkpoint
 import model_visualglm as glm
+import schema
 import terminal
 import vlm
 
@@ -99,7 +100,7 @@ def read_state(source: Path) -> dict[str, torch.Tensor]:
 
 
 def import_sat(source: Path, target: Path, split_qkv: bool, tokenizer: Path | None) -> None:
-    raw = checkpoint.read_json(source / "model_config.json", "expected a SAT checkpoint directory")
+    raw = schema.read_json(source / "model_config.json", "expected a SAT checkpoint directory")
     config = {**vlm.shape("visualglm-6b"), **{k: raw[k] for k in SAME_KEYS if k in raw}}
     config |= {ours: raw[theirs] for ours, theirs in RENAMED.items() if theirs in raw}
     config |= {k: raw[k] for k in ("layernorm_epsilon", "eos_token_id") if k in raw}

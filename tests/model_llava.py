@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import checkpoint
 import parallel
+import schema
 import vlm
-from checkpoint import Depth, Epsilon, Pixels, Size, TokenId
 from dropout import dropout_rows
 from images import open_image
 from kernels.attention import attention
@@ -26,6 +26,7 @@ from kernels.norm import rms_norm
 from kernels.rotary import rotary
 from kernels.swiglu import swiglu
 from records import text_of
+from schema import Depth, Epsilon, Pixels, Size, TokenId
 
 # --------------------------------------------------------------------------------------------------
 # Configuration
@@ -87,16 +88,14 @@ class LlavaConfig:
     @classmethod
     def from_dict(cls, raw: dict) -> "LlavaConfig":
         parts = {
-            key: checkpoint.from_json(kind, raw.get(key), f"config.json: {key}")
+            key: schema.from_json(kind, raw.get(key), f"config.json: {key}")
             for key, kind in (("vision_config", VisionConfig), ("text_config", TextConfig))
         }
         # what this file computes; anything else would be another model
-        checkpoint.require(
-            raw, "config.json", vision_feature_layer=-2, vision_feature_select_strategy="default"
-        )
-        checkpoint.require(raw["vision_config"], "config.json: vision_config", hidden_act="quick_gelu")
-        checkpoint.require(raw["text_config"], "config.json: text_config", hidden_act="silu", mlp_bias=False)
-        return checkpoint.from_json(cls, raw, "config.json", **parts, raw=raw)
+        schema.require(raw, "config.json", vision_feature_layer=-2, vision_feature_select_strategy="default")
+        schema.require(raw["vision_config"], "config.json: vision_config", hidden_act="quick_gelu")
+        schema.require(raw["text_config"], "config.json: text_config", hidden_act="silu", mlp_bias=False)
+        return schema.from_json(cls, raw, "config.json", **parts, raw=raw)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import checkpoint as ck
+import train_state
 import vlm
 
 
@@ -211,7 +212,7 @@ def test_atomic_dir(tmp_path):
 def test_disk_full_is_one_clear_line(tmp_path, what):
     """A file size limit makes write() fail as a full disk does, inside safetensors, DCP and Python itself."""
     script = f"""
-import resource, signal, sys, torch, checkpoint
+import resource, signal, sys, torch, checkpoint, train_state
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 layer = torch.nn.Linear(400, 400)
 params, optimizer = dict(layer.named_parameters()), torch.optim.AdamW(layer.parameters())
@@ -221,7 +222,7 @@ try:
         if "{what}" == "weights":
             checkpoint.save_weights(d, params.items())
         elif "{what}" == "train_state":
-            checkpoint.save_train_state(d, params, optimizer, {{}})
+            train_state.save_train_state(d, params, optimizer, {{}})
         else:
             checkpoint.write_json(d / "config.json", {{"x": "y" * 200_000}})
 except checkpoint.SaveError as e:
@@ -311,7 +312,7 @@ def ranks_save(rank, directory):
     train(model, optimizer, 3)
     before = everything(params, optimizer)
     with ck.atomic_dir(directory / "checkpoint-3", rank) as d:
-        ck.save_train_state(d, params, optimizer, {"step": 3})
+        train_state.save_train_state(d, params, optimizer, {"step": 3})
         ck.save_weights(d, ((n, ck.full_tensor(p)) for n, p in params.items()), write=rank == 0)
     if rank == 0:
         torch.save(before, directory / "expected.pt")
@@ -321,7 +322,7 @@ def ranks_load(rank, directory):
     model, params, optimizer = toy(sharded=True)
     train(model, optimizer, 1)  # other values than the saved ones
     model.reshard()
-    assert ck.load_train_state(directory / "checkpoint-4", params, optimizer) == {"step": 4}
+    assert train_state.load_train_state(directory / "checkpoint-4", params, optimizer) == {"step": 4}
     loaded = everything(params, optimizer)
     expected = torch.load(directory / "expected.pt")
     assert set(loaded) == set(expected) and all(same(loaded[k], expected[k]) for k in expected)
@@ -355,7 +356,7 @@ def test_two_ranks_save_one_process_loads(tmp_path):
     together(ranks_save, tmp_path)
     expected = torch.load(tmp_path / "expected.pt")
     model, params, optimizer = toy(sharded=False)
-    assert ck.load_train_state(tmp_path / "checkpoint-3", params, optimizer) == {"step": 3}
+    assert train_state.load_train_state(tmp_path / "checkpoint-3", params, optimizer) == {"step": 3}
     loaded = everything(params, optimizer)
     assert set(expected) < set(loaded)  # plus the zeros of c, which never had a gradient
     for name, tensor in loaded.items():
@@ -369,7 +370,7 @@ def test_one_process_saves_two_ranks_load(tmp_path):
     model, params, optimizer = toy(sharded=False)
     train(model, optimizer, 4)
     with ck.atomic_dir(tmp_path / "checkpoint-4") as d:
-        ck.save_train_state(d, params, optimizer, {"step": 4})
+        train_state.save_train_state(d, params, optimizer, {"step": 4})
         ck.save_weights(d, params.items())
     torch.save(everything(params, optimizer), tmp_path / "expected.pt")
     together(ranks_load, tmp_path)
@@ -383,22 +384,22 @@ def test_failure_on_one_rank_is_failure_on_all(tmp_path):
 def test_resumed_steps_are_exact_and_other_states_are_refused(tmp_path):
     model, params, optimizer = toy(sharded=False)
     train(model, optimizer, 2)
-    ck.save_train_state(tmp_path, params, optimizer, {"loss": 0.1, "order": [1, 2]})
+    train_state.save_train_state(tmp_path, params, optimizer, {"loss": 0.1, "order": [1, 2]})
     train(model, optimizer, 2)
     model2, params2, optimizer2 = toy(sharded=False)
-    assert ck.load_train_state(tmp_path, params2, optimizer2) == {"loss": 0.1, "order": [1, 2]}
+    assert train_state.load_train_state(tmp_path, params2, optimizer2) == {"loss": 0.1, "order": [1, 2]}
     train(model2, optimizer2, 2)
     assert all(torch.equal(params[n], params2[n]) for n in params)
 
     half = {name: nn.Parameter(p.detach().bfloat16()) for name, p in params.items()}
     with pytest.raises(ValueError, match="a.bias is torch.float32 .* expected torch.bfloat16"):
-        ck.load_train_state(tmp_path, half, torch.optim.AdamW(half.values()))
+        train_state.load_train_state(tmp_path, half, torch.optim.AdamW(half.values()))
     few = {"a.weight": params["a.weight"]}
     with pytest.raises(ValueError, match="unexpected model.a.bias"):
-        ck.load_train_state(tmp_path, few, torch.optim.AdamW(few.values()))
+        train_state.load_train_state(tmp_path, few, torch.optim.AdamW(few.values()))
     next((tmp_path / "train_state").glob("*.distcp")).write_bytes(np.zeros(10, np.uint8).tobytes())
     with pytest.raises(ValueError, match="is damaged; remove"):
-        ck.load_train_state(tmp_path, *toy(sharded=False)[1:])
+        train_state.load_train_state(tmp_path, *toy(sharded=False)[1:])
 
 
 class Evil:
@@ -411,11 +412,11 @@ def test_resuming_runs_no_code_of_the_checkpoint(tmp_path, metadata, monkeypatch
     """Neither a pickle that names a function, nor another object or half a pickle, in .metadata."""
     monkeypatch.setenv("EVIL", str(tmp_path / "ran"))
     _, params, optimizer = toy(sharded=False)
-    ck.save_train_state(tmp_path, params, optimizer, {})
+    train_state.save_train_state(tmp_path, params, optimizer, {})
     raw = metadata if isinstance(metadata, bytes) else pickle.dumps(metadata)
     (tmp_path / "train_state" / ".metadata").write_bytes(raw)
     with pytest.raises(ValueError, match="train_state can't be read"):
-        ck.load_train_state(tmp_path, params, optimizer)
+        train_state.load_train_state(tmp_path, params, optimizer)
     assert not (tmp_path / "ran").exists()
 
 

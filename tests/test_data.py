@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 
 import data
+import data_check
 import vlm
-from records import ImageRef, text_of
+from records import ImageRef, read_requests, resolve_image, text_of
 
 Q, SIZE = 4, 8
 
@@ -279,18 +280,17 @@ def test_image_places(tmp_path, monkeypatch):
     picture(here / "cwd.png")
     picture(folder / "file.png")
     monkeypatch.chdir(here)
-    resolve = data.resolve_image
-    assert resolve("all.png", str(root), str(folder)) == str(root / "all.png")
-    assert resolve("all.png", None, str(folder)) == str(folder / "all.png")
-    assert resolve("file.png", str(root), str(folder)) == str(folder / "file.png")
-    assert resolve("cwd.png", str(root), str(folder)) == "cwd.png"
-    assert resolve("../here/cwd.png", None, str(folder)) == f"{folder}/../here/cwd.png"
+    assert resolve_image("all.png", str(root), str(folder)) == str(root / "all.png")
+    assert resolve_image("all.png", None, str(folder)) == str(folder / "all.png")
+    assert resolve_image("file.png", str(root), str(folder)) == str(folder / "file.png")
+    assert resolve_image("cwd.png", str(root), str(folder)) == "cwd.png"
+    assert resolve_image("../here/cwd.png", None, str(folder)) == f"{folder}/../here/cwd.png"
     with pytest.raises(ValueError, match="leaves image_root"):
-        resolve("x/../../here/cwd.png", str(root), str(folder))
+        resolve_image("x/../../here/cwd.png", str(root), str(folder))
     with pytest.raises(ValueError, match=f"tried {root}/no.png, {folder}/no.png, no.png"):
-        resolve("no.png", str(root), str(folder))
+        resolve_image("no.png", str(root), str(folder))
     with pytest.raises(ValueError, match="download it first"):
-        resolve("https://example.com/a.png", None, "")
+        resolve_image("https://example.com/a.png", None, "")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -687,12 +687,12 @@ def test_dead_worker_is_a_clear_error(tmp_path):
 
 
 def test_check_and_preview(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data, "model_directory", lambda *_: "anywhere")
-    monkeypatch.setattr(data, "load_processor", lambda *_: Processor())
+    monkeypatch.setattr(data_check, "model_directory", lambda *_: "anywhere")
+    monkeypatch.setattr(data_check, "load_processor", lambda *_: Processor())
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["data.py", *arguments])
-        return data.main()
+        return data_check.main()
 
     damaged_pictures(tmp_path)
     picture(tmp_path / "good.png", side=100)
@@ -749,7 +749,7 @@ def test_requests(tmp_path):
         {"prompt": "What?", "image": "a.png", "id": "x"},
         {"conversations": [["<img>a.png</img> q", "a"]]},
     ]
-    found, problems = data.read_requests(write(tmp_path / "r.jsonl", records, lines=True))
+    found, problems = read_requests(write(tmp_path / "r.jsonl", records, lines=True))
     assert found[0].id == "x" and found[0].turns[0][1][1] == "What?" and not problems
     assert [c.images for c in found] == [[str(tmp_path / "a.png")]] * 2
     assert found[1].where == f"{tmp_path}/r.jsonl:2"
@@ -764,6 +764,6 @@ def test_command_line_error_has_no_traceback(tmp_path):
 def test_preview_without_colours(monkeypatch):
     ids, labels = np.array([5, 6, 7, 8]), np.array([-100, -100, 7, 8])
     sample = {"input_ids": ids, "labels": labels, "image_starts": [], "images": []}
-    assert data.coloured(sample, Processor()) == "\033[90m5 6\033[0m\033[32m7 8\033[0m"
+    assert data_check.coloured(sample, Processor()) == "\033[90m5 6\033[0m\033[32m7 8\033[0m"
     monkeypatch.setenv("NO_COLOR", "1")
-    assert data.coloured(sample, Processor()) == "5 6»7 8«"
+    assert data_check.coloured(sample, Processor()) == "5 6»7 8«"

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import draw
-from records import printable
+from terminal import printable
 
 RED = (255, 0, 0)
 

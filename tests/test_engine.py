@@ -18,6 +18,7 @@ import engine
 import generate
 import lora
 import merge
+import records
 import vlm
 from engine import Engine, Request
 from generate import Decoding
@@ -79,7 +80,7 @@ def prompt_of(kind: str, processor, rng, images) -> dict:
     text = " ".join(WORDS[: rng.integers(0, 6)] + [WORDS[rng.integers(len(WORDS))] for _ in range(length)])
     count = 1 if kind in ("opt", "t5", "stage1") else int(rng.integers(0, 3 if "qwen" in kind else 2))
     chosen = [images[rng.integers(len(images))] for _ in range(count)]
-    return processor.prompt(data.request([("user", text)], chosen, "test"))
+    return processor.prompt(records.request([("user", text)], chosen, "test"))
 
 
 def decoding_of(rng) -> Decoding:
@@ -163,9 +164,11 @@ def test_whatever_shares_the_batch_answers_are_those_alone(loaded, images, kind)
 @pytest.mark.parametrize("kind", ["qwen_vl", "opt"])
 def test_a_common_beginning_is_computed_once(loaded, images, kind):
     model, processor = loaded(kind)
-    question = [data.request([("user", "what number is this")], [image], "test") for image in images[:2]]
+    question = [records.request([("user", "what number is this")], [image], "test") for image in images[:2]]
     turns = [*question[0].turns, ("assistant", ["7"]), ("user", "and now")]
-    first, longer, other = map(processor.prompt, (question[0], data.request(turns, [], "test"), question[1]))
+    first, longer, other = map(
+        processor.prompt, (question[0], records.request(turns, [], "test"), question[1])
+    )
     how, seen, calls = Decoding(max_new_tokens=5), [], []
     e, encode = Engine(model, processor), model.encode_images
     model.encode_images = lambda pixels, *a: calls.append(len(pixels)) or encode(pixels, *a)
@@ -199,7 +202,9 @@ def test_no_beginning_is_shared_where_it_is_not_the_same(loaded, images):
         model, processor = loaded(kind)
         e = Engine(model, processor)
         for n, text in enumerate(texts):
-            request = Request(str(n), processor.prompt(data.request([("user", text)], [], "t")), Decoding(4))
+            request = Request(
+                str(n), processor.prompt(records.request([("user", text)], [], "t")), Decoding(4)
+            )
             e.submit(request)
             events = []
             while e.has_work():
@@ -225,7 +230,7 @@ def test_features_of_the_last_images_are_kept(loaded, images, kind):
         return forward(batch, output)
 
     def asked(text: str, n: int) -> int:
-        prompt = processor.prompt(data.request([("user", text)], [images[n]], "test"))
+        prompt = processor.prompt(records.request([("user", text)], [images[n]], "test"))
         request, before = Request(f"{text} {n}", prompt, how), sum(calls)
         e.use_pool(1000), e.kept.clear()  # no rows to go on from
         e.submit(request)
@@ -250,7 +255,7 @@ def test_features_of_the_last_images_are_kept(loaded, images, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_to_one_prompt_share_its_prefill(loaded, images, kind):
     (model, processor), tokens = loaded(kind), []
-    prompt = processor.prompt(data.request([("user", "what is w1")], images[:1], "test"))
+    prompt = processor.prompt(records.request([("user", "what is w1")], images[:1], "test"))
     e, forward = Engine(model, processor, step_tokens=9), model.forward
 
     def count(batch, output="loss"):
@@ -284,7 +289,7 @@ def test_an_engine_goes_on_with_a_larger_pool(loaded, images, kind):
         return events
 
     e.step = watch
-    question, size = data.request([("user", "what is")], images[:1], "test"), 0
+    question, size = records.request([("user", "what is")], images[:1], "test"), 0
     for new in (2, 9, 30):
         prompt = processor.prompt(question)
         request = Request("a", prompt, Decoding(new, temperature=1.0, min_new_tokens=new))
@@ -321,7 +326,7 @@ def test_two_hundred_requests_lose_no_slot(loaded, images):
 def test_a_long_request_is_not_overtaken_for_ever(loaded):
     """It does not fit beside the others; they wait behind it."""
     model, processor = loaded("qwen_vl")
-    prompt = processor.prompt(data.request([("user", "a")], [], "test"))
+    prompt = processor.prompt(records.request([("user", "a")], [], "test"))
     rows = len(prompt["input_ids"]) + 20
     e = Engine(model, processor, cache_tokens=2 * rows)
     order = []
@@ -336,8 +341,8 @@ def test_a_long_request_is_not_overtaken_for_ever(loaded):
 def test_what_can_never_run_is_refused(loaded, tmp_path):
     model, processor = loaded("qwen_vl")
     (tmp_path / "bad.png").write_bytes(b"\x89PNG")
-    prompt = processor.prompt(data.request([("user", "a")], [], "test"))
-    bad = processor.prompt(data.request([("user", "a")], [str(tmp_path / "bad.png")], "test"))
+    prompt = processor.prompt(records.request([("user", "a")], [], "test"))
+    bad = processor.prompt(records.request([("user", "a")], [str(tmp_path / "bad.png")], "test"))
     e = Engine(model, processor, cache_tokens=100)
     for request, reason in (
         (Request("", prompt, Decoding(100)), "need 1.. rows of the cache, which has 100"),
@@ -357,7 +362,7 @@ def test_what_can_never_run_is_refused(loaded, tmp_path):
 def test_a_request_that_fails_leaves_the_others(loaded):
     """Logits that are not finite end one answer; the next one does not go on from its rows."""
     model, processor = loaded("qwen_vl")
-    good, bad = (processor.prompt(data.request([("user", text)], [], "test")) for text in ("good", "bad"))
+    good, bad = (processor.prompt(records.request([("user", text)], [], "test")) for text in ("good", "bad"))
     e, forward = Engine(model, processor), model.forward
     requests = [Request(name, p, Decoding(4, min_new_tokens=4)) for name, p in (("good", good), ("bad", bad))]
 
@@ -387,7 +392,7 @@ def test_a_request_that_fails_leaves_the_others(loaded):
 def test_logprobs_bias_and_penalties(loaded):
     """Log-probabilities are the model's own; bias and penalties change what is chosen, in their row alone."""
     model, processor = loaded("qwen_vl")
-    prompt = processor.prompt(data.request([("user", "what is this")], [], "test"))
+    prompt = processor.prompt(records.request([("user", "what is this")], [], "test"))
     how = Decoding(6, min_new_tokens=6)
     plain = Request("plain", prompt, how, logprobs=3)
     forced = Request("forced", prompt, how, logit_bias={77: 1000.0}, logprobs=0)
@@ -425,7 +430,7 @@ def test_logprobs_bias_and_penalties(loaded):
 
 def test_stop_texts_end_one_answer(loaded, images):
     model, processor = loaded("qwen_vl")
-    prompt = processor.prompt(data.request([("user", "what is this number")], images[:1], "test"))
+    prompt = processor.prompt(records.request([("user", "what is this number")], images[:1], "test"))
     free = Request("free", prompt, Decoding(12, min_new_tokens=12))
     text = processor.tokenizer.decode(alone(model, processor, free))
     stop = text[len(text) // 2 :][:2]
@@ -506,7 +511,7 @@ def test_several_adapters_in_one_batch_are_their_merged_models(tmp_path, images,
         models[name] = generate.load_model(tmp_path / f"merged {name}")
     e = Engine(generate.load_model(base), processor, adapters)
     asked = [("what is this", images[0]), ("which number do you see", images[1])]
-    prompts = [processor.prompt(data.request([("user", q)], [image], "test")) for q, image in asked]
+    prompts = [processor.prompt(records.request([("user", q)], [image], "test")) for q, image in asked]
     how = Decoding(5, min_new_tokens=5)
     requests = [
         Request(f"{name} {n}", p, how, adapter=name) for n, p in enumerate(prompts) for name in models

@@ -20,6 +20,7 @@ import generate as g
 import lora
 import merge
 import model_qwen_vl as qwen
+import records
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def requests(processor, dataset):
     ]
     found = []
     for text, images in texts:
-        request = processor.prompt(data.request([("user", text)], images, "test"))
+        request = processor.prompt(records.request([("user", text)], images, "test"))
         request["pixel_values"] = [processor.load_image(p) for p in request["images"]]
         assert len(request["image_starts"]) == len(images)
         found.append(request)
@@ -241,7 +242,7 @@ def test_a_long_answer_is_shown_from_its_last_tokens(kind, monkeypatch):
 @pytest.mark.parametrize("beams", [1, 3])
 def test_stop_text_of_an_answer(model, processor, dataset, beams):
     """Any piece of the free answer, at borders that no tokenizer would choose, ends the answer before it."""
-    c = data.request([("user", "hello")], [], "test")
+    c = records.request([("user", "hello")], [], "test")
     how = g.Decoding(max_new_tokens=12, num_beams=beams)
     (free,) = g.answer(model, processor, [c], [], how)
     cut = len(free) // 2
@@ -279,7 +280,7 @@ def test_logits_that_are_not_finite_are_refused(base, processor, settings):
     broken = g.load_model(base)
     with torch.no_grad():
         broken.lm_head.weight[5] = float("nan")
-    c = data.request([("user", "hello")], [], "test")
+    c = records.request([("user", "hello")], [], "test")
     with pytest.raises(ValueError, match="logits are not finite"):
         g.answer(broken, processor, [c], processor.stop_words, g.Decoding(max_new_tokens=3, **settings))
 

@@ -12,9 +12,11 @@ from PIL import Image
 import checkpoint
 import config
 import data
+import data_check
 import evaluate
 import generate
 import parallel
+import records
 import run_dir
 import terminal
 from records import Conversation, ImageRef, conversations_of
@@ -175,7 +177,7 @@ def test_the_next_command_asks_what_was_learned(tmp_path, model, stage, kind):
     record = ASKED[kind] if kind == "qwen" else {**ASKED[kind], "image": "a.png"}
     (conversation,) = conversations_of(record, "f:1", str(tmp_path), 0)
     processor = data.load_processor(data.model_directory(model, "tiny"), stage)
-    asked = data.request([("user", processor.asked(conversation))], conversation.images, "--prompt")
+    asked = records.request([("user", processor.asked(conversation))], conversation.images, "--prompt")
     ours, theirs = processor.prompt(asked), processor.prompt(conversation)
     assert list(ours["input_ids"]) == list(theirs["input_ids"]) and ours["images"] == theirs["images"]
 
@@ -222,7 +224,7 @@ def test_a_file_that_is_not_there_is_named_first(capsys):
 
 def test_a_command_that_is_nearly_one():
     with pytest.raises(ValueError, match="got 'chek'; did you mean 'check'"):
-        data.main(["chek"])
+        data_check.main(["chek"])
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import data
+import data_check
 import draw
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -703,7 +703,7 @@ def checked(lines: bytes, tmp_path: Path, capsys) -> str:
     """What `data.py check` says about the records; they must be fine."""
     path = tmp_path / "saved.jsonl"
     path.write_bytes(lines)
-    status = data.main(["check", "--dataset", str(path)])
+    status = data_check.main(["check", "--dataset", str(path)])
     said = capsys.readouterr().out
     assert status == 0, said
     return said

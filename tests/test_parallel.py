@@ -625,14 +625,14 @@ def dies_at_4(original, directory, *args, **options):
     return original(directory, *args, **options)
 
 
-@pytest.mark.parametrize("where", ["save_weights", slow("save_train_state")])
+@pytest.mark.parametrize("where", ["checkpoint.save_weights", slow("train_state.save_train_state")])
 def test_a_rank_that_dies_while_it_saves(bases, tmp_path, capfd, where):
     """The checkpoint before stands, the broken one does not appear, and the run goes on from it."""
     out, settings = tmp_path / "out", {**PP2, "save_steps": 2}
     start(bases, "qwen sft", out, 2, **settings, max_steps=2)
     before = {p: p.read_bytes() for p in sorted(out.glob("checkpoint-2/**/*")) if p.is_file()}
     with pytest.raises(AssertionError, match="-9"):
-        main = Replaced(f"checkpoint.{where}", dies_at_4)
+        main = Replaced(where, dies_at_4)
         start(bases, "qwen sft", out, 2, main=main, **settings, max_steps=6)
     assert "error: [rank 0] another rank is gone" in capfd.readouterr().err
     assert checkpoint.last_checkpoint(out).name == "checkpoint-2" and not list(out.glob("*.tmp"))

@@ -13,6 +13,7 @@ import build
 import data
 import model_blip2
 import parallel
+import records
 import train
 import vlm
 from config import Config
@@ -179,7 +180,7 @@ def test_images_of_a_sample_stay_in_their_order(tmp_path):
         Image.new("RGB", (32, 32), colour).save(tmp_path / name)
     names = ["b.png", "a.png", "c.png"]
     content = [str(tmp_path / name) for name in names]
-    conversation = data.request([("user", "x <image> y <image> z <image>")], content, "test")
+    conversation = records.request([("user", "x <image> y <image> z <image>")], content, "test")
     sample = {**processor.encode(conversation, 512), "num_image_tokens": processor.num_image_tokens}
     other = {
         "input_ids": sample["input_ids"][:3],

@@ -14,6 +14,7 @@ import checkpoint
 import data
 import generate
 import lora
+import records
 import vlm
 
 
@@ -62,7 +63,7 @@ def test_printed_error_and_answers(bases, tmp_path, capsys, name, kind):
     expected = [np.mean(errors), np.max(errors), float((after - before).norm() / before.norm())]
     assert np.allclose([float(x) / 100 for x in found.groups()[1:]], expected, atol=6e-5)
     assert 0 < expected[2] < {"int8": 0.03, "int4": 0.4}[kind]
-    plain = data.request([("user", "what is it?")], [str(tmp_path / "a.png")], "test")
+    plain = records.request([("user", "what is it?")], [str(tmp_path / "a.png")], "test")
     request = processor.prompt(plain)
     request["pixel_values"] = [processor.load_image(p) for p in request["images"]]
     ids = generate.generate(model, [request], 12, processor.stop_words)[0]

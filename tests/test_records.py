@@ -15,6 +15,8 @@ import pytest
 from PIL import Image
 
 import data
+import data_check
+import records
 from images import open_image
 from records import BadRecord, ImageRef, conversations_of, front_image, text_of
 
@@ -204,22 +206,22 @@ def test_keys_that_nothing_reads_are_said(folder, capsys):
 def test_keys_of_requests_that_nothing_reads_are_said(folder, capsys):
     path = folder / "r.jsonl"
     path.write_text('{"prompt": "q", "max_tokens": 5}\n{"prompt": "q", "model": "x"}\n')
-    requests, problems = data.read_requests(str(path), ["temperature"])
+    requests, problems = records.read_requests(str(path), ["temperature"])
     assert len(requests) == 2 and not problems
     assert capsys.readouterr().err == f"note: {path}: keys that are not used: max_tokens, model\n"
     path.write_text('{"image": "a.png", "text": "What is this?"}\n')
-    assert "a question is 'prompt'" in str(data.read_requests(str(path))[1][0])
+    assert "a question is 'prompt'" in str(records.read_requests(str(path))[1][0])
 
 
 def test_a_single_request_has_no_leftovers_either(folder):
     image = str(folder / "a.png")
     turns = [("system", "Be short."), ("user", "<image>What?")]
-    asked = data.request(turns, [image], "--prompt")
+    asked = records.request(turns, [image], "--prompt")
     assert shape(asked, folder)[1] == ("user", ["a.png", "What?"])
     with pytest.raises(ValueError, match="turn 0 .user. has <image_1>"):
-        data.request([("user", "<image_1>What?")], [image], "--prompt")
+        records.request([("user", "<image_1>What?")], [image], "--prompt")
     with pytest.raises(ValueError, match="an image in the system text"):
-        data.request([("system", "<image>"), ("user", "What?")], [image], "--prompt")
+        records.request([("system", "<image>"), ("user", "What?")], [image], "--prompt")
 
 
 def test_data_urls_and_file_urls_are_images(folder):
@@ -536,7 +538,7 @@ def test_a_text_that_looks_like_a_missing_value_is_noted(folder):
     )
     processor = data.load_processor(data.model_directory("qwen_vl", "tiny"))
     index = data.build_index([{"data_files": str(folder / "r.jsonl")}], processor, 512, None)
-    notes = [note for _, note in data.odd_samples(index) if "missing" in note]
+    notes = [note for _, note in data_check.odd_samples(index) if "missing" in note]
     assert notes == ["the assistant's text is 'NaN': a missing value?"]
 
 
@@ -639,7 +641,7 @@ def test_requests_take_any_record_and_no_option(folder):
     ]
     path = folder / "r.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    found, problems = data.read_requests(str(path), ["temperature"])
+    found, problems = records.read_requests(str(path), ["temperature"])
     assert [c.kind for c in found] == ["chat", "vqa", "chat"]
     assert found[2].turns[-1] == ("user", ["r"]) and found[2].id == "7"
     assert [p.where for p in problems] == [f"{path}:4", f"{path}:5"]

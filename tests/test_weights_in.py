@@ -26,6 +26,7 @@ import generate
 import model_blip2 as blip2
 import model_qwen_vl as qwen
 import model_visualglm as glm
+import records
 import tokenizer_qwen_vl
 import tokenizer_visualglm
 from convert import lavis, sat
@@ -607,7 +608,7 @@ def test_visualglm_takes_images_that_are_not_square(copy, tmp_path):
     (text,) = generate.answer(
         model,
         processor,
-        [data.request([("user", "what is it?")], [str(tmp_path / "a.png")], "test")],
+        [records.request([("user", "what is it?")], [str(tmp_path / "a.png")], "test")],
         processor.stop_words,
         generate.Decoding(max_new_tokens=3),
     )
@@ -623,7 +624,7 @@ def test_visualglm_takes_images_that_are_not_square(copy, tmp_path):
 
 def long_request(tmp_path, words: int):
     Image.new("RGB", (9, 9), "red").save(tmp_path / "a.png")
-    return data.request([("user", "dog " * words)], [str(tmp_path / "a.png")], "test")
+    return records.request([("user", "dog " * words)], [str(tmp_path / "a.png")], "test")
 
 
 def sample(tmp_path, words: int):

@@ -1,0 +1,321 @@
+"""Files of records: JSON, JSONL, CSV, TSV, folders of images with .txt captions, COCO's and VQAv2's own.
+
+    (source,) = open_files(["train.jsonl"])
+    source[0], source.where(0), len(source)  # a record as it was parsed, "train.jsonl:1", how many
+
+What a record means is read in records.py.
+"""
+
+import csv
+import json
+import os
+import sys
+from array import array
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from terminal import cut, one_line
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+IMAGE_KEYS = ("image", "images", "img", "image_path", "image_paths", "image_file", "image_url", "file_name")
+TABLE_KEYS = {
+    *IMAGE_KEYS,
+    "caption",
+    "captions",
+    "text",
+    "question",
+    "answer",
+    "answers",
+    "query",
+    "response",
+    "prompt",
+    "completion",
+    "instruction",
+    "output",
+    "label",
+    "messages",
+    "conversations",
+}
+LIST_KEYS = {*IMAGE_KEYS, "caption", "captions", "answers", "messages", "conversations", "history", "objects"}
+
+
+def unique_keys(pairs: list) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {cut(twice)} stands twice")
+    return found
+
+
+def parse_json(text: str):
+    """JSON whose objects have each key once. ValueError (RecursionError included) if it is none."""
+    try:
+        return json.loads(text, object_pairs_hook=unique_keys)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+class JsonLines:
+    """A JSONL file as a sequence of records. Only 24 bytes a line are in memory; blank lines are skipped."""
+
+    def __init__(self, path: str):
+        self.path, spans, position = path, array("q"), 0
+        with open(path, "rb") as file:
+            self.utf16 = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
+            file.seek(0)
+            for number, line in enumerate(file, 1):
+                skip = 3 if number == 1 and line.startswith(b"\xef\xbb\xbf") else 0  # UTF-8 byte order mark
+                if line[skip:].strip():
+                    spans.extend((position + skip, len(line) - skip, number))
+                position += len(line)
+        self.spans = np.frombuffer(spans, np.int64).reshape(-1, 3)  # (N, 3): offset, size, line number
+
+    def __len__(self):
+        return len(self.spans)
+
+    def __getitem__(self, i: int):
+        start, size, _ = map(int, self.spans[i])
+        with open(
+            self.path, "rb"
+        ) as file:  # opened anew each time, so that forked workers share no file position
+            file.seek(start)
+            line = file.read(size)
+        if self.utf16:
+            raise ValueError("UTF-16 text; convert the file to UTF-8")
+        try:
+            return parse_json(line.decode("utf-8"))
+        except UnicodeDecodeError as e:
+            raise ValueError(
+                f"not UTF-8 text ({e.reason} at byte {e.start} of the line); convert the file"
+            ) from None
+        except ValueError as e:
+            raise ValueError(f"not valid JSON: {e}") from None
+
+    def where(self, i: int) -> str:
+        return f"{self.path}:{self.spans[i, 2]}"
+
+
+class Records:
+    """Records of a parsed document, or what is wrong with them; `places` names each (default: "record N",
+    from 0)."""
+
+    def __init__(self, path: str, records: list, places: list[str] | None = None):
+        self.path, self.records, self.places = path, records, places
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, i: int):
+        if isinstance(self.records[i], Exception):
+            raise self.records[i]
+        return self.records[i]
+
+    def where(self, i: int) -> str:
+        return f"{self.path}{self.places[i]}" if self.places else f"{self.path} record {i}"
+
+
+def is_jsonl(path: str) -> bool:
+    """Whether each line is a record: if the first line is a whole object and another line follows; of a file
+    named so, unless it begins an array that goes on in the next line."""
+    with open(path, "rb") as file:
+        lines = (line for line in file if line.strip())
+        first, second = next(lines, b""), next(lines, None)
+    try:
+        value = parse_json(first.decode("utf-8-sig"))
+        return path.endswith(".jsonl") or (isinstance(value, dict) and second is not None)
+    except ValueError:
+        return path.endswith(".jsonl") and not first.lstrip(b"\xef\xbb\xbf \t").startswith(b"[")
+
+
+def read_text(path: str) -> str:
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start}); convert the file") from None
+
+
+def read_document(path: str):
+    try:
+        return parse_json(read_text(path))
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}:{e.lineno}: not valid JSON: {e.msg} (column {e.colno})") from None
+    except ValueError as e:
+        raise ValueError(f"{path}: not valid JSON: {one_line(e).removeprefix(f'{path}: ')}") from None
+
+
+def read_table(path: str) -> Records:
+    """A CSV or TSV file with a header; a cell of JSON ("[...]" or "{...}") in a column that may hold one is
+    parsed."""
+    csv.field_size_limit(sys.maxsize)  # a data URL is long
+    rows, places = [], []
+    try:
+        reader = csv.reader(
+            read_text(path).splitlines(keepends=True), delimiter="\t" if is_tsv(path) else ",", strict=True
+        )
+        header = [cell.strip() for cell in next(reader, [])]
+        if repeated := [key for key, count in Counter(header).items() if count > 1]:
+            raise ValueError(f"{path}:1: the column {repeated[0]!r} stands twice in the header")
+        if "" in header or not set(header) & TABLE_KEYS:
+            raise ValueError(
+                f"{path}:1: the header {cut(header)} names no known column; expected e.g. image,caption or "
+                "image,question,answer"
+            )
+        first = reader.line_num + 1
+        for cells in reader:
+            if any(cell.strip() for cell in cells):
+                rows.append(row_record(header, cells))
+                places.append(f":{first}")
+            first = reader.line_num + 1
+    except csv.Error as e:
+        raise ValueError(
+            f"{path}:{reader.line_num}: not a table of comma- or tab-separated values: {e}"
+        ) from None
+    return Records(path, rows, places)
+
+
+def row_record(header: list[str], cells: list[str]) -> dict | Exception:
+    if len(cells) != len(header):
+        return ValueError(f"a row of {len(cells)} cells under a header of {len(header)}")
+    try:
+        return {column: cell_value(column, cell) for column, cell in zip(header, cells, strict=True)}
+    except ValueError as e:
+        return e
+
+
+def is_tsv(path: str) -> bool:
+    return path.lower().endswith((".tsv", ".tab"))
+
+
+def cell_value(column: str, cell: str):
+    """A cell of a column that may hold a list or an object is JSON if it looks so; an empty cell is a missing
+    key."""
+    text = cell.strip()
+    if not text:
+        return None
+    if column in LIST_KEYS and text[0] + text[-1] in ("[]", "{}"):
+        try:
+            return parse_json(cell)
+        except ValueError as e:
+            raise ValueError(f"the cell of {column!r} looks like JSON and is none: {e}") from None
+    return cell
+
+
+def read_folder(path: str) -> list:
+    """A folder of images beside .txt files of the same name, each line of which is a caption of the image; or
+    one that describes itself in metadata.jsonl or metadata.csv."""
+    files = sorted(p for p in Path(path).rglob("*") if p.is_file() and not p.name.startswith("."))
+    for name in ("metadata.jsonl", "metadata.csv"):
+        if (Path(path) / name).is_file():
+            if unused := sum(p.suffix.lower() == ".txt" for p in files):
+                print(
+                    f"note: {path}: {name} has the captions; {unused:,} .txt files are not used",
+                    file=sys.stderr,
+                )
+            return open_files([str(Path(path) / name)])
+    pictures = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
+    texts = {p.with_suffix("") for p in files if p.suffix.lower() == ".txt"}
+    if not pictures or not texts:
+        raise ValueError(
+            f"{path} is a folder without images that have captions beside them (a.jpg and a.txt)"
+        )
+    records, places = [], []
+    for picture in pictures:
+        name = str(picture.relative_to(path))
+        caption = picture.with_suffix(".txt")
+        try:
+            lines = [line.strip() for line in read_text(str(caption)).splitlines() if line.strip()]
+            if not lines:
+                raise ValueError(f"{caption.name} is empty")
+            records.append({"image": name, "caption": lines})
+        except (OSError, ValueError) as e:
+            records.append(ValueError(f"no caption beside it ({one_line(e)})"))
+        places.append(name)
+    for text in sorted(texts - {p.with_suffix("") for p in pictures}):
+        records.append(ValueError("no image beside it"))
+        places.append(f"{text.relative_to(path)}.txt")
+    return [
+        Records(os.path.join(path, ""), records, places)
+    ]  # with a file's path: its records stand in its folder
+
+
+def open_files(paths: list[str]) -> list:
+    """Data files -> record sequences. COCO's and VQAv2's own documents become one record per image or
+    question."""
+    sources, questions, annotations = [], [], {}
+    for path in paths:
+        if os.path.isdir(path):
+            sources += read_folder(path)
+        elif is_tsv(path) or path.lower().endswith(".csv"):
+            sources.append(read_table(path))
+        elif is_jsonl(path):
+            sources.append(JsonLines(path))
+        else:
+            document = read_document(path)
+            keys = document.keys() if isinstance(document, dict) else ()
+            if "questions" in keys:
+                questions.append((path, document))
+            elif "annotations" in keys and "images" not in keys:
+                found = {a["question_id"]: a for a in document["annotations"]}
+                if len(found) < len(document["annotations"]) or annotations.keys() & found.keys():
+                    raise ValueError(f"{path}: two annotations have one question_id")
+                annotations |= found
+            elif "annotations" in keys:
+                sources.append(Records(path, coco_captions(path, document)))
+            else:
+                sources.append(Records(path, document if isinstance(document, list) else [document]))
+    if bool(questions) != bool(annotations):
+        have, lack = ("questions", "annotations") if questions else ("annotations", "questions")
+        raise ValueError(
+            f"{', '.join(paths)}: VQAv2 {have} without their {lack}; list both files in data_files"
+        )
+    joined = [Records(path, vqa_v2(path, document, annotations)) for path, document in questions]
+    asked = {record["question_id"] for source in joined for record in source.records}
+    if lost := [key for key in annotations if key not in asked]:
+        raise ValueError(
+            f"{', '.join(paths)}: {len(lost):,} annotations have no question, the "
+            f"first is question_id={cut(lost[0])}; "
+            "list the files that belong together"
+        )
+    return sources + joined
+
+
+def coco_captions(path: str, document: dict) -> list[dict]:
+    """One record an image, with all its captions."""
+    records = {
+        i["id"]: {"image": i["file_name"], "image_id": i["id"], "caption": []} for i in document["images"]
+    }
+    if len(records) < len(document["images"]):
+        raise ValueError(f"{path}: two images have one id")
+    for annotation in document["annotations"]:
+        if annotation["image_id"] not in records:
+            raise ValueError(
+                f"{path}: a caption is of image_id={cut(annotation['image_id'])}, which is no id among its "
+                "images; the two lists do not belong together"
+            )
+        records[annotation["image_id"]]["caption"].append(annotation["caption"])
+    if without := sum(not record["caption"] for record in records.values()):
+        print(f"warning: {path}: {without:,} images have no caption and are left out", file=sys.stderr)
+    return [record for record in records.values() if record["caption"]]
+
+
+def vqa_v2(path: str, document: dict, annotations: dict) -> list[dict]:
+    """Questions with their annotations. The published files name no
+    image: COCO's own file names are meant."""
+    files = {i["id"]: i["file_name"] for i in document.get("images", [])}
+    subset, records = document.get("data_subtype", ""), []
+    for question in document["questions"]:
+        image, annotation = question["image_id"], annotations.get(question["question_id"], {})
+        if annotation.get("image_id", image) != image:
+            raise ValueError(
+                f"{path}: question {question['question_id']} is about image {image}, its annotation about "
+                f"{annotation['image_id']}; the files do not belong together"
+            )
+        if not files and not str(image).isdecimal():
+            raise ValueError(
+                f"{path}: image_id={cut(image)} is no number, and no list of images names its file"
+            )
+        name = files.get(image) if files else f"{subset}/COCO_{subset}_{int(image):012d}.jpg"
+        records.append({**annotation, **question, "image": name})
+    return records
