@@ -1,287 +1,649 @@
-"""Speed and memory of the kernels, side by side with what one would write instead.
+"""What a user would pick instead, side by side: transformers and peft, torch's own kernels, plain loading.
 
-    python bench.py --kernels   # on this machine's CPU: packed attention, projection + cross entropy
-    python bench.py --gpu       # Triton against PyTorch's own, on a GPU
+    python bench.py train     # LoRA steps against transformers + peft, full steps against their products
+    python bench.py generate  # greedy and beams against transformers, and against the reading of the weights
+    python bench.py load      # a checkpoint into parameters against load_file + copy_
+    python bench.py start     # imports, and the index of a set of records
+    python bench.py kernels   # attention, loss, norm against torch's own
+    python bench.py gpu --json gpu.json  # the first ten minutes on a GPU: parity, speed, memory, launches
 
-Times are medians, alternatives take turns in one run, and ratios are to ours: above 1.00 ours is faster or
-smaller.
+Alternatives take turns and are timed several times; the median of the rounds' ratios counts. Nothing is
+reported of alternatives whose losses, gradient norms, weights or tokens differ. transformers and peft come
+with requirements-dev.txt. bench_timing.py says how, bench_kernels.py holds the last two commands.
 """
 
 import python_version  # noqa: F401  (first: it says which Python is needed)
 
-import itertools
-import multiprocessing
-import resource
-import statistics
+import contextlib
+import io
+import json
+import os
+import subprocess
 import sys
-import threading
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+import build
+import checkpoint
+import config
+import generate
+import lora
+import parallel
 import terminal
-from checkpoint import cli
-from kernels.attention import attention
-from kernels.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy, linear_cross_entropy_ref
-from kernels.norm import rms_norm
-from kernels.rotary import rotary
-from kernels.swiglu import swiglu
+import train
+import vlm
+from bench_timing import Products, Row, agree, median, peak_memory, read_bandwidth, report, rounds, row_of
+from build import StreamSizes
 
-SHARES = (0.31, 0.05, 0.17, 0.02, 0.22, 0.03, 0.12, 0.08)  # of 8 uneven segments in a stream
+ROOT = Path(__file__).resolve().parent
+CPU = torch.device("cpu")
 
-
-def bounds_of(T: int) -> Tensor:
-    lengths = [int(T * share) for share in SHARES]
-    lengths[0] += T - sum(lengths)
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+# --------------------------------------------------------------------------------------------------
+# Models of a middle size (40 to 60 million parameters), and the same code at the smallest
 
 
-def dense_mask(cu_seqlens: Tensor, device) -> Tensor:
-    segment = torch.repeat_interleave(torch.arange(len(cu_seqlens) - 1), cu_seqlens.diff())
-    place = torch.arange(len(segment))
-    return ((segment[:, None] == segment) & (place[:, None] >= place)).to(device)
+def blip2_config(small: bool) -> dict:
+    W, C, layers = (32, 64, 2) if small else (256, 512, 8)
+    vision = {
+        "model_type": "blip_2_vision_model",
+        "hidden_size": W,
+        "num_hidden_layers": 2 if small else 6,
+        "num_attention_heads": 4,
+        "intermediate_size": 4 * W,
+        "image_size": 56 if small else 112,
+        "patch_size": 14,
+    }
+    qformer = {
+        "model_type": "blip_2_qformer",
+        "hidden_size": W,
+        "num_hidden_layers": 2 if small else 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 4 * W,
+        "encoder_hidden_size": W,
+        "max_position_embeddings": 64,
+        "vocab_size": 930,
+    }
+    text = {
+        "model_type": "opt",
+        "hidden_size": C,
+        "word_embed_proj_dim": C,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4 if small else 8,
+        "ffn_dim": 4 * C,
+        "max_position_embeddings": 1024,
+        "dropout": 0.1,
+        "vocab_size": 1002 if small else 8192,
+        "bos_token_id": 2,
+        "pad_token_id": 1,
+        "eos_token_id": 3,
+    }
+    return {
+        "architectures": ["Blip2ForConditionalGeneration"],
+        "model_type": "blip-2",
+        "num_query_tokens": 8 if small else 32,
+        "use_decoder_only_language_model": True,
+        "torch_dtype": "float32",
+        "vision_config": vision,
+        "qformer_config": qformer,
+        "text_config": text,
+        "image_token_index": text["vocab_size"] - 1,
+    }
 
 
-def timed(
-    alternatives: dict[str, Callable], repeats: int, synchronize: Callable = lambda: None
-) -> dict[str, float]:
-    """Median seconds of each, after one call to warm up."""
-    times = {name: [] for name in alternatives}
-    for i in range(repeats + 1):
-        for name, call in alternatives.items():
-            synchronize()
-            start = time.perf_counter()
-            call()
-            synchronize()
-            if i:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(t) for name, t in times.items()}
+def qwen_vl_config(small: bool) -> dict:
+    base = checkpoint.read_config(ROOT / "samples/tiny_qwen_vl")
+    if small:
+        return base
+    visual = base["visual"] | {"width": 256, "layers": 4, "output_dim": 512, "image_start_id": 8000}
+    sizes = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 4, "kv_channels": 128}
+    return (
+        base | sizes | {"intermediate_size": 4096, "vocab_size": 8192, "seq_length": 2048, "visual": visual}
+    )
 
 
-def table(title: str, results: dict[str, float], unit: str = "ms", scale: float = 1e3) -> None:
-    print(title)
-    ours = next(iter(results.values()))
-    for name, value in results.items():
-        print(f"  {name:44}{value * scale:10,.1f} {unit}   x{value / ours:.2f}")
+def visualglm_config(small: bool) -> dict:
+    base = checkpoint.read_config(ROOT / "samples/tiny_visualglm")
+    if small:
+        return base
+    return base | {"hidden_size": 512, "inner_hidden_size": 2048, "num_layers": 8, "num_attention_heads": 8}
+
+
+CONFIGS = {"qwen_vl": qwen_vl_config, "blip2": blip2_config, "visualglm": visualglm_config}
+
+
+def write_model(directory: Path, values: dict, dtype: torch.dtype = torch.float32) -> Path:
+    """A checkpoint directory of random weights. Vectors are drawn too, so that no norm or bias is trivial."""
+    directory.mkdir(parents=True)
+    checkpoint.write_json(directory / "config.json", values)
+    definition = vlm.find(values)
+    shapes = {name: p.shape for name, p in definition.network(values).named_parameters()}
+
+    def tensors():
+        for name, shape in shapes.items():
+            t = torch.randn(shape, generator=build.named_generator(0, name)) * (
+                0.05 if len(shape) > 1 else 0.1
+            )
+            yield name, (t + 1 if len(shape) == 1 and name.endswith("weight") else t).to(dtype)
+
+    checkpoint.save_weights(directory, tensors())
+    return directory
+
+
+def write_adapter(directory: Path, base: Path, rank: int) -> Path:
+    """A LoRA adapter whose two factors are both drawn, so that both get a gradient."""
+    values = checkpoint.read_config(base)
+    definition = vlm.find(values)
+    model = definition.network(values)
+    names = lora.inject(model, definition.lora_targets, rank, 2 * rank, 0.05)
+
+    def tensor(name: str) -> Tensor:
+        shape = dict(model.named_parameters())[name].shape
+        return torch.randn(shape, generator=build.named_generator(1, name)) * 0.05
+
+    directory.mkdir(parents=True)
+    lora.save_adapter(directory, model, base, rank, 2 * rank, 0.05, names, [], tensor)
+    return directory
 
 
 # --------------------------------------------------------------------------------------------------
-# CPU
+# Training
 
 
-def attention_cpu(T: int, H: int = 8, D: int = 64, repeats: int = 5) -> None:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+@dataclass
+class Work:
+    """Samples of one step: tokens of each behind its image, the share of them that is learned."""
 
-    cu_seqlens = bounds_of(T)
-    lengths = cu_seqlens.diff().tolist()
-    q, k, v = (torch.randn(T, H, D, requires_grad=True) for _ in range(3))
-    mask, do = dense_mask(cu_seqlens, "cpu"), torch.randn(T, H, D)
+    name: str
+    lengths: list[int]
+    learned: float = 0.4
+    dropout: bool = False
+    dtype: torch.dtype = torch.float32
+
+    def padding(self, image_tokens: int) -> float:
+        whole = [n + image_tokens for n in self.lengths]
+        return 1 - sum(whole) / len(whole) / max(whole)
+
+
+WORKS = [
+    Work("VQA + captions + chat", [12, 14, 10, 16, 13, 9, 11, 15, 12, 17, 10, 14, 150, 230, 110, 190]),
+    Work("chat", [300, 120, 190, 250, 90, 160, 210, 280, 100, 140, 180, 170, 130, 220, 150, 200]),
+    Work("VQA + captions", [8, 10, 12, 14, 9, 11, 13, 15, 8, 12, 10, 14, 16, 9, 11, 13]),
+    Work("equal lengths", [96] * 16),
+    Work("equal lengths, dropout", [96] * 16, dropout=True),
+    Work("VQA + captions + chat, bf16", [12, 14, 10, 16, 13, 9, 11, 15, 150, 230], dtype=torch.bfloat16),
+]
+
+
+@dataclass
+class Samples:
+    """The same samples for both sides."""
+
+    ids: list[Tensor]  # of each: the image's places, then text
+    labels: list[Tensor]  # unshifted, -100 where nothing is learned
+    pixels: Tensor
+
+    @classmethod
+    def of(cls, work: Work, values: dict) -> "Samples":
+        g = torch.Generator().manual_seed(len(work.lengths))
+        Q, slot, side = (
+            values["num_query_tokens"],
+            values["image_token_index"],
+            values["vision_config"]["image_size"],
+        )
+        ids, labels = [], []
+        for n in work.lengths:
+            text = torch.randint(4, slot, (n,), generator=g)
+            text[0] = values["text_config"]["bos_token_id"]
+            ids.append(torch.cat((torch.full((Q,), slot), text)))
+            labels.append(ids[-1].clone())
+            labels[-1][: Q + n - max(1, int(work.learned * n))] = -100
+        return cls(ids, labels, torch.randn(len(ids), 3, side, side, generator=g))
+
+    def stream(self, image_tokens: int) -> vlm.Batch:
+        """Ours: one after another, nothing between them."""
+        lengths = [len(x) for x in self.ids]
+        starts = torch.tensor([0, *lengths]).cumsum(0)
+        targets = torch.cat([torch.cat((x[1:], torch.tensor([-100]))) for x in self.labels])
+        return vlm.Batch(
+            input_ids=torch.cat(self.ids),
+            position_ids=torch.cat([torch.arange(n) for n in lengths]),
+            cu_seqlens=starts.to(torch.int32),
+            max_len=max(lengths),
+            targets=targets,
+            pixel_values=self.pixels,
+            image_positions=starts[:-1, None] + torch.arange(image_tokens),
+            dropout_keys=torch.randint(1 << 40, (sum(lengths),)),
+            image_dropout_keys=torch.arange(len(lengths)),
+        )
+
+    def padded(self, pad: int, left: bool = False) -> dict[str, Tensor]:
+        """Theirs: rows of the longest one's length."""
+        side = "left" if left else "right"
+        rows = {"input_ids": (self.ids, pad), "labels": (self.labels, -100)}
+        rows["attention_mask"] = [torch.ones_like(x) for x in self.ids], 0
+        found = {
+            name: nn.utils.rnn.pad_sequence(list(x), True, value, padding_side=side)
+            for name, (x, value) in rows.items()
+        }
+        return found | {"pixel_values": self.pixels}
+
+
+def world_of(dtype: torch.dtype) -> parallel.World:
+    """Of one process; 16-bit weights with fp32 copies are kept by a process group."""
+    if dtype == torch.float32:
+        return parallel.World(0, 1, CPU)
+    parallel.leave_world()
+    return parallel.init_world()
+
+
+def our_model(base: Path, adapter: Path | None, dtype: torch.dtype) -> nn.Module:
+    """As train.py makes it ready."""
+    sixteen = dtype == torch.bfloat16
+    settings = {"lora": True, "lora_path": str(adapter), "lora_rank": 8} if adapter else {}
+    cfg = config.Config(model_name_or_path=str(base), bf16=sixteen, fp16_opt_level="O2", **settings)
+    return build.build(cfg, base, world_of(dtype), StreamSizes(1, 1, 1, 1)).model
+
+
+def our_step(
+    model: nn.Module, batch: vlm.Batch, dropout: bool, world: parallel.World | None = None
+) -> Callable[[], tuple[float, float]]:
+    """A step as train.py takes it, the weights unchanged; gives the loss and the gradient's norm."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    # a rate of zero: each step computes the same
+    optimizer = build.make_optimizer(model, config.Config(learning_rate=0.0, weight_decay=0.0))
+    world, scaler = world or parallel.World(0, 1, CPU), train.LossScaler(False)
+    model.train(dropout)
+
+    def step():
+        loss_sum, _ = model(batch)
+        loss = loss_sum.sum() / batch.num_supervised
+        loss.backward()
+        return loss.item(), float(train.clip_and_step(trained, optimizer, 1.0, scaler, world))
+
+    return step
+
+
+def their_model(base: Path, adapter: Path | None, values: dict, dtype: torch.dtype) -> nn.Module:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    with quiet():
+        model = transformers.Blip2ForConditionalGeneration.from_pretrained(base, dtype=dtype)
+        model.config.image_token_index = model.config.image_token_id = values["image_token_index"]
+        if adapter is None:
+            return model.eval()
+        import peft
+
+        return peft.PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+
+
+@contextlib.contextmanager
+def quiet():
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def their_step(model: nn.Module, inputs: dict, dropout: bool) -> Callable[[], tuple[float, float]]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
+    model.train(dropout)
+
+    def step():
+        loss = model(**inputs).loss
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item(), norm.item()
+
+    return step
+
+
+def lora_rows(folder: Path, args) -> list[Row]:
+    """BLIP-2 with LoRA on OPT, against transformers + peft on the same samples, padded."""
+    values, found = blip2_config(args.small), []
+    base = write_model(folder / "blip2", values)
+    adapter = write_adapter(folder / "adapter", base, 8)
+    Q, pad = values["num_query_tokens"], values["text_config"]["pad_token_id"]
+    works = [w for w in WORKS if args.only in w.name]
+    if args.small:
+        works = [Work(w.name, w.lengths[-2:], w.learned, w.dropout, w.dtype) for w in works]
+    sides: dict[str, Callable] = {}
+    memory: dict[str, dict[str, int]] = {}
+
+    def steps(side: str, work: Work, dropout: bool):
+        samples = Samples.of(work, values)
+        if side == "ours":
+            return our_step(models[side, work.dtype], samples.stream(Q), dropout)
+        inputs = samples.padded(pad)
+        inputs["pixel_values"] = inputs["pixel_values"].to(work.dtype)
+        return their_step(models[side, work.dtype], inputs, dropout)
+
+    def make(side: str, dtype: torch.dtype) -> nn.Module:
+        return (
+            our_model(base, adapter, dtype) if side == "ours" else their_model(base, adapter, values, dtype)
+        )
+
+    import peft  # noqa: F401  (here, so that neither side's memory holds the packages)
+    import transformers  # noqa: F401
+
+    models: dict[tuple, nn.Module] = {}
+    for work in works:  # before anything is computed in this process
+        for side in ("ours", "transformers + peft"):
+
+            def prepare(side=side, work=work):
+                models[side, work.dtype] = make(side, work.dtype)
+                return steps(side, work, work.dropout)
+
+            memory.setdefault(work.name, {})[side] = peak_memory(prepare)
+    for work in works:
+        for side in ("ours", "transformers + peft"):
+            if (side, work.dtype) not in models:
+                models[side, work.dtype] = make(side, work.dtype)
+        exact = work.dtype == torch.float32
+        ours, theirs = (steps(side, work, False)() for side in ("ours", "transformers + peft"))
+        for k, what in enumerate(("loss", "gradient norm")):
+            agree(f"{work.name}: {what}", ours[k], theirs[k], (1e-4 if exact else 3e-2) * (1 + 9 * k))
+        sides = {side: steps(side, work, work.dropout) for side in ("ours", "transformers + peft")}
+        sides["products"] = Products.of(sides["ours"]).replay
+        times = rounds(sides, args.rounds)
+        ours_mb, theirs_mb = (memory[work.name][side] / 1e6 for side in ("ours", "transformers + peft"))
+        found.append(
+            row_of(
+                f"LoRA step, BLIP-2 OPT, {work.name}, {work.padding(Q):.0%} padding for them",
+                times,
+                "products",
+                **{
+                    "loss": ours[0],
+                    "ours, peak MB above the weights": ours_mb,
+                    "transformers + peft, peak": theirs_mb / ours_mb,
+                },
+            )
+        )
+    return found
+
+
+def random_stream(model: nn.Module, lengths: list[int]) -> vlm.Batch:
+    """Random tokens with an image in front of each segment, 40% of the text learned."""
+    Q, g = model.num_image_tokens, torch.Generator().manual_seed(0)
+    lengths = [Q + n for n in lengths]
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    T, V = int(starts[-1]), model.config.vocab_size
+    places = starts[:-1, None] + torch.arange(Q)
+    targets = torch.randint(V // 2, (T,), generator=g)
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    learned = torch.zeros(T, dtype=torch.bool)
+    for end, n in zip(starts[1:].tolist(), lengths, strict=True):
+        learned[end - max(1, int(0.4 * (n - Q))) - 1 : end - 1] = True
+    axes = model.position_axes
+    return vlm.Batch(
+        input_ids=torch.randint(V // 2, (T,), generator=g),
+        position_ids=positions if axes == 1 else torch.stack([positions, *[0 * positions] * (axes - 1)]),
+        cu_seqlens=starts.to(torch.int32),
+        max_len=max(lengths),
+        targets=torch.where(learned, targets, -100),
+        pixel_values=torch.randn(len(lengths), 3, *model.image_size, generator=g),
+        image_positions=places,
+        prefix_lens=torch.tensor([Q + 2 for _ in lengths]) if model.prefill == "whole" else None,
+        dropout_keys=torch.randint(1 << 40, (T,), generator=g),
+        image_dropout_keys=torch.arange(len(lengths)),
+    )
+
+
+def full_rows(folder: Path, args) -> list[Row]:
+    """A full fine-tuning step of each model against the products in it."""
+    found = []
+    for kind, make in CONFIGS.items():
+        name = f"full step, {kind}"
+        if args.only not in name:
+            continue
+        base = folder / f"full_{kind}"
+        write_model(base, make(args.small))
+        model = our_model(base, None, torch.float32)
+        step = our_step(model, random_stream(model, [20, 30] if args.small else WORKS[0].lengths), False)
+        times = rounds({"ours": step, "products": Products.of(step).replay}, args.rounds)
+        parameters = sum(p.numel() for p in model.parameters())
+        found.append(row_of(f"{name}, {parameters / 1e6:.0f}M parameters", times, "products"))
+    return found
+
+
+def train_command(folder: Path, args) -> list[Row]:
+    try:
+        return [*lora_rows(folder, args), *full_rows(folder, args)]
+    finally:
+        parallel.leave_world()
+
+
+# --------------------------------------------------------------------------------------------------
+# Generation
+
+QUESTIONS = {
+    "greedy, batch 1": ([24], 1),
+    "greedy, batch 8, equal": ([24] * 8, 1),
+    "greedy, batch 8, ragged": ([8, 200, 16, 40, 12, 120, 24, 10], 1),
+    "beams 5, batch 1": ([24], 5),
+    "beams 5, batch 4, ragged": ([8, 120, 16, 40], 5),
+}
+
+
+def generate_command(folder: Path, args) -> list[Row]:
+    """Answers of a fixed length against transformers' generate on left-padded rows. Floors: a step's
+    products, and reading the weights once a step at the measured bandwidth."""
+    values, found = blip2_config(args.small), []
+    base = write_model(folder / "blip2", values)
+    ours = generate.load_model(base)
+    theirs = their_model(base, None, values, torch.float32)
+    theirs.generation_config.eos_token_id = theirs.language_model.generation_config.eos_token_id = None
+    pad, new = values["text_config"]["pad_token_id"], 4 if args.small else 32
+    read = sum(p.numel() * 4 for block in ours.blocks for p in block.parameters())
+    read += 4 * ours.config.vocab_size * ours.config.hidden_size
+    bandwidth = read_bandwidth(read)
+    for name, (lengths, beams) in QUESTIONS.items():
+        if args.only not in name:
+            continue
+        lengths = [max(2, n // 8) for n in lengths] if args.small else lengths
+        samples = Samples.of(Work(name, lengths), values)
+        requests = [
+            {"input_ids": ids.numpy(), "image_starts": [0], "pixel_values": [pixels], "images": [""]}
+            for ids, pixels in zip(samples.ids, samples.pixels, strict=True)
+        ]
+        inputs = {k: x for k, x in samples.padded(pad, left=True).items() if k != "labels"}
+
+        def we(requests=requests, beams=beams):
+            if beams == 1:
+                return generate.generate(ours, requests, new, [])
+            return [b[0][1] for b in generate.beam_search(ours, requests, new, [], beams)]
+
+        def they(inputs=inputs, beams=beams):
+            options = {"max_new_tokens": new, "do_sample": False, "num_beams": beams, "pad_token_id": pad}
+            with torch.no_grad():
+                out = theirs.generate(**inputs, **options)
+            return out[:, -new:].tolist()
+
+        if we() != they():
+            raise ValueError(f"{name}: the tokens differ; what computes something else is not timed")
+        times = rounds({"ours": we, "transformers": they, "products": Products.of(we).replay}, args.rounds)
+        seconds = median(times, "ours", wall=True)
+        share = read * new / bandwidth / seconds
+        found.append(
+            row_of(
+                name,
+                times,
+                "products",
+                **{"tokens/s": new * len(lengths) / seconds, "share of the reading bandwidth": share},
+            )
+        )
+    found.append(
+        Row("measured reading bandwidth", {"GB/s": bandwidth / 1e9, "weights a step, MB": read / 1e6})
+    )
+    return found
+
+
+# --------------------------------------------------------------------------------------------------
+# Loading
+
+
+def load_command(folder: Path, args) -> list[Row]:
+    """A checkpoint into parameters that exist, checked, against load_file + copy_ (and no check)."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        name = f"loading {str(dtype).removeprefix('torch.')}"
+        if args.only in name:
+            found.append(load_row(name, dtype, folder / name, args))
+    return found
+
+
+def load_row(name: str, dtype: torch.dtype, directory: Path, args) -> Row:
+    from safetensors.torch import load_file
+
+    width = 64 if args.small else 2048
+    shapes = {f"{n}.weight": (width, 2 * width) for n in range(2 if args.small else 24)}
+    shapes |= {f"{n}.bias": (width,) for n in range(8)}
+    directory.mkdir()
+    checkpoint.save_weights(directory, ((n, torch.randn(s).to(dtype)) for n, s in shapes.items()))
+    file = directory / "model.safetensors"
+
+    def parameters() -> dict[str, Tensor]:
+        return {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}
+
+    def ours(into):
+        checkpoint.load_into(into, checkpoint.open_weights(directory))
+
+    def theirs(into):
+        for name, tensor in load_file(file).items():
+            into[name].copy_(tensor)
+
+    sides = {"ours": ours, "load_file + copy_": theirs}
+
+    def call(side: str) -> Callable:
+        into = parameters()
+        return lambda: sides[side](into)
+
+    memory = {side: peak_memory(lambda side=side: call(side)) for side in sides}
+    into = {side: parameters() for side in sides}
+    for side, load in sides.items():
+        load(into[side])
+    for n in shapes:
+        if not torch.equal(*(into[side][n] for side in sides)):
+            raise ValueError(
+                f"{name}, {n}: the loaded weights differ; what loads something else is not timed"
+            )
+    source = load_file(file)
+    timed = {side: lambda side=side: sides[side](into[side]) for side in sides}
+    timed["copy"] = lambda: [into["ours"][n].copy_(tensor) for n, tensor in source.items()]
+    peaks = {f"{side}, peak MB above the parameters": m / 1e6 for side, m in memory.items()}
+    times = rounds(timed, args.rounds)
+    return row_of(f"{name}, {file.stat().st_size / 1e6:,.0f} MB in the page cache", times, "copy", **peaks)
+
+
+# --------------------------------------------------------------------------------------------------
+# Start: imports, the index of a set
+
+
+def spent(command: list[str]) -> tuple[float, float]:
+    """(CPU, wall) seconds of a process of its own."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    _, code, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(code)
+    if process.returncode:
+        raise ValueError(f"{' '.join(command)} ended with code {process.returncode}")
+    return usage.ru_utime + usage.ru_stime, time.perf_counter() - start
+
+
+def start_command(folder: Path, args) -> list[Row]:
+    imports = {
+        "ours": "import train, model_qwen_vl",
+        "transformers + peft": "import transformers, peft; transformers.Blip2ForConditionalGeneration",
+        "torch": "import torch",
+    }
+    times = {name: [] for name in imports}
+    for i in range(args.rounds + 1):
+        for name, text in imports.items():
+            seconds = spent([sys.executable, "-c", text])
+            if i:
+                times[name].append(seconds)
+    return [row_of("importing train.py and a model", times, "torch"), *index_rows(folder, args)]
+
+
+def index_rows(folder: Path, args) -> list[Row]:
+    """The length index of JSONL records, one process; floor: reading the JSON and tokenising the texts."""
+    import data
+
+    count = 200 if args.small else 20_000
+    path, processor = folder / "records.jsonl", data.load_processor(str(ROOT / "samples/tiny_qwen_vl"))
+    image = ROOT / "samples/images/digits/0001.png"
+    with open(path, "w", encoding="utf-8") as file:
+        for i in range(count):
+            record = {
+                "image": str(image),
+                "question": f"what digit is it, number {i}?",
+                "answer": f"a {i % 10}",
+            }
+            file.write(json.dumps(record) + "\n")
+    lines = path.read_text(encoding="utf-8").splitlines()
 
     def ours():
-        return attention(q, k, v, cu_seqlens, cu_seqlens, max(lengths), causal=True)
+        return data.build_index([{"data_files": str(path)}], processor, 512, None, 0, progress=False)
 
-    def dense():
-        return F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), attn_mask=mask)[
-            0
-        ].transpose(0, 1)
+    def floor():
+        for line in lines:
+            record = json.loads(line)
+            processor.tokenizer.encode(f"{record['question']}{record['answer']}")
 
-    def loop():
-        parts = []
-        for a, b in itertools.pairwise(cu_seqlens.tolist()):
-            qkv = [x[a:b].transpose(0, 1)[None] for x in (q, k, v)]
-            parts.append(F.scaled_dot_product_attention(*qkv, is_causal=True)[0].transpose(0, 1))
-        return torch.cat(parts)
-
-    def pad():
-        padded = [
-            torch.nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True).transpose(1, 2)
-            for x in (q, k, v)
-        ]
-        o = F.scaled_dot_product_attention(*padded, is_causal=True).transpose(1, 2)
-        return torch.cat([o[s, :n] for s, n in enumerate(lengths)])
-
-    segment = torch.repeat_interleave(torch.arange(len(lengths)), cu_seqlens.diff())
-    block_mask = create_block_mask(
-        lambda b, h, i, j: (segment[i] == segment[j]) & (i >= j), 1, 1, T, T, device="cpu"
-    )
-    compiled = torch.compile(
-        flex_attention, dynamic=False
-    )  # with dynamic shapes its CPU code does not compile
-
-    def flex():
-        qkv = (x.detach().transpose(0, 1)[None] for x in (q, k, v))
-        return compiled(*qkv, block_mask=block_mask)[0].transpose(0, 1)
-
-    alternatives = {
-        "ours": ours,
-        "loop of slices": loop,
-        "pad to the longest": pad,
-        "SDPA with a dense mask": dense,
-    }
-    with torch.no_grad():
-        expected = dense()
-        for name, call in (alternatives | {"flex_attention, compiled": flex}).items():
-            assert (call() - expected).abs().max() < 1e-4, f"{name} computes something else"
-        forward = timed(alternatives | {"flex_attention, compiled": flex}, repeats)
-    table(f"packed causal attention, forward: fp32, T={T}, 8 segments, {H} heads of {D}", forward)
-    both = timed(
-        {
-            name: lambda call=call: torch.autograd.grad(call(), (q, k, v), do)
-            for name, call in alternatives.items()
-        },
-        repeats,
-    )
-    table("  forward and backward (flex_attention has no backward on CPU)", both)
-
-
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
-
-
-def cost(call: Callable) -> tuple[float, int]:
-    """Seconds and extra peak memory of one call in a process of its own."""
-
-    def child(pipe):
-        before, peak, done = resident(), 0, threading.Event()
-
-        def watch():
-            nonlocal peak
-            while not done.wait(0.005):
-                peak = max(peak, resident())
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        start = time.perf_counter()
-        call()
-        seconds = time.perf_counter() - start
-        done.set()
-        watcher.join()
-        pipe.send((seconds, peak - before))
-
-    ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("fork").Process(target=child, args=(theirs,))
-    process.start()
-    result = ours.recv()
-    process.join()
-    return result
-
-
-def cross_entropy_cpu(N: int = 2048, C: int = 1024, V: int = 151_936, supervised: float = 0.3) -> None:
-    x, weight = torch.randn(N, C), torch.randn(V, C) / 32
-    targets = torch.where(torch.rand(N) < supervised, torch.randint(V, (N,)), IGNORE_INDEX)
-    rows = (targets != IGNORE_INDEX).nonzero()[:, 0]
-    for frozen in (False, True):
-
-        def call(loss, frozen=frozen):
-            h, w = x.detach().requires_grad_(), weight.detach().requires_grad_(not frozen)
-            loss(h, w).backward()
-
-        results = {
-            name: cost(lambda loss=loss: call(loss))
-            for name, loss in {
-                "ours": lambda h, w: linear_cross_entropy(h[rows], w, targets[rows])[0],
-                "supervised rows, then naive": lambda h, w: linear_cross_entropy_ref(
-                    h[rows], w, targets[rows]
-                )[0],
-                "naive": lambda h, w: F.cross_entropy(h @ w.t(), targets, reduction="sum"),
-            }.items()
-        }
-        head = "frozen" if frozen else "trained"
-        sizes = f"fp32, N={N}, {len(rows)} supervised, C={C}, V={V:,}"
-        table(
-            f"projection + cross entropy, {head} head: {sizes}; forward and backward",
-            {name: seconds for name, (seconds, _) in results.items()},
-        )
-        table("  extra peak memory", {name: memory for name, (_, memory) in results.items()}, "MB", 1e-6)
+    if len(ours()) != count:
+        raise ValueError("the index lacks records; what reads something else is not timed")
+    times = rounds({"ours": ours, "JSON and tokens": floor}, args.rounds)
+    found = row_of(f"index of {count:,} JSONL records, one process", times, "JSON and tokens")
+    found.figures["microseconds a record"] = 1e6 * median(times, "ours") / count
+    return [found]
 
 
 # --------------------------------------------------------------------------------------------------
-# GPU
 
 
-def gpu(T: int = 8192) -> None:
-    if not torch.cuda.is_available():
-        raise ValueError("--gpu: there is no GPU that torch can use; --kernels measures on the CPU")
-    device, dtype = torch.device("cuda"), torch.bfloat16
-    cu_seqlens = bounds_of(T)
-
-    def compare(title: str, alternatives: dict[str, Callable], inputs: list[Tensor]) -> None:
-        def step(call):
-            y = call()
-            torch.autograd.grad(y, inputs, torch.ones_like(y))
-
-        table(
-            title,
-            timed(
-                {name: lambda call=call: step(call) for name, call in alternatives.items()},
-                20,
-                torch.cuda.synchronize,
-            ),
-        )
-        peaks = {}
-        for name, call in alternatives.items():
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            step(call)
-            peaks[name] = torch.cuda.max_memory_allocated() - before
-        table("  extra peak memory", peaks, "MB", 1e-6)
-
-    def pair(function, *args, **options) -> dict[str, Callable]:
-        return {
-            "Triton": lambda: function(*args, impl="triton", **options),
-            "plain PyTorch": lambda: function(*args, impl="ref", **options),
-        }
-
-    def leaf(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device, dtype=dtype).requires_grad_()
-
-    print(f"{torch.cuda.get_device_name()}, bf16, T={T}, forward and backward")
-    for H, D in ((32, 128), (16, 104), (16, 88)):
-        q, k, v = inputs = [leaf(T, H, D) for _ in range(3)]
-        mask = dense_mask(cu_seqlens, device)
-        longest = int(cu_seqlens.diff().max())
-        alternatives = pair(attention, q, k, v, cu_seqlens, cu_seqlens, longest, True)
-        alternatives["SDPA with a dense mask"] = lambda q=q, k=k, v=v, mask=mask: (
-            F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), attn_mask=mask)
-        )
-        compare(f"packed causal attention, {H} heads of {D}", alternatives, inputs)
-    x, w = leaf(T // 3, 4096), leaf(151_936, 4096)
-    targets = torch.randint(len(w), (len(x),), device=device)
-    losses = {n: lambda f=f: f()[0] for n, f in pair(linear_cross_entropy, x, w, targets).items()}
-    losses["naive"] = lambda: linear_cross_entropy_ref(x, w, targets)[0]
-    compare("projection + cross entropy, trained head", losses, [x, w])
-    compare("projection + cross entropy, frozen head", losses, [x])
-    x, w = leaf(T, 4096), leaf(4096)
-    compare("RMSNorm", pair(rms_norm, x, w, 1e-6), [x, w])
-    q, angles = leaf(T, 32, 128), torch.randn(T, 64, device=device)
-    compare("rotary", pair(rotary, q, angles.cos(), angles.sin()), [q])
-    gate, up = leaf(T, 11_008), leaf(T, 11_008)
-    compare("SwiGLU", pair(swiglu, gate, up), [gate, up])
-
-
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = terminal.Parser(description=__doc__)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--kernels", action="store_true", help="the CPU's kernels")
-    what.add_argument("--gpu", action="store_true", help="the Triton kernels")
-    parser.add_argument(
-        "--tokens", type=int, nargs="+", default=[2048, 4096], help="stream lengths of --kernels"
-    )
-    args = parser.parse_args()
+    commands = {"train": train_command, "generate": generate_command, "load": load_command}
+    commands |= {"start": start_command, "kernels": None, "gpu": None}
+    parser.add_argument("command", choices=commands, help="what is measured")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each row")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--only", default="", help="rows whose name holds this")
+    parser.add_argument("--small", action="store_true", help="the smallest size of everything: does it run")
+    parser.add_argument("--json", help="file for the figures")
+    args = parser.parse_args(argv)
+    for name in ("rounds", "threads"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}; expected 1 or more")
+    if args.json:
+        checkpoint.check_place(args.json, "--json")
+    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    if args.gpu:
-        gpu()
-        return 0
-    print(f"torch {torch.__version__} on the CPU, {torch.get_num_threads()} threads")
-    cross_entropy_cpu()  # first: it forks, which compiled code's threads would not survive
-    for T in args.tokens:
-        attention_cpu(T)
+    if args.command in ("kernels", "gpu"):
+        import bench_kernels
+
+        commands |= {"kernels": bench_kernels.kernels_command, "gpu": bench_kernels.gpu_command}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            rows = commands[args.command](Path(folder), args)
+        except ModuleNotFoundError as e:
+            if e.name not in ("transformers", "peft"):
+                raise
+            raise ValueError(
+                f"there is no {e.name} to compare with: pip install -r requirements-dev.txt"
+            ) from e
+    if not rows:
+        raise ValueError(f"--only {args.only!r}: no row of {args.command} has that in its name")
+    report(args.command, rows, args.json)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(cli(main))
+    sys.exit(checkpoint.cli(main))

@@ -2,7 +2,7 @@
 without one.
 
 The same measure as tests/test_kernels.py, which has the interpreter: an error against fp64 no larger than
-plain PyTorch's. `python bench.py --gpu` times everything.
+plain PyTorch's. `python bench.py gpu` runs them and times everything.
 """
 
 import pytest
