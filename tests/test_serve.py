@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from test_blip2_train import T5, write_checkpoint
 
 pytest.importorskip("starlette", reason="starlette is not installed (requirements-serve.txt)")
 pytest.importorskip("uvicorn", reason="uvicorn is not installed (requirements-serve.txt)")
@@ -37,6 +38,7 @@ import vlm  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("qwen_vl", "blip2", "visualglm")
+KINDS = (*MODELS, "t5")  # t5: BLIP-2 with an encoder-decoder
 DIGIT, SHAPE = (ROOT / f"samples/images/{name}" for name in ("digits/0001.png", "flags/pd/ar.png"))
 
 
@@ -60,10 +62,12 @@ class Client:
     """A server in a thread of this process, and requests to it."""
 
     def __init__(self, model: str = "qwen_vl", *options: str):
-        args = serve.arguments(["--model", model, "--port", "0", "--device", "cpu", *options])
+        base = ["--model", model] if model in MODELS else ["--model_name_or_path", model]
+        args = serve.arguments([*base, "--port", "0", "--device", "cpu", *options])
         listening = serve.listen(args.host, args.port)
-        self.port, self.name = listening.getsockname()[1], f"tiny_{model}"
+        self.port = listening.getsockname()[1]
         self.service = serve.open_service(args)
+        self.name = self.service.name
         self.code = None
         self.thread = threading.Thread(target=self.live, args=(listening,), daemon=True)
         self.thread.start()
@@ -112,13 +116,16 @@ class Client:
 
 
 @pytest.fixture(scope="module")
-def clients():
+def clients(tmp_path_factory):
     """Servers of the tiny models, each started when it is first asked for."""
     started = {}
 
     def client(model="qwen_vl") -> Client:
         if model not in started:
-            started[model] = Client(model)
+            where = model
+            if model == "t5":
+                where = str(write_checkpoint(tmp_path_factory.mktemp("serve") / "t5", T5))
+            started[model] = Client(where)
         return started[model]
 
     yield client
@@ -180,7 +187,7 @@ def chats(model: str) -> list[list[dict]]:
     return [*one, several, [{"role": "user", "content": "Hello, who are you?"}]]
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", KINDS)
 def test_answers_are_those_of_generate(clients, model):
     """Greedy and sampled, streamed and whole, all at the same time."""
     client, requests = clients(model), chats(model)
@@ -211,7 +218,7 @@ def test_answers_are_those_of_generate(clients, model):
     assert any(expected) and expected != sampled
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", KINDS)
 def test_a_stream_is_the_whole_answer(clients, model):
     client = clients(model)
     fields = {"max_tokens": 40, "min_tokens": 40, "temperature": 1.5, "seed": 3, "n": 2}
@@ -258,7 +265,7 @@ def test_chunks_never_split_a_character(client):
         assert not piece.endswith("\ufffd") or "".join(pieces[: n + 1]) == whole
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", KINDS)
 def test_n_answers_are_n_draws_of_one_seed(clients, model):
     client, how = clients(model), {"temperature": 1.2, "seed": 5}
     answer = client.ask(n=3, max_tokens=12, **how)
@@ -275,7 +282,7 @@ def test_n_answers_are_n_draws_of_one_seed(clients, model):
     assert len({client.ask(**free)["choices"][0]["message"]["content"] for _ in range(4)}) > 1
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", KINDS)
 def test_beams(clients, model):
     client, how = clients(model), {"num_beams": 3, "length_penalty": 0.5}
     (text,) = by_generate(client.service, [asked()], max_new_tokens=12, min_new_tokens=4, **how)
@@ -321,14 +328,14 @@ def test_an_answer_is_gone_on_with(clients, model):
     assert tried > 1
 
 
-def test_an_encoder_decoder_does_not_go_on(client, monkeypatch):
-    monkeypatch.setattr(client.service.engine.model, "encoder_decoder", True)
+def test_an_encoder_decoder_does_not_go_on(clients):
+    client = clients("t5")
     messages = [*asked(), {"role": "assistant", "content": "A"}]
     response = client.send({"model": client.name, "messages": messages, "continue_final_message": True})
     assert response.status == 400 and "continue_final_message" in response.read().decode()
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", KINDS)
 def test_log_probabilities(clients, model):
     client = clients(model)
     answer = client.ask(logprobs=True, top_logprobs=3, max_tokens=16)
@@ -574,7 +581,7 @@ def mutated(body, rng: random.Random):
 
 
 @pytest.mark.parametrize(
-    "model, count", [("qwen_vl", 300), *(pytest.param(m, 2000, marks=pytest.mark.slow) for m in MODELS)]
+    "model, count", [("qwen_vl", 300), *(pytest.param(m, 2000, marks=pytest.mark.slow) for m in KINDS)]
 )
 def test_no_body_is_a_500(clients, model, count):
     client = clients(model)
@@ -598,7 +605,11 @@ def test_no_body_is_a_500(clients, model, count):
     for _ in range(count):
         body = mutated(full, rng)
         response = client.send(body)
-        content = json.loads(response.read())
+        content = response.read()
+        if response.headers["content-type"].startswith("text/event-stream"):
+            assert content.endswith(b"data: [DONE]\n\n"), (content, body)
+            continue
+        content = json.loads(content)
         statuses[response.status] = statuses.get(response.status, 0) + 1
         assert response.status in (200, 400, 404), (response.status, content, body)
         assert ("error" in content) == (response.status != 200)
