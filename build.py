@@ -2,7 +2,7 @@
 tensor cut, compile, recomputation, sharding, loading.
 
     built = build(cfg, directory, world, stream_sizes(plan, cfg))  # built.model, built.stages, ...
-    optimizer = make_optimizer(built.model, cfg)
+    optimizer = make_optimizer(built, cfg)
 
 `build` below is that order, with a reason beside each step.
 """
@@ -24,6 +24,7 @@ import data
 import lora
 import parallel
 import pipeline
+import rates
 import vlm
 from config import Config
 
@@ -188,6 +189,7 @@ class Built:
     definition: vlm.Model
     lora_modules: list[str]  # names of the adapted layers
     stages: pipeline.Pipeline | None
+    learning_rates: dict[str, rates.Rate]  # of each trainable parameter of the whole model
 
 
 def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSizes) -> Built:  # all ranks
@@ -211,6 +213,7 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
         lora.base_sample(directory)  # for the adapter's file: read now, whatever happens to the base later
         lora_modules = add_adapter(model, definition, cfg)
     choose_trainable(model, definition, cfg)
+    learning_rates = rates.rates(model, definition, cfg)
     if cfg.lora_path:
         check_continued_adapter(model, cfg, weights)
 
@@ -257,7 +260,7 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
     if cfg.lora_path:
         other = whole if stages else None
         lora.load_adapter(model, cfg.lora_path, checkpoint.copy_full_, parallel.whole_shape, other)
-    return Built(model, whole, definition, lora_modules, stages)
+    return Built(model, whole, definition, lora_modules, stages, learning_rates)
 
 
 def add_adapter(model: nn.Module, definition: vlm.Model, cfg: Config) -> list[str]:
@@ -326,21 +329,11 @@ def load_init_from(path: str, definition: vlm.Model, parameters: dict, shapes: d
     return len(common)
 
 
-def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
-    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    # LAVIS decays its temperature, which is one number; other scalars and biases are exempt.
-    one_number = {n for n, p in trainable if p.numel() == 1 and cfg.decay_scalars}
-    exempt = {n for n, p in trainable if n.endswith("bias") or p.ndim < 2 and n not in one_number}
-    plain = [p for n, p in trainable if n in exempt]
-    decayed = [p for n, p in trainable if n not in exempt]
-    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+def make_optimizer(built: Built, cfg: Config) -> torch.optim.AdamW:
+    # a pipeline rank may hold nothing that trains, and AdamW takes no empty list
+    groups = rates.param_groups(built.model, built.learning_rates, cfg) or [{"params": [], "factor": 1.0}]
     betas = (cfg.adam_beta1, cfg.adam_beta2)
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]] or groups[:1],
-        lr=cfg.learning_rate,
-        betas=betas,
-        eps=cfg.adam_epsilon,
-    )
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, eps=cfg.adam_epsilon)
 
 
 def autocast(cfg: Config, world: parallel.World):

@@ -156,6 +156,25 @@ class Config:
     seed: int = key(RUN, 42, "of order, initial values, dropout", low=0, high=2**32 - 1)
 
     learning_rate: float = key(OPTIMISER, 5e-5, "peak of the schedule", low=0, high=10)
+    learning_rate_rules: dict | None = key(
+        OPTIMISER,
+        None,
+        "other peaks by fnmatch pattern on parameter names, the first match counts; the schedule, eta_min "
+        "and warmup_start_lr scale with each",
+        shown='{"PATTERN": X, ...}',
+        above=0,
+        high=10,
+    )
+    vision_lr_decay: float = key(
+        OPTIMISER,
+        1.0,
+        "the vision tower's rate falls by this factor a layer, from its last one",
+        above=0,
+        high=1,
+    )
+    loraplus_lr_ratio: float = key(
+        OPTIMISER, 1.0, "LoRA+: the rate of LoRA's B matrices is so many times that of A", above=0, high=1000
+    )
     adam_beta1: float = key(OPTIMISER, 0.9, "decay of the mean of gradients", low=0, below=1)
     adam_beta2: float = key(OPTIMISER, 0.999, "decay of the mean of squared gradients", low=0, below=1)
     adam_epsilon: float = key(OPTIMISER, 1e-8, "added to the root of the squares' mean", above=0, high=1)
@@ -669,10 +688,11 @@ def validate(cfg: Config) -> None:
         raise ValueError(
             f"metric_for_best_model={cfg.metric_for_best_model} needs eval_with_do_generation=true"
         )
+    check_rates(cfg)
     check_report_to(cfg)
     for names, has_effect, needs in (
         (
-            "lora_rank lora_alpha lora_dropout lora_target_modules lora_split",
+            "lora_rank lora_alpha lora_dropout lora_target_modules lora_split loraplus_lr_ratio",
             cfg.lora or cfg.lora_path,
             "lora=true",
         ),
@@ -758,6 +778,20 @@ def validate_pipeline(cfg: Config) -> None:
             raise ValueError(f"{key}=true needs the whole model on a rank, {pp} cuts it; use one of the two")
 
 
+def check_rates(cfg: Config) -> None:
+    """The rules are numbers, and factors of a learning rate that is not 0."""
+    rules = next(f.metadata for f in fields(Config) if f.name == "learning_rate_rules")
+    for pattern, rate in (cfg.learning_rate_rules or {}).items():
+        where = f"learning_rate_rules[{shown(pattern)}]"
+        check_text(where, pattern, {})
+        convert(where, rate, float, rules)
+    if cfg.learning_rate_rules and not cfg.learning_rate:
+        raise ValueError(
+            "learning_rate=0 with learning_rate_rules: the schedule is learning_rate's; give it a peak, and "
+            "freeze_include what shall not train"
+        )
+
+
 def check_report_to(cfg: Config) -> None:
     """The other logs can be written: said before anything is loaded."""
     if "tensorboard" in (cfg.report_to or ()):
@@ -817,6 +851,8 @@ def kind_in_help(kind, f) -> str:
         return "N|" * (int in options_of(kind)) + "|".join(choices) if len(choices) <= 5 else "NAME"
     if f.metadata.get("path"):
         return "PATH"
+    if "shown" in f.metadata:
+        return f.metadata["shown"]
     plain = next(o for o in options_of(kind) if o is not type(None))
     return {int: "N", float: "X", bool: "true|false", str: "TEXT", dict: "DATA"}.get(
         plain, "TEXT|[TEXT, ...]"

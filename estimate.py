@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 import parallel
 import pipeline
+import rates
 import vlm
 from build import (
     StreamSizes,
@@ -425,6 +426,7 @@ def dry_run(cfg: Config, config: dict, definition, plan, world_size: int) -> str
     where = f" (pipeline rank {found.index(fullest)} of {pp})" if pp > 1 else ""
     lines = [
         parameter_table(model, definition.parts),
+        *filter(None, [rates.table(model, rates.rates(model, definition, cfg), cfg)]),
         "",
         f"fullest device{where}, {world_size} processes: pp {pp} x dp {dp} x tp "
         f"{tp}, {cfg.sharding or 'no sharding'}:",

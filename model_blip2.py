@@ -863,6 +863,7 @@ MODEL = vlm.Model(
         "heads": "*",
     },
     image_parameters=["vision_model.*", "q*", "language_projection.*"],
+    vision_stem=["vision_model.embeddings.*"],
     stages=("sft", "pretrain1", "pretrain2"),
     pretrain_freeze={"pretrain1": TOWER, "pretrain2": [*TOWER, "language_model.*"]},
     lora_targets=[r"language_model\.(model\.decoder\.layers.*\.(q_proj|v_proj)|.*Attention\.(q|v))"],

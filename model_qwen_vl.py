@@ -836,6 +836,7 @@ MODEL = vlm.Model(
         "head": "lm_head.*",
     },
     image_parameters=["transformer.visual.*"],
+    vision_stem=[f"transformer.visual.{n}" for n in ("conv1.*", "positional_embedding", "ln_pre.*")],
     stages=("sft", "pretrain"),
     pretrain_freeze={"pretrain": ["transformer.wte.*", "transformer.h.*", "transformer.ln_f.*", "lm_head.*"]},
     # The official targets. By name they exist in the language model only: the vision tower's linears are

@@ -908,6 +908,10 @@ MODEL = vlm.Model(
         "head": "lm_head.*",
     },
     image_parameters=["image_encoder.*"],
+    vision_stem=[
+        "image_encoder.vit.transformer.*_embeddings.*",
+        "image_encoder.vit.mixins.patch_embedding.*",
+    ],
     stages=("sft", "pretrain"),
     pretrain_freeze={"pretrain": ["transformer.*", "lm_head.*"]},
     # the official targets, in the language model only

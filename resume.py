@@ -19,6 +19,7 @@ import checkpoint
 import data
 import metrics
 import parallel
+import rates
 from build import check_stage, total_steps
 from config import Config, differences
 from run_dir import HARMLESS, RunDir, Start, read_state, shown
@@ -110,6 +111,7 @@ def run_facts(
         "lora_alpha": cfg.lora_alpha,
         "lora_split": cfg.lora_split,
         "stage": cfg.stage,
+        **rates.facts(cfg),
     }
 
 
@@ -119,7 +121,7 @@ def check_facts(facts: dict, state: dict, cfg: Config, resume: str) -> None:
     if saved is None:
         print(f"{resume} does not say what it was trained on: the data and batch of this command are assumed")
         return
-    keys = ["seed", "mixtoken", "base", "lora_alpha", "lora_split", "stage"]
+    keys = ["seed", "mixtoken", "base", "lora_alpha", "lora_split", "stage", *rates.KEYS]
     keys += ["max_length", "max_images"] if cfg.mixtoken else []
     of_data = ["data", "samples"] + (["eval_data"] if saved.get("eval_data") and facts["eval_data"] else [])
     changed = [k for k in keys + of_data if k in saved and saved[k] != facts[k]]

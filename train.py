@@ -35,6 +35,7 @@ import data
 import estimate
 import lora
 import parallel
+import rates
 import schema
 import terminal
 import train_state
@@ -466,13 +467,15 @@ class Run:
         self.built = build(cfg, directory, world, stream_sizes(self.plan, cfg))
         self.model, definition = self.built.model, self.built.definition
         self.say(parameter_table(self.built.whole, definition.parts))
+        if table := rates.table(self.built.whole, self.built.learning_rates, cfg):
+            self.say(table)
         if self.built.stages is not None:
             self.say(f"pipeline stages, {cfg.pipeline_schedule}: {self.built.stages.describe()}")
         threads = torch.get_num_threads()
         self.say(
             f"device {world.device.type} x {world.size}, kernels: {kernels}, {threads} threads", flush=True
         )
-        self.optimizer, self.scaler = make_optimizer(self.model, cfg), LossScaler(cfg.fp16)
+        self.optimizer, self.scaler = make_optimizer(self.built, cfg), LossScaler(cfg.fp16)
         self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.images_only = all(matches(n, definition.image_parameters) for n in self.trainable)
         # Moments and counters, once there are parameters that they belong to.
@@ -551,7 +554,7 @@ class Run:
             raise ValueError(f"step {step + 1} has no supervised token; its samples: {', '.join(ids)}")
         # A function of the step alone: nothing of the schedule is in a checkpoint.
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["factor"]
         # forward, backward: gradients of the mean over all ranks
         sums = forward_backward(self, micro_batches, facts)
         tokens = [sum(len(b.input_ids) for b in micro_batches), len(ids)]

@@ -211,6 +211,7 @@ class Model:
         REQUIRED  # (config, degree) -> name: (cut, packed)
     )
     pipeline: dict[str, Any] = REQUIRED  # "blocks": prefix; "first", "last": patterns of these stages
+    vision_stem: list[str] = field(default_factory=list)  # of the vision tower, what stands before its blocks
     pretrain_freeze: dict[str, list[str]] = field(default_factory=dict)  # stage -> patterns that are frozen
     ignored_weights: list[str] = field(default_factory=list)  # in files, but recomputed here
     aliases: Callable[[dict], dict[str, str]] = lambda config: {}  # tied name -> the name it says the same as
