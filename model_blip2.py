@@ -201,7 +201,7 @@ class VisionEmbeddings(nn.Module):
         # 224 pixels in pre-training, 364 in fine-tuning: the table is stretched to the image.
         positions = resize_positions(self.position_embedding, *x.shape[2:])
         x = x.flatten(2).transpose(1, 2)
-        return torch.cat((self.class_embedding.expand(len(x), -1, -1).to(x.dtype), x), dim=1) + positions
+        return torch.cat((self.class_embedding.expand(x.shape[0], -1, -1).to(x.dtype), x), dim=1) + positions
 
 
 class VisionAttention(nn.Module):
@@ -331,11 +331,11 @@ class QFormerAttention(nn.Module):
         rows = ctx.keys if image is None else ctx.query_keys
         with dropout_rows(rows):
             q = a.query(y).unflatten(-1, (-1, self.head_dim))
-        with dropout_rows(rows) if image is None else dropout_rows(ctx.image_keys, len(image)):
+        with dropout_rows(rows) if image is None else dropout_rows(ctx.image_keys, image.shape[0]):
             k, v = (layer(kv).unflatten(-1, (-1, self.head_dim)) for layer in (a.key, a.value))
         if image is not None:
             N, P, _ = image.shape
-            Q = len(x) // N
+            Q = x.shape[0] // N
             o = attention(q, k, v, even_segments(N, Q), even_segments(N, P), max(Q, P), causal=False)
         elif ctx.cache is not None:
             o = ctx.cache.attend(
@@ -414,7 +414,7 @@ def spread_keys(keys: Tensor | None, count: int, salt: int = 0) -> Tensor | None
 
 def encode_queries(model: nn.Module, image: Tensor, keys: Tensor | None = None) -> Tensor:
     """Image features (N, P, W) -> query outputs (N, Q, C); `keys` (N,) for dropout."""
-    N, Q = len(image), model.query_tokens.shape[1]
+    N, Q = image.shape[0], model.query_tokens.shape[1]
     rows = torch.arange(N * Q, device=image.device)
     ctx = QFormerContext(
         even_segments(N, Q), Q, rows, None, image, keys=spread_keys(keys, Q), image_keys=keys
@@ -477,7 +477,7 @@ class Blip2(nn.Module):
 
     def encode_images(self, pixel_values: Tensor, keys: Tensor | None = None) -> Tensor:
         """(N, 3, H, W) -> (N, Q, C of the language model); `keys` (N,) for dropout."""
-        with dropout_rows(keys, len(pixel_values)):
+        with dropout_rows(keys, pixel_values.shape[0]):
             return self.language_projection(encode_queries(self, self.vision_model(pixel_values), keys))
 
     def embed(self, batch: Batch) -> Tensor:

@@ -252,8 +252,8 @@ class VisualBlock(nn.Module):
     def __init__(self, config: VisualConfig):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.width, eps=VISUAL_EPS)
+        self.ln_2 = nn.LayerNorm(config.width, eps=VISUAL_EPS)  # in the published files' order
         self.attn = VisualAttention(config.width, config.heads)
-        self.ln_2 = nn.LayerNorm(config.width, eps=VISUAL_EPS)
         self.mlp = VisualMLP(config.width, int(config.width * config.mlp_ratio))
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:

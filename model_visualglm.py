@@ -360,7 +360,7 @@ class ViT(nn.Module):
         # Patches as rows: (N, 3, H, W) -> (N, W, h, w) -> (N, P-1, W).
         x = proj(pixel_values.to(proj.weight.dtype)).flatten(2).transpose(1, 2)  # (N, P-1, W)
         x = (
-            torch.cat((t.word_embeddings.weight.to(x.dtype).expand(len(x), 1, -1), x), dim=1)
+            torch.cat((t.word_embeddings.weight.to(x.dtype).expand(x.shape[0], 1, -1), x), dim=1)
             + t.position_embeddings.weight
         )
         N, P, _ = x.shape
@@ -384,7 +384,7 @@ class CrossAttention(nn.Module):
         # Queries of an image see the patches of that image alone.
         q = self.query(x).unflatten(-1, (-1, self.head_dim))  # (N*Q, H, D)
         k, v = self.key_value(image).unflatten(-1, (2, -1, self.head_dim)).unbind(1)  # 2 x (N*P, H, D)
-        Q, P = len(q) // num_images, len(k) // num_images
+        Q, P = q.shape[0] // num_images, k.shape[0] // num_images
         o = attention(
             q, k, v, even_segments(num_images, Q), even_segments(num_images, P), max(Q, P), causal=False
         )
@@ -406,7 +406,7 @@ class QFormerBlock(nn.Module):
         self.mlp = MLP(W, config.inner_hidden_size or 4 * W, "none")
 
     def forward(self, x: Tensor, image: Tensor, num_images: int) -> Tensor:
-        Q = len(x) // num_images
+        Q = x.shape[0] // num_images
         a = self.input_layernorm(x)
         # Post-norm, as BERT: the sum is normalised, not the branch.
         y = self.post_attention_layernorm(a + self.attention(a, even_segments(num_images, Q), Q))
@@ -444,7 +444,7 @@ class ImageEncoder(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(N, 3, H, W) -> features (N, Q, C) of the language model."""
         image, P = self.vit(pixel_values)
-        N = len(image) // P
+        N = image.shape[0] // P
         return self.glm_proj(self.qformer(image, N)).unflatten(0, (N, -1))
 
 

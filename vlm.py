@@ -312,14 +312,15 @@ def splice_images(x: Tensor, batch: Batch, encode: Callable[[Tensor, Tensor | No
     """
     features = batch.image_features
     if features is None and batch.pixel_values is not None:
-        with dropout_rows(batch.image_dropout_keys, len(batch.pixel_values)):
+        with dropout_rows(batch.image_dropout_keys, batch.pixel_values.shape[0]):
             features = encode(batch.pixel_values, batch.image_dropout_keys)
     if features is None:
         return x
     places, rows = batch.image_positions.flatten(), features.flatten(0, 1).to(x.dtype)  # (N*Q,), (N*Q, C)
-    x = x.index_copy(0, places, rows[: len(places)])
-    if len(rows) > len(places):
-        x = x + 0.0 * rows[len(places) :].sum()  # zero, but the tower's backward pass runs on this rank too
+    P = places.shape[0]  # len() would be a constant of an exported program
+    x = x.index_copy(0, places, rows[:P])
+    if rows.shape[0] > P:
+        x = x + 0.0 * rows[P:].sum()  # zero, but the tower's backward pass runs on this rank too
     return x
 
 

@@ -1,0 +1,264 @@
+"""What export.py writes, loaded by others: transformers' classes; the published names, orders and shards."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from test_blip2_train import T5, write_checkpoint
+from test_engine import write_adapter
+
+import checkpoint
+import data
+import export
+import generate
+import records
+import vlm
+from quantize import quantize
+
+SAMPLES = checkpoint.Path(__file__).resolve().parent.parent / "samples"
+TINY = SAMPLES / "tiny_blip2"
+QUESTION = "Question: what is it? Answer:"
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "a.png"
+    Image.radial_gradient("L").convert("RGB").save(path)
+    return str(path)
+
+
+def run(source, out, form, *options) -> None:
+    command = ["--model_name_or_path", str(source), "--output_dir", str(out), "--format", form, *options]
+    assert export.main(command) == 0
+
+
+def request_of(directory, image: str, prompt: str = QUESTION) -> tuple[dict, object]:
+    processor = data.load_processor(str(directory))
+    request = processor.prompt(records.request([("user", prompt)], [image], "a test"))
+    return request | {"pixel_values": [processor.load_image(p) for p in request["images"]]}, processor
+
+
+def their_blip2(out):
+    transformers = pytest.importorskip("transformers")
+    theirs, info = transformers.Blip2ForConditionalGeneration.from_pretrained(out, output_loading_info=True)
+    aliases = vlm.find(checkpoint.read_config(out)).aliases(checkpoint.read_config(out))
+    assert not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert not set(info["missing_keys"]) - aliases.keys()
+    return theirs.eval(), transformers.Blip2Processor.from_pretrained(out)
+
+
+@torch.no_grad()
+def assert_same_model(model, request, processor, theirs, their_processor, image: str) -> None:
+    """Ids, pixels, logits of the prompt's end, greedy tokens and the text of the answer."""
+    batch = their_processor(images=Image.open(image), text=QUESTION, return_tensors="pt")
+    t5, ids = processor.kind == "t5", request["input_ids"].tolist()
+    ours, mine = torch.tensor(ids[:-1] if t5 else ids), batch["input_ids"][0].clone()
+    mine[: processor.num_image_tokens] = ours[: processor.num_image_tokens]  # the image's places
+    assert torch.equal(mine, ours)
+    assert torch.equal(batch["pixel_values"][0], request["pixel_values"][0])
+    stream = data.collate([{**request, "num_image_tokens": processor.num_image_tokens}])
+    expected = model.logits(model.hidden(stream))[-1]
+    extra = {"decoder_input_ids": torch.tensor([[ids[-1]]])} if t5 else {}
+    found = theirs(**batch, **extra).logits[0, -1]
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max().clamp(min=1)
+    answer = generate.generate(model, [request], 12, processor.stop_words)[0]
+    tokens = theirs.generate(**batch, max_new_tokens=12, do_sample=False)[0].tolist()
+    assert tokens[1 if t5 else len(ids) :] == answer
+    text = their_processor.decode(tokens[1 if t5 else len(ids) :], skip_special_tokens=True)
+    assert text.strip() == processor.decode(answer)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "opt",
+        "t5",
+        "opt-merged-untied",
+        *(pytest.param(case, marks=pytest.mark.slow) for case in ("opt-int4", "opt-shards-bf16")),
+    ],
+)
+def test_transformers_loads_blip2(case, tmp_path, image):
+    kind, *how = case.split("-")
+    base = TINY if kind == "opt" else write_checkpoint(tmp_path / "base", T5)
+    expected, options = base, []
+    if "untied" in how:  # the adapter holds the vocabulary projection, which is no longer the embedding
+        base = untied_copy(base, tmp_path / "untied")
+        projection = ["language_model.lm_head.weight"]
+        adapter = write_adapter(tmp_path / "adapter", base, [r".*\.[qv]_proj"], projection, 0)
+        options = ["--lora_path", str(adapter)]
+    elif "shards" in how:
+        options = ["--max_shard_size", "1MB", "--dtype", "bfloat16"]
+    elif "int4" in how:
+        options = ["--quantize", "int4", "--dtype", "float32"]
+    run(base, tmp_path / "out", "transformers", *options)
+    model = generate.load_model(base)
+    if "int4" in how:
+        quantize(model, "int4")
+    theirs, their_processor = their_blip2(tmp_path / "out")
+    assert theirs.dtype == (torch.float32 if kind == "t5" or "int4" in how else torch.bfloat16)
+    request, processor = request_of(expected, image)
+    if "merged" in how:  # rounded to the base's bf16 once, as base + adapter is not: merge.py's own proof
+        model = generate.load_model(tmp_path / "out")
+    assert_same_model(model, request, processor, theirs.float(), their_processor, image)
+    index = tmp_path / "out/model.safetensors.index.json"
+    assert index.exists() == ("shards" in how)
+    again, _ = request_of(tmp_path / "out", image)  # the export is a model_name_or_path of ours
+    back = generate.load_model(tmp_path / "out")
+    same = generate.generate(back, [again], 12, processor.stop_words)
+    assert same == generate.generate(model, [request], 12, processor.stop_words)
+
+
+def untied_copy(base, directory):
+    config = vlm.find(checkpoint.read_config(base)).untied(checkpoint.read_config(base))
+    weights = checkpoint.open_model(base, vlm.find(config))
+    weights.untie({"language_model.lm_head.weight": "language_model.model.decoder.embed_tokens.weight"})
+    directory.mkdir()
+    checkpoint.copy_side_files(base, directory)
+    checkpoint.write_json(directory / "config.json", config)
+    checkpoint.save_weights(directory, ((name, weights.read(name)) for name in weights))
+    return directory
+
+
+@torch.no_grad()
+def test_transformers_loads_retrieval(tmp_path, image, capsys):
+    transformers = pytest.importorskip("transformers")
+    base = SAMPLES / "blip2_stage1"
+    run(base, tmp_path / "out", "transformers", "--dtype", "float32")
+    assert "tensors of stage 1 (temp, cls) are left out" in capsys.readouterr().out
+    theirs, info = transformers.Blip2ForImageTextRetrieval.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not any(info[f"{what}_keys"] for what in ("unexpected", "missing", "mismatched"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    model, processor = generate.load_model(base), data.load_processor(str(base), "pretrain1")
+    text, pixels = "A photo of a red fish.", processor.load_image(image)[None]
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    tk = processor.tokenizer
+    assert ids[0].tolist() == [tk.begin, *tk.encode(text), tk.eos]
+    expected = model.match(model.vision_model(pixels), ids[0], torch.tensor([ids.shape[1]]))
+    options = {"pixel_values": pixels, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    found = theirs.eval()(**options, use_image_text_matching_head=True).logits_per_image
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max().clamp(min=1)
+
+
+# ---- the originals' releases
+
+
+def test_qwen_vl_has_the_published_order_and_shards(goldens):
+    table = json.loads((goldens / "qwen_vl/params_7b.json").read_text())["tensors"]
+    shape = vlm.shape("qwen-vl-7b")
+    parameters = dict(vlm.find(shape).network(shape).named_parameters())
+    names = export.published_order(list(parameters), export.RELEASES["qwen_vl"].order)
+    assert names == list(table)
+    shards = export.plan_shards({n: 2 * parameters[n].numel() for n in names}, export.parse_size("2GB"))
+    files = [f"pytorch_model-{i:05d}-of-{len(shards):05d}.bin" for i in range(1, len(shards) + 1)]
+    found = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+    assert found == {name: entry["shard"] for name, entry in table.items()}
+
+
+def test_visualglm_has_the_published_names_buffers_included(goldens, tmp_path):
+    table = json.loads((goldens / "visualglm/param_table.json").read_text())["tensors"]
+    shape = vlm.shape("visualglm-6b")
+    model = vlm.find(shape).network(shape)
+    release, source = export.RELEASES["visualglm"], type("Source", (), {"model": model, "config": shape})
+    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+    buffers = release.buffers(source)
+    shapes |= {name: list(t.shape) for name, t in buffers.items()}
+    assert shapes == {name: entry["shape"] for name, entry in table.items()}
+    assert {t.dtype for t in buffers.values()} == {torch.float16}
+    ours = export.published_order([n for n, _ in model.named_parameters()], release.order)
+    assert ours[0] == next(iter(table)) and ours.index("lm_head.weight") < ours.index(
+        "image_encoder.glm_proj.bias"
+    )
+
+
+@pytest.mark.parametrize("kind", ["qwen_vl", "visualglm"])
+def test_a_release_is_read_back(kind, tmp_path, image, capsys):
+    base, out, release = SAMPLES / f"tiny_{kind}", tmp_path / "out", export.RELEASES[kind]
+    code = tmp_path / "code"
+    code.mkdir()
+    for name in release.code:
+        (code / name).write_text(f"# {name}\n")
+    run(base, out, "original", "--max_shard_size", "2MB", "--remote_code", str(code))
+    index = json.loads((out / "pytorch_model.bin.index.json").read_text())
+    assert len({*index["weight_map"].values()}) == 3
+    held = {}
+    for file in {*index["weight_map"].values()}:
+        assert file in {f"pytorch_model-0000{i}-of-00003.bin" for i in (1, 2, 3)}
+        held |= torch.load(out / file, weights_only=True)
+    assert held.keys() == index["weight_map"].keys()
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.itemsize for t in held.values())
+    config, tokenizer = (json.loads((out / f"{n}.json").read_text()) for n in ("config", "tokenizer_config"))
+    named = [*config["auto_map"].values(), tokenizer["auto_map"]["AutoTokenizer"][0]]
+    assert {f"{name.split('.')[0]}.py" for name in named} <= {*release.code}
+    assert all((out / name).read_text() == f"# {name}\n" for name in release.code)
+    assert config["torch_dtype"] == "bfloat16"
+    answers = []
+    for directory in (base, out):
+        request, processor = request_of(directory, image, "What is it?")
+        model = generate.load_model(directory)
+        answers.append(generate.generate(model, [request], 8, processor.stop_words))
+    assert answers[0] == answers[1]
+    capsys.readouterr()
+    run(base, tmp_path / "bare", "original")
+    assert "the original's code is not part of the export" in capsys.readouterr().out
+    assert (tmp_path / "bare/pytorch_model.bin").exists()
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    "options,said",
+    [
+        (["--model", "qwen_vl", "--format", "transformers"], "--format original"),
+        (["--model", "blip2", "--format", "original"], "convert/lavis.py"),
+        (
+            ["--model", "blip2", "--format", "transformers", "--max_shard_size", "2"],
+            "expected a size such as",
+        ),
+        (
+            ["--model", "blip2", "--format", "transformers", "--remote_code", "."],
+            "--remote_code has no effect",
+        ),
+        (["--model", "qwen_vl", "--format", "original", "--remote_code", "."], "lacks modeling_qwen.py"),
+        (["--model_name_or_path", "gone", "--format", "original"], "gone"),
+        (["--model", "blip2", "--format", "onnx"], "invalid choice"),
+        (["--model", "blip2", "--lora_path", "gone", "--format", "transformers"], "holds no LoRA adapter"),
+    ],
+    ids=lambda v: None if isinstance(v, list) else v[:12],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(options, said, tmp_path, capsys):
+    command = [*options, "--output_dir", str(tmp_path / "out")]
+    assert checkpoint.cli(lambda: export.main(command)) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and "\n" not in error and said in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_replaces_nothing(tmp_path, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(TINY, base)
+    for out in (base, base / "inside"):
+        command = ["--model_name_or_path", str(base), "--output_dir", str(out), "--format", "transformers"]
+        assert checkpoint.cli(lambda command=command: export.main(command)) == 1
+    assert capsys.readouterr().err.count("error: ") == 2
+    assert {p.name for p in base.iterdir()} == {p.name for p in TINY.iterdir()}
+
+
+def test_no_row_for_the_image_token(tmp_path, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(TINY, base)
+    weights = checkpoint.open_weights(TINY)
+    words = "language_model.model.decoder.embed_tokens.weight"
+    cut = {n: weights.read(n)[:1001] if n == words else weights.read(n) for n in weights}
+    checkpoint.save_weights(base, cut.items())
+    config = checkpoint.read_config(base)
+    config["text_config"]["vocab_size"], config["image_token_index"] = 1001, None
+    checkpoint.write_json(base / "config.json", config)
+    command = ["--model_name_or_path", str(base), "--output_dir", str(tmp_path / "out")]
+    assert checkpoint.cli(lambda: export.main([*command, "--format", "transformers"])) == 1
+    assert "no row for the image token 1001" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
