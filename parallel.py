@@ -14,16 +14,11 @@ where a layer's input enters the cut part, the sum where it leaves. All else, gr
 ranks of a group, bit for bit.
 """
 
-import contextlib
 import functools
 import math
 import os
-import re
-import threading
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import timedelta
 from fnmatch import fnmatch
 
 import torch
@@ -32,17 +27,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from dropout import with_rows_of_now
 from kernels.linear_cross_entropy import linear_cross_entropy
+from meeting import TIMEOUT, Meeting
 
 STAGES = ("stage1", "stage2", "stage3")
-TIMEOUT = timedelta(hours=2)  # of a collective: as long as rank 0 may write a large checkpoint
-
-
 AXES = ("pp", "dp_replicate", "dp_shard", "tp")
 # This process's group on each axis that has more than one rank, and "dp" over both dp axes. Model files have
 # no other way to know the layout: helpers that find no group here are identities.
@@ -88,99 +80,6 @@ def layout(size: int, tp: int, pp: int, sharding: str | None, sharding_degree: i
     return pp, dp // degree, degree, tp
 
 
-def check_meeting_place() -> None:
-    """ValueError unless the environment says where the ranks meet, as torchrun does."""
-    place = {name: os.environ.get(name) for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    if lacking := [name for name, value in place.items() if not value]:
-        raise ValueError(
-            f"the environment has RANK={os.environ['RANK']} but no {' and no '.join(lacking)}; unset RANK, "
-            "or use torchrun"
-        )
-    port = place["MASTER_PORT"]
-    if not re.fullmatch(r"\d{1,5}", port) or not 0 < int(port) < 65536:
-        raise ValueError(
-            f"the environment has MASTER_PORT={port[:40]!r}, expected a number from 1 to 65535; set "
-            "it alike on all processes, or use torchrun"
-        )
-
-
-class Meeting:
-    """The ranks before they are a process group: they wait for each other however long that takes, and share
-    texts."""
-
-    def __init__(self):
-        self.rank, self.size, self.store = 0, 1, dist.HashStore()
-        if "RANK" in os.environ:
-            check_meeting_place()
-            store, self.rank, self.size = next(rendezvous("env://"))
-            # ranks that torchrun started again find what the dead ones left in its store
-            self.store = dist.PrefixStore(f"start-{restart_count()}", store)
-        elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ValueError(
-                f"the environment has WORLD_SIZE={os.environ['WORLD_SIZE']} but "
-                "no RANK: the other processes would "
-                "never meet this one; start all of them with torchrun, or unset it"
-            )
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.over, self.beats, self.looked = False, {}, 0.0
-        if self.size > 1:
-            # a thread, since a rank may read data for minutes before it waits for anybody
-            threading.Thread(target=self.beat, daemon=True).start()
-
-    @property
-    def main(self) -> bool:
-        return self.rank == 0
-
-    def beat(self) -> None:
-        """Tells the others that this rank lives, until the process group does."""
-        count = 0
-        with contextlib.suppress(RuntimeError):  # rank 0 has ended, and the store with it
-            while not self.over:
-                self.store.set(f"beat-{self.rank}", str(count := count + 1))
-                time.sleep(1)
-
-    def look(self) -> None:
-        """ValueError if a rank that is waited for is dead: rank 0
-        looks after all others, they after rank 0."""
-        now = time.monotonic()
-        if self.size == 1 or now - self.looked < 1:
-            return
-        self.looked = now
-        for rank in range(1, self.size) if self.main else [0]:
-            beat = self.store.get(f"beat-{rank}") if self.store.check([f"beat-{rank}"]) else b""
-            known, since = self.beats.get(rank, (None, now))
-            if beat != known:
-                self.beats[rank] = beat, now
-            elif now - since > 60:
-                raise ValueError(
-                    f"rank {rank} is gone: it has not been heard of for a minute; start all ranks again"
-                )
-
-    def share(self, key: str, value: str | None = None) -> str:  # all ranks
-        """What rank 0 gives."""
-        if self.main:
-            self.store.set(key, value)
-        self.wait([key])
-        return self.store.get(key).decode()
-
-    def wait_for_all(self, key: str) -> None:  # all ranks
-        self.store.set(f"{key}-{self.rank}", "here")
-        self.wait([f"{key}-{rank}" for rank in range(self.size)])
-
-    def wait(self, keys: list[str]) -> None:
-        while not self.store.check(keys):
-            if self.store.check(["failed"]):
-                raise ValueError(f"stopped, since another rank did: {self.store.get('failed').decode()}")
-            self.look()
-            time.sleep(0.05)
-
-    def fail(self, reason: str) -> None:
-        """The others need not wait for this rank."""
-        with contextlib.suppress(RuntimeError):  # rank 0 has ended, and the store with it
-            if self.size > 1 and not self.store.check(["failed"]):
-                self.store.set("failed", f"rank {self.rank}: {reason}")
-
-
 def init_world(
     tp: int = 1,
     pp: int = 1,
@@ -201,7 +100,6 @@ def init_world(
     dist.init_process_group(
         backend, store=meeting.store, rank=meeting.rank, world_size=meeting.size, timeout=TIMEOUT
     )
-    meeting.over = True
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
     axes = {**{axis: mesh[axis] for axis in AXES}, "dp": mesh["dp_replicate", "dp_shard"]._flatten("dp")}
     # an axis of one rank has no group, so that every helper below is an identity there
@@ -210,11 +108,6 @@ def init_world(
     place = {f"{axis}_rank": axes[axis].get_local_rank() for axis in ("dp", "tp", "pp")}
     place |= {f"{axis}_size": axes[axis].size() for axis in ("dp", "tp", "pp")}
     return World(dist.get_rank(), dist.get_world_size(), device, mesh=mesh, **place)
-
-
-def restart_count() -> int:
-    """How often torchrun has started all ranks again, since one had died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def leave_world() -> None:
@@ -236,17 +129,6 @@ def compare(facts: dict) -> None:  # all ranks
                     f"rank {rank} has {other.get(key)}; "
                     "start all with the same command on the same files"
                 )
-
-
-def lost_rank(error: BaseException) -> str | None:
-    """What a collective said when a rank was no longer there; None if the error is of another kind."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, dist.DistError) or "gloo" in str(seen):
-            text = str(seen).strip() or type(seen).__name__
-            return re.sub(r"^\[\S*gloo\S*\] ?", "", text.splitlines()[0]).split(". ")[0]
-        seen = seen.__cause__ or seen.__context__
-    return None
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, stage: str | None, dtype: torch.dtype | None) -> None:

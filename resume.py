@@ -22,6 +22,7 @@ import parallel
 import rates
 from build import check_stage, total_steps
 from config import Config, differences
+from meeting import Meeting
 from run_dir import HARMLESS, RunDir, Start, read_state, shown
 
 
@@ -37,9 +38,7 @@ class Prepared:
     total: int  # steps of the run
 
 
-def read_plan(
-    cfg: Config, split: str, processor, meeting: parallel.Meeting, **options
-) -> data.Plan:  # all ranks
+def read_plan(cfg: Config, split: str, processor, meeting: Meeting, **options) -> data.Plan:  # all ranks
     dataset = cfg.dataset or data.DEFAULT_DATASET
     if not dataset.get(split):
         raise ValueError(f"dataset has no {split!r} entry")
@@ -167,7 +166,7 @@ def place_plan(plan: data.Plan, state: dict, facts: dict, resume: str) -> None:
 
 
 def prepare(
-    cfg: Config, definition, directory: Path, meeting: parallel.Meeting, run_dir: RunDir
+    cfg: Config, definition, directory: Path, meeting: Meeting, run_dir: RunDir
 ) -> Prepared:  # all ranks
     """Decides how the output directory is continued, reads the data and finds the place in it."""
     decided = None

@@ -22,10 +22,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import checkpoint
-import parallel
 import schema
 import terminal
 from config import Config
+from meeting import restart_count
 
 # Settings that change no trained value: a finished run with others of them is the same finished run.
 HARMLESS = {
@@ -255,7 +255,7 @@ class RunDir:
             if given:
                 anew = not restart
             else:  # torchrun starts ranks again: then it is never a new run
-                again = restart and (record["finished"] is None or parallel.restart_count() > 0)
+                again = restart and (record["finished"] is None or restart_count() > 0)
                 anew = cfg.overwrite_output_dir and not again
             if anew:
                 start = Start(new, self.given_checkpoint(given), lineage=self.ancestors(record, given))
@@ -267,7 +267,7 @@ class RunDir:
                 start.clears = bool(record.get("clears"))
                 own = self.own(start)
                 start.resume = str(own[-1]) if own else record.get("from")
-        if cfg.resume_from_checkpoint is True and start.resume is None and not parallel.restart_count():
+        if cfg.resume_from_checkpoint is True and start.resume is None and not restart_count():
             raise ValueError(f"resume_from_checkpoint=true, but {self.path} has no complete checkpoint")
         return start
 

@@ -27,7 +27,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 import checkpoint
@@ -55,6 +54,7 @@ from config import Config, parse_config
 from draw import draw_loss
 from features import cache_features
 from kernels import dispatch
+from meeting import Meeting, between_ranks
 from resume import Prepared, is_finished, prepare
 from run_dir import HARMLESS, Log, RunDir, Signals, Stopped, shown
 from terminal import one_line
@@ -801,9 +801,7 @@ class Run:
 # From the command line to the loop
 
 
-def run(
-    cfg: Config, definition, directory: Path, meeting: parallel.Meeting, signals: Signals | None = None
-) -> int:
+def run(cfg: Config, definition, directory: Path, meeting: Meeting, signals: Signals | None = None) -> int:
     # What runs before there is a process group: reading, comparing, refusing.
     kernels = dispatch.use_flash_attention(cfg.use_flash_attention, meeting.device)
     signals, run_dir, doing = signals or Signals(), RunDir(cfg), "records were read"
@@ -833,16 +831,17 @@ def run(
                 {**facts, "length index": rows, "settings": json.dumps(asdict(cfg), sort_keys=True)}
             )
             training = Run(cfg, ready, directory, world, signals, kernels)
-        return training.train()
+        code = training.train()
+        meeting.part()  # all ranks: the others wait while rank 0 publishes
+        return code
     except Stopped as e:
         name = signal.Signals(e.number).name
         meeting.fail(f"stopped by {name}")
         if meeting.main:
             print(f"stopped by {name} while {doing}; nothing of this start is saved", flush=True)
         return 128 + e.number
-    except (ValueError, OSError) as e:
-        if not dist.is_initialized():
-            meeting.fail(one_line(e))
+    except (RuntimeError, MemoryError, ValueError, OSError) as e:
+        meeting.fail(one_line(e))
         raise
     finally:
         run_dir.unlock()
@@ -866,13 +865,16 @@ def main(argv: list[str] | None = None) -> int:
     if cfg.dry_run:
         return dry_run(cfg, config, definition, directory)
     with Signals() as signals:
+        meeting = Meeting()
+        meeting.on_loss = lambda reason: end_now(f"another rank is gone ({reason}); {goes_on(cfg)}")
         try:
-            return run(cfg, definition, directory, parallel.Meeting(), signals)
+            return run(cfg, definition, directory, meeting, signals)
         except (RuntimeError, MemoryError, ValueError, OSError) as e:
             if (clear := explained(e, cfg)) is None:
                 raise
             raise clear from None
         finally:
+            meeting.over = True
             parallel.leave_world()
 
 
@@ -914,25 +916,26 @@ def check_eval_use(cfg: Config) -> None:
         )
 
 
+def end_now(reason: str) -> None:
+    """From a thread, where the main one waits for ever in a collective."""
+    os.write(2, f"error: [rank {os.environ.get('RANK', 0)}] {one_line(reason)}\n".encode())
+    os._exit(1)
+
+
+def goes_on(cfg: Config) -> str:
+    last = checkpoint.last_checkpoint(cfg.output_dir)
+    return f"the same command {f'continues from {last}' if last else 'begins anew: no checkpoint yet'}"
+
+
 def explained(error: BaseException, cfg: Config) -> Exception | None:
     """What a dead rank, a dead data worker or a full memory means to the user; None for another error."""
-    text = one_line(error)
-    last = checkpoint.last_checkpoint(cfg.output_dir)
-    then = (
-        f"the same command continues from {last}"
-        if last
-        else "the same command begins anew: no checkpoint yet"
-    )
+    text, then = one_line(error), goes_on(cfg)
     if worker := re.search(r"DataLoader worker [^;]*?(killed by signal: \w+|exited unexpectedly)", text):
         return ValueError(f"a data worker died (out of memory?): {worker[0]}; lower num_workers; {then}")
     if isinstance(error, ValueError | OSError):
         return None
-    if (reason := parallel.lost_rank(error)) is not None:
-        return ConnectionError(
-            f"another rank is gone ({reason}): it was killed, or stopped with an "
-            f"error that it printed; {then}, and "
-            "torchrun --max-restarts does so by itself"
-        )
+    if (said := between_ranks(error)) is not None:
+        return ConnectionError(f"{said}; {then}")
     if isinstance(error, MemoryError) or "out of memory" in str(error):
         return ValueError(
             f"out of memory ({text[:200]}); lower per_device_train_batch_size or max_length, or set "

@@ -15,7 +15,7 @@ import data
 import data_check
 import evaluate
 import generate
-import parallel
+import meeting
 import records
 import run_dir
 import terminal
@@ -214,7 +214,7 @@ def test_where_the_ranks_meet_is_said_by_its_name(monkeypatch, place, said):
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", **place}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=said):
-        parallel.Meeting()
+        meeting.Meeting()
 
 
 def test_a_file_that_is_not_there_is_named_first(capsys):

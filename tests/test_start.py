@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import checkpoint
-import parallel
+import meeting
 import terminal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,7 +75,7 @@ def test_a_world_without_a_rank_is_refused(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="WORLD_SIZE=2 but no RANK"):
-        parallel.Meeting()
+        meeting.Meeting()
 
 
 def test_a_reader_that_is_gone():

@@ -1,0 +1,171 @@
+"""Ranks that meet: each way in which they cannot is said as what it is, and one that hangs is noticed."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+from ranks import Replaced, run
+from test_train import arguments
+
+import checkpoint
+import meeting
+import train
+
+
+def listener() -> socket.socket:
+    """Something else that has a port of this machine, and never says a word."""
+    s = socket.socket()
+    s.bind(("0.0.0.0", 0))
+    s.listen()
+    return s
+
+
+def free_port() -> int:
+    with listener() as s:
+        return s.getsockname()[1]
+
+
+@pytest.fixture
+def place(monkeypatch):
+    """Sets where the ranks meet."""
+
+    def set_place(rank: int, size: int, port: int, host: str = "127.0.0.1") -> None:
+        for name, value in {
+            "RANK": rank,
+            "WORLD_SIZE": size,
+            "MASTER_ADDR": host,
+            "MASTER_PORT": port,
+        }.items():
+            monkeypatch.setenv(name, str(value))
+
+    monkeypatch.setattr(meeting, "MEET", timedelta(seconds=1))
+    return set_place
+
+
+def test_a_port_that_is_taken(place, capsys):
+    """Also through the whole of train.main: nobody is gone."""
+    with listener() as other:
+        port = other.getsockname()[1]
+        place(0, 2, port)
+        assert checkpoint.cli(lambda: train.main(["--model", "qwen_vl"])) == 1
+    (line,) = [s for s in capsys.readouterr().err.splitlines() if s.startswith("error")]
+    assert line.startswith(f"error: [rank 0] MASTER_PORT={port} is taken on this machine")
+    assert "--master_port" in line and "gone" not in line
+
+
+def test_a_rank_0_that_is_not_there(place):
+    place(1, 2, free_port())
+    with pytest.raises(
+        ValueError, match="no rank 0 was found at MASTER_ADDR=127.0.0.1 .*connection refused.*set both"
+    ):
+        meeting.Meeting()
+
+
+def test_a_host_name_that_nobody_has(place):
+    place(1, 2, free_port(), "no.such.host.invalid")
+    with pytest.raises(ValueError, match="MASTER_ADDR=no.such.host.invalid .*no machine of that name"):
+        meeting.Meeting()
+
+
+def test_a_stranger_that_listens(place, monkeypatch):
+    """torch waits for its answer without an end."""
+    with listener() as other:
+        place(1, 2, other.getsockname()[1])
+        monkeypatch.setattr(meeting, "MEET", timedelta(seconds=-9))  # and the ten that are added
+        with pytest.raises(ValueError, match="something else than a training run listens there"):
+            meeting.Meeting()
+
+
+def test_ranks_that_do_not_come(place):
+    place(0, 3, free_port())
+    with pytest.raises(ValueError, match="1 of 3 ranks came .* start the others too"):
+        meeting.Meeting()
+
+
+def introduced(place, rank: int, size: int, port: int) -> meeting.Meeting:
+    """A rank that only says who it is: no thread of its own."""
+    place(rank, size, port)
+    one = object.__new__(meeting.Meeting)
+    server = dist.TCPStore("127.0.0.1", port, is_master=not introduced.servers, wait_for_workers=False)
+    introduced.servers.append(server)
+    one.rank, one.size, one.store = rank, size, dist.PrefixStore("start-0", server)
+    one.introduce()
+    return one
+
+
+def test_ranks_that_contradict_each_other(place):
+    introduced.servers, port = [], free_port()
+    introduced(place, 0, 2, port)
+    with pytest.raises(ValueError, match="WORLD_SIZE=3 here, and 2 on another rank"):
+        introduced(place, 1, 3, port)
+    with pytest.raises(ValueError, match="two processes have RANK=1"):
+        introduced(place, 1, 2, port)
+    first = introduced.servers[0]
+    assert dist.PrefixStore("start-0", first).get("failed").startswith(b"rank 1: WORLD_SIZE=3")
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (
+            "The server socket has failed to listen on any local network address. EADDRINUSE",
+            "a port is taken",
+        ),
+        (
+            "[enforce fail at gloo/transport/tcp/device.cc:84] rp != nullptr. Unable to find address for: x",
+            "no address",
+        ),
+        ("Gloo connectFullMesh failed with gloo: timed out", "can't connect among themselves"),
+        ("[x/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 7200000ms for recv", "in time"),
+        (
+            "NCCL error: invalid usage, NCCL version 2.27. Duplicate GPU detected : rank 1 and rank 0",
+            "one GPU",
+        ),
+        (
+            "NCCL error in: x.cpp:77, unhandled cuda error (run with NCCL_DEBUG=INFO for details)",
+            "NCCL failed",
+        ),
+        (
+            "[x/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:19",
+            "another rank is gone",
+        ),
+        ("NCCL error: remote process exited or there was a network error", "another rank is gone"),
+    ],
+)
+def test_each_cause_has_its_own_words(text, said):
+    line = meeting.between_ranks(dist.DistBackendError(text))
+    assert said in line and (": " in line) and ("gone" in line) == ("gone" in said) and "\n" not in line
+
+
+def test_other_errors_are_not_the_ranks():
+    assert meeting.between_ranks(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+
+
+def suspended_at_3(original, *args, **options):
+    """Rank 1 is there, and never enters the collectives of step 3: as NCCL waits for a rank that is dead."""
+    where = args[0]
+    if where.state["step"] == 2 and os.environ["RANK"] == "1":
+        subprocess.Popen(["sh", "-c", f"sleep 9; kill -9 {os.getpid()}"])
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif where.state["step"] == 2:
+        meeting.SILENT, meeting.GRACE = timedelta(seconds=4), timedelta(seconds=1)
+    return original(*args, **options)
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_noticed(base, dataset, tmp_path, capfd):
+    """gloo notices a connection that ends, NCCL not even that: the ranks' beats say it, and the line names
+    the checkpoint."""
+    out = tmp_path / "out"
+    with pytest.raises(AssertionError, match=r"exit codes \[1, -9\]"):
+        main = Replaced("train.Run.train_step", suspended_at_3)
+        run(arguments(base, dataset, out, max_steps=4, save_steps=1), 2, main)
+    (line,) = [s for s in capfd.readouterr().err.splitlines() if s.startswith("error")]
+    assert re.match(
+        r"error: \[rank 0\] another rank is gone \(rank 1 has not been heard of .*checkpoint-2$", line
+    )
