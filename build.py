@@ -218,10 +218,7 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
         check_continued_adapter(model, cfg, weights)
 
     # 16 bits after freezing: a frozen weight needs no fp32 master copy, a trained one does.
-    dtype16 = {(True, False): torch.bfloat16, (False, True): torch.float16}.get((cfg.bf16, cfg.fp16))
-    compute_dtype = dtype16 if cfg.fp16_opt_level == "O2" else None
-    if compute_dtype:
-        halve_frozen(model, compute_dtype)
+    compute_dtype = halve(model, cfg, {name: weights.dtype(name) for name in weights})
 
     # Pipeline before the tensor cut: a rank cuts only the blocks that it keeps.
     whole, stages = model, None
@@ -231,14 +228,17 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
         stages = cut_into_stages(model, whole, definition, cfg, world, sizes, compute_dtype)
     parallel.tensor_parallel(model, definition.tp_plan(model.config, world.tp_size), world)
 
-    # Compile, then recompute around it, then shard around both: fully_shard's hooks must stay outside, they
-    # gather the weights that a recomputed block uses again.
+    # Compile, then 16-bit copies, then recompute around both, since it frees them with the rest. Sharding is
+    # outermost: fully_shard's hooks gather the weights that a recomputed block uses again. One rank has
+    # nothing to gather and would hold its weights twice.
     if cfg.compile:
         for block in [*model.vision_blocks, *model.blocks]:
             block.forward = torch.compile(block.forward, dynamic=True)
+    if compute_dtype and world.dp_size == 1:
+        parallel.compute_in(model, compute_dtype)
     if cfg.recompute:
         parallel.recompute(model)
-    if world.dp_size > 1 or compute_dtype:
+    if world.dp_size > 1:
         parallel.shard(model, world.mesh, cfg.sharding, compute_dtype)
 
     # Memory, then the weights, one tensor at a time: the host never holds the model twice.
@@ -288,11 +288,39 @@ def check_continued_adapter(model: nn.Module, cfg: Config, weights: checkpoint.W
         )
 
 
+def halve(model: nn.Module, cfg: Config, file_dtypes: dict) -> torch.dtype | None:
+    """Holds frozen weights in 16 bits; returns what forward and backward compute in, None for fp32 or what
+    autocast chooses. file_dtypes: of the checkpoint's tensors, as far as they are known."""
+    dtype16 = {(True, False): torch.bfloat16, (False, True): torch.float16}.get((cfg.bf16, cfg.fp16))
+    if dtype16 and cfg.fp16_opt_level == "O2":
+        halve_frozen(model, dtype16)
+        return dtype16
+    if dtype16:
+        halve_products(model, dtype16, cfg, file_dtypes)
+    return None
+
+
 def halve_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     for owner in model.modules():
         for name, p in owner.named_parameters(recurse=False):
             if not p.requires_grad:
                 setattr(owner, name, nn.Parameter(p.to(dtype), requires_grad=False))
+
+
+def halve_products(model: nn.Module, dtype: torch.dtype, cfg: Config, file_dtypes: dict) -> None:
+    """Under autocast: the frozen weights that it would cast for every product, where nothing is lost by it.
+    An adapter is saved without its base, and what the file has in 16 bits comes out as it went in."""
+    if cfg.init_from:
+        file_dtypes = {}
+    for prefix, owner in model.named_modules():
+        own = dict(owner.named_parameters(recurse=False))
+        # not a layer of which one part trains: an adapter holds it whole
+        if not isinstance(owner, nn.Linear | nn.Conv2d) or any(p.requires_grad for p in own.values()):
+            continue
+        names = [f"{prefix}.{key}" for key in own]
+        if cfg.lora or all(file_dtypes.get(name) == dtype for name in names):
+            for key, p in own.items():
+                setattr(owner, key, nn.Parameter(p.to(dtype), requires_grad=False))
 
 
 def cut_into_stages(

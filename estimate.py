@@ -24,6 +24,7 @@ from build import (
     StreamSizes,
     add_adapter,
     choose_trainable,
+    halve,
     parameter_table,
     pipeline_blocks,
     stream_sizes,
@@ -162,7 +163,7 @@ class Layout:
 
     @property
     def fsdp(self) -> bool:
-        return self.dp > 1 or self.master
+        return self.dp > 1
 
 
 def gathered_bytes(groups: list[float], layout: Layout) -> float:
@@ -212,21 +213,25 @@ def stage_memory(
     grouped = {id(p) for group in groups for p in group}
     groups.append([p for p in model.parameters() if id(p) not in grouped])
 
-    def size(parameters, trainable: bool | None = None, width: int = 4) -> float:
-        return sum(p.numel() * width for p in parameters if trainable is None or p.requires_grad == trainable)
+    def size(parameters, trainable: bool | None = None, width: int | None = None) -> float:
+        chosen = [p for p in parameters if trainable is None or p.requires_grad == trainable]
+        return sum(p.numel() * (width or p.element_size()) for p in chosen)
 
     everything = [*model.parameters()]
-    trained, frozen = size(everything, True), size(everything, False, 2 if L.master else 4)
+    trained, frozen = size(everything, True), size(everything, False)
     largest = max((p.numel() * 4 for p in everything if p.requires_grad), default=0)
     optimiser, shards = 2 * trained / L.shard, L.shard
     weights, communication = (trained + frozen) / shards, 0.0
-    group = max((size(g) for g in groups), default=0)
     trained_group = max((size(g, True) for g in groups), default=0)
     gathered = 0.0
     if L.fsdp:
-        width = L.compute_bytes if L.master else 4
+        width = L.compute_bytes if L.master else None
         gathered = gathered_bytes([size(g, None, width) for g in groups], L)
-        communication += group / 4 * width  # an all-gather's result before it is dealt out
+        # an all-gather's result before it is dealt out
+        communication += max((size(g, None, width) for g in groups), default=0)
+    elif L.master:  # 16-bit copies of what trains; a block that is recomputed makes its own anew
+        *blocks, root = (size(g, True, L.compute_bytes) for g in groups)
+        gathered = root + (max(blocks, default=0) if L.recompute else sum(blocks))
     if L.autocast:
         weights += trained / 2  # autocast's copies
     n, alive = L.micro_batches, alive_micro_batches(L, stages)
@@ -403,6 +408,7 @@ def dry_run(cfg: Config, config: dict, definition, plan, world_size: int) -> str
     if cfg.lora:
         add_adapter(model, definition, cfg)
     choose_trainable(model, definition, cfg)
+    halve(model, cfg, {})
     layout = layout_of(cfg, world_size)
     pp, dp, tp, micro_batches = layout.pp, layout.dp, layout.tp, layout.micro_batches
     total = sum(p.numel() for p in model.parameters())

@@ -17,7 +17,7 @@ ranks of a group, bit for bit.
 import functools
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
@@ -148,6 +148,61 @@ def shard(model: nn.Module, mesh: DeviceMesh, stage: str | None, dtype: torch.dt
             mp_policy=policy,
             reshard_after_forward=stage == "stage3" and module is not model,
         )
+
+
+class _Halved(torch.autograd.Function):
+    """16-bit copies of fp32 tensors, in one launch; their gradients come back in fp32, in another."""
+
+    @staticmethod
+    def forward(ctx, dtype: torch.dtype, *masters: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return _copies(masters, dtype)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor | None):
+        fp32 = iter(_copies([grad for grad in grads if grad is not None], torch.float32))
+        return None, *(None if grad is None else next(fp32) for grad in grads)
+
+
+def _copies(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    copies = tuple(torch.empty_like(x, dtype=dtype) for x in tensors)
+    if copies:
+        torch._foreach_copy_(copies, tensors)
+    return copies
+
+
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """What `shard` means on one data-parallel rank by its `dtype`: forward and backward see 16-bit copies of
+    the trained parameters, which stay fp32, and frozen ones are held once.
+
+    fully_shard would hold frozen weights twice here: its own and the gathered ones. As there, what no block
+    has belongs to the model, and a block's copies are made anew when it is recomputed.
+    """
+    taken: set[nn.Parameter] = set()
+    for module in [*model.vision_blocks, *model.blocks, model]:
+        places = [
+            (owner, key)
+            for owner in module.modules()
+            for key, p in owner.named_parameters(recurse=False)
+            if p.requires_grad and p not in taken
+        ]
+        taken.update(owner._parameters[key] for owner, key in places)
+        if places:
+            module.forward = functools.partial(_with_halved, module.forward, places, dtype)
+
+
+def _with_halved(forward: Callable, places: list[tuple[nn.Module, str]], dtype: torch.dtype, *args, **kwargs):
+    masters = [owner._parameters[key] for owner, key in places]
+    # a tied parameter has several places and one copy
+    tied = {id(p): p for p in masters}
+    copies = dict(zip(tied, _Halved.apply(dtype, *tied.values()), strict=True))
+    try:
+        for (owner, key), master in zip(places, masters, strict=True):
+            owner._parameters[key] = copies[id(master)]
+        return forward(*args, **kwargs)
+    finally:
+        for (owner, key), master in zip(places, masters, strict=True):
+            owner._parameters[key] = master
 
 
 def reshard(model: nn.Module) -> None:

@@ -359,10 +359,11 @@ def generation_scores(run: "Run", after_each=None) -> dict[str, float]:
     )
     how, bad, answers = evaluate.Decoding(max_new_tokens=32), [], []
     size = cfg.per_device_eval_batch_size
-    for text in evaluate.answer_all(run.model, run.processor, questions, size, how, bad):
-        answers.append(text)
-        if after_each:
-            after_each()
+    with autocast(cfg, run.world):  # its weights may be held in 16 bits
+        for text in evaluate.answer_all(run.model, run.processor, questions, size, how, bad):
+            answers.append(text)
+            if after_each:
+                after_each()
     evaluate.check_bad(bad, len(questions), cfg.max_bad_samples, "questions of the evaluation")
     questions, answers = evaluate.answered(questions, answers)
     return {f"eval_{name}": value for name, value in evaluate.score(questions, answers)[0].items()}

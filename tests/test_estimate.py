@@ -123,10 +123,13 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.skipif(
+linux = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists() or not hasattr(ctypes.CDLL(None), "malloc_trim"),
     reason="needs Linux's account of memory and glibc's heap",
 )
+
+
+@linux
 @pytest.mark.parametrize("layout", thinned(LAYOUTS, ["lora", "zero2"]))
 def test_memory_is_within_a_tenth(large, tmp_path, monkeypatch, layout):
     world, settings = LAYOUTS[layout]
@@ -145,3 +148,18 @@ def test_memory_is_within_a_tenth(large, tmp_path, monkeypatch, layout):
     assert abs(estimate / peak - 1) < 0.1, (
         f"{estimate / 2**20:.0f} MiB estimated, {peak / 2**20:.0f} measured"
     )
+
+
+@linux
+@pytest.mark.slow
+def test_frozen_weights_are_held_once_in_16_bits(large, tmp_path):
+    """Beside fp32, 16 bits save two bytes a weight, and activations. A second copy would take two back."""
+    peaks = {}
+    for name, level in {"fp32": {}, "bf16": {"bf16": True}, "master": {"precision": "bf16-master"}}.items():
+        options = {"lora": True, "per_device_train_batch_size": 4, "max_steps": 2, "max_length": 512, **level}
+        out = tmp_path / name / "out"
+        run(arguments(*large, out, save_strategy="no", **options), 1, measured)
+        peaks[name] = int((tmp_path / name / "peak-0").read_text())
+    weights = (large[0] / "model.safetensors").stat().st_size / 4
+    for name in ("bf16", "master"):
+        assert peaks["fp32"] - peaks[name] > 2.6 * weights, peaks
