@@ -5,7 +5,7 @@
 Writes a whole checkpoint directory: weights W + scaling * B A (added in fp32, rounded once), config.json,
 tokenizer. Before it appears under its name, every tensor is read back and compared, and the logits of base +
 adapter, merged and base are compared on one short prompt with an image. Memory: one file of up to 5 GB while
-merging, then one fp32 model.
+merging; the logits are computed with the weights of one block at a time.
 """
 
 import python_version  # noqa: F401  (first: it says which Python is needed)
@@ -23,8 +23,7 @@ import schema
 import terminal
 import vlm
 from checkpoint import Weights, open_weights
-from generate import load_model
-from lora import adapter_updates, find_base, open_base, read_adapter, says_base
+from lora import adapter_updates, contents, find_base, load_adapter, open_base, read_adapter, says_base
 
 
 def merge(base: Path | None, adapter: Path, output: Path, dtype: torch.dtype | None = None) -> dict:
@@ -152,13 +151,62 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
+def set_parameter(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+    owner, _, key = name.rpartition(".")
+    setattr(model.get_submodule(owner), key, torch.nn.Parameter(tensor, requires_grad=False))
+
+
+def streamed_model(directory: Path, lora_path: Path | None = None) -> torch.nn.Module:
+    """As generate.load_model in fp32, but a block has weights only while it runs: all of Qwen-VL 7B's would
+    be 36 GiB."""
+    config = checkpoint.read_config(directory)
+    definition = vlm.find(config)
+    if lora_path is None:
+        weights = checkpoint.open_model(directory, definition)
+    else:
+        config, weights = open_base(directory, lora_path, definition)
+    model = definition.network(config).eval()
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    checkpoint.check_names(shapes, weights)
+    kept = {}  # what the adapter holds stays
+    if lora_path is not None:
+        load_adapter(model, lora_path)
+        kept = {n: p.shape for n, p in model.named_parameters() if n not in shapes}
+        kept |= {n: shapes[n] for n in contents(lora_path)[1] if n in shapes}
+    names, streamed = {p: name for name, p in model.named_parameters()}, set()
+    for block in [*model.vision_blocks, *model.blocks]:
+        own = {
+            name: names[p] for name, p in block.named_parameters() if names[p] in shapes.keys() - kept.keys()
+        }
+        streamed.update(own.values())
+
+        # a hook that knew the model would keep it alive: they know the block that they are called with
+        def read(block, args, own=own):
+            for name, full in own.items():
+                set_parameter(block, name, weights.read(full).float())
+
+        def forget(block, args, out, own=own):
+            for name, full in own.items():
+                set_parameter(block, name, torch.empty(shapes[full], device="meta"))
+
+        block.register_forward_pre_hook(read)
+        block.register_forward_hook(forget)
+    for name in shapes.keys() - streamed - kept.keys():
+        set_parameter(model, name, weights.read(name).float())
+    for name, shape in kept.items():
+        set_parameter(model, name, torch.empty(shape))
+    if lora_path is not None:
+        load_adapter(model, lora_path)
+    return model
+
+
 @torch.no_grad()
 def check_logits(definition: vlm.Model, base: Path, adapter: Path, merged: Path) -> dict:
     """The merged model must give base + adapter's logits, up to the rounding of its weights."""
     batch = definition.probe_batch(definition.processor(base))
 
     def logits(directory, lora_path=None):
-        model = load_model(directory, torch.float32, lora_path=lora_path)
+        model = streamed_model(directory, lora_path)
         return model.logits(model.hidden(batch)).float()
 
     expected, now = logits(base, adapter), logits(merged)

@@ -361,7 +361,7 @@ def test_lora_under_fully_shard(tmp_path):
 
 
 class ToyFile:
-    """Stands in for model_visualglm.py and generate.load_model."""
+    """Stands in for model_visualglm.py and merge.streamed_model."""
 
     MODEL = dataclasses.replace(
         model_visualglm.MODEL,
@@ -373,8 +373,8 @@ class ToyFile:
     wrong = 0.0  # added to the merged model's logits, to see the check fail
 
     @classmethod
-    def load_model(cls, directory, dtype, lora_path=None):
-        model = Toy().to(dtype)
+    def streamed_model(cls, directory, lora_path=None):
+        model = Toy()
         load_into(dict(model.named_parameters()), open_weights(directory))
         if lora_path is not None:
             lora.load_adapter(model, lora_path)
@@ -386,7 +386,7 @@ class ToyFile:
 @pytest.fixture
 def merge_setup(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "model_visualglm", ToyFile)
-    monkeypatch.setattr(merge, "load_model", ToyFile.load_model)
+    monkeypatch.setattr(merge, "streamed_model", ToyFile.streamed_model)
     monkeypatch.setattr(vlm, "check_complete", lambda *_: None)  # a toy is no whole model
     monkeypatch.chdir(tmp_path)
     lora.base_sample.cache_clear()
@@ -492,7 +492,7 @@ def killed_merge(kill_at: int, count: Path) -> None:
 
     file = os.open(count, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     sys.addaudithook(hook)
-    sys.modules["model_visualglm"], merge.load_model = ToyFile, ToyFile.load_model
+    sys.modules["model_visualglm"], merge.streamed_model = ToyFile, ToyFile.streamed_model
     vlm.check_complete = lambda *_: None
     os._exit(merge.main(["--model_name_or_path", "base"]))
 

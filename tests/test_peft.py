@@ -126,6 +126,20 @@ def trained_adapter(directory: Path, out: Path, settings: dict) -> nn.Module:
     return model
 
 
+def t5_batch() -> vlm.Batch:
+    Q = 8
+    ramp = torch.linspace(-1, 1, 64)
+    ids = torch.tensor([1001] * Q + [5, 6, 7, 1, 0])
+    return vlm.Batch(
+        input_ids=ids,
+        position_ids=torch.arange(len(ids)),
+        max_len=len(ids),
+        cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
+        image_positions=torch.arange(Q)[None],
+        pixel_values=(ramp[:, None] * ramp).expand(1, 3, 64, 64),
+    )
+
+
 def logits_of(model: nn.Module, batch: dict) -> torch.Tensor:
     with torch.no_grad():
         return model.logits(model.hidden(batch))
@@ -165,17 +179,7 @@ def test_every_recipe_computes_the_same_in_peft(base, tmp_path, kind, settings):
     module = MODULES["blip2" if kind == "t5" else kind]
     processor = module.load_processor(directory) if kind != "t5" else None
     if kind == "t5":
-        Q = 8
-        ramp = torch.linspace(-1, 1, 64)
-        ids = torch.tensor([1001] * Q + [5, 6, 7, 1, 0])
-        batch = vlm.Batch(
-            input_ids=ids,
-            position_ids=torch.arange(len(ids)),
-            max_len=len(ids),
-            cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
-            image_positions=torch.arange(Q)[None],
-            pixel_values=(ramp[:, None] * ramp).expand(1, 3, 64, 64),
-        )
+        batch = t5_batch()
     else:
         batch = module.probe_batch(processor)
     expected = logits_of(ours, batch)
@@ -194,6 +198,33 @@ def test_every_recipe_computes_the_same_in_peft(base, tmp_path, kind, settings):
         got - logits_of(generate.load_model(directory), batch)
     ).abs().max() > 1e-2 * scale  # it changes something
     torch.testing.assert_close(got / scale, expected / scale, atol=1e-3, rtol=0)
+
+
+PARTLY = {"freeze_exclude": ["transformer.h.0.attn.c_attn.*", "transformer.visual.proj"]}
+
+
+@pytest.mark.parametrize(
+    "kind, settings", [("qwen_vl", PARTLY), ("blip2", {}), ("t5", {}), ("visualglm", {})]
+)
+def test_a_merge_has_the_weights_of_one_block_at_a_time(base, tmp_path, kind, settings):
+    """Its check of the logits: those of the whole model, to the bit."""
+    directory, out = base(kind), tmp_path / "adapter"
+    trained_adapter(directory, out, settings)
+    module = MODULES["blip2" if kind == "t5" else kind]
+    batch = t5_batch() if kind == "t5" else module.probe_batch(module.load_processor(directory))
+    for path in (None, out):
+        model = merge.streamed_model(directory, path)
+        blocks, most = [*model.vision_blocks, *model.blocks], []
+        for block in blocks:  # how many have all their weights, when one of them has run
+
+            def count(*_, blocks=blocks, most=most):
+                most.append(sum(not any(p.is_meta for p in b.parameters()) for b in blocks))
+
+            block.register_forward_pre_hook(count)
+            block.register_forward_hook(count)
+        expected = logits_of(generate.load_model(directory, lora_path=path), batch)
+        assert torch.equal(logits_of(model, batch), expected)
+        assert most == [1, 0] * len(blocks)
 
 
 # ---- what PEFT saves
