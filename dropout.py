@@ -1,4 +1,5 @@
-"""Dropout as a pure function: a mask is a hash of the row's key, the channel and the place in the model.
+"""Dropout as a pure function: a mask is a hash of the row's key, the channel and the place in the model
+(kernels/dropout.py).
 
     with dropout_rows(batch.dropout_keys):              # the model says whose rows its adapters see
         x = block(x, ctx)
@@ -13,42 +14,7 @@ import zlib
 import torch
 from torch import Tensor, nn
 
-
-def mix(x: torch.Tensor) -> torch.Tensor:
-    """murmur3's finaliser on int32. `>>` copies the sign bit, so the copies are masked off."""
-    x = (x ^ ((x >> 16) & 0xFFFF)) * -2048144789  # 0x85EBCA6B
-    x = (x ^ ((x >> 13) & 0x7FFFF)) * -1028477387  # 0xC2B2AE35
-    return x ^ ((x >> 16) & 0xFFFF)
-
-
-def dropout_mask(
-    x: torch.Tensor, keys: torch.Tensor, p: float, seed: int, first_channel: int = 0, images: int = 0
-) -> torch.Tensor:
-    """Boolean mask, shape of x, True with probability 1 - p: a hash of (row key, channel, seed) and nothing
-    else.
-
-    So it is the same in any packing, layout, number of processes and recomputation. keys: one for each row of
-    x (..., C), or one for each of `images`, whose rows follow one another.
-    """
-    C, rows = x.shape[-1], x.numel() // x.shape[-1]
-    if images:
-        assert len(keys) == images and rows % images == 0, (
-            f"{rows} rows of {images} images, but dropout keys of {len(keys)}"
-        )
-        keys = keys_of_rows(keys, rows // images)
-    assert rows == len(keys), f"{rows} rows, but dropout keys of {len(keys)}"
-    low, high = keys.contiguous().view(torch.int32).view(-1, 2).unbind(1)  # int64 -> two halves
-    row = mix(mix(low + mix(torch.full_like(low, seed))) ^ high)
-    # two channels share one 32-bit hash, 16 bits each: half the work, and p is exact to 1/65536
-    pairs = torch.arange(first_channel // 2, (first_channel + C + 1) // 2, device=x.device, dtype=torch.int32)
-    bits = mix(row[:, None] ^ mix(pairs + 1)).view(torch.int16)[:, first_channel % 2 :]  # (rows, C or C + 1)
-    return (bits[:, :C] >= round(p * 65536) - 32768).view(x.shape)
-
-
-def keys_of_rows(keys: torch.Tensor, count: int, salt: int = 0) -> torch.Tensor:
-    """One key an image (N,) -> one for each of its `count` rows (N*count,)."""
-    place = torch.arange(count, device=keys.device)
-    return (keys[:, None] + (place + 1) * 0x9E3779B97F4A7C1 + salt * 0x5851F42D4C957F2).flatten()
+from kernels.dropout import Mask, dropout
 
 
 class Rows:
@@ -91,7 +57,7 @@ class Dropout(nn.Module):
         """first_channel: of x's last dimension, where x holds a tensor-parallel rank's channels alone."""
         if not self.training or keys is None or self.p == 0:
             return x
-        return x * dropout_mask(x, keys, self.p, self.seed, first_channel) / (1 - self.p)
+        return dropout(x, Mask(keys, self.p, self.seed, first_channel), 1 - self.p)
 
 
 def name_dropouts(model: nn.Module) -> None:

@@ -26,9 +26,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import checkpoint
+import parallel
 import schema
 import vlm
-from dropout import Rows, dropout_mask
+from dropout import Rows
+from kernels.dropout import Mask, drop, dropout
 
 PREFIX = "base_model.model."  # PEFT puts it before every name
 
@@ -47,30 +49,73 @@ class LoraLinear(nn.Linear):
     first_channel: int  # tensor parallelism sets it where a rank has a slice of the input channels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.linear(x, self.weight, self.bias)
-        return y + self.update(x).to(y.dtype)
+        return self.updated(F.linear(x, self.weight, self.bias), x)
 
-    def update(self, x: torch.Tensor) -> torch.Tensor:
-        """scaling * B A x, with dropout on x."""
-        scaling = self.scaling
+    def updated(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """y + scaling * B A x, with dropout on x. y is the base's product, and may be overwritten."""
+        scaling, mask = self.scaling, None
         if self.training and self.dropout > 0 and Rows.keys is not None:
-            x = x * dropout_mask(x, Rows.keys, self.dropout, self.seed, self.first_channel, Rows.images)
+            mask = Mask(Rows.keys, self.dropout, self.seed, self.first_channel, Rows.images)
             scaling /= 1 - self.dropout
-        if x.is_meta or not torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.lora_A.weight.dtype)  # the adapter may be fp32 beside 16-bit weights
-        z = self.lora_A(x)
-        return (self.lora_B(z) if self.parts is None else self.split_B(z)) * scaling
+        A, B = parallel.shared_weight(self.lora_A), parallel.shared_weight(self.lora_B)
+        # the adapter may be fp32 beside 16-bit weights
+        cast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+        x, A, B = (t.to(torch.get_autocast_dtype(x.device.type) if cast else A.dtype) for t in (x, A, B))
+        if self.parts is None and not torch.compiler.is_compiling():
+            return _LowRank.apply(y, x, A, B, scaling, mask)
+        z = F.linear(x if mask is None else dropout(x, mask), A) * scaling
+        return y + (F.linear(z, B) if self.parts is None else self.split_B(z, B)).to(y.dtype)
 
-    def split_B(self, z: torch.Tensor) -> torch.Tensor:
-        """lora_B(z), of whose weight only the blocks (part j of the rows, part j of the columns) count; the
+    def split_B(self, z: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        """B z, but of B only the blocks (part j of the rows, part j of the columns) count; the
         others stay zero. So the file is an ordinary adapter of P times the rank, and merges as one."""
         G, P = self.parts
         D = self.out_features // (G * P)  # of a tensor-parallel rank too, which has some of the groups
-        blocks = self.lora_B.weight.unflatten(1, (P, -1)).unflatten(0, (-1, P, D))  # (G, P, D, P, r)
+        blocks = B.unflatten(1, (P, -1)).unflatten(0, (-1, P, D))  # (G, P, D, P, r)
         y = [
             F.linear(part, blocks[:, j, :, j].flatten(0, 1)) for j, part in enumerate(z.chunk(P, -1))
         ]  # P x (T, G*D)
         return torch.stack([part.unflatten(-1, (-1, D)) for part in y], -2).flatten(-3)
+
+
+class _LowRank(torch.autograd.Function):
+    """y + scaling * B A dropout(x), in place of y.
+
+    Kept are x, which layers with one input have in common, and z (T, r), which is scaled instead of the wide
+    result; the mask is made again. So a layer adds 4 launches to the forward pass and 6 to the backward.
+    """
+
+    @staticmethod
+    def forward(ctx, y, x, A, B, scaling: float, mask: Mask | None):
+        rows = x.reshape(-1, x.shape[-1])
+        with torch.autocast(x.device.type, enabled=False):
+            z = (rows if mask is None else drop([rows], mask)[0]).mm(A.t()).mul_(scaling)
+            out = y.view(len(rows), -1)
+            # (T, r) x (r, out); 16-bit results of an fp32 adapter are rounded once
+            out.addmm_(z, B.t()) if out.dtype == z.dtype else out.add_(z.mm(B.t()))
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, A, B, z)
+        ctx.scaling, ctx.mask = scaling, mask
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, A, B, z = ctx.saved_tensors
+        need_x, need_A, need_B = ctx.needs_input_grad[1:4]
+        rows, grads = x.reshape(-1, x.shape[-1]), dy.reshape(len(z), -1).to(z.dtype)
+        dx = dA = None
+        with torch.autocast(x.device.type, enabled=False):
+            dB = grads.t().mm(z) if need_B else None
+            dz = grads.mm(B).mul_(ctx.scaling)
+            parts = [rows] if need_A else []
+            parts += [dz.mm(A)] if need_x else []
+            if ctx.mask is not None:
+                parts = drop(parts, ctx.mask) if parts else parts
+            if need_x:
+                dx = parts.pop().view(x.shape)
+            if need_A:
+                dA = dz.t().mm(parts.pop())
+        return dy, dx, dA, dB, None, None
 
 
 class SharedLinear(nn.Linear):

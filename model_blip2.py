@@ -30,9 +30,10 @@ import parallel
 import schema
 import vlm
 from blip2_language import OPT, T5, TEXT_CONFIGS, Blip2Tokenizer, OPTConfig, T5Config
-from dropout import Dropout, dropout_rows, keys_of_rows, name_dropouts
+from dropout import Dropout, dropout_rows, name_dropouts
 from images import open_image
 from kernels.attention import attention
+from kernels.dropout import keys_of_rows
 from kernels.linear_cross_entropy import IGNORE_INDEX
 from records import front_image, text_of
 from schema import Depth, Epsilon, Pixels, Scale, Share, Size, TokenId

@@ -311,7 +311,7 @@ def tensor_parallel(model: nn.Module, plan: dict[str, tuple[str, int]], world: W
             if lora:
                 # B's rows follow the layer's; A stays whole and every rank gives its gradient a share
                 cut(f"{name}.lora_B.weight", 0, parts)
-                module.lora_A.forward = functools.partial(_shared_linear, module.lora_A)
+                module.lora_A.is_shared = True
             if isinstance(module, nn.Embedding):
                 module.forward = functools.partial(_vocab_embedding, module)
         elif kind == "row":
@@ -321,7 +321,7 @@ def tensor_parallel(model: nn.Module, plan: dict[str, tuple[str, int]], world: W
             if lora:
                 # A sees a rank's input channels; its share of the update joins the layer's sum
                 cut(f"{name}.lora_A.weight", 1)
-                module.lora_B.forward = functools.partial(_shared_linear, module.lora_B)
+                module.lora_B.is_shared = True
                 # the adapter's dropout mask is a hash of the channel in the whole layer
                 module.first_channel = world.tp_rank * module.weight.shape[1]
         else:
@@ -394,17 +394,17 @@ def first_channel(local_channels: int) -> int:
     return local_channels * dist.get_rank(groups["tp"]) if "tp" in groups else 0
 
 
-def _shared_linear(module: nn.Linear, x: Tensor) -> Tensor:
+def shared_weight(layer: nn.Linear) -> Tensor:
     """A whole weight of which each rank uses a share of the result (LoRA's A before a column layer's B), or
     that sees a share of the input (B behind a row layer's A): its gradients are shares."""
-    return F.linear(x, _Copy.apply(module.weight))
+    return _Copy.apply(layer.weight) if getattr(layer, "is_shared", False) else layer.weight
 
 
 def _row_linear(module: nn.Linear, x: Tensor) -> Tensor:
     # the adapter's update joins before the sum, so that both need one collective
     y = F.linear(x, module.weight)
     if hasattr(module, "lora_A"):
-        y = y + module.update(x).to(y.dtype)
+        y = module.updated(y, x)
     y = _Reduce.apply(y)
     return y if module.bias is None else y + module.bias
 

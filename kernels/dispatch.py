@@ -23,7 +23,11 @@ try:
 except (
     ImportError
 ):  # not made for this platform: the kernels below their references are then plain functions, never called
-    triton, tl, jit, INTERPRETER = None, types.SimpleNamespace(constexpr=None), lambda f: f, False
+    triton, tl, INTERPRETER = None, types.SimpleNamespace(constexpr=None), False
+
+    def jit(function=None, **_):
+        return function or jit
+
 
 # dots of fp32 tiles: three TF32 products, as exact as fp32 and on tensor cores, which AMD's compiler has not
 FP32_DOTS = "tf32x3" if torch.version.hip is None else "ieee"

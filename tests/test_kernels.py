@@ -73,6 +73,8 @@ def other_cases():
         yield "rms_norm", (7, 130), dtype, "frozen"
         for parts, D in ((1, 64), (1, 80), (2, 128), (2, 40)):
             yield "rotary", parts, D, dtype
+        yield "dropout", 40, 2, 0, dtype
+        yield "dropout", 9, 3, 4, dtype
         yield "swiglu", (0, 7), dtype
         yield "swiglu", (37, 103), dtype
     yield "rms_norm", (33, 96), "float16", "fp32 weight"
@@ -273,8 +275,25 @@ def run_case(kind: str, *case) -> list[str]:
         return both(
             rotary_in_fp64, [torch.randn(T, H, D).requires_grad_(), angles.cos(), angles.sin()], dtype
         )
+    if kind == "dropout":
+        return dropout_case(*case)
     shape, dtype = case
     return both(swiglu, [torch.randn(shape).requires_grad_() for _ in range(2)], dtype)
+
+
+def dropout_case(C: int, first: int, images: int, dtype: str) -> list[str]:
+    """Bit for bit the definition's result and gradient."""
+    import torch
+
+    from kernels.dropout import Mask, dropout
+
+    keys = torch.randint(-(2**63), 2**63 - 1, (images or 12,))
+    x = torch.randn(12, C + 3, dtype=getattr(torch, dtype))[:, 3:].requires_grad_()
+    dy, results = torch.randn(12, C, dtype=x.dtype), []
+    for impl in ("triton", "ref"):
+        y = dropout(x, Mask(keys, 0.3, 2**31 - 5, first, images), 0.5, impl)
+        results.append((y, *torch.autograd.grad(y, x, dy)))
+    return [what for what, a, b in zip(("y", "dx"), *results, strict=True) if not torch.equal(a, b)]
 
 
 def rotary_in_fp64(x, cos, sin, impl):

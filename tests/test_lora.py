@@ -23,6 +23,7 @@ import merge
 import model_visualglm
 import vlm
 from checkpoint import cli, copy_full_, full_tensor, load_into, open_weights
+from kernels.dropout import Mask, drop, dropout_mask, dropout_ref
 
 
 class Block(nn.Module):
@@ -254,12 +255,12 @@ def keys_of(sample: int, length: int) -> torch.Tensor:
 @pytest.mark.parametrize("p", [0.05, 0.5])
 def test_dropout_statistics(p):
     x, keys = torch.zeros(2000, 301), keys_of(0, 2000)
-    mask = dropout.dropout_mask(x, keys, p, seed=1).float()
+    mask = dropout_mask(x, Mask(keys, p, 1)).float()
     assert abs(mask.mean() - (1 - p)) < 2e-3  # 600,000 draws: 7 standard deviations
     assert (mask.mean(0) - (1 - p)).abs().max() < 6 * (p * (1 - p) / 2000) ** 0.5  # each channel
     assert (mask.mean(1) - (1 - p)).abs().max() < 6 * (p * (1 - p) / 301) ** 0.5  # each row
-    consecutive = dropout.dropout_mask(x, torch.arange(2000), p, seed=1).float()
-    other = dropout.dropout_mask(x, keys, p, seed=2).float()
+    consecutive = dropout_mask(x, Mask(torch.arange(2000), p, 1)).float()
+    other = dropout_mask(x, Mask(keys, p, 2)).float()
 
     def z(a, b):  # correlation in standard deviations
         return ((a - 1 + p) * (b - 1 + p)).mean().abs() / (p * (1 - p)) * a.numel() ** 0.5
@@ -273,24 +274,35 @@ def test_dropout_depends_on_keys_only():
     a, b = keys_of(1, 5), keys_of(2, 7)
 
     def mask(keys, C=9, first=0):
-        return dropout.dropout_mask(torch.zeros(len(keys), C), keys, 0.5, 3, first)
+        return dropout_mask(torch.zeros(len(keys), C), Mask(keys, 0.5, 3, first))
 
     packed, order = mask(torch.cat([a, b])), torch.randperm(12)
     assert torch.equal(packed, torch.cat([mask(a), mask(b)]))
     assert torch.equal(packed[order], mask(torch.cat([a, b])[order]))
     assert torch.equal(packed[:, 4:], mask(torch.cat([a, b]), C=5, first=4))  # a tensor-parallel slice
     images = keys_of(3, 2)  # of 4 tokens each
-    both = dropout.dropout_mask(torch.zeros(2, 4, 9), images, 0.5, 3, images=2)
+    both = dropout_mask(torch.zeros(2, 4, 9), Mask(images, 0.5, 3, images=2))
     assert both.shape == (2, 4, 9) and not torch.equal(both[:, 0], both[:, 1])
-    assert torch.equal(both[1:], dropout.dropout_mask(torch.zeros(1, 4, 9), images[1:], 0.5, 3, images=1))
+    assert torch.equal(both[1:], dropout_mask(torch.zeros(1, 4, 9), Mask(images[1:], 0.5, 3, images=1)))
     with pytest.raises(AssertionError, match="8 rows"):
-        dropout.dropout_mask(torch.zeros(8, 9), a, 0.5, 3)
+        dropout_mask(torch.zeros(8, 9), Mask(a, 0.5, 3))
     with pytest.raises(AssertionError, match="9 rows of 2 images, but dropout keys of 2"):
-        dropout.dropout_mask(torch.zeros(9, 9), images, 0.5, 3, images=2)
+        dropout_mask(torch.zeros(9, 9), Mask(images, 0.5, 3, images=2))
     with pytest.raises(
         AssertionError, match="8 rows of 4 images, but dropout keys of 2"
     ):  # though 2 divides 8
-        dropout.dropout_mask(torch.zeros(8, 9), images, 0.5, 3, images=4)
+        dropout_mask(torch.zeros(8, 9), Mask(images, 0.5, 3, images=4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_dropout_in_blocks_is_the_definition(monkeypatch, dtype):
+    monkeypatch.setattr("kernels.dropout.BLOCK", 64)
+    for C, first, images in ((9, 0, 0), (9, 3, 0), (40, 2, 4), (1, 7, 0), (301, 0, 2)):
+        x = torch.randn(12, C + 1, dtype=dtype)[:, 1:]  # rows with a gap between them
+        mask = Mask(keys_of(1, images or 12), 0.3, 5, first, images)
+        for y, source in zip(drop([x, 2 * x], mask), (x, 2 * x), strict=True):
+            assert torch.equal(y, dropout_ref(source, mask))
+        assert torch.equal(drop([x], mask, 0.7)[0], dropout_ref(x, mask, 0.7))
 
 
 def test_dropout_in_the_layer():
@@ -298,7 +310,7 @@ def test_dropout_in_the_layer():
     layer, x = model.h[0].c_attn, torch.randn(20, 8, requires_grad=True)
     plain = layer(x)  # no keys: no dropout
     keys = keys_of(1, 20)
-    kept = dropout.dropout_mask(x, keys, 0.5, layer.seed)
+    kept = dropout_mask(x, Mask(keys, 0.5, layer.seed))
     expected = nn.functional.linear(x, layer.weight, layer.bias) + 3 * layer.lora_B(
         layer.lora_A(x * kept / 0.5)
     )
