@@ -22,6 +22,8 @@ import re
 import shutil
 import struct
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -339,15 +341,29 @@ class Weights:
             tensor = torch.empty(shape, dtype=dtype)
         else:
             tensor = scratch[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
-        buffer = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
         with open(path, "rb", buffering=0) as f:
             f.seek(offset)
-            while len(buffer):
-                count = f.readinto(buffer)  # at most 2 GiB in one call on Linux
-                if not count:
-                    raise ValueError(f"{path} ended while {name!r} was read; fetch it again")
-                buffer = buffer[count:]
+            fill(tensor.reshape(-1).view(torch.uint8).numpy(), f, name)
         return tensor
+
+    def in_place(self, name: str, param: torch.Tensor) -> bool:
+        """Whether a parameter's own memory takes the tensor as it stands in the file."""
+        _, _, _, dtype, offset = self._entries[name]
+        plain = param.device.type == "cpu" and param.dtype == dtype and param.is_contiguous()
+        return plain and offset is not None
+
+    def read_into(self, name: str, param: torch.Tensor) -> float:
+        """Reads the tensor into a parameter's own memory, see in_place(). -> its largest absolute value,
+        looked for a piece at a time, while a core's cache still holds it; ValueError for NaN or infinity."""
+        path, _, _, dtype, offset = self._entries[name]
+        values, most = integers(param), 0
+        with open(path, "rb", buffering=0) as f:
+            f.seek(offset)
+            for start in range(0, len(values), PIECE_BYTES // dtype.itemsize):
+                piece = values[start : start + PIECE_BYTES // dtype.itemsize]
+                fill(piece, f, name)
+                most = max(most, magnitude(piece))
+        return finite(most, dtype, name)
 
     def scratch(self) -> torch.Tensor:
         """Room for any one tensor. Fresh memory for each would leave the heap full of holes: up to 1.6x the
@@ -411,6 +427,19 @@ class Weights:
                 ) from None
             self._shard = (path, tensors)
         return self._shard[1]
+
+
+PIECE_BYTES = 1 << 19
+
+
+def fill(values: np.ndarray, file, name: str) -> None:
+    """Reads an array's bytes from where the file stands."""
+    buffer = memoryview(values).cast("B")
+    while len(buffer):
+        count = file.readinto(buffer)  # at most 2 GiB in one call on Linux
+        if not count:
+            raise ValueError(f"{file.name} ended while {name!r} was read; fetch it again")
+        buffer = buffer[count:]
 
 
 def check_state(tensors, path) -> None:
@@ -518,12 +547,37 @@ def check_names(expected: dict, weights: Weights, ignore=()) -> None:
         )
 
 
-def largest(tensor: torch.Tensor, name: str) -> float:
-    """The largest absolute value, without a copy of the tensor. ValueError for NaN or infinity."""
-    value = max((abs(float(x)) for x in torch.aminmax(tensor)), default=0.0) if tensor.numel() else 0.0
+# A float's bits without its sign are ordered as integers, NaN and infinity last, and numpy finds the largest
+# integer of 16 or 32 bits 2 to 4 times as fast as torch.aminmax the largest float.
+SIGNED = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def integers(tensor: torch.Tensor) -> np.ndarray:
+    """A contiguous CPU tensor of floats as a flat view of their bits."""
+    return tensor.detach().reshape(-1).view(SIGNED[tensor.element_size()]).numpy()
+
+
+def magnitude(values: np.ndarray) -> int:
+    """Of floats' bits: those of the largest absolute value."""
+    sign = 1 << (8 * values.itemsize - 1)
+    if not values.size:
+        return 0
+    negative = int(values.view(f"u{values.itemsize}").max())
+    return max(int(values.max()), negative - sign if negative >= sign else 0)
+
+
+def finite(bits: int, dtype: torch.dtype, name: str) -> float:
+    value = float(torch.tensor([bits], dtype=SIGNED[dtype.itemsize]).view(dtype))
     if not math.isfinite(value):
         raise ValueError(f"{name} holds NaN or infinity; fetch or train these weights again")
     return value
+
+
+def largest(tensor: torch.Tensor, name: str) -> float:
+    """The largest absolute value. ValueError for NaN or infinity."""
+    if not tensor.is_floating_point():
+        return float(tensor.abs().max()) if tensor.numel() else 0.0
+    return finite(magnitude(integers(tensor.cpu())), tensor.dtype, name)
 
 
 @torch.no_grad()
@@ -550,6 +604,16 @@ def full_tensor(param: torch.Tensor) -> torch.Tensor:
     return full.cpu()
 
 
+def in_threads(call, items: list) -> Iterator:
+    """call(item) of each in order, by as many threads as torch has; what has not begun when one raises is
+    not done."""
+    pool = ThreadPoolExecutor(torch.get_num_threads())
+    try:
+        yield from pool.map(call, items)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def load_into(params: dict, weights: Weights, dtype: torch.dtype | None = None, skip=()) -> None:
     """Strict copy of the weights into {name: parameter}, one tensor at a time.
 
@@ -557,18 +621,30 @@ def load_into(params: dict, weights: Weights, dtype: torch.dtype | None = None, 
     sides.
     """
     check_names({name: parallel.whole_shape(p) for name, p in params.items()}, weights, ignore=skip)
-    skip, scratch, peak = set(skip), weights.scratch(), 0.0
-    for name in weights:
-        if name not in skip:
+    skip, scratch, peak = set(skip), None, 0.0
+
+    def as_it_is(param) -> bool:
+        return not isinstance(param, DTensor) and not hasattr(param, "cut") and dtype in (None, param.dtype)
+
+    names = [name for name in weights if name not in skip]
+    straight = [n for n in names if as_it_is(params[n]) and weights.in_place(n, params[n])]
+    # reading and looking at what was read take as long as each other: threads do both at a time
+    with contextlib.closing(in_threads(lambda n: weights.read_into(n, params[n]), straight)) as found:
+        highs = dict(zip(straight, found, strict=True))
+    for name in names:
+        param, full = params[name], None
+        if name not in highs:
+            scratch = weights.scratch() if scratch is None else scratch
             full = weights.read(name, scratch)
-            high = largest(full, name)
-            for kind in (dtype, params[name].dtype):
-                if kind is not None and high > torch.finfo(kind).max:
-                    raise ValueError(
-                        f"{name} has a value of {high:.3g}, too large for {kind}; use bfloat16 or float32"
-                    )
-            peak = max(peak, high)
-            copy_full_(params[name], full if dtype is None else full.to(dtype))
+            highs[name] = largest(full, name)
+        for kind in (dtype, param.dtype):
+            if kind is not None and highs[name] > torch.finfo(kind).max:
+                raise ValueError(
+                    f"{name} has a value of {highs[name]:.3g}, too large for {kind}; use bfloat16 or float32"
+                )
+        peak = max(peak, highs[name])
+        if full is not None:
+            copy_full_(param, full if dtype is None else full.to(dtype))
     if params and not peak:
         raise ValueError("every weight is zero; the file was never written in full: fetch it again")
 

@@ -438,3 +438,33 @@ def test_files_are_whole_or_not_there_and_follow_the_umask(tmp_path):
         os.umask(old)
     for made in (path, tmp_path / "checkpoint-1" / "model.safetensors"):
         assert made.stat().st_mode & 0o777 == 0o640, made
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_largest_value_is_found_by_its_bits(dtype):
+    for values in ([1.0, -3.0, 2.0], [-1.0, -2.0], [3.0, 1.0], [0.0, -0.0], [-0.0], [1e-7, -1e-6], []):
+        tensor = torch.tensor(values, dtype=dtype)
+        assert ck.largest(tensor, "a") == (float(tensor.abs().max()) if values else 0)
+        assert ck.largest(tensor.expand(2, -1).T, "a") == ck.largest(tensor, "a")
+    for bad in (float("nan"), -float("nan"), float("inf"), -float("inf")):
+        for other in (1.0, -1.0):
+            with pytest.raises(ValueError, match="a holds NaN or infinity"):
+                ck.largest(torch.tensor([other, bad, other], dtype=dtype), "a")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_reading_in_place_looks_at_every_piece(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(ck, "PIECE_BYTES", 64)
+    full = {f"{n}": torch.randn(7, 11).to(dtype) for n in range(3)}
+    into = {name: torch.zeros_like(t) for name, t in full.items()}
+    ck.save_weights(tmp_path, full.items())
+    ck.load_into(into, ck.open_weights(tmp_path))
+    assert all(torch.equal(into[name], t) for name, t in full.items())
+    full["1"][-1, -1] = float("-inf")
+    ck.save_weights(tmp_path, full.items())
+    with pytest.raises(ValueError, match="1 holds NaN or infinity"):
+        ck.load_into(into, ck.open_weights(tmp_path))
+    weights = ck.open_weights(tmp_path)
+    os.truncate(tmp_path / "model.safetensors", os.path.getsize(tmp_path / "model.safetensors") - 5)
+    with pytest.raises(ValueError, match="model.safetensors ended while"):
+        ck.load_into({"2": into["2"], "0": into["0"]}, weights, skip={"1"})
