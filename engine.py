@@ -112,7 +112,13 @@ class Sequence:
 
 class Pool:
     """Rows for the keys and values of all sequences, the same rows in every layer. `memory` holds what an
-    encoder-decoder's layers see of the encoder."""
+    encoder-decoder's layers see of the encoder.
+
+    Ranges are whole multiples of GRAIN: neighbours then often begin at even distances, and attention takes
+    them in one call (attention_ranges_ref).
+    """
+
+    GRAIN = 32
 
     def __init__(self, size: int, before: int = 0):
         self.size, self.before = 0, before  # rows in front of each sequence's own (P-tuning)
@@ -127,7 +133,7 @@ class Pool:
             return
         for buffers in (self.layers, self.memory):
             for layer, pair in buffers.items():
-                buffers[layer] = larger = tuple(x.new_empty(size, *x.shape[1:]) for x in pair)
+                buffers[layer] = larger = tuple(x.new_zeros(size, *x.shape[1:]) for x in pair)
                 for new, old in zip(larger, pair, strict=True):
                     new[: self.size] = old
         self.give_back(self.size, size - self.size)
@@ -147,6 +153,17 @@ class Pool:
     def would_fit(self, rows: int, ranges: list[tuple[int, int]]) -> bool:
         """Whether there is a gap of so many rows once these ranges are free."""
         return any(end - first >= rows for first, end in joined([*self.free, *ranges]))
+
+    def grains(self, rows: int, ranges: int) -> int:
+        """The rows of so many ranges side by side, in whole grains if the pool has as many."""
+        whole = -(-rows // self.GRAIN) * self.GRAIN * ranges
+        return whole if whole <= self.size or rows * ranges > self.size else rows * ranges
+
+    def clear(self, first: int, rows: int) -> None:
+        """Attention may look at rows behind a sequence's keys, and drop what it finds; NaN would stay."""
+        for pair in (*self.layers.values(), *self.memory.values()):
+            for x in pair:
+                x[first : first + rows] = 0
 
     def copy(self, source: int, target: int, rows: int, memory: int = 0) -> None:
         for buffers, count in ((self.layers, rows), (self.memory, memory)):
@@ -200,7 +217,7 @@ class KVCache:
             self.rows = ranges_of(first, counts).to(q.device)
         pair = self.buffers(self.pool.layers, layer, k, v)
         for buffer, x in zip(pair, (k, v), strict=True):
-            buffer[self.rows] = x
+            buffer.index_copy_(0, self.rows, x)
         if before:
             new = [s for s, n in zip(self.starts, self.past, strict=True) if n == 0]
             for buffer, x in zip(pair, tuned, strict=True):
@@ -223,7 +240,7 @@ class KVCache:
         if k is not None:
             rows = ranges_of(self.starts, memory_cu_seqlens.diff().tolist()).to(q.device)
             for buffer, x in zip(self.buffers(self.pool.memory, layer, k, v), (k, v), strict=True):
-                buffer[rows] = x
+                buffer.index_copy_(0, rows, x)
         keys = [(s, s + n) for s, n in zip(self.starts, self.memory_lengths, strict=True)]
         return attention_ranges(q, *self.pool.memory[layer], cu_seqlens, keys, causal=False)
 
@@ -233,7 +250,7 @@ class KVCache:
 
     def buffers(self, where: dict, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if layer not in where:
-            where[layer] = tuple(x.new_empty(self.pool.size, *x.shape[1:]) for x in (k, v))
+            where[layer] = tuple(x.new_zeros(self.pool.size, *x.shape[1:]) for x in (k, v))
         return where[layer]
 
 
@@ -285,6 +302,11 @@ def seen_mask(tokens: list[int], V: int, device: torch.device | str = "cpu") -> 
     return torch.zeros(V, dtype=torch.bool, device=device).index_fill(0, index, True)
 
 
+def best_tokens(logits: Tensor) -> Tensor:
+    """logits.argmax(-1); on a CPU NumPy's takes a tenth of the time of torch's."""
+    return torch.from_numpy(logits.numpy().argmax(-1)) if logits.device.type == "cpu" else logits.argmax(-1)
+
+
 class Sampler:
     """Chooses a token for each row of logits, each row by its own settings, in transformers' order:
     penalties, bias, minimal length, temperature, top-k, top-p. A sequence has a slot in the tables while it
@@ -296,6 +318,7 @@ class Sampler:
         self.settings = np.zeros((slots, len(self.NAMES)))
         self.streams = np.zeros(slots, np.uint64)  # names of the random streams
         self.made = np.zeros(slots, np.int64)  # tokens of each answer
+        self.plain = np.zeros(slots, bool)  # whose token is the largest logit, unless it comes too early
         self.ends, self.slots = torch.tensor(ends, dtype=torch.int64), slots
         # (slots, V), made when the first request needs them
         self.seen: Tensor | None = None  # what the repetition penalty counts
@@ -312,6 +335,9 @@ class Sampler:
             *(minimum, request.logprobs),
         )
         self.streams[slot], self.made[slot] = stream_of(how.seed, request.id), 0
+        changes = how.repetition_penalty != 1, request.presence_penalty, request.frequency_penalty
+        changes = *changes, how.temperature, request.logit_bias, request.logprobs >= 0
+        self.plain[slot] = not any(changes)
 
         def table(now: Tensor | None, dtype: torch.dtype) -> Tensor:
             now = logits.new_zeros(self.slots, V, dtype=dtype) if now is None else now
@@ -331,12 +357,14 @@ class Sampler:
     def __call__(self, logits: Tensor, slots: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
         """logits (B, V) fp32 -> tokens (B,), whether a row's logits are finite (B,), log-probabilities (B, V)
         where a row asks for them."""
-        device, s = (
-            logits.device,
-            dict(zip(self.NAMES, torch.from_numpy(self.settings[slots].T), strict=True)),
-        )
+        settings, device = self.settings[slots], logits.device
+        finite = logits.sum(-1).isfinite()  # of finite ones the sum is finite: they are far from fp32's end
+        early = self.made[slots] < settings[:, self.NAMES.index("minimum")]
+        if self.plain[slots].all() and not early.any():
+            self.made[slots] += 1
+            return best_tokens(logits), finite, None
+        s = dict(zip(self.NAMES, torch.from_numpy(settings.T), strict=True))
         at = torch.tensor(slots, device=device)
-        finite = logits.isfinite().all(-1)
         logprobs = logits.log_softmax(-1) if bool((s["logprobs"] >= 0).any()) else None
 
         def column(name: str) -> Tensor:
@@ -354,11 +382,11 @@ class Sampler:
             logits = logits - column("presence") * (counts > 0) - column("frequency") * counts
         if self.bias is not None:
             logits = logits + self.bias[at]
-        early = torch.from_numpy(self.made[slots]) < s["minimum"]
+        early = torch.from_numpy(early)
         if len(self.ends) and bool(early.any()):
             mask = torch.zeros_like(logits[:1], dtype=torch.bool).index_fill(1, self.ends.to(device), True)
             logits = logits.masked_fill(early.to(device)[:, None] & mask, float("-inf"))
-        tokens = logits.argmax(-1)
+        tokens = best_tokens(logits)
         hot = (s["temperature"] > 0).nonzero()[:, 0]
         if len(hot):
             settings = (s[name][hot] for name in ("temperature", "top_k", "top_p"))
@@ -596,7 +624,7 @@ class Engine:
             positions=np.concatenate((positions, later), -1),
             given=given,
             encoder=encoder,
-            rows=(max(encoder, given - encoder + room) + self.tuned) * how.num_beams,
+            rows=self.pool.grains(max(encoder, given - encoder + room) + self.tuned, how.num_beams),
             images=images,
             digests=dict(zip(prompt["image_starts"], digests, strict=True)),
             group=(request.adapter, group),
@@ -626,6 +654,9 @@ class Engine:
         if sequence in self.queue:
             self.queue.remove(sequence)
         elif sequence is not None:
+            if sequence.total == sequence.given and not sequence.beams:
+                sequence.fed = 0  # no logits have shown yet whether its keys are finite
+                self.pool.clear(sequence.start, sequence.rows)
             self.leave(sequence)
 
     def has_work(self) -> bool:
@@ -765,6 +796,7 @@ class Engine:
                     add(sequence)
             elif self.pool_is_short(sequence):
                 break  # the others wait behind it: a long one is never overtaken for ever
+        decode.sort(key=lambda entry: entry[0].start)  # for attention, see Pool.GRAIN
         if not alone:
             return decode + prompts
         # its prompts have a pass of their own, for one adapter
@@ -775,7 +807,6 @@ class Engine:
         kept = [(k.start, k.start + k.rows) for k in self.kept]
         return not self.pool.would_fit(sequence.rows, kept)
 
-    @torch.no_grad()
     def forward(self, entries: list[tuple[Sequence, int]]) -> Tensor:
         """Logits (S, V) fp32 behind the next tokens of each sequence; the pool grows by them."""
         pieces, Q = [(s, s.fed, count) for s, count in entries], self.model.num_image_tokens
@@ -803,7 +834,9 @@ class Engine:
             [s.encoder for s, _, _ in pieces],
             encode=any(first == 0 for _, first, _ in pieces),
         )
-        batch = replace(batch.to(self.device), cache=cache)
+        if self.device.type != "cpu":
+            batch = batch.to(self.device)
+        batch.cache = cache
         with lora.adapted(self.rows_of_adapters(pieces)):
             return self.run(whole, batch, "logits").float()
 
@@ -907,6 +940,8 @@ class Engine:
             if entries[n][0].beams:
                 searches.setdefault(entries[n][0].beams, []).append(n)
         for beams, rows in searches.items():
+            if beams.sequences:
+                rows.sort(key=lambda n: beams.sequences.index(entries[n][0]))
             events += self.search(self.by_request[beams.request], logits[rows])
         for event in events:
             if event.finish:
@@ -952,6 +987,7 @@ class Engine:
 
     def failed(self, s: Sequence) -> Event:
         s.fed = 0  # no other request goes on from its rows
+        self.pool.clear(s.start, s.rows)
         return Event(s.request, None, finish="error", error=NOT_FINITE, cached_tokens=s.cached)
 
     def finish(self, s: Sequence, token: int) -> str | None:

@@ -290,7 +290,7 @@ def test_an_engine_goes_on_with_a_larger_pool(loaded, images, kind):
 
     e.step = watch
     question, size = records.request([("user", "what is")], images[:1], "test"), 0
-    for new in (2, 9, 30):
+    for new in (2, 40, 90):
         prompt = processor.prompt(question)
         request = Request("a", prompt, Decoding(new, temperature=1.0, min_new_tokens=new))
         other = prompt_of(kind, processor, rng, images)

@@ -90,6 +90,7 @@ EXTRA = (
     "deterministic",
     "plan_is_shared",
     "key_ranges",
+    "even_ranges",
     "refusals",
     "autocast",
     "vocab_parallel",
@@ -415,6 +416,32 @@ def key_ranges() -> list[str]:
             o = attention_ranges(q, *pool, cu_seqlens, keys, mask != "full", prefix_lens, impl=impl)
             if not float((o - expected).abs().max()) < 1e-5:
                 problems.append(f"{impl}, {lengths}, {mask}: off by {float((o - expected).abs().max())}")
+    return problems
+
+
+def even_ranges() -> list[str]:
+    """Single queries whose keys begin at even distances are one call, which sees no row behind a range."""
+    import torch
+
+    from kernels.attention import attention_ranges, runs_of
+
+    problems = []
+    for counts, step, calls in (([7, 30, 31, 9], 40, 1), ([40, 40], 40, 1), ([41, 3], 40, 2), ([5], 1, 1)):
+        q, pool = torch.randn(len(counts), 2, 16), torch.randn(2, 200, 2, 16)
+        keys = [(7 + n * step, 7 + n * step + count) for n, count in enumerate(counts)]
+        bounds = torch.arange(len(counts) + 1, dtype=torch.int32)
+        found = attention_ranges(q, *pool, bounds, keys, True, impl="ref")
+        for n, (first, end) in enumerate(keys):
+            k, v = pool[:, first:end].double()
+            weights = torch.einsum("hd,khd->hk", q[n].double(), k).div(4).softmax(-1)
+            expected = torch.einsum("hk,khd->hd", weights, v)
+            if not float((found[n] - expected).abs().max()) < 1e-5:
+                problems.append(
+                    f"{counts}, {step}: segment {n} is off by {(found[n] - expected).abs().max()}"
+                )
+        runs = runs_of(tuple(bounds.tolist()), tuple(keys), 200, 32, True, q.device)
+        if len(runs) != calls:
+            problems.append(f"{counts}, {step}: {len(runs)} calls")
     return problems
 
 
