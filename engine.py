@@ -13,10 +13,9 @@ until room is needed: a prompt that begins like it (same tokens, images, adapter
 """
 
 import hashlib
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import islice
 
 import numpy as np
 import torch
@@ -48,6 +47,7 @@ class Request:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     stopped: Callable[[list[int]], bool] | None = None  # ends the answer by its ids
+    client: str = ""  # whose it is: clients take turns, however many requests each has
 
 
 @dataclass(slots=True)
@@ -784,7 +784,7 @@ class Engine:
         for sequence in self.active:
             if left > 0 and not sequence.decodes:
                 add(sequence)
-        for sequence in list(islice(self.queue, self.max_running)):
+        for sequence in self.in_turn() if left > 0 and self.free_slots else ():
             if left <= 0 or not self.free_slots:
                 break
             if self.admit(sequence):
@@ -802,6 +802,16 @@ class Engine:
         # its prompts have a pass of their own, for one adapter
         adapter = prompts[0][0].request.adapter if prompts else None
         return [p for p in prompts if p[0].request.adapter == adapter] or decode
+
+    def in_turn(self) -> list[Sequence]:
+        """The waiting ones that are next: the fewer answers its client has before it, the earlier."""
+        before = Counter(s.request.client for s in self.active)
+        turns = []
+        for n, sequence in enumerate(self.queue):
+            client = sequence.request.client
+            turns.append((before[client], n, sequence))
+            before[client] += 1
+        return [sequence for *_, sequence in sorted(turns)[: self.max_running]]
 
     def pool_is_short(self, sequence: Sequence) -> bool:
         kept = [(k.start, k.start + k.rows) for k in self.kept]

@@ -34,6 +34,7 @@ import threading
 import time
 import warnings
 from bisect import bisect_left
+from collections import Counter
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -139,7 +140,7 @@ def where_from(error: BaseException) -> str:
 class Chat:
     """One HTTP request: its n answers, and what the engine says of them."""
 
-    def __init__(self, service: "Service", wanted: Wanted, prompt: dict, adapter: str | None):
+    def __init__(self, service: "Service", wanted: Wanted, prompt: dict, adapter: str | None, client: str):
         self.service, self.wanted, self.events = service, wanted, asyncio.Queue()
         self.prompt_tokens, self.cached_tokens = len(prompt["input_ids"]), 0
         self.image_tokens = service.processor.num_image_tokens * len(prompt["images"])
@@ -147,7 +148,7 @@ class Chat:
         self.id, self.created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
         w, settings = wanted, {"stop": wanted.stop, "adapter": adapter, "logprobs": wanted.logprobs}
         settings |= {"logit_bias": w.logit_bias, "presence_penalty": w.presence_penalty}
-        settings |= {"frequency_penalty": w.frequency_penalty}
+        settings |= {"frequency_penalty": w.frequency_penalty, "client": client}
         # like the numbers of records in a file of requests: so one seed gives the answers of generate.py
         self.wishes = [Wish(str(n), prompt, w.how, **settings, chat=self, index=n) for n in range(w.n)]
         begun = prompt["begun"], wanted.begun or ""
@@ -308,13 +309,15 @@ class ChatCompletions:
 
     async def __call__(self, scope, receive, send) -> None:
         service, request = self.service, Request(scope, receive)
-        with service.seats.taken() as seats:
+        client = (scope.get("client") or ("",))[0]  # an address
+        with service.seats.taken(client) as seats:
             content = await read_body(request, service.limits)
             prepared = asyncio.get_running_loop().run_in_executor(service.workers, service.prepare, content)
             wanted, prompt, adapter = await prepared
             del content
             seats.take(wanted.n - 1)
-            chat = scope["chat"] = Chat(service, wanted, prompt, adapter)  # in the scope for the log
+            chat = Chat(service, wanted, prompt, adapter, client)
+            scope["chat"] = chat  # for the log
             service.chats.add(chat)
             answer = asyncio.ensure_future(self.answer(chat, scope, receive, send))
             gone = asyncio.ensure_future(client_gone(receive))
@@ -372,14 +375,16 @@ async def read_body(request: Request, limits, seconds: float = 30) -> bytes:
 
 
 class Seats:
-    """How many answers are waiting or running; one that finds no seat is sent away at once."""
+    """How many answers are waiting or running; one that finds no seat is sent away at once. Some seats are
+    kept for others than the one who has most."""
 
-    def __init__(self, most: int):
-        self.most, self.open, self.draining, self.mean_seconds = most, 0, False, 1.0
+    def __init__(self, running: int, waiting: int):
+        self.most, self.most_of_one = running + waiting, running + waiting - waiting // 4
+        self.open, self.of, self.draining, self.mean_seconds = 0, Counter(), False, 1.0
 
     @contextlib.contextmanager
-    def taken(self):
-        mine = Seat(self)
+    def taken(self, client: str):
+        mine = Seat(self, client)
         began = time.monotonic()
         try:
             mine.take(1)
@@ -387,22 +392,26 @@ class Seats:
             self.mean_seconds += 0.1 * (time.monotonic() - began - self.mean_seconds)
         finally:
             self.open -= mine.count
+            self.of[client] -= mine.count
+            if not self.of[client]:
+                del self.of[client]
 
 
 class Seat:
-    def __init__(self, seats: Seats):
-        self.seats, self.count = seats, 0
+    def __init__(self, seats: Seats, client: str):
+        self.seats, self.client, self.count = seats, client, 0
 
     def take(self, count: int) -> None:
-        if self.seats.draining:
+        seats = self.seats
+        if seats.draining:
             raise Refused(503, "the server is shutting down", retry_after="30", connection="close")
-        if self.seats.open + count > self.seats.most:
-            wait, message = (
-                math.ceil(self.seats.mean_seconds),
-                "too many requests are waiting; try again later",
-            )
-            raise Refused(429, message, None, "queue_full", retry_after=str(min(60, max(1, wait))))
-        self.seats.open += count
+        full = seats.open + count > seats.most
+        if full or seats.of[self.client] + count > seats.most_of_one:
+            wait = str(min(60, max(1, math.ceil(seats.mean_seconds))))
+            message = f"too many requests{'' if full else ' of yours'} are waiting; try again later"
+            raise Refused(429, message, None, "queue_full", retry_after=wait)
+        seats.open += count
+        seats.of[self.client] += count
         self.count += count
 
 
@@ -484,7 +493,7 @@ class Service:
     def __init__(self, made: engine.Engine, processor, name: str, limits: argparse.Namespace):
         self.engine, self.processor, self.name, self.limits = made, processor, name, limits
         self.created = int(time.time())
-        self.seats, self.metrics = Seats(limits.max_running + limits.max_queue), Metrics(name)
+        self.seats, self.metrics = Seats(limits.max_running, limits.max_queue), Metrics(name)
         self.workers = concurrent.futures.ThreadPoolExecutor(
             4
         )  # a large image is a hundred MB while it opens
@@ -739,7 +748,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add("--cors", nargs="*", default=None, help="origins whose pages may call; without a value: any")
     add("--image_hosts", nargs="+", default=[], help="hosts that images may be fetched from over https")
     add("--max_running", type=int, default=64, help="answers that are computed at the same time")
-    add("--max_queue", type=int, default=256, help="answers that wait besides; one more gets status 429")
+    queue = "answers that wait besides; one more gets status 429, and one address fills three quarters"
+    add("--max_queue", type=int, default=256, help=queue)
     add("--step_tokens", type=int, default=2048, help="of one forward pass")
     add("--cache_tokens", type=int, default=32768, help="whose keys and values are kept, of all requests")
     add("--max_body_mb", type=int, default=20)

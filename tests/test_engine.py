@@ -338,6 +338,18 @@ def test_a_long_request_is_not_overtaken_for_ever(loaded):
     assert order[:3] == ["0", "1", "2"] and len(order) == 8
 
 
+def test_clients_take_turns(loaded):
+    """One who asks later and less does not wait for all that another one has asked."""
+    model, processor = loaded("qwen_vl")
+    prompt = processor.prompt(records.request([("user", "a")], [], "test"))
+    e, order = Engine(model, processor, max_running=2), []
+    for n, client in enumerate("aaaaaaaabcb"):
+        e.submit(Request(f"{client}{n}", prompt, Decoding(4, min_new_tokens=4), client=client))
+    while e.has_work():
+        order += [event.request.id for event in e.step() if event.finish]
+    assert order[:6] == ["a0", "b8", "a1", "c9", "a2", "b10"] and len(order) == 11
+
+
 def test_what_can_never_run_is_refused(loaded, tmp_path):
     model, processor = loaded("qwen_vl")
     (tmp_path / "bad.png").write_bytes(b"\x89PNG")

@@ -909,6 +909,32 @@ def test_a_full_queue_answers_429(small):
     client.until(lambda: client.service.seats.open == 0, "all places are free")
 
 
+def test_one_address_leaves_places_for_others(small):
+    client = small("--max_running", "1", "--max_queue", "4")
+    body = json.dumps({"model": client.name, "messages": asked(), "stream": True, **LONG})
+
+    def ask(address: str) -> http.client.HTTPResponse:
+        connection = http.client.HTTPConnection(
+            "127.0.0.1", client.port, timeout=300, source_address=(address, 0)
+        )
+        try:
+            connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+        except OSError as e:
+            pytest.skip(f"no second address here: {e}")
+        return connection.getresponse()
+
+    waiting = [ask("127.0.0.1") for _ in range(4)]
+    response = ask("127.0.0.1")
+    assert response.status == 429 and "of yours" in json.loads(response.read())["error"]["message"]
+    waiting.append(ask("127.0.0.2"))
+    assert [r.status for r in waiting] == [200] * 5
+    response = ask("127.0.0.3")
+    assert response.status == 429 and "of yours" not in json.loads(response.read())["error"]["message"]
+    for response in waiting:
+        leave(response)
+    client.until(lambda: not client.service.seats.open and not client.service.seats.of, "places are free")
+
+
 def test_a_large_body_is_not_kept(small):
     client = small("--max_body_mb", "1")
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
