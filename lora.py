@@ -30,6 +30,7 @@ import parallel
 import schema
 import vlm
 from dropout import Rows
+from kernels.dispatch import without_autocast
 from kernels.dropout import Mask, drop, dropout
 
 PREFIX = "base_model.model."  # PEFT puts it before every name
@@ -88,7 +89,7 @@ class _LowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, x, A, B, scaling: float, mask: Mask | None):
         rows = x.reshape(-1, x.shape[-1])
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             z = (rows if mask is None else drop([rows], mask)[0]).mm(A.t()).mul_(scaling)
             out = y.view(len(rows), -1)
             # (T, r) x (r, out); 16-bit results of an fp32 adapter are rounded once
@@ -104,7 +105,7 @@ class _LowRank(torch.autograd.Function):
         need_x, need_A, need_B = ctx.needs_input_grad[1:4]
         rows, grads = x.reshape(-1, x.shape[-1]), dy.reshape(len(z), -1).to(z.dtype)
         dx = dA = None
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             dB = grads.t().mm(z) if need_B else None
             dz = grads.mm(B).mul_(ctx.scaling)
             parts = [rows] if need_A else []

@@ -9,6 +9,7 @@ Without a GPU the kernels run in Triton's interpreter (slow: for tests) if TRITO
 the start.
 """
 
+import contextlib
 import types
 
 import torch
@@ -85,6 +86,13 @@ def use_triton(impl: str, x: Tensor) -> bool:
     if reason := problem(x.device):
         raise ValueError(f'impl="triton", but {reason}')
     return True
+
+
+def without_autocast(device: torch.device):
+    """A context in which operations take their operands as they are; shapes alone have no autocast to end."""
+    if device.type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def architecture(device: torch.device) -> str:

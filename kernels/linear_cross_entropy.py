@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.dispatch import FP32_DOTS, architecture, jit, tl, triton, use_triton
+from kernels.dispatch import FP32_DOTS, architecture, jit, tl, triton, use_triton, without_autocast
 
 IGNORE_INDEX = -100
 CHUNK_BYTES = 256 << 20  # fp32 logits held at a time, or 16-bit gradients of logits in the Triton version
@@ -60,7 +60,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_w = torch.zeros(weight.shape, dtype=torch.float32, device=x.device) if need_w else None
         row_losses = torch.empty(N, dtype=torch.float32, device=x.device)
         chunk = max(1, CHUNK_BYTES // (4 * V))
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             for i in range(0, N, chunk):
                 logits = grad = None  # the last chunk's go before this one's come
                 rows, target = x[i : i + chunk].to(dtype), targets[i : i + chunk, None]
@@ -314,7 +314,7 @@ class _TritonLinearCrossEntropy(torch.autograd.Function):
         words = min(V, max(1024, CHUNK_BYTES // (max(N, 1) * x.element_size()) // 16 * 16))  # of a slice
         buffer = torch.empty(N, words, dtype=x.dtype, device=x.device)
         hit, spread = 1 - ctx.smoothing, ctx.smoothing / _vocab_size(w, ctx.group)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             for first in range(0, V if N else 0, words):
                 part = w[first : first + words]
                 grad = buffer[:, : len(part)]
