@@ -494,12 +494,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     how = Decoding.of(args)
     check_arguments(args)
-    degree, processes = args.tensor_parallel_degree, int(os.environ.get("WORLD_SIZE", 1))
-    if degree != processes:
-        raise ValueError(
-            f"tensor_parallel_degree={degree} with {processes} processes; start it as "
-            f"torchrun --nproc_per_node {degree} generate.py --tensor_parallel_degree {degree} ..."
-        )
+    degree = args.tensor_parallel_degree
+    check_degree("generate.py", degree)
     if degree == 1:
         before = signal.signal(
             signal.SIGTERM, signal.default_int_handler
@@ -521,6 +517,16 @@ def main(argv: list[str] | None = None) -> int:
             return run(args, how, world)
     finally:
         parallel.leave_world()
+
+
+def check_degree(script: str, degree: int) -> None:
+    """ValueError unless so many processes were started."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if degree != processes:
+        raise ValueError(
+            f"tensor_parallel_degree={degree} with {processes} processes; start it as "
+            f"torchrun --nproc_per_node {degree} {script} --tensor_parallel_degree {degree} ..."
+        )
 
 
 def check_device(name: str) -> None:

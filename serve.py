@@ -21,6 +21,7 @@ import concurrent.futures
 import contextlib
 import hashlib
 import hmac
+import itertools
 import json
 import logging
 import math
@@ -28,6 +29,7 @@ import queue
 import re
 import resource
 import secrets
+import signal
 import socket
 import sys
 import threading
@@ -50,17 +52,19 @@ except ImportError as e:
     sys.exit(f"error: {e.name} is not installed; pip install -r requirements-serve.txt")
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 import bench_serve
 import checkpoint
 import data
 import engine
+import parallel
 import records
 import terminal
 import vlm
 from chat_body import DECODING, Refused, Wanted, read_wanted
-from generate import DTYPES, Decoding, Shown, check_device, cut_at_stop, load_model
+from generate import DTYPES, Decoding, Shown, check_degree, check_device, cut_at_stop, load_model
 from kernels import dispatch
 from quantize import BITS, quantize
 
@@ -76,18 +80,22 @@ class Wish(engine.Request):
 
     chat: "Chat" = None
     index: int = 0
+    number: int = 0  # by which the ranks of a tensor-parallel model know it
 
 
 class EngineThread(threading.Thread):
     """Steps the engine while it has work. What it is told and what it says crosses over once a step."""
 
-    def __init__(self, engine, loop: asyncio.AbstractEventLoop, deliver, failed):
+    def __init__(self, engine, loop: asyncio.AbstractEventLoop, deliver, failed, ranks: int = 1):
         super().__init__(daemon=True)
-        self.engine, self.loop, self.deliver, self.failed = engine, loop, deliver, failed
+        self.engine, self.loop, self.deliver, self.failed, self.ranks = engine, loop, deliver, failed, ranks
         self.inbox: queue.SimpleQueue = queue.SimpleQueue()
+        self.numbers = itertools.count()
 
     def submit(self, wishes: list[Wish]) -> None:
         """All of them before the next step, so that each is taken before the first event of one."""
+        for wish in wishes:
+            wish.number = next(self.numbers)
         self.inbox.put([(self.engine.submit, wish) for wish in wishes])
 
     def cancel(self, wishes: list[Wish]) -> None:
@@ -101,17 +109,38 @@ class EngineThread(threading.Thread):
     def run(self) -> None:
         try:
             while True:
-                told = [] if self.engine.has_work() else [self.inbox.get()]  # sleeps where nothing is to do
+                told = [] if self.engine.has_work() else [self.sleep()]
                 while not self.inbox.empty():
                     told.append(self.inbox.get())
                 if None in told:
+                    self.tell(None)
                     return
-                news = [self.obey(*order) for orders in told for order in orders]
+                orders = [order for orders in told for order in orders]
+                self.tell(orders)
+                news = [self.obey(*order) for order in orders]
                 news += [(event.request, event) for event in self.engine.step()]
                 if news := [item for item in news if item is not None]:
                     self.loop.call_soon_threadsafe(self.deliver, news)
         except Exception as e:
             self.loop.call_soon_threadsafe(self.failed, where_from(e))
+
+    def sleep(self) -> list | None:
+        """The next orders; none after a while, where other ranks wait for a word of this one."""
+        try:
+            return self.inbox.get(timeout=None if self.ranks == 1 else 30)
+        except queue.Empty:
+            return []
+
+    def tell(self, orders: list | None) -> None:
+        """The other ranks, which follow(): (number of a request, the request or None: it is given up)."""
+        if self.ranks == 1:
+            return
+        names, said = [f.name for f in fields(engine.Request)], orders
+        if orders is not None:
+            asked = [engine.Request(**{n: getattr(wish, n) for n in names}) for _, wish in orders]
+            taken = [order == self.engine.submit for order, _ in orders]
+            said = [(w.number, a if t else None) for (_, w), a, t in zip(orders, asked, taken, strict=True)]
+        dist.broadcast_object_list([said], src=0, device=torch.device("cpu"))
 
     def obey(self, order, wish: Wish):
         """-> (wish, True) when it is taken, (wish, reason) when it can never run."""
@@ -124,6 +153,29 @@ class EngineThread(threading.Thread):
             return wish, True
         except records.BadRecord as e:
             return wish, e.reason
+
+
+@torch.inference_mode()
+def follow(made: engine.Engine) -> int:
+    """What the other ranks of a tensor-parallel model do: rank 0's steps with rank 0's orders. Logits are the
+    same on all of them, so the tokens are."""
+    for number in (signal.SIGTERM, signal.SIGINT):  # torchrun sends them to all; rank 0 says when it ends
+        signal.signal(number, signal.SIG_IGN)
+    running: dict[int, engine.Request] = {}
+    while True:
+        said = [None]
+        dist.broadcast_object_list(said, src=0, device=torch.device("cpu"))
+        if said[0] is None:
+            return 0
+        for number, request in said[0]:
+            if request is None and number in running:
+                made.cancel(running.pop(number))
+            elif request is not None:
+                with contextlib.suppress(records.BadRecord), records.one_record("the request"):
+                    made.submit(request)
+                    running[number] = request
+        ended = {event.request for event in made.step() if event.finish}
+        running = {number: request for number, request in running.items() if request not in ended}
 
 
 def where_from(error: BaseException) -> str:
@@ -501,7 +553,8 @@ class Service:
         self.chats: set[Chat] = set()  # that are being answered
 
     def start(self, loop) -> None:
-        self.thread = EngineThread(self.engine, loop, self.deliver, self.failed)
+        ranks = self.limits.tensor_parallel_degree
+        self.thread = EngineThread(self.engine, loop, self.deliver, self.failed, ranks)
         self.thread.start()
 
     def deliver(self, news: list) -> None:
@@ -756,6 +809,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add("--max_images", type=int, default=16, help="in one request")
     add("--max_image_pixels", type=int, default=25_000_000)
     Decoding.add_arguments(parser)
+    degree = "processes (torchrun --nproc_per_node N) that hold the model together; the first one serves"
+    add("--tensor_parallel_degree", type=int, default=1, help=degree)
     add("--dtype", default="float32", choices=DTYPES)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     bits = "weights of the language model's blocks in 8 or 4 bits"
@@ -794,6 +849,13 @@ def check_arguments(args) -> argparse.Namespace:
         raise ValueError(
             f"quantize={args.quantize} with lora_paths: merge one (python merge.py), serve the result"
         )
+    check_degree("serve.py", args.tensor_parallel_degree)
+    if args.tensor_parallel_degree > 1 and (args.quantize or args.adapters):
+        given = f"quantize={args.quantize}" if args.quantize else "lora_paths"
+        raise ValueError(
+            f"tensor_parallel_degree={args.tensor_parallel_degree} with {given} is not supported; "
+            "use 1, or merge the adapter (python merge.py) and serve the result"
+        )
     return args
 
 
@@ -802,8 +864,18 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["bench"]:
         return bench_serve.main(argv[1:])
     args = arguments(argv)
-    listening = listen(args.host, args.port)  # before a model is loaded for a port that is taken
-    return serve(open_service(args), listening)
+    if args.tensor_parallel_degree == 1:
+        listening = listen(args.host, args.port)  # before a model is loaded for a port that is taken
+        return serve(open_service(args), listening)
+    world = parallel.init_world(args.tensor_parallel_degree)
+    args.device = str(world.device)
+    try:
+        if not world.main:
+            return follow(open_service(args, world).engine)
+        listening = listen(args.host, args.port)
+        return serve(open_service(args, world), listening)
+    finally:
+        parallel.leave_world()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -816,8 +888,8 @@ def listen(host: str, port: int) -> socket.socket:
         ) from None
 
 
-def open_service(args) -> Service:
-    """The model in an engine, and what is around it."""
+def open_service(args, world: parallel.World | None = None) -> Service:
+    """The model in an engine, and what is around it; in a tensor-parallel `world` on all ranks."""
     check_device(args.device)
     kernels = dispatch.use_flash_attention(args.use_flash_attention, args.device)
     directory = data.model_directory(args.model, args.model_name_or_path)
@@ -825,12 +897,13 @@ def open_service(args) -> Service:
     if name in args.adapters:
         raise ValueError(f"{name!r} is the name of the model and of an adapter; give --served_model_name")
     processor = data.load_processor(directory)
-    model = load_model(directory, DTYPES[args.dtype], "cpu" if args.quantize else args.device)
+    model = load_model(directory, DTYPES[args.dtype], "cpu" if args.quantize else args.device, world=world)
     if args.quantize:  # on the CPU, so that the device never holds the whole weights
         probe = vlm.find(model.config.raw).probe_batch(processor)
         print(f"{quantize(model, args.quantize, probe)} (against {args.dtype})", file=sys.stderr)
         model.to(args.device)
-    print(f"device {args.device}, kernels: {kernels}", file=sys.stderr)
+    if world is None or world.main:
+        print(f"device {args.device}, kernels: {kernels}", file=sys.stderr)
     sizes = {name: getattr(args, name) for name in ("step_tokens", "cache_tokens", "max_running")}
     return Service(engine.Engine(model, processor, args.adapters, **sizes), processor, name, args)
 

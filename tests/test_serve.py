@@ -21,6 +21,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from PIL import Image
 from test_blip2_train import T5, write_checkpoint
@@ -990,6 +991,41 @@ def test_sigterm_lets_answers_end_and_the_log_tells_nothing():
     assert sorted(statuses) == ["200", "400", "503"], err
 
 
+@pytest.mark.parametrize("model", ["qwen_vl", *(pytest.param(m, marks=pytest.mark.slow) for m in MODELS[1:])])
+def test_two_ranks_serve_one_model(clients, model):
+    """Greedy, sampled, beams and given up, as one process answers; SIGTERM ends both."""
+    whole = clients(model)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--model", model, "--port", str(port), "--device", "cpu", "--tensor_parallel_degree", "2"]
+    processes = ranks.start(ranks.script, serve.main, options, world=2)
+    parts = Client.__new__(Client)
+    parts.port, parts.name = port, whole.name
+
+    def serves() -> bool:
+        assert all(p.exitcode is None for p in processes), "a rank ended; it said why"
+        with contextlib.suppress(OSError):
+            return parts.get("/health")[0] == 200
+        return False
+
+    try:
+        whole.until(serves, "the ranks serve")
+        left = parts.send({"model": parts.name, "messages": asked(), "stream": True, "n": 2, **LONG})
+        assert b"assistant" in left.readline()
+        hot = {"temperature": 1.5, "seed": 7, "n": 2, "top_k": 40, "repetition_penalty": 1.1}
+        for how in ({}, hot, {"num_beams": 2}):
+            ours, theirs = (one.ask(max_tokens=16, min_tokens=16, **how) for one in (parts, whole))
+            assert [c["message"] for c in ours["choices"]] == [c["message"] for c in theirs["choices"]]
+        leave(left)
+        assert parts.ask(asked("这是什么？", SHAPE), max_tokens=4)["choices"]
+    finally:
+        for process in processes:
+            os.kill(process.pid, signal.SIGTERM)
+        codes = ranks.exit_codes(processes)
+    assert codes == [0, 0]
+
+
 def test_a_lost_engine_ends_the_server(small):
     client = small()
     running = client.send({"model": client.name, "messages": asked(), "stream": True, **LONG})
@@ -1132,6 +1168,7 @@ def test_adapters_beside_the_base(small, tmp_path, model):
         (["--api_key", ""], ["api_key"]),
         (["--api_key", "@nowhere"], ["nowhere"]),
         (["--max_running", "0"], ["max_running=0"]),
+        (["--tensor_parallel_degree", "2"], ["tensor_parallel_degree=2", "torchrun", "serve.py"]),
         (["--port", "70000"], ["port=70000"]),
         (["--host", "no such host"], ["no such host"]),
         (["--model", "qwen"], ["qwen", "qwen_vl"]),
