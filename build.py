@@ -24,6 +24,7 @@ import data
 import lora
 import parallel
 import pipeline
+import quantize
 import rates
 import vlm
 from config import Config
@@ -101,15 +102,19 @@ def choose_trainable(model: nn.Module, definition, cfg: Config) -> None:
 
 def parameter_table(model: nn.Module, parts: dict[str, str]) -> str:
     rows = {part: [0, 0] for part in [*parts, "adapter"]}
+
+    def part_of(name: str) -> str:
+        if ".lora_" in name:
+            return "adapter"
+        return next(part for part, pattern in parts.items() if fnmatch.fnmatch(name, pattern))
+
     for name, p in model.named_parameters():
-        part = (
-            next(part for part, pattern in parts.items() if fnmatch.fnmatch(name, pattern))
-            if ".lora_" not in name
-            else "adapter"
-        )
+        part = part_of(name)
         count = parallel.whole_shape(p).numel()
         rows[part][0] += count
         rows[part][1] += count * p.requires_grad
+    for name, few in quantize.weights_of(model).items():
+        rows[part_of(name)][0] += few.shape.numel()
     rows["all"] = [sum(r[0] for r in rows.values()), sum(r[1] for r in rows.values())]
     lines = [f"{'part':<16}{'parameters':>16}{'trainable':>16}"]
     return "\n".join(
@@ -228,6 +233,11 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
         stages = cut_into_stages(model, whole, definition, cfg, world, sizes, compute_dtype)
     parallel.tensor_parallel(model, definition.tp_plan(model.config, world.tp_size), world)
 
+    # Few bits behind the pipeline's cut, of the frozen weights that this rank keeps: they are no parameters
+    # any more, so nothing below shards, casts or counts them.
+    if cfg.quantize:
+        quantize.prepare(model, cfg.quantize)
+
     # Compile, then 16-bit copies, then recompute around both, since it frees them with the rest. Sharding is
     # outermost: fully_shard's hooks gather the weights that a recomputed block uses again. One rank has
     # nothing to gather and would hold its weights twice.
@@ -247,6 +257,7 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
     parameters = dict(model.named_parameters())
     here = base_names & parameters.keys()
     checkpoint.load_into({name: parameters[name] for name in here}, weights, skip=base_names - here)
+    load_few_bits(quantize.weights_of(model), weights)
     if cfg.init_from:
         found = load_init_from(cfg.init_from, definition, parameters, shapes, base_names)
         if world.main:
@@ -334,6 +345,15 @@ def cut_into_stages(
     trainable = {n for n, p in whole.named_parameters() if p.requires_grad}
     plan, schedule, dtype = definition.pipeline, cfg.pipeline_schedule, dtype or torch.float32
     return pipeline.Pipeline(model, plan, blocks, held_by, trainable, schedule, world, dtype)
+
+
+def load_few_bits(few: dict[str, nn.Module], weights: checkpoint.Weights) -> None:
+    """Rounds one weight at a time, where it will be: the device holds no other weight in 16 bits."""
+    scratch = weights.scratch()
+    for name in [n for n in weights if n in few]:  # in the file's order
+        full = weights.read(name, scratch)
+        checkpoint.largest(full, name)
+        few[name].fill(full)
 
 
 def load_init_from(path: str, definition: vlm.Model, parameters: dict, shapes: dict, base_names: set) -> int:

@@ -227,6 +227,13 @@ class Config:
         "regular expressions, full match on module names; by default the model's own",
         filled=True,
     )
+    quantize: str | None = key(
+        ADAPTER,
+        None,
+        "frozen weights of the language model's blocks in NF4 (QLoRA: 4.1 bits each) or int8, whole on each "
+        "rank",
+        choices=(None, "nf4", "int8"),
+    )
     lora_path: str | None = key(ADAPTER, None, "adapter directory to start from", path=True)
     lora_split: bool = key(
         ADAPTER,
@@ -689,6 +696,7 @@ def validate(cfg: Config) -> None:
             f"metric_for_best_model={cfg.metric_for_best_model} needs eval_with_do_generation=true"
         )
     check_rates(cfg)
+    check_quantize(cfg)
     check_report_to(cfg)
     for names, has_effect, needs in (
         (
@@ -789,6 +797,19 @@ def check_rates(cfg: Config) -> None:
         raise ValueError(
             "learning_rate=0 with learning_rate_rules: the schedule is learning_rate's; give it a peak, and "
             "freeze_include what shall not train"
+        )
+
+
+def check_quantize(cfg: Config) -> None:
+    """What frozen weights in few bits can't be combined with."""
+    if cfg.quantize and not cfg.lora:
+        raise ValueError(
+            f"quantize={cfg.quantize} without lora=true: weights in few bits cannot be trained; add lora=true"
+        )
+    if cfg.quantize and cfg.tensor_parallel_degree > 1:
+        raise ValueError(
+            f"quantize={cfg.quantize} with tensor_parallel_degree={cfg.tensor_parallel_degree}: blocks of 64 "
+            "weights are not cut; use sharding, or pipeline_parallel_degree"
         )
 
 

@@ -32,8 +32,19 @@ import terminal
 import vlm
 from config import Config, parse_config
 from engine import Engine
-from generate import DTYPES, Decoding, answer, base_of, check_bad, check_device, load_model, name_bad
+from generate import (
+    DTYPES,
+    Decoding,
+    answer,
+    base_of,
+    check_bad,
+    check_device,
+    load_model,
+    load_quantized,
+    name_bad,
+)
 from kernels import dispatch
+from quantize import KINDS
 from records import READERS, Conversation, text_of
 from terminal import one_line
 
@@ -287,6 +298,8 @@ def main(argv: list[str] | None = None) -> int:
     Decoding.add_arguments(parser, max_new_tokens=32)
     held = "default: what the configuration's weights are held in, else float32"
     add("--dtype", default=None, choices=DTYPES, help=held)
+    bits = "weights of the language model's blocks in 8 or 4 bits; default: the configuration's"
+    add("--quantize", default=None, choices=KINDS, help=bits)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     choices = ("auto", "true", "false")
     add(
@@ -356,7 +369,10 @@ def run(args, how: Decoding, names: list[str]) -> int:
     )
     if args.output and Path(args.output).is_file():
         say_again(args.output)
-    model = load_model(directory, DTYPES[dtype], args.device, adapter)
+    if kind := args.quantize or cfg.quantize:
+        model = load_quantized(directory, processor, dtype, args.device, kind, adapter)
+    else:
+        model = load_model(directory, DTYPES[dtype], args.device, adapter)
     print(f"device {args.device}, kernels: {kernels}", file=sys.stderr)
     result = {
         "model_name_or_path": str(directory),
@@ -365,6 +381,7 @@ def run(args, how: Decoding, names: list[str]) -> int:
         "dataset": [e.settings for e in index.entries],
         "prompt_format": processor.stage,
         "dtype": dtype,
+        "quantize": kind,
         "metric_version": metrics.VERSION,
         "complete": True,
     }

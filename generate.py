@@ -34,7 +34,7 @@ import vlm
 from draw import draw_boxes
 from engine import Engine, Request, Sequence, cut_at_stop, room_for
 from kernels import dispatch
-from quantize import BITS, quantize
+from quantize import KINDS, quantize
 from records import BadRecord, Conversation, one_record
 from terminal import one_line
 
@@ -274,6 +274,15 @@ def load_model(
     return model.eval()
 
 
+def load_quantized(directory, processor, dtype: str, device, kind: str, lora_path=None) -> nn.Module:
+    """load_model with the blocks' weights in few bits; says what that costs. Rounded on the CPU, so that the
+    device never holds the whole weights."""
+    model = load_model(directory, DTYPES[dtype], "cpu", lora_path)
+    probe = vlm.find(model.config.raw).probe_batch(processor)
+    print(f"{quantize(model, kind, probe)} (against {dtype})", file=sys.stderr)
+    return model.to(device)
+
+
 def read_requests(args) -> tuple[list[Conversation], list[tuple[str, str]]]:
     """What is to be answered, and (where, reason) of the records of --requests that cannot be."""
     if args.requests:
@@ -482,7 +491,10 @@ def main(argv: list[str] | None = None) -> int:
     degree = "processes (torchrun --nproc_per_node N) that hold the model together"
     add("--tensor_parallel_degree", type=int, default=1, help=degree)
     add(
-        "--quantize", default=None, choices=BITS, help="weights of the language model's blocks in 8 or 4 bits"
+        "--quantize",
+        default=None,
+        choices=KINDS,
+        help="weights of the language model's blocks in 8 or 4 bits",
     )
     choices = ("auto", "true", "false")
     add(
@@ -573,14 +585,10 @@ def run(args, how: Decoding, world: parallel.World | None = None) -> int:
     processor = data.load_processor(directory, args.stage)
     conversations, bad = ([], []) if args.chat else read_requests(args)
     total = len(conversations) + len(bad)
-    # quantised on the CPU, so that the device never holds the whole weights
-    model = load_model(
-        directory, DTYPES[args.dtype], "cpu" if args.quantize else args.device, args.lora_path, world
-    )
     if args.quantize:
-        probe = vlm.find(model.config.raw).probe_batch(processor)
-        print(f"{quantize(model, args.quantize, probe)} (against {args.dtype})", file=sys.stderr)
-        model.to(args.device)
+        model = load_quantized(directory, processor, args.dtype, args.device, args.quantize, args.lora_path)
+    else:
+        model = load_model(directory, DTYPES[args.dtype], args.device, args.lora_path, world)
     main_rank = world is None or world.main
     if main_rank:
         print(f"device {args.device}, kernels: {kernels}", file=sys.stderr)

@@ -27,6 +27,7 @@ from torch import nn
 
 import checkpoint
 import parallel
+import quantize
 import schema
 import vlm
 from dropout import Rows
@@ -50,7 +51,7 @@ class LoraLinear(nn.Linear):
     first_channel: int  # tensor parallelism sets it where a rank has a slice of the input channels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.updated(F.linear(x, self.weight, self.bias), x)
+        return self.updated(quantize.linear(self, x), x)
 
     def updated(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """y + scaling * B A x, with dropout on x. y is the base's product, and may be overwritten."""
@@ -126,7 +127,7 @@ class SharedLinear(nn.Linear):
     adapters: dict[str, tuple[torch.Tensor, torch.Tensor, float]]  # A (r, in), B (out, r), scaling
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.linear(x, self.weight, self.bias)
+        y = quantize.linear(self, x)
         for name, rows in Adapted.rows:
             if name in self.adapters:
                 A, B, scaling = self.adapters[name]
@@ -596,7 +597,9 @@ def load_adapter(
             if name in tensors:
                 copy(p, tensors[name])
         return names
-    scalings, _ = adapter_updates(config, tensors, {name: shape(p) for name, p in model.named_parameters()})
+    shapes = {name: shape(p) for name, p in model.named_parameters()}
+    shapes |= {name: few.shape for name, few in quantize.weights_of(model).items()}
+    scalings, _ = adapter_updates(config, tensors, shapes)
     injected = {n for n, m in model.named_modules() if isinstance(m, LoraLinear)}
     if injected and injected != scalings.keys():
         here, there = sorted(injected - scalings.keys()), sorted(scalings.keys() - injected)
@@ -650,6 +653,8 @@ def add_adapters(model: nn.Module, directories: dict[str, str]) -> dict[str, Add
     patterns = vlm.find(model.config.raw).image_parameters
     parameters = dict(model.named_parameters())
     shapes = {name: p.shape for name, p in parameters.items()}
+    shapes |= {name: few.shape for name, few in quantize.weights_of(model).items()}
+    like = next(model.parameters())  # an adapter's device and dtype
     added = {}
 
     def of_images(name: str) -> bool:
@@ -660,13 +665,17 @@ def add_adapters(model: nn.Module, directories: dict[str, str]) -> dict[str, Add
         scalings, extra = adapter_updates(config, tensors, shapes)
         for name, scaling in scalings.items():
             module = model.get_submodule(name)
-            if type(module) not in (nn.Linear, SharedLinear):
+            if type(module) not in (nn.Linear, quantize.QuantLinear, SharedLinear):
                 kind = type(module).__name__
                 raise ValueError(f"the adapter changes {name!r}, a {kind}; expected a linear layer")
-            if type(module) is nn.Linear:
+            if type(module) is not SharedLinear:
                 module.__class__, module.adapters = SharedLinear, {}
-            A, B = (tensors[f"{name}.lora_{x}.weight"].to(module.weight) for x in "AB")
+            A, B = (tensors[f"{name}.lora_{x}.weight"].to(like) for x in "AB")
             module.adapters[adapter] = A, B, scaling
+        if packed := [name for name in extra if name not in parameters]:
+            raise ValueError(
+                f"{directory} holds {packed[0]} whole, which is in few bits here; leave --quantize out"
+            )
         whole = {name: tensors[name].to(parameters[name]) for name in extra}
         text = {name: x for name, x in whole.items() if not of_images(name)}
         changed = [*whole, *(f"{name}.weight" for name in scalings)]

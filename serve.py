@@ -62,11 +62,19 @@ import engine
 import parallel
 import records
 import terminal
-import vlm
 from chat_body import DECODING, Refused, Wanted, read_wanted
-from generate import DTYPES, Decoding, Shown, check_degree, check_device, cut_at_stop, load_model
+from generate import (
+    DTYPES,
+    Decoding,
+    Shown,
+    check_degree,
+    check_device,
+    cut_at_stop,
+    load_model,
+    load_quantized,
+)
 from kernels import dispatch
-from quantize import BITS, quantize
+from quantize import KINDS
 
 NAME = r"[\w.:/-]+"  # of a model or an adapter
 PAGE = Path(__file__).resolve().parent / "chat.html"
@@ -814,7 +822,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add("--dtype", default="float32", choices=DTYPES)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     bits = "weights of the language model's blocks in 8 or 4 bits"
-    add("--quantize", default=None, choices=BITS, help=bits)
+    add("--quantize", default=None, choices=KINDS, help=bits)
     kernels = "Triton kernels; auto: where there is a GPU"
     add("--use_flash_attention", default="auto", choices=("auto", "true", "false"), help=kernels)
     return check_arguments(parser.parse_args(argv))
@@ -845,10 +853,6 @@ def check_arguments(args) -> argparse.Namespace:
     args.key = key and hashlib.sha256(key.strip().encode()).digest()
     args.cors = ["*"] if args.cors == [] else args.cors
     args.defaults = Decoding(**{f.name: getattr(args, f.name) for f in fields(Decoding)})
-    if args.quantize and args.adapters:
-        raise ValueError(
-            f"quantize={args.quantize} with lora_paths: merge one (python merge.py), serve the result"
-        )
     check_degree("serve.py", args.tensor_parallel_degree)
     if args.tensor_parallel_degree > 1 and (args.quantize or args.adapters):
         given = f"quantize={args.quantize}" if args.quantize else "lora_paths"
@@ -897,11 +901,10 @@ def open_service(args, world: parallel.World | None = None) -> Service:
     if name in args.adapters:
         raise ValueError(f"{name!r} is the name of the model and of an adapter; give --served_model_name")
     processor = data.load_processor(directory)
-    model = load_model(directory, DTYPES[args.dtype], "cpu" if args.quantize else args.device, world=world)
-    if args.quantize:  # on the CPU, so that the device never holds the whole weights
-        probe = vlm.find(model.config.raw).probe_batch(processor)
-        print(f"{quantize(model, args.quantize, probe)} (against {args.dtype})", file=sys.stderr)
-        model.to(args.device)
+    if args.quantize:
+        model = load_quantized(directory, processor, args.dtype, args.device, args.quantize)
+    else:
+        model = load_model(directory, DTYPES[args.dtype], args.device, world=world)
     if world is None or world.main:
         print(f"device {args.device}, kernels: {kernels}", file=sys.stderr)
     sizes = {name: getattr(args, name) for name in ("step_tokens", "cache_tokens", "max_running")}

@@ -8,14 +8,15 @@ import pytest
 import torch
 from PIL import Image
 from test_blip2_train import OPT, T5, write_checkpoint
+from test_qlora import nf4_rounded
 from test_train_visualglm import glm_base  # noqa: F401 (a fixture)
 
-import checkpoint
 import data
 import generate
 import lora
 import records
 import vlm
+from quantize import NF4, layers, quantize
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def rounded(weight: np.ndarray, bits: int) -> np.ndarray:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "nf4"])
 @pytest.mark.parametrize("name", ["qwen_vl", "visualglm", "opt", "t5"])
 def test_printed_error_and_answers(bases, tmp_path, capsys, name, kind):
     Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
@@ -48,7 +49,7 @@ def test_printed_error_and_answers(bases, tmp_path, capsys, name, kind):
     errors = []
     for m in linears:
         weight = m.weight.double().numpy()
-        new = rounded(weight, int(kind[3:]))
+        new = nf4_rounded(m.weight.numpy()) if kind == "nf4" else rounded(weight, int(kind[3:]))
         errors.append(np.linalg.norm(new - weight) / np.linalg.norm(weight))
         m.weight.copy_(torch.from_numpy(new))
     probe = vlm.find(model.config.raw).probe_batch(processor)
@@ -62,7 +63,7 @@ def test_printed_error_and_answers(bases, tmp_path, capsys, name, kind):
     assert found and int(found[1]) == len(linears) > 0, line
     expected = [np.mean(errors), np.max(errors), float((after - before).norm() / before.norm())]
     assert np.allclose([float(x) / 100 for x in found.groups()[1:]], expected, atol=6e-5)
-    assert 0 < expected[2] < {"int8": 0.03, "int4": 0.4}[kind]
+    assert 0 < expected[2] < {"int8": 0.03, "int4": 0.4, "nf4": 0.4}[kind]
     plain = records.request([("user", "what is it?")], [str(tmp_path / "a.png")], "test")
     request = processor.prompt(plain)
     request["pixel_values"] = [processor.load_image(p) for p in request["images"]]
@@ -70,11 +71,32 @@ def test_printed_error_and_answers(bases, tmp_path, capsys, name, kind):
     assert processor.decode(ids).strip() == answer
 
 
-def test_an_adapter_is_merged_first(bases, tmp_path, capsys):
+@torch.no_grad()
+def test_an_adapter_stands_beside_quantized_weights(bases, tmp_path, capsys):
+    """In one process with its adapter, in evaluation and in the server: the adapter on the rounded base."""
     model = generate.load_model(bases["qwen_vl"])
     names = lora.inject(model, [r".*c_attn"], 2, 2, 0.0)
     params = dict(model.named_parameters())
+    for name in names:
+        params[f"{name}.lora_B.weight"] = params[f"{name}.weight"][:, :2] * 5
     lora.save_adapter(tmp_path, model, bases["qwen_vl"], 2, 2, 0.0, names, [], lambda n: params[n].detach())
-    argv = ["--lora_path", str(tmp_path), "--prompt", "hello", "--quantize", "int8"]
-    assert checkpoint.cli(lambda: generate.main(argv)) == 1
-    assert re.fullmatch(r"error: quantize=int8 with an adapter: merge it first.*\n", capsys.readouterr().err)
+    argv = ["--lora_path", str(tmp_path), "--prompt", "hello", "--quantize", "nf4", "--max_new_tokens", "9"]
+    assert generate.main(argv) == 0
+    answer = capsys.readouterr().out.strip()
+    processor = data.load_processor(str(bases["qwen_vl"]))
+    shared = generate.load_model(bases["qwen_vl"])
+    quantize(shared, "nf4")
+    lora.add_adapters(shared, {"a": str(tmp_path)})
+    model = generate.load_model(bases["qwen_vl"], lora_path=tmp_path)
+    for module in layers(model.requires_grad_(False)).values():
+        few = NF4(module.weight.shape)
+        few.fill(module.weight)
+        module.weight.copy_(few.weight(torch.float32))
+    request = processor.prompt(records.request([("user", "hello")], [], "test"))
+    ids = generate.generate(model, [request], 9, processor.stop_words)[0]
+    assert processor.decode(ids).strip() == answer
+    probe = vlm.find(model.config.raw).probe_batch(processor)
+    with lora.adapted([("a", None)]):
+        served = shared.logits(shared.hidden(probe))
+    assert torch.allclose(served, model.logits(model.hidden(probe)), atol=1e-4)
+    assert not torch.allclose(served, shared.logits(shared.hidden(probe)), atol=1e-2)

@@ -1174,7 +1174,6 @@ def test_adapters_beside_the_base(small, tmp_path, model):
         (["--model", "qwen"], ["qwen", "qwen_vl"]),
         (["--temperature", "-1"], ["temperature=-1"]),
         (["--num_beams", "3", "--temperature", "1"], ["num_beams=3", "temperature"]),
-        (["--quantize", "int8", "--lora_paths", "a=x"], ["quantize=int8", "merge"]),
         (["--modle", "x"], ["--modle", "--model"]),
         (["bench", "x"], ["url='x'"]),
         (["bench", "http://127.0.0.1:9/"], ["127.0.0.1:9"]),
