@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 import parallel
 import pipeline
+import quantize
 import rates
 import vlm
 from build import (
@@ -219,9 +220,11 @@ def stage_memory(
 
     everything = [*model.parameters()]
     trained, frozen = size(everything, True), size(everything, False)
+    few = [*quantize.weights_of(model).values()]  # whole on each rank, expanded one at a time
+    expanded = max((weight.shape.numel() * L.compute_bytes for weight in few), default=0)
     largest = max((p.numel() * 4 for p in everything if p.requires_grad), default=0)
     optimiser, shards = 2 * trained / L.shard, L.shard
-    weights, communication = (trained + frozen) / shards, 0.0
+    weights, communication = (trained + frozen) / shards + size(b for w in few for b in w.buffers()), 0.0
     trained_group = max((size(g, True) for g in groups), default=0)
     gathered = 0.0
     if L.fsdp:
@@ -254,7 +257,7 @@ def stage_memory(
             **base,
             "gradients": accumulated,
             "activations": activations,
-            "loss": loss_bytes(head, L),
+            "loss": max(loss_bytes(head, L), expanded),
             "communication": communication,
         }
     )
@@ -263,7 +266,7 @@ def stage_memory(
         {
             **base,
             "gradients": final + (largest if n > 1 else 0),
-            "activations": block,
+            "activations": block + expanded,
             "loss": 0.0,
             "communication": communication + reduce,
         }
@@ -409,6 +412,8 @@ def dry_run(cfg: Config, config: dict, definition, plan, world_size: int) -> str
         add_adapter(model, definition, cfg)
     choose_trainable(model, definition, cfg)
     halve(model, cfg, {})
+    if cfg.quantize:
+        quantize.prepare(model, cfg.quantize)
     layout = layout_of(cfg, world_size)
     pp, dp, tp, micro_batches = layout.pp, layout.dp, layout.tp, layout.micro_batches
     total = sum(p.numel() for p in model.parameters())

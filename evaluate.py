@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import checkpoint
 import data
+import lora
 import metrics
 import terminal
 import vlm
@@ -369,7 +370,9 @@ def run(args, how: Decoding, names: list[str]) -> int:
     )
     if args.output and Path(args.output).is_file():
         say_again(args.output)
-    if kind := args.quantize or cfg.quantize:
+    kind = args.quantize or cfg.quantize
+    lora.say_base(adapter, kind)
+    if kind:
         model = load_quantized(directory, processor, dtype, args.device, kind, adapter)
     else:
         model = load_model(directory, DTYPES[dtype], args.device, adapter)

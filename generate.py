@@ -585,6 +585,7 @@ def run(args, how: Decoding, world: parallel.World | None = None) -> int:
     processor = data.load_processor(directory, args.stage)
     conversations, bad = ([], []) if args.chat else read_requests(args)
     total = len(conversations) + len(bad)
+    lora.say_base(args.lora_path, args.quantize)
     if args.quantize:
         model = load_quantized(directory, processor, args.dtype, args.device, args.quantize, args.lora_path)
     else:

@@ -16,6 +16,7 @@ import functools
 import math
 import os
 import re
+import sys
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -287,6 +288,7 @@ def save_adapter(
     extra_trained,
     tensors,
     write: bool = True,
+    base_in: str | None = None,
 ) -> None:
     """adapter_config.json and adapter_model.safetensors, which PEFT reads too.
 
@@ -294,7 +296,7 @@ def save_adapter(
     parameters and listed in modules_to_save, as PEFT expects; it loads the others too. Tied weights are saved
     under all their names, since PEFT unties what it saves, and an adapted layer's own weight or bias under
     its name in PEFT. tensors(name) gives a full CPU tensor; it may gather, so all ranks call this, and those
-    with write=True write.
+    with write=True write. base_in: the kind of few bits that the base's weights were in (quantize.py).
     """
     rank_pattern, alpha_pattern, state = {}, {}, {}
     for name in module_names:
@@ -344,7 +346,9 @@ def save_adapter(
         "alpha_pattern": alpha_pattern,
         "inference_mode": True,
     }
-    metadata = {"format": "pt"} | ({"base": sample} if sample else {})
+    metadata = (
+        {"format": "pt"} | ({"base": sample} if sample else {}) | ({"base_in": base_in} if base_in else {})
+    )
     checkpoint.save_tensors(state, Path(directory) / "adapter_model.safetensors", metadata)
     checkpoint.write_json(Path(directory) / "adapter_config.json", config)
 
@@ -466,6 +470,23 @@ def check_base(directory, weights: checkpoint.Weights) -> None:
 def says_base(directory) -> bool:
     """Whether an adapter says what tells its base's weights from others; PEFT's do not."""
     return "base" in _open_adapter(directory).metadata
+
+
+def base_in(directory) -> str | None:
+    """The few bits that an adapter was trained over: nf4, int8; None for whole weights, or PEFT's adapters,
+    which do not say."""
+    kind = _open_adapter(directory).metadata.get("base_in")
+    return kind if kind in quantize.KINDS else None
+
+
+def say_base(directory, kind: str | None) -> None:
+    """On standard error, if an adapter will stand beside weights in other few bits than in its training."""
+    if directory and (trained := base_in(directory)) not in (None, kind):
+        print(
+            f"note: {directory} was trained over weights in {trained}, here they are {kind or 'whole'}; "
+            f"--quantize {trained} computes as in training",
+            file=sys.stderr,
+        )
 
 
 def find_base(directory) -> str:

@@ -19,11 +19,21 @@ import torch
 
 import checkpoint
 import data
+import quantize
 import schema
 import terminal
 import vlm
 from checkpoint import Weights, open_weights
-from lora import adapter_updates, contents, find_base, load_adapter, open_base, read_adapter, says_base
+from lora import (
+    adapter_updates,
+    base_in,
+    contents,
+    find_base,
+    load_adapter,
+    open_base,
+    read_adapter,
+    says_base,
+)
 
 
 def merge(base: Path | None, adapter: Path, output: Path, dtype: torch.dtype | None = None) -> dict:
@@ -156,9 +166,11 @@ def set_parameter(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> No
     setattr(model.get_submodule(owner), key, torch.nn.Parameter(tensor, requires_grad=False))
 
 
-def streamed_model(directory: Path, lora_path: Path | None = None) -> torch.nn.Module:
+def streamed_model(
+    directory: Path, lora_path: Path | None = None, kind: str | None = None
+) -> torch.nn.Module:
     """As generate.load_model in fp32, but a block has weights only while it runs: all of Qwen-VL 7B's would
-    be 36 GiB."""
+    be 36 GiB. kind: what training rounded the language model's blocks to."""
     config = checkpoint.read_config(directory)
     definition = vlm.find(config)
     if lora_path is None:
@@ -173,6 +185,7 @@ def streamed_model(directory: Path, lora_path: Path | None = None) -> torch.nn.M
         load_adapter(model, lora_path)
         kept = {n: p.shape for n, p in model.named_parameters() if n not in shapes}
         kept |= {n: shapes[n] for n in contents(lora_path)[1] if n in shapes}
+    few = {f"{name}.weight" for name in quantize.layers(model.requires_grad_(False))} if kind else ()
     names, streamed = {p: name for name, p in model.named_parameters()}, set()
     for block in [*model.vision_blocks, *model.blocks]:
         own = {
@@ -183,7 +196,8 @@ def streamed_model(directory: Path, lora_path: Path | None = None) -> torch.nn.M
         # a hook that knew the model would keep it alive: they know the block that they are called with
         def read(block, args, own=own):
             for name, full in own.items():
-                set_parameter(block, name, weights.read(full).float())
+                tensor = weights.read(full).float()
+                set_parameter(block, name, quantize.rounded(tensor, kind) if full in few else tensor)
 
         def forget(block, args, out, own=own):
             for name, full in own.items():
@@ -213,6 +227,15 @@ def check_logits(definition: vlm.Model, base: Path, adapter: Path, merged: Path)
     difference, from_base = now - expected, float((now - logits(base)).abs().max())
     largest = float(difference.abs().max())
     print(f"largest logit difference merged vs base+adapter: {largest:.1e} (merged vs base: {from_base:.2g})")
+    if kind := base_in(adapter):
+        # what the adapter was trained to correct goes with the rounding: this is no fault of the merge
+        trained = streamed_model(base, adapter, kind)
+        trained = trained.logits(trained.hidden(batch)).float()
+        share = float((now - trained).norm() / trained.norm())
+        print(
+            f"the adapter was trained over weights in {kind}, and merged into whole ones: "
+            f"logits differ by {share:.2%} from those in training"
+        )
     weights = open_weights(merged)
     if all(weights.dtype(name).itemsize >= 4 for name in weights):
         error, limit = largest, 1e-3 * float(expected.abs().max())

@@ -45,7 +45,7 @@ class RowScaled(nn.Module):
         q = self.q
         if self.bits == 4:  # shifts on int8 keep the sign
             q = torch.stack(((q << 4) >> 4, q >> 4), dim=-1).flatten(1)[:, : self.shape[1]]
-        return q.to(dtype) * self.scale.to(dtype)[:, None]
+        return q.to(dtype).mul_(self.scale.to(dtype)[:, None])  # in place: one copy of the weight
 
     def forward(self, x: Tensor) -> Tensor:
         return _Product.apply(x, self)
@@ -113,13 +113,24 @@ class QuantLinear(nn.Linear):
 def replace_weight(layer: nn.Linear, kind: str) -> nn.Module:
     """Room for the layer's weight in few bits, in its place; `fill` it. The layer keeps its bias, its adapter
     and its name."""
-    shape, device = layer.weight.shape, layer.weight.device
-    few = NF4(shape, device) if kind == "nf4" else RowScaled(shape, int(kind[3:]), device)
+    few = empty(kind, layer.weight.shape, layer.weight.device)
     layer.register_parameter("weight", None)
     layer.few = few
     if type(layer) is nn.Linear:  # a layer with an adapter knows what to do
         layer.__class__ = QuantLinear
     return few
+
+
+def empty(kind: str, shape, device=None) -> nn.Module:
+    """Room for a weight in few bits."""
+    return NF4(shape, device) if kind == "nf4" else RowScaled(shape, int(kind[3:]), device)
+
+
+def rounded(weight: Tensor, kind: str) -> Tensor:
+    """The weight as few bits give it back."""
+    few = empty(kind, weight.shape, weight.device)
+    few.fill(weight)
+    return few.weight(weight.dtype)
 
 
 def layers(model: nn.Module) -> dict[str, nn.Linear]:

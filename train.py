@@ -397,6 +397,7 @@ def save_checkpoint(path: Path, run: "Run") -> None:  # all ranks
                 extra_trained=[n for n, p in everything.items() if p.requires_grad and ".lora_" not in n],
                 tensors=full_tensor,
                 write=write,
+                base_in=cfg.quantize,
             )
         else:
             dtype = torch.float32

@@ -163,3 +163,27 @@ def test_frozen_weights_are_held_once_in_16_bits(large, tmp_path):
     weights = (large[0] / "model.safetensors").stat().st_size / 4
     for name in ("bf16", "master"):
         assert peaks["fp32"] - peaks[name] > 2.6 * weights, peaks
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, options", [("nf4", {}), ("int8", {"bf16": True, "fp16_opt_level": "O2"})])
+def test_memory_of_weights_in_few_bits(large, tmp_path, monkeypatch, kind, options):
+    """A base in few bits takes what --dry_run says of it, and never more: no whole weight stays."""
+    options = {
+        "lora": True,
+        "quantize": kind,
+        "recompute": True,
+        "per_device_train_batch_size": 8,
+        "max_steps": 2,
+        "max_length": 512,
+        "save_strategy": "no",
+        **options,
+    }
+    argv = arguments(*large, tmp_path / "out", **options)
+    estimate = predicted(argv, 1, monkeypatch)
+    run(argv, 1, measured)
+    peak = int((tmp_path / "peak-0").read_text())
+    assert abs(estimate / peak - 1) < 0.1, (
+        f"{estimate / 2**20:.0f} MiB estimated, {peak / 2**20:.0f} measured"
+    )

@@ -2,6 +2,7 @@
 numpy, by the definitions of arXiv:2305.14314; on other layouts, packed, resumed, and merged."""
 
 import json
+import re
 import shutil
 from statistics import NormalDist
 
@@ -14,6 +15,8 @@ from test_parallel import MODES, bases, blip2_captions, glm_base, glm_dataset  #
 from test_train import arguments, assert_same_run, losses, wait_for_step, weights
 
 import checkpoint
+import generate
+import merge
 import quantize
 import train
 import vlm
@@ -207,6 +210,30 @@ def test_killed_run_continues_exactly(bases, tmp_path, mode):  # noqa: F811
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in b)
     held = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert held["peft_type"] == "LORA" and all(".lora_" in n for n in a)
+
+
+def test_merging_says_the_difference(bases, tmp_path, capsys):  # noqa: F811
+    """An adapter over rounded weights becomes one of whole weights: W + BA, whatever W was rounded to."""
+    name, settings = MODES["qwen lora"]
+    run(arguments(*bases[name], tmp_path / "out", **settings, quantize="nf4", max_steps=2))
+    merged = ["--lora_path", str(tmp_path / "out"), "--merge_model_path", str(tmp_path / "merged")]
+    assert merge.main(merged) == 0
+    said = re.search(
+        r"trained over weights in nf4, and merged into whole ones: logits differ by (.*)% from",
+        capsys.readouterr().out,
+    )
+    definition = vlm.find(checkpoint.read_config(bases[name][0]))
+    probe = definition.probe_batch(definition.processor(bases[name][0]))
+    with torch.no_grad():
+        model = generate.load_model(bases[name][0], lora_path=tmp_path / "out")
+        quantize.quantize(model, "nf4")
+        trained, now = (m.logits(m.hidden(probe)) for m in (model, generate.load_model(tmp_path / "merged")))
+    assert abs(float(said[1]) / 100 - float((now - trained).norm() / trained.norm())) < 1e-3
+    assert (
+        generate.main(["--lora_path", str(tmp_path / "out"), "--prompt", "hello", "--max_new_tokens", "1"])
+        == 0
+    )
+    assert "was trained over weights in nf4, here they are whole" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
