@@ -24,7 +24,7 @@ from dropout import Dropout, dropout_rows
 from kernels.attention import attention
 from kernels.norm import rms_norm
 from schema import Depth, Epsilon, Share, Size, TokenId
-from vlm import Batch
+from vlm import Batch, even_segments
 
 # --------------------------------------------------------------------------------------------------
 # Configuration: config.json's text_config
@@ -385,6 +385,12 @@ class T5(nn.Module):
         cache = batch.cache
         if cache is not None and not cache.encode:  # a decoding step: decoder tokens only
             return self.decoder(x, Context(batch.cu_seqlens, batch.max_len, keys, cache))
+        if (
+            cache is not None and batch.cu_seqlens.shape[0] == 2
+        ):  # one prompt: its last token is the decoder's
+            cu = even_segments(1, batch.max_len - 1), even_segments(1, 1)
+            memory = self.encoder(x[:-1], Context(cu[0], batch.max_len - 1, None))
+            return self.decoder(x[-1:], Context(cu[1], 1, None, cache, memory, cu[0]))
         in_decoder = self.decoder_rows(batch)
         rows = (~in_decoder).nonzero()[:, 0], in_decoder.nonzero()[:, 0]
         cu_seqlens = batch.cu_seqlens.to(x.device).long()
@@ -494,6 +500,10 @@ class Blip2Tokenizer:
     def encode(self, text: str) -> list[int]:
         ids = self.model.encode(text, add_special_tokens=False).ids if text else []
         return [i for i in ids if i != self.begin] if self.kind == "t5" else ids
+
+    def to_json(self) -> str:
+        """A tokenizers file for other programs."""
+        return self.model.to_str()
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode([int(i) for i in ids if i < self.vocab_size], skip_special_tokens=True)

@@ -2,17 +2,19 @@
 
     python export.py --model_name_or_path merged_blip2 --output_dir out --format transformers
     python export.py --model_name_or_path merged --output_dir out --format original --remote_code qwen-vl-chat
+    python export.py --model_name_or_path merged --output_dir package --format static
 
 transformers: BLIP-2 (OPT, Flan-T5, image-text retrieval) with processor and tokenizer. original: Qwen-VL and
 VisualGLM under the names, in the shards and with the files of their releases. Their Python is not ours to
-give: it is taken from --remote_code. An adapter (--lora_path) is merged first. Every tensor is read back.
+give: it is taken from --remote_code. static: vision tower, prefill and decoding step as programs that
+run_static.py, which goes with them, runs without a model file (export_static.py). An adapter (--lora_path) is
+merged first. Every tensor is read back.
 """
 
 import python_version  # noqa: F401  (first: it says which Python is needed)
 
 import contextlib
 import fnmatch
-import json
 import re
 import shutil
 import sys
@@ -31,8 +33,8 @@ import data
 import merge
 import terminal
 import vlm
-from generate import DTYPES
-from quantize import BITS, QuantLinear
+from generate import DTYPES, load_model
+from quantize import BITS, QuantLinear, quantize
 
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's, for all three
 
@@ -199,8 +201,9 @@ def transformers_tokenizer(source: Source, processor, directory: Path) -> int | 
     return image_token
 
 
-def export_transformers(source: Source, directory: Path, limit: int, remote_code: Path | None) -> str:
+def export_transformers(source: Source, directory: Path, options: dict) -> str:
     """Writes what transformers' from_pretrained reads; returns the line of Python that does."""
+    limit = parse_size(options["max_shard_size"])
     processor = source.definition.processor(source.directory, source.stage())
     image_token = transformers_tokenizer(source, processor, directory)
     config = transformers_config(source, image_token)
@@ -319,7 +322,7 @@ RELEASES = {
             "transformer.visual.*",
             "lm_head.*",
         ),
-        loader="transformers.AutoModelForCausalLM.from_pretrained({}, trust_remote_code=True)",
+        loader="transformers.AutoModelForCausalLM.from_pretrained('{}', trust_remote_code=True)",
     ),
     "visualglm": Release(
         config=visualglm_config,
@@ -350,7 +353,7 @@ RELEASES = {
             )
         ),
         order=("transformer.*", "lm_head.*", "image_encoder.*"),
-        loader="transformers.AutoModel.from_pretrained({}, trust_remote_code=True)",
+        loader="transformers.AutoModel.from_pretrained('{}', trust_remote_code=True)",
         buffers=visualglm_buffers,
     ),
 }
@@ -360,8 +363,9 @@ def published_order(names: list[str], order: tuple[str, ...]) -> list[str]:
     return sorted(names, key=lambda n: next(i for i, p in enumerate(order) if fnmatch.fnmatch(n, p)))
 
 
-def export_original(source: Source, directory: Path, limit: int, remote_code: Path | None) -> str:
+def export_original(source: Source, directory: Path, options: dict) -> str:
     """Writes what the release's own code reads; returns the line of Python that does."""
+    limit, code = parse_size(options["max_shard_size"]), options["remote_code"]
     release = RELEASES[source.kind]
     processor = source.definition.processor(source.directory)
     checkpoint.copy_side_files(source.directory, directory)
@@ -380,7 +384,7 @@ def export_original(source: Source, directory: Path, limit: int, remote_code: Pa
             f"note: {source.directory} has no {release.vocabulary}, which the original tokenizer reads; "
             "put it beside the weights"
         )
-    copy_code(release, remote_code or source.directory, directory, required=remote_code is not None)
+    copy_code(release, Path(code or source.directory), directory, required=code is not None)
     buffers = release.buffers(source)
     names = published_order([n for n, _ in source.model.named_parameters()], release.order)
     sizes = sizes_of(source, names) | {n: t.numel() * t.itemsize for n, t in buffers.items()}
@@ -408,40 +412,48 @@ def copy_code(release: Release, where: Path, directory: Path, required: bool) ->
 # --------------------------------------------------------------------------------------------------
 
 
-WRITERS = {
-    "transformers": ({"blip2"}, export_transformers, "5GB"),
-    "original": (set(RELEASES), export_original, "2GB"),
+def export_static(source: Source, directory: Path, options: dict) -> str:
+    """Writes programs, weights and their runner; returns how it is started."""
+    import export_static  # here: torch's exporter takes a second to import
+
+    model = load_model(source.directory, source.dtype or torch.float32)
+    processor = source.definition.processor(source.directory, source.stage())
+    if source.quantize:
+        print(quantize(model, source.quantize))
+    export_static.write(model, processor, source.directory, directory, options["compile"], MEAN, STD)
+    return "python {}/run_static.py --image image.png --prompt 'What is this?'"
+
+
+@dataclass(frozen=True)
+class Format:
+    write: Callable[[Source, Path, dict], str]  # (source, directory, options) -> how the export is used
+    kinds: tuple[str, ...] | None  # of models; None: all
+    options: dict[str, str | None]  # keys of the command line that it alone takes, with their defaults
+
+
+FORMATS = {
+    "transformers": Format(export_transformers, ("blip2",), {"max_shard_size": "5GB"}),
+    "original": Format(export_original, tuple(RELEASES), {"max_shard_size": "2GB", "remote_code": None}),
+    "static": Format(export_static, None, {"compile": "auto"}),
 }
 ELSEWHERE = {
-    (
-        "transformers",
-        "qwen_vl",
-    ): "transformers has no class of it: --format original, with the release's code",
-    (
-        "transformers",
-        "visualglm",
-    ): "transformers has no class of it: --format original, with the release's code",
-    (
-        "original",
-        "blip2",
-    ): "python convert/lavis.py writes LAVIS's files, --format transformers the published",
+    "transformers": "transformers has no class of it; --format original writes what the release's code loads",
+    "original": "--format transformers writes the published files, python convert/lavis.py LAVIS's",
 }
 
 
-def export(
-    source: Source, output: Path, form: str, shard_size: str | None = None, remote_code: Path | None = None
-) -> str:
-    """Writes the directory `output`, whole or not at all. Returns how it is loaded."""
-    kinds, writer, default_size = WRITERS[form]
-    if source.kind not in kinds:
-        remedy = ELSEWHERE.get((form, source.kind), f"it is there for {', '.join(sorted(kinds))}")
-        raise ValueError(f"--format {form} is not for {source.kind}; {remedy}")
-    limit = parse_size(shard_size or default_size)
+def export(source: Source, output: Path, form: str, **given: str | None) -> str:
+    """Writes the directory `output`, whole or not at all. Returns how it is used."""
+    wanted = FORMATS[form]
+    if wanted.kinds is not None and source.kind not in wanted.kinds:
+        raise ValueError(f"--format {form} is not for {source.kind}: {ELSEWHERE[form]}")
+    for key, value in given.items():
+        if value is not None and key not in wanted.options:
+            raise ValueError(f"--{key} has no effect with --format {form}; leave it out")
     check_output(output, source.directory)
-    if remote_code is not None and form != "original":
-        raise ValueError(f"--remote_code has no effect with --format {form}; leave it out")
+    options = wanted.options | {key: value for key, value in given.items() if value is not None}
     with checkpoint.atomic_dir(output) as directory:
-        return writer(source, directory, limit, remote_code).format(json.dumps(str(output)))
+        return wanted.write(source, directory, options).format(output)
 
 
 def check_output(output: Path, source: Path) -> None:
@@ -472,13 +484,22 @@ def main(argv: list[str] | None = None) -> int:
     add("--model_name_or_path", help="checkpoint directory")
     add("--lora_path", help="adapter directory, merged into the weights that are written")
     add("--output_dir", required=True, help="directory to write; it must be new or empty")
-    add("--format", required=True, choices=list(WRITERS), help="for whom")
-    add("--dtype", default="keep", choices=["keep", *DTYPES], help="of the written weights")
-    rounding = "round the blocks' weights as generate.py --quantize does; they are written in --dtype again"
+    add("--format", required=True, choices=list(FORMATS), help="for whom")
+    dtypes = ["keep", *DTYPES]
+    add("--dtype", default="keep", choices=dtypes, help="of the written weights (static: keep is float32)")
+    rounding = "round the blocks' weights as generate.py does; only a static package keeps them small"
     add("--quantize", choices=BITS, help=rounding)
-    sizes = ", ".join(f"{form}: {size}" for form, (_, _, size) in WRITERS.items() if size)
-    add("--max_shard_size", help=f"of one weight file (default: {sizes})")
+    sizes = [
+        f"{form}: {f.options['max_shard_size']}"
+        for form, f in FORMATS.items()
+        if "max_shard_size" in f.options
+    ]
+    add("--max_shard_size", help=f"of one weight file (default: {', '.join(sizes)})")
     add("--remote_code", help="original: a directory with the release's Python files")
+    compiling = (
+        "static: programs in machine code of this CPU (minutes), or graphs that torch runs step by step"
+    )
+    add("--compile", choices=["auto", "yes", "no"], help=f"{compiling}; auto: where there is g++")
     args = parser.parse_args(argv)
     output = Path(args.output_dir)
     base = args.model_name_or_path
@@ -488,8 +509,8 @@ def main(argv: list[str] | None = None) -> int:
     dtype = DTYPES.get(args.dtype)
     with merged_first(base, args.lora_path, output) as directory:
         source = Source(directory, dtype, args.quantize)
-        code = args.remote_code and Path(args.remote_code)
-        how = export(source, output, args.format, args.max_shard_size, code)
+        given = {key: getattr(args, key) for key in ("max_shard_size", "remote_code", "compile")}
+        how = export(source, output, args.format, **given)
     print(f"written: {output}")
     print(f"next: {how}")
     return 0

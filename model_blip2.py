@@ -806,6 +806,27 @@ class Blip2Processor:
             "seen": seen,
         }
 
+    def template(self) -> dict:
+        """As model_qwen_vl.QwenVLProcessor.template, in this model's wording."""
+        tk, t5 = self.tokenizer, self.kind == "t5"
+        if self.kind == "bert":
+            raise ValueError(
+                "a stage-1 checkpoint compares images with texts, it gives no answers; export stage 2"
+            )
+        return {
+            "images": [1, 1],
+            "start": [],
+            "image_text": "",
+            "image": [self.slot] * self.num_image_tokens + ([] if t5 else [tk.begin]),
+            "first_place": 0,
+            "gap": "",
+            "text": "{prompt}",
+            "end": [tk.eos, tk.begin] if t5 else [],
+            "reserved": [token.content for token in tk.model.get_added_tokens_decoder().values()],
+            "skip_special": True,  # in the answer's text
+            "cleanup": [],
+        }
+
     def asked(self, conversation) -> str:
         """The prompt as a text to put behind the image."""
         return self.texts(conversation)[0]

@@ -414,7 +414,9 @@ class QwenVL(nn.Module):
             base = c.rotary_emb_base * alpha ** (c.kv_channels / (c.kv_channels - 2))
             inv_freq = 1.0 / base.to(positions.device, torch.float32)[:, None] ** half  # (S, D/2)
             # (S, D/2) -> (T, D/2): each token has the base of its segment.
-            inv_freq = inv_freq.repeat_interleave(lengths.to(positions.device), dim=0)
+            counts = lengths.to(positions.device)
+            # the size is known: a device is not asked for it
+            inv_freq = inv_freq.repeat_interleave(counts, dim=0, output_size=positions.shape[0])
         angles = (
             positions[:, None].float() * inv_freq
         )  # (T, D/2), fp32: 16-bit angles lose the position past 256
@@ -781,6 +783,24 @@ class QwenVLProcessor:
             "image_starts": starts,
             "images": images,
             "truncated": False,
+        }
+
+    def template(self) -> dict:
+        """How a question about images is worded, for run_static.py, which has the tokenizer alone."""
+        tk = self.tokenizer
+        system = [tk.im_start, *tk.encode("system"), *tk.newline, *tk.encode(SYSTEM), tk.im_end]
+        return {
+            "images": [0, None],
+            "start": [*system, *tk.newline, tk.im_start, *tk.encode("user"), *tk.newline],
+            "image_text": "Picture {number}: ",
+            "image": [tk.img_start, *[tk.img_pad] * self.num_image_tokens, tk.img_end],
+            "first_place": 1,
+            "gap": "\n",
+            "text": "{prompt}",
+            "end": [tk.im_end, *tk.newline, tk.im_start, *tk.encode("assistant"), *tk.newline],
+            "reserved": list(tk.special),
+            "skip_special": False,  # in the answer's text
+            "cleanup": [],
         }
 
     def asked(self, conversation) -> str:

@@ -33,7 +33,7 @@ from kernels.linear_cross_entropy import IGNORE_INDEX
 from kernels.rotary import rotary
 from records import front_image, text_of
 from schema import Depth, Epsilon, Pixels, Scale, Size, TokenId
-from tokenizer_visualglm import GLMTokenizer
+from tokenizer_visualglm import TEXT_SPECIALS, GLMTokenizer
 from vlm import Batch, LMHead, even_segments
 
 # --------------------------------------------------------------------------------------------------
@@ -726,13 +726,17 @@ def training_ids(
     return ids, [IGNORE_INDEX] * start + ids[start:]
 
 
+# The original's finish of an answer: Chinese punctuation, which the tokenizer's normalisation had made
+# half-width
+CLEANUP = [(r"\[\[训练时间\]\]", "2023年")]
+for _half, _full in ((",", "，"), ("!", "！"), (":", "："), (";", "；"), (r"\?", "？")):
+    CLEANUP += [(rf"([\u4e00-\u9fff]){_half}", rf"\1{_full}"), (rf"{_half}([\u4e00-\u9fff])", rf"{_full}\1")]
+
+
 def clean_response(text: str) -> str:
-    """The original's finish of an answer: Chinese punctuation, which the tokenizer's normalisation had made
-    half-width."""
-    text = text.strip().replace("[[训练时间]]", "2023年")
-    for half, full in ((",", "，"), ("!", "！"), (":", "："), (";", "；"), (r"\?", "？")):
-        text = re.sub(rf"([\u4e00-\u9fff]){half}", rf"\1{full}", text)
-        text = re.sub(rf"{half}([\u4e00-\u9fff])", rf"{full}\1", text)
+    text = text.strip()
+    for pattern, new in CLEANUP:
+        text = re.sub(pattern, new, text)
     return text
 
 
@@ -850,6 +854,23 @@ class VisualGLMProcessor:
         if self.stage == "pretrain":
             return ""
         return "描述这张图片。" if is_chinese("".join(conversation.answers)) else "Describe this image."
+
+    def template(self) -> dict:
+        """As model_qwen_vl.QwenVLProcessor.template, in this model's wording."""
+        tk = self.tokenizer
+        return {
+            "images": [0, 1],
+            "start": [],
+            "image_text": "<img>",
+            "image": [tk.unk] * self.num_image_tokens,
+            "first_place": 0,
+            "gap": "</img>",
+            "text": TEMPLATES[self.config.prompt_language].replace("{}", "{prompt}"),
+            "end": [tk.gmask, tk.sop],
+            "reserved": TEXT_SPECIALS,
+            "skip_special": False,  # in the answer's text
+            "cleanup": CLEANUP,
+        }
 
     def asked(self, conversation) -> str:
         """The first question as a text to put behind the image."""

@@ -12,7 +12,7 @@ import re
 import unicodedata
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 import checkpoint
 
@@ -147,6 +147,13 @@ class QwenTokenizer:
                 i = end
             i += 1
         return ids
+
+    def to_json(self) -> str:
+        """A tokenizers file for other programs. In it a special token is one wherever it stands."""
+        whole = Tokenizer.from_str(self.bpe.to_str())
+        whole.add_special_tokens(SPECIAL_TOKENS)
+        whole.normalizer, whole.decoder = normalizers.NFC(), decoders.ByteLevel()
+        return whole.to_str()
 
     def decode(
         self,

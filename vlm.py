@@ -301,7 +301,7 @@ def shape(name: str) -> dict | None:
 
 def even_segments(num_segments: int, length: int) -> Tensor:
     """(num_segments + 1,) host: cu_seqlens of segments of one length."""
-    return torch.arange(0, (num_segments + 1) * length, length, dtype=torch.int32)
+    return torch.arange(num_segments + 1, dtype=torch.int32) * length
 
 
 def splice_images(x: Tensor, batch: Batch, encode: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:

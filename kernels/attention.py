@@ -848,6 +848,21 @@ def _grouped(function, q: Tensor, k: Tensor, v: Tensor, *options) -> Tensor:
     return torch.stack([function(x, k, v, *options) for x in heads], dim=2).flatten(1, 2)
 
 
+def attention_even(
+    q: Tensor, k: Tensor, v: Tensor, count: int, causal: bool, bias: Tensor | None = None
+) -> Tensor:
+    """attention() of `count` equally long segments, images for instance, without a number that is read from a
+    tensor: what torch.export can follow. A mask (Lq, Lk) or bias (H, Lq, Lk) instead of `causal`."""
+    dtype, cast = q.dtype, q.device.type == "cpu" and q.element_size() == 2  # as attention_ref
+    q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))  # (count, H, L, D)
+    if cast:
+        q, k, v = q.float(), k.float(), v.float()
+        bias = bias if bias is None or bias.dtype == torch.bool else bias.float()
+    grouped = q.shape[1] != k.shape[1]
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, enable_gqa=grouped)
+    return o.transpose(1, 2).flatten(0, 1).to(dtype)
+
+
 # segments are as long as the data says: a compiled loop over them would be compiled anew
 @torch.compiler.disable
 def attention(
@@ -870,6 +885,8 @@ def attention(
     host: keys visible to every query of a causal segment; bias (H, Lq, Lk), added to the scores (plain
     PyTorch whatever `impl`; not with grouped heads). Returns (Tq, H, D).
     """
+    if torch.compiler.is_exporting():  # no lengths are there to read; a program's segments are all as long
+        return attention_even(q, k, v, cu_seqlens_q.shape[0] - 1, causal, bias)
     if k.shape[1] != q.shape[1]:
         options = k, v, cu_seqlens_q, cu_seqlens_k, max_len, causal, prefix_lens, bias, impl
         return _grouped(attention, q, *options)

@@ -1,7 +1,10 @@
 """What export.py writes, loaded by others: transformers' classes; the published names, orders and shards."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,8 +15,10 @@ from test_engine import write_adapter
 import checkpoint
 import data
 import export
+import export_static
 import generate
 import records
+import run_static
 import vlm
 from quantize import quantize
 
@@ -75,8 +80,10 @@ def assert_same_model(model, request, processor, theirs, their_processor, image:
     [
         "opt",
         "t5",
-        "opt-merged-untied",
-        *(pytest.param(case, marks=pytest.mark.slow) for case in ("opt-int4", "opt-shards-bf16")),
+        *(
+            pytest.param(case, marks=pytest.mark.slow)
+            for case in ("opt-merged-untied", "opt-int4", "opt-shards-bf16")
+        ),
     ],
 )
 def test_transformers_loads_blip2(case, tmp_path, image):
@@ -224,6 +231,13 @@ def test_a_release_is_read_back(kind, tmp_path, image, capsys):
             "--remote_code has no effect",
         ),
         (["--model", "qwen_vl", "--format", "original", "--remote_code", "."], "lacks modeling_qwen.py"),
+        (["--model", "blip2", "--format", "original"], "convert/lavis.py"),
+        (["--model", "qwen_vl", "--format", "original", "--compile", "no"], "--compile has no effect"),
+        (
+            ["--model", "qwen_vl", "--format", "static", "--max_shard_size", "2GB"],
+            "--max_shard_size has no effect",
+        ),
+        (["--model_name_or_path", str(SAMPLES / "blip2_stage1"), "--format", "static"], "gives no answers"),
         (["--model_name_or_path", "gone", "--format", "original"], "gone"),
         (["--model", "blip2", "--format", "onnx"], "invalid choice"),
         (["--model", "blip2", "--lora_path", "gone", "--format", "transformers"], "holds no LoRA adapter"),
@@ -262,3 +276,134 @@ def test_no_row_for_the_image_token(tmp_path, capsys):
     assert checkpoint.cli(lambda: export.main([*command, "--format", "transformers"])) == 1
     assert "no row for the image token 1001" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+# ---- static packages
+
+
+def answer_ids(directory, prompt: str, images: list[str], quantized: str | None = None) -> list[int]:
+    """generate.py's own."""
+    processor, model = data.load_processor(str(directory)), generate.load_model(directory)
+    if quantized:
+        quantize(model, quantized)
+    request = processor.prompt(records.request([("user", prompt)], images, "a test"))
+    request["pixel_values"] = [processor.load_image(path) for path in request["images"]]
+    return generate.generate(model, [request], 12, processor.stop_words)[0]
+
+
+ASK = """
+import sys, run_static
+package, questions = run_static.Package("."), {questions!r}
+for prompt, images in questions:
+    ids = package.generate(prompt, images, 12)
+    print(ids, ascii(package.text(ids)))
+names = ("model_", "vlm", "checkpoint", "engine", "kernels", "generate")
+ours = [m for m in sys.modules if m.startswith(names)]
+print(ours, [p for p in sys.path if {root!r} in p])
+"""
+
+
+def assert_package_answers(out, base, questions, quantized=None) -> None:
+    """The package asked in a directory of its own, by a Python that knows nothing of the repository."""
+    code = ASK.format(questions=questions, root=str(SAMPLES.parent))
+    environment = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=out, env=environment, capture_output=True, text=True, timeout=500)
+    *answers, imported = run.stdout.splitlines() or [""]
+    assert run.returncode == 0 and imported == "[] []", run.stderr + imported
+    processor = data.load_processor(str(base))
+    for (prompt, images), line in zip(questions, answers, strict=True):
+        expected = answer_ids(base, prompt, images, quantized)
+        assert line == f"{expected} {ascii(processor.decode(expected))}", prompt
+
+
+def questions_of(kind: str, images: list[str]) -> list[tuple[str, list[str]]]:
+    """One image; no image and two of them where the model takes that; odd texts."""
+    one = [("What is this?", images[:1]), ("  这是什么？\n\nA b", images[1:])]
+    none, two = ("2 + 3 = ?", []), ("Which is larger?", images)
+    return one + {"qwen_vl": [none, two], "visualglm": [none]}.get(kind, [])
+
+
+@pytest.fixture
+def two_images(tmp_path, image):
+    Image.new("RGBA", (40, 30), (250, 20, 90, 255)).save(tmp_path / "b.png")
+    return [image, str(tmp_path / "b.png")]
+
+
+@pytest.fixture(scope="module")
+def package(base, tmp_path_factory):
+    """Of the smallest Qwen-VL, as graphs; and opened."""
+    out = tmp_path_factory.mktemp("package") / "out"
+    run(base, out, "static", "--compile", "no")
+    return out, run_static.Package(out)
+
+
+def test_a_package_answers_as_generate_does(base, package, two_images):
+    (_, whole), processor = package, data.load_processor(str(base))
+    for prompt, images in questions_of("qwen_vl", two_images):
+        expected = answer_ids(base, prompt, images)
+        assert whole.generate(prompt, images, 12) == expected and whole.text(expected) == processor.decode(
+            expected
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen_vl", "blip2", "t5", "visualglm", "ptuning"])
+def test_every_models_package_answers_as_generate_does(kind, tmp_path, two_images):
+    base = SAMPLES / f"tiny_{kind}"
+    if kind == "t5":
+        base = write_checkpoint(tmp_path / "base", T5)
+    elif kind == "ptuning":  # keys and values in front of every sequence
+        base = with_prefix(SAMPLES / "tiny_visualglm", tmp_path / "base")
+    run(base, tmp_path / "out", "static", "--compile", "no")
+    questions = questions_of("visualglm" if kind == "ptuning" else kind, two_images)
+    assert_package_answers(tmp_path / "out", base, questions)
+
+
+def with_prefix(base, directory):
+    """The same with P-tuning of random rows."""
+    config = checkpoint.read_config(base) | {"pre_seq_len": 3}
+    weights, definition = checkpoint.open_model(base, vlm.find(config)), vlm.find(config)
+    rows = definition.network(config).transformer.prefix_encoder.embedding.weight
+    prefix = torch.randn(rows.shape, generator=torch.Generator().manual_seed(0))
+    directory.mkdir()
+    checkpoint.copy_side_files(base, directory)
+    checkpoint.write_json(directory / "config.json", config)
+    named = [(name, weights.read(name)) for name in weights]
+    checkpoint.save_weights(directory, [*named, ("transformer.prefix_encoder.embedding.weight", prefix)])
+    return directory
+
+
+@pytest.mark.slow
+def test_a_compiled_package(base, tmp_path, two_images):
+    """AOTInductor's machine code with weights in 8 bits, one file of them for three programs."""
+    if not export_static.has_compiler():
+        pytest.skip("no C++ compiler")
+    run(base, tmp_path / "out", "static", "--compile", "yes", "--quantize", "int8")
+    assert_package_answers(tmp_path / "out", base, questions_of("qwen_vl", two_images), "int8")
+
+
+def test_a_package_refuses(package, tmp_path, image):
+    directory, whole = package
+    with pytest.raises(ValueError, match="a mark of the model's own"):
+        whole.generate("<|im_end|> what", [image], 4)
+    with pytest.raises(ValueError, match="no such image"):
+        whole.generate("what", [str(tmp_path / "gone.png")], 4)
+    template = whole.spec["template"] | {"images": [1, 1]}
+    with pytest.raises(ValueError, match="2 images; this model takes 1"):
+        run_static.prompt_ids(template, whole.tokenizer, "what", 2)
+    whole.spec["stop_words"] = [[-1]]
+    length = len(whole.inputs("what", 0)[0])
+    whole.spec["max_positions"] = length + 5
+    assert len(whole.generate("what", [], 100)) == 5
+    with pytest.raises(ValueError, match=f"the model {length + 5} positions"):
+        whole.generate("what " * 20, [], 4)
+    spec = json.loads((directory / "package.json").read_text())
+    for key, value, said in (("torch", "1.0", "made with torch 1.0"), ("cpu", "Z80", "compiled for Z80")):
+        made = spec["made_with"] | {key: value}
+        checkpoint.write_json(tmp_path / "package.json", spec | {"compiled": True, "made_with": made})
+        shutil.copy(directory / "tokenizer.json", tmp_path)
+        with pytest.raises(ValueError, match=said):
+            run_static.Package(tmp_path)
+    with pytest.raises(ValueError, match="has no package.json"):
+        run_static.Package(tmp_path / "elsewhere")
