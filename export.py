@@ -34,7 +34,7 @@ import merge
 import terminal
 import vlm
 from generate import DTYPES, load_model
-from quantize import BITS, QuantLinear, quantize
+from quantize import KINDS, quantize, replace_weight
 
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's, for all three
 
@@ -45,7 +45,7 @@ class Source:
 
     directory: Path
     dtype: torch.dtype | None = None  # of the written weights; None: as they are
-    quantize: str | None = None  # round the blocks' weights to int8 or int4, written in `dtype` again
+    quantize: str | None = None  # round the blocks' weights (int8, int4, nf4), written in `dtype` again
 
     def __post_init__(self):
         self.config = checkpoint.read_config(self.directory)
@@ -74,8 +74,10 @@ class Source:
             raise ValueError(f"{name} has a value of {high:.3g}, too large for {dtype}; use --dtype bfloat16")
         if self.quantize and name in self.rounded:
             linear = nn.Linear(*tensor.shape[::-1], bias=False, device="meta")
-            linear.weight = nn.Parameter(tensor.float(), requires_grad=False)
-            tensor = QuantLinear(linear, BITS[self.quantize]).weight(torch.float32)
+            linear.weight = nn.Parameter(tensor, requires_grad=False)
+            few = replace_weight(linear, self.quantize)
+            few.fill(tensor)
+            tensor = few.weight(torch.float32)
         return tensor.to(dtype)
 
 
@@ -488,7 +490,7 @@ def main(argv: list[str] | None = None) -> int:
     dtypes = ["keep", *DTYPES]
     add("--dtype", default="keep", choices=dtypes, help="of the written weights (static: keep is float32)")
     rounding = "round the blocks' weights as generate.py does; only a static package keeps them small"
-    add("--quantize", choices=BITS, help=rounding)
+    add("--quantize", choices=KINDS, help=rounding)
     sizes = [
         f"{form}: {f.options['max_shard_size']}"
         for form, f in FORMATS.items()

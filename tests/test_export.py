@@ -82,7 +82,7 @@ def assert_same_model(model, request, processor, theirs, their_processor, image:
         "t5",
         *(
             pytest.param(case, marks=pytest.mark.slow)
-            for case in ("opt-merged-untied", "opt-int4", "opt-shards-bf16")
+            for case in ("opt-merged-untied", "opt-int4", "opt-nf4", "opt-shards-bf16")
         ),
     ],
 )
@@ -97,14 +97,14 @@ def test_transformers_loads_blip2(case, tmp_path, image):
         options = ["--lora_path", str(adapter)]
     elif "shards" in how:
         options = ["--max_shard_size", "1MB", "--dtype", "bfloat16"]
-    elif "int4" in how:
-        options = ["--quantize", "int4", "--dtype", "float32"]
+    elif few := {"int4", "nf4"}.intersection(how):
+        options = ["--quantize", *few, "--dtype", "float32"]
     run(base, tmp_path / "out", "transformers", *options)
     model = generate.load_model(base)
-    if "int4" in how:
-        quantize(model, "int4")
+    if "--quantize" in options:
+        quantize(model, options[1])
     theirs, their_processor = their_blip2(tmp_path / "out")
-    assert theirs.dtype == (torch.float32 if kind == "t5" or "int4" in how else torch.bfloat16)
+    assert theirs.dtype == (torch.float32 if kind == "t5" or "--quantize" in options else torch.bfloat16)
     request, processor = request_of(expected, image)
     if "merged" in how:  # rounded to the base's bf16 once, as base + adapter is not: merge.py's own proof
         model = generate.load_model(tmp_path / "out")
