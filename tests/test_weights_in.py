@@ -233,11 +233,11 @@ def test_safetensors_headers(tmp_path, case):
         b"[" * 10**5,
         b'{"\xff": 1}',
         b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}, "a": {"dtype": "U8", "shape": [1], '
-        b'"data_offsets": [0, 1]}}',
+        b'"data_offsets": [1, 2]}}',
     ],
 )
 def test_safetensors_headers_that_are_no_objects(tmp_path, text):
-    safetensors(tmp_path / "model.safetensors", text, b"1")
+    safetensors(tmp_path / "model.safetensors", text, b"12")
     refused("model.safetensors", checkpoint.open_weights, tmp_path)
 
 
