@@ -147,7 +147,8 @@ def write_adapter(directory: Path, base: Path, rank: int) -> Path:
         return torch.randn(shape, generator=build.named_generator(1, name)) * 0.05
 
     directory.mkdir(parents=True)
-    lora.save_adapter(directory, model, base, rank, 2 * rank, 0.05, names, [], tensor)
+    made = lora.LoraConfig(base, rank, 2 * rank, 0.05)
+    lora.save_adapter(directory, model, made, names, [], tensor)
     return directory
 
 

@@ -503,6 +503,17 @@ def generator(*seed: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(seed))
 
 
+@dataclass(frozen=True)
+class Deal:
+    """How a step's units are dealt out to ranks and forward passes: it changes who computes what, not what a
+    step is."""
+
+    dp_rank: int = 0
+    dp_size: int = 1
+    per_device_batch: int = 1
+    grad_accum: int = 1
+
+
 class Plan:
     """Which samples make up step k: a pure function of (index, seed, epoch).
 
@@ -618,15 +629,15 @@ class Plan:
             step, epoch, first = step - steps, epoch + 1, 0
         return epoch, first + step * global_batch
 
-    def micro_batches(self, step: int, dp_rank: int, dp_size: int, per_device_batch: int, grad_accum: int):
+    def micro_batches(self, step: int, deal: Deal) -> tuple[int, list[list[np.ndarray]]]:
         """-> (epoch, one list of units per forward pass of this rank). All ranks get equally many lists, some
         empty."""
-        round_size = per_device_batch * dp_size
-        epoch, first = self.locate(step, round_size * grad_accum)
-        units = self.units(epoch)[first : first + round_size * grad_accum]
+        round_size = deal.per_device_batch * deal.dp_size
+        epoch, first = self.locate(step, round_size * deal.grad_accum)
+        units = self.units(epoch)[first : first + round_size * deal.grad_accum]
         # A round is one forward pass of all ranks; dealt out in turn, so that the last one is even too.
         rounds = [units[start : start + round_size] for start in range(0, len(units), round_size)]
-        return epoch, [units_of_round[dp_rank::dp_size] for units_of_round in rounds]
+        return epoch, [units_of_round[deal.dp_rank :: deal.dp_size] for units_of_round in rounds]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -686,26 +697,16 @@ def attach_images(
     return sample
 
 
-def load_sample(
-    index: Index,
-    number: int,
-    epoch: int,
-    processor,
-    max_length: int,
-    seed: int,
-    image_jitter=0.0,
-    features=None,
-) -> dict:
-    """Sample `number`, ready for collate. Raises BadRecord if it
-    can't be read or an image can't be decoded."""
-    entry, conversation = int(index.entry[number]), index.conversation(number)
+def load_sample(plan: Plan, number: int, epoch: int, processor, image_jitter=0.0, features=None) -> dict:
+    """Sample `number`, ready for collate. Raises BadRecord if it can't be read or an image can't be
+    decoded."""
+    entry, conversation = int(plan.index.entry[number]), plan.index.conversation(number)
+    key = (plan.seed, epoch, int(number))  # all that is random in this sample is a function of it
     # Whatever a record does wrong, here or in its images, is that record's fault and has its name.
     with one_record(conversation.where):
-        sample = processor.encode(conversation, max_length)
-        attach_images(sample, processor, features, image_jitter, seed=(seed, epoch, int(number)))
-    sample.update(
-        sample_id=f"{conversation.where}#{conversation.id}", dataset_id=entry, key=(seed, epoch, int(number))
-    )
+        sample = processor.encode(conversation, plan.max_length)
+        attach_images(sample, processor, features, image_jitter, seed=key)
+    sample.update(sample_id=f"{conversation.where}#{conversation.id}", dataset_id=entry, key=key)
     return sample
 
 
@@ -785,8 +786,7 @@ def pad_stream(batch: vlm.Batch, length: int) -> vlm.Batch:
 
 
 class TrainLoader:
-    """Yields (step, epoch, [batch per forward pass of this rank]) for steps start_step .. total_steps - 1, in
-    order.
+    """Yields (step, epoch, [batch per forward pass of this rank]) for `steps`, in their order.
 
     The batches are the same for any num_workers. A sample that fails to load is left out and listed in
     batch.bad.
@@ -796,13 +796,8 @@ class TrainLoader:
         self,
         plan: Plan,
         processor,
-        *,
-        start_step: int,
-        total_steps: int,
-        dp_rank: int = 0,
-        dp_size: int = 1,
-        per_device_batch: int = 1,
-        grad_accum: int = 1,
+        steps: range,
+        deal: Deal = Deal(),
         num_workers: int = 0,
         image_jitter: float = 0.0,
         features=None,
@@ -811,29 +806,23 @@ class TrainLoader:
             raise ValueError(
                 "image_jitter changes the images, cache_image_features keeps them; use one of the two"
             )
-        self.plan, self.processor, self.start_step, self.total_steps = (
-            plan,
-            processor,
-            start_step,
-            total_steps,
-        )
-        self.layout = dp_rank, dp_size, per_device_batch, grad_accum
+        self.plan, self.processor, self.steps, self.deal = plan, processor, steps, deal
         self.num_workers, self.image_jitter, self.features = num_workers, image_jitter, features
 
     def __len__(self):
-        return max(self.total_steps - self.start_step, 0)
+        return len(self.steps)
 
     def __getitem__(self, k: int):
-        step = self.start_step + k
-        epoch, rounds = self.plan.micro_batches(step, *self.layout)
+        step = self.steps[k]
+        epoch, rounds = self.plan.micro_batches(step, self.deal)
         return step, epoch, [self.load(epoch, units) for units in rounds]
 
     def load(self, epoch: int, units: list[np.ndarray]) -> vlm.Batch:
-        samples, bad, plan = [], [], self.plan
+        samples, bad = [], []
         for number in (int(number) for unit in units for number in unit):
-            options = self.processor, plan.max_length, plan.seed, self.image_jitter, self.features
+            options = self.processor, self.image_jitter, self.features
             try:
-                samples.append(load_sample(plan.index, number, epoch, *options))
+                samples.append(load_sample(self.plan, number, epoch, *options))
             except BadRecord as e:
                 bad.append((e.where, e.reason))
         return collate(samples, bad, self.processor.num_image_tokens, self.processor.blank_ids)

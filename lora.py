@@ -2,7 +2,7 @@
 
     names = inject(model, LORA_TARGETS, rank=8, alpha=16, dropout=0.05)   # nn.Linear -> LoraLinear, in place
     with dropout_rows(batch.dropout_keys): ...  # the model says whose rows adapters see
-    save_adapter("output", model, base, 8, 16, 0.05, names, extra_trained={}, tensors=get)
+    save_adapter("output", model, LoraConfig(base, rank=8, alpha=16), names, extra_trained={}, tensors=get)
     load_adapter(model, "output")                                         # ours or PEFT's
 
 y = W x + b + (alpha / rank) B A x; A (rank, in) starts random and B (out, rank) zero (arXiv:2106.09685 sec.
@@ -269,6 +269,17 @@ def aliases_of(model: nn.Module) -> dict[str, str]:
     return {} if config is None else vlm.find(config.raw).aliases(config.raw)
 
 
+@dataclass(frozen=True)
+class LoraConfig:
+    """What an adapter was made with, which its adapter_config.json says."""
+
+    base: str | Path  # the checkpoint directory that it belongs to, or its published name
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    base_in: str | None = None  # the kind of few bits that the base's weights were in (quantize.py)
+
+
 @functools.cache
 def base_sample(directory: str | Path) -> str | None:
     """What tells a base's weights from others, None for a base that is no directory here."""
@@ -278,17 +289,7 @@ def base_sample(directory: str | Path) -> str | None:
 
 
 def save_adapter(
-    directory,
-    model: nn.Module,
-    base_name,
-    rank: int,
-    alpha: float,
-    dropout: float,
-    module_names: list[str],
-    extra_trained,
-    tensors,
-    write: bool = True,
-    base_in: str | None = None,
+    directory, model: nn.Module, made: LoraConfig, module_names: list[str], extra_trained, tensors, write=True
 ) -> None:
     """adapter_config.json and adapter_model.safetensors, which PEFT reads too.
 
@@ -296,14 +297,14 @@ def save_adapter(
     parameters and listed in modules_to_save, as PEFT expects; it loads the others too. Tied weights are saved
     under all their names, since PEFT unties what it saves, and an adapted layer's own weight or bias under
     its name in PEFT. tensors(name) gives a full CPU tensor; it may gather, so all ranks call this, and those
-    with write=True write. base_in: the kind of few bits that the base's weights were in (quantize.py).
+    with write=True write.
     """
     rank_pattern, alpha_pattern, state = {}, {}, {}
     for name in module_names:
         module = model.get_submodule(name)
-        if module.rank != rank:  # an adapter from PEFT, trained further, may vary by module
+        if module.rank != made.rank:  # an adapter from PEFT, trained further, may vary by module
             rank_pattern["^" + name] = module.rank  # PEFT would take a name for the end of a longer one
-        if not math.isclose(module.scaling * module.rank, alpha):
+        if not math.isclose(module.scaling * module.rank, made.alpha):
             alpha_pattern["^" + name] = module.scaling * module.rank
     owners = sorted({name.rpartition(".")[0] for name in extra_trained} - {*module_names})
     owners = [name for name in owners if not list(model.get_submodule(name).children())]
@@ -330,14 +331,14 @@ def save_adapter(
         other.endswith("." + name) for other in others for name in targets
     ):  # so a list would name those too
         targets = "|".join(map(re.escape, targets))
-    sample = base_sample(base_name)
+    sample = base_sample(made.base)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": os.path.abspath(base_name) if sample else str(base_name),
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": dropout,
+        "base_model_name_or_path": os.path.abspath(made.base) if sample else str(made.base),
+        "r": made.rank,
+        "lora_alpha": made.alpha,
+        "lora_dropout": made.dropout,
         "target_modules": targets,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -347,7 +348,9 @@ def save_adapter(
         "inference_mode": True,
     }
     metadata = (
-        {"format": "pt"} | ({"base": sample} if sample else {}) | ({"base_in": base_in} if base_in else {})
+        {"format": "pt"}
+        | ({"base": sample} if sample else {})
+        | ({"base_in": made.base_in} if made.base_in else {})
     )
     checkpoint.save_tensors(state, Path(directory) / "adapter_model.safetensors", metadata)
     checkpoint.write_json(Path(directory) / "adapter_config.json", config)

@@ -303,16 +303,9 @@ def evaluate_loss(run: "Run") -> dict[str, float]:  # all ranks
     off on all ranks. Raises ValueError for more bad samples than max_bad_samples allows."""
     cfg, world, plan, stages = run.cfg, run.world, run.eval_plan, run.built.stages
     run.model.eval()
-    loader = data.TrainLoader(
-        plan,
-        run.processor,
-        start_step=0,
-        total_steps=plan.steps_per_epoch(cfg.per_device_eval_batch_size * world.dp_size),
-        dp_rank=world.dp_rank,
-        dp_size=world.dp_size,
-        per_device_batch=cfg.per_device_eval_batch_size,
-        num_workers=cfg.num_workers,
-    )
+    deal = data.Deal(world.dp_rank, world.dp_size, cfg.per_device_eval_batch_size)
+    steps = range(plan.steps_per_epoch(deal.per_device_batch * deal.dp_size))
+    loader = data.TrainLoader(plan, run.processor, steps, deal, cfg.num_workers)
     sums = torch.zeros(len(plan.index.entries), len(run.model.LOSSES), 2, dtype=torch.float64)
     kept: list[Tensor] = []  # on the device; brought to the host every eval_accumulation_steps
     num_bad = 0
@@ -386,19 +379,10 @@ def save_checkpoint(path: Path, run: "Run") -> None:  # all ranks
     # Under another name until everything is written: a kill leaves the last checkpoint as it was.
     with checkpoint.atomic_dir(path, run.world.rank) as temporary:
         if cfg.lora:
-            lora.save_adapter(
-                temporary,
-                built.whole,
-                run.directory,
-                cfg.lora_rank,
-                cfg.lora_alpha,
-                cfg.lora_dropout,
-                built.lora_modules,
-                extra_trained=[n for n, p in everything.items() if p.requires_grad and ".lora_" not in n],
-                tensors=full_tensor,
-                write=write,
-                base_in=cfg.quantize,
-            )
+            sizes = cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout
+            made = lora.LoraConfig(run.directory, *sizes, base_in=cfg.quantize)
+            others = [n for n, p in everything.items() if p.requires_grad and ".lora_" not in n]
+            lora.save_adapter(temporary, built.whole, made, built.lora_modules, others, full_tensor, write)
         else:
             dtype = torch.float32
             if cfg.fp16_opt_level == "O2" and (cfg.bf16 or cfg.fp16):
@@ -710,19 +694,13 @@ class Run:
 
     def train(self) -> int:
         cfg, state = self.cfg, self.state
-        loader = data.TrainLoader(
-            self.plan,
-            self.processor,
-            start_step=self.start_step,
-            total_steps=self.total,
-            dp_rank=self.world.dp_rank,
-            dp_size=self.world.dp_size,
-            per_device_batch=cfg.per_device_train_batch_size,
-            grad_accum=cfg.gradient_accumulation_steps,
-            num_workers=cfg.num_workers,
-            image_jitter=cfg.image_jitter,
-            features=self.features,
+        sizes = cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps
+        deal, steps = (
+            data.Deal(self.world.dp_rank, self.world.dp_size, *sizes),
+            range(self.start_step, self.total),
         )
+        options = cfg.num_workers, cfg.image_jitter, self.features
+        loader = data.TrainLoader(self.plan, self.processor, steps, deal, *options)
         self.model.train()
         try:
             if not state["evaluated"] and cfg.do_train and self.eval_plan is not None:  # it was killed before

@@ -201,7 +201,8 @@ def test_resumed_run_is_the_same(bases, dataset, tmp_path, case):
 def test_packed_equals_one_by_one(bases, dataset, kind):
     processor = blip2.load_processor(bases[kind], "pretrain2")
     index = data.build_index(dataset["train"], processor, 32, None, 0, False)
-    samples = [data.load_sample(index, n, 0, processor, 32, 0) for n in range(6)]
+    plan = data.Plan(index, 0, 32)
+    samples = [data.load_sample(plan, n, 0, processor) for n in range(6)]
     model = blip2.build_model(checkpoint.read_config(bases[kind])).train()
     checkpoint.load_into(dict(model.named_parameters()), checkpoint.open_weights(bases[kind]))
 

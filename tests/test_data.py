@@ -386,7 +386,7 @@ from test_data import Processor
 index = data.build_index([{"name": "chatml_dataset", "data_files": sys.argv[1]}], Processor(), 64, None, 2)
 plan = data.Plan(index, 0, 64, mixtoken=True)
 steps = min(plan.steps_per_epoch(4), 500)
-for item in data.TrainLoader(plan, Processor(), start_step=0, total_steps=steps, grad_accum=4):
+for item in data.TrainLoader(plan, Processor(), range(steps), data.Deal(grad_accum=4)):
     pass
 own = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
@@ -447,7 +447,9 @@ def test_steps_do_not_depend_on_the_layout(tmp_path, mixtoken):
     def run(dp_size, batch, accum, start=0):
         plan, steps = data.Plan(index, 5, 32, mixtoken), []
         for step in range(start, data.Plan(index, 5, 32, mixtoken).total_steps(3, 8)):
-            ranks = [plan.micro_batches(step, rank, dp_size, batch, accum) for rank in range(dp_size)]
+            ranks = [
+                plan.micro_batches(step, data.Deal(rank, dp_size, batch, accum)) for rank in range(dp_size)
+            ]
             assert len({epoch for epoch, _ in ranks}) == len({len(rounds) for _, rounds in ranks}) == 1
             assert (
                 all(len(units) <= batch for _, rounds in ranks for units in rounds)
@@ -470,7 +472,7 @@ def test_steps_do_not_depend_on_the_layout(tmp_path, mixtoken):
 
 def test_last_step_leaves_ranks_empty_but_in_step(tmp_path):
     plan = data.Plan(index_of(chats(tmp_path, 9)), 0, 64)
-    rounds = [plan.micro_batches(1, rank, 4, 1, 2)[1] for rank in range(4)]
+    rounds = [plan.micro_batches(1, data.Deal(rank, 4, 1, 2))[1] for rank in range(4)]
     assert [[len(units) for units in r] for r in rounds] == [[1], [0], [0], [0]]
 
 
@@ -498,7 +500,8 @@ def test_packs(tmp_path):
 
 def test_collate(tmp_path):
     index = index_of(chats(tmp_path, 4, images=lambda n: n % 3, words=lambda n: 3))
-    samples = [data.load_sample(index, n, 0, Processor(), 64, seed=1) for n in range(3)]
+    plan = data.Plan(index, 1, 64)
+    samples = [data.load_sample(plan, n, 0, Processor()) for n in range(3)]
     batch = data.collate(samples, bad=[("x:1", "gone")])
     assert batch.cu_seqlens.tolist() == [0, 4, 12, 24] and batch.cu_seqlens.dtype == torch.int32
     assert batch.position_ids.tolist() == [*range(4), *range(8), *range(12)] and batch.max_len == 12
@@ -523,7 +526,8 @@ def test_dropout_keys_follow_the_sample(tmp_path):
     index = index_of(chats(tmp_path, 4, images=lambda n: 2))
 
     def keys(numbers, epoch=0, seed=1):
-        samples = [data.load_sample(index, n, epoch, Processor(), 64, seed) for n in numbers]
+        plan = data.Plan(index, seed, 64)
+        samples = [data.load_sample(plan, n, epoch, Processor()) for n in numbers]
         batch = data.collate(samples)
         return batch.dropout_keys.tolist(), batch.image_dropout_keys.tolist()
 
@@ -544,9 +548,8 @@ def test_jitter_is_deterministic_and_bounded(tmp_path):
         Image.fromarray(rng.integers(0, 255, (SIZE, SIZE, 3), np.uint8)).save(tmp_path / f"{n}.png")
 
     def pixels(number, epoch, seed, fraction):
-        return data.load_sample(index, number, epoch, Processor(), 64, seed, image_jitter=fraction)[
-            "pixel_values"
-        ][0]
+        plan = data.Plan(index, seed, 64)
+        return data.load_sample(plan, number, epoch, Processor(), fraction)["pixel_values"][0]
 
     plain, shaken = pixels(0, 0, 1, 0.0), pixels(0, 0, 1, 0.25)
     assert torch.equal(shaken, pixels(0, 0, 1, 0.25)) and torch.equal(
@@ -586,14 +589,13 @@ def test_cached_features(tmp_path):
     index = index_of(chats(tmp_path, 3, images=lambda n: 1))
     features = {str(tmp_path / f"{n}.png"): np.full((Q, 5), n, np.float32) for n in range(2)}
     plan = data.Plan(index, 0, 64, shuffle=False)
-    loader = data.TrainLoader(
-        plan, Processor(), start_step=0, total_steps=1, per_device_batch=3, features=features
-    )
+    deal = data.Deal(per_device_batch=3)
+    loader = data.TrainLoader(plan, Processor(), range(1), deal, features=features)
     ((_, _, (batch,)),) = loader
     assert batch.pixel_values is None and batch.image_features[:, 0, 0].tolist() == [0, 1]
     assert [reason for _, reason in batch.bad] == [f"no cached features of image {tmp_path}/2.png"]
     with pytest.raises(ValueError, match="image_jitter"):
-        data.TrainLoader(plan, Processor(), start_step=0, total_steps=1, image_jitter=0.1, features=features)
+        data.TrainLoader(plan, Processor(), range(1), image_jitter=0.1, features=features)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -628,13 +630,12 @@ def test_loader_leaves_out_damaged_pictures(tmp_path):
         index_of(entry("chatml_dataset", path)), 0, 64, shuffle=False
     )  # files exist: all are indexed
     assert len(plan.index) == 6
-    ((step, epoch, (batch,)),) = data.TrainLoader(
-        plan, Processor(), start_step=0, total_steps=1, per_device_batch=6
-    )
+    loader = data.TrainLoader(plan, Processor(), range(1), data.Deal(per_device_batch=6))
+    ((step, epoch, (batch,)),) = loader
     assert [where for where, _ in batch.bad] == [f"{path}:{n}" for n in range(1, 6)]
     assert batch.sample_ids == [f"{path}:6#5"] and batch.pixel_values.shape[0] == 1
     assert all(reason and "\n" not in reason for _, reason in batch.bad)
-    only_bad = data.TrainLoader(plan, Processor(), start_step=0, total_steps=1)
+    only_bad = data.TrainLoader(plan, Processor(), range(1))
     ((_, _, (batch,)),) = only_bad
     assert batch.num_supervised == 0 and len(batch.bad) == 1
 
@@ -650,11 +651,8 @@ def test_loader_workers_agree_and_resume(tmp_path):
 
     def run(num_workers, start=0, jitter=0.2):
         plan = data.Plan(index, 3, 32, mixtoken=True)
-        options = {"per_device_batch": 2, "grad_accum": 2, "dp_rank": 1, "dp_size": 2, "image_jitter": jitter}
-        total = plan.total_steps(2, 8)
-        loader = data.TrainLoader(
-            plan, Processor(), start_step=start, total_steps=total, num_workers=num_workers, **options
-        )
+        deal, total = data.Deal(1, 2, per_device_batch=2, grad_accum=2), plan.total_steps(2, 8)
+        loader = data.TrainLoader(plan, Processor(), range(start, total), deal, num_workers, jitter)
         items = list(loader)
         assert [step for step, _, _ in items] == list(range(start, total)) and len(loader) == len(items)
         return items
@@ -679,7 +677,7 @@ def test_dead_worker_is_a_clear_error(tmp_path):
 
     plan = data.Plan(index_of(chats(tmp_path, 4, images=lambda n: 1)), 0, 64)
     with pytest.raises(ValueError, match="a data worker died"):
-        list(data.TrainLoader(plan, Fatal(), start_step=0, total_steps=4, num_workers=1))
+        list(data.TrainLoader(plan, Fatal(), range(4), num_workers=1))
 
 
 # --------------------------------------------------------------------------------------------------

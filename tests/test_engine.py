@@ -468,7 +468,8 @@ def write_adapter(path: Path, base: Path, patterns: list[str], whole: list[str],
             if ".lora_" in name or name in whole:
                 p.add_(torch.randn(p.shape, generator=build.named_generator(seed, name)), alpha=0.05)
     path.mkdir()
-    lora.save_adapter(path, model, str(base), 4, 8, 0.0, names, whole, lambda n: parameters[n].detach())
+    made = lora.LoraConfig(str(base), 4, 8)
+    lora.save_adapter(path, model, made, names, whole, lambda n: parameters[n].detach())
     return path
 
 

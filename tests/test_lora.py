@@ -79,7 +79,12 @@ def save(directory, model, names, extra=()):
     params = dict(model.named_parameters())
     directory.mkdir(exist_ok=True)
     lora.save_adapter(
-        directory, model, "base", 2, 6, 0.1, names, extra, lambda name: full_tensor(params[name])
+        directory,
+        model,
+        lora.LoraConfig("base", 2, 6, 0.1),
+        names,
+        extra,
+        lambda name: full_tensor(params[name]),
     )
 
 
@@ -181,10 +186,7 @@ def test_we_read_pefts(tmp_path, kwargs):
     lora.save_adapter(
         tmp_path,
         ours,
-        "base",
-        4,
-        6,
-        0.0,
+        lora.LoraConfig("base", 4, 6, 0.0),
         names,
         [n for n in params if n.startswith("lm_head")],
         params.__getitem__,
@@ -353,7 +355,13 @@ def two_ranks(rank, directory):
     torch.testing.assert_close(grad, plain.h[0].c_attn.lora_A.weight.grad)
     params = dict(model.named_parameters())
     lora.save_adapter(
-        directory, model, "base", 2, 6, 0.5, names, [], lambda n: full_tensor(params[n]), rank == 0
+        directory,
+        model,
+        lora.LoraConfig("base", 2, 6, 0.5),
+        names,
+        [],
+        lambda n: full_tensor(params[n]),
+        rank == 0,
     )
     torch.distributed.barrier()
     torch.nn.init.zeros_(model.h[0].c_attn.lora_B.weight)

@@ -121,7 +121,12 @@ def trained_adapter(directory: Path, out: Path, settings: dict) -> nn.Module:
     params = dict(model.named_parameters())
     out.mkdir()
     lora.save_adapter(
-        out, model, directory, cfg.lora_rank, cfg.lora_alpha, 0.0, names, extra, params.__getitem__
+        out,
+        model,
+        lora.LoraConfig(directory, cfg.lora_rank, cfg.lora_alpha),
+        names,
+        extra,
+        params.__getitem__,
     )
     return model
 

@@ -79,7 +79,8 @@ def test_an_adapter_stands_beside_quantized_weights(bases, tmp_path, capsys):
     params = dict(model.named_parameters())
     for name in names:
         params[f"{name}.lora_B.weight"] = params[f"{name}.weight"][:, :2] * 5
-    lora.save_adapter(tmp_path, model, bases["qwen_vl"], 2, 2, 0.0, names, [], lambda n: params[n].detach())
+    made = lora.LoraConfig(bases["qwen_vl"], 2, 2)
+    lora.save_adapter(tmp_path, model, made, names, [], lambda n: params[n].detach())
     argv = ["--lora_path", str(tmp_path), "--prompt", "hello", "--quantize", "nf4", "--max_new_tokens", "9"]
     assert generate.main(argv) == 0
     answer = capsys.readouterr().out.strip()

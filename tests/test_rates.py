@@ -120,7 +120,8 @@ def test_training_is_torchs_adamw_with_groups(base, dataset, tmp_path):
     checkpoint.load_into(dict(model.named_parameters()), checkpoint.open_weights(base))
     processor = qwen.load_processor(base)
     index = data.build_index(dataset["train"], processor, 128, None, 0, False)
-    batch = data.collate([data.load_sample(index, n, 0, processor, 128, 0) for n in range(len(index))])
+    plan = data.Plan(index, 0, 128)
+    batch = data.collate([data.load_sample(plan, n, 0, processor) for n in range(len(index))])
     groups = []
     for name, p in model.named_parameters():
         share = 0.1 if "visual" in name else 0.2 if "c_attn" in name else 0.5 if ".h." in name else 1.0

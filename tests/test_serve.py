@@ -1127,7 +1127,7 @@ def random_adapter(model: str, directory: Path, seed: int) -> str:
             parameters[f"{name}.lora_{side}.weight"].data.normal_(0, 0.3, generator=random_numbers)
     directory.mkdir()
     read = lambda name: parameters[name].detach()  # noqa: E731
-    lora.save_adapter(directory, adapted, str(base), 4, 8, 0.0, names, [], read)
+    lora.save_adapter(directory, adapted, lora.LoraConfig(str(base), 4, 8), names, [], read)
     return str(directory)
 
 

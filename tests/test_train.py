@@ -146,7 +146,8 @@ def test_packed_equals_one_by_one(base, dataset):
     """Loss and every gradient, the vision tower's included."""
     processor = qwen.load_processor(base)
     index = data.build_index(dataset["train"], processor, 128, None, 0, False)
-    samples = [data.load_sample(index, n, 0, processor, 128, 0) for n in range(9)]
+    plan = data.Plan(index, 0, 128)
+    samples = [data.load_sample(plan, n, 0, processor) for n in range(9)]
     model = qwen.build_model(checkpoint.read_config(base)).train()
     checkpoint.load_into(dict(model.named_parameters()), checkpoint.open_weights(base))
 

@@ -192,7 +192,8 @@ def test_packed_equals_one_by_one(glm_base, glm_dataset, pre_seq_len):
     contexts and answers of different lengths."""
     processor = glm.load_processor(glm_base)
     index = data.build_index(glm_dataset["train"], processor, 128, None, 0, False)
-    samples = [data.load_sample(index, n, 0, processor, 128, 0) for n in range(4, 20)]
+    plan = data.Plan(index, 0, 128)
+    samples = [data.load_sample(plan, n, 0, processor) for n in range(4, 20)]
     assert len({s["prefix_len"] for s in samples}) > 3 and len({len(s["images"]) for s in samples}) == 2
     model = glm.build_model({**checkpoint.read_config(glm_base), "pre_seq_len": pre_seq_len}).train()
     parameters = dict(model.named_parameters())

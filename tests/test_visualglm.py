@@ -443,10 +443,7 @@ def test_golden_lora_file_merges_into_packed_rows(variant, official_lora, tmp_pa
     lora.save_adapter(
         tmp_path,
         model,
-        "base",
-        golden["rank"],
-        golden["lora_alpha"],
-        0.0,
+        lora.LoraConfig("base", golden["rank"], golden["lora_alpha"], 0.0),
         names,
         [],
         lambda n: parameters[n].detach(),
