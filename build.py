@@ -37,10 +37,7 @@ def check_stage(cfg: Config, definition) -> None:
         for theirs, ours in definition.legacy_names.items():
             if getattr(cfg, key):
                 setattr(cfg, key, [pattern.replace(theirs, ours) for pattern in getattr(cfg, key)])
-    if cfg.stage not in definition.stages:
-        raise ValueError(
-            f"stage={cfg.stage!r}; expected one of {', '.join(definition.stages)} for this model"
-        )
+    definition.check_stage(cfg.stage)
 
 
 def check_adapter(cfg: Config) -> None:

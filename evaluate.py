@@ -282,13 +282,7 @@ def main(argv: list[str] | None = None) -> int:
         choices=names,
         help="instead of the format's own; may be repeated",
     )
-    stages = ("sft", "pretrain", "pretrain1", "pretrain2")
-    add(
-        "--stage",
-        default=None,
-        choices=stages,
-        help="prompt format; default: the configuration's; stage 1: pretrain1",
-    )
+    add("--stage", default=None, help="of training, for its prompt format; default: the configuration's")
     add("--output", default=None, help="write answers, scores and settings as JSON here")
     add("--batch_size", type=int, default=None, help="default: per_device_eval_batch_size, else 32")
     add("--rerank", type=int, default=128, help="retrieval: candidates that are matched")
@@ -338,17 +332,17 @@ def run(args, how: Decoding, names: list[str]) -> int:
     base = base_of(args.model_name_or_path, args.lora_path) if args.lora_path else cfg.model_name_or_path
     directory = data.model_directory(cfg.model, base)
     model_config = checkpoint.read_config(directory)
-    is_stage1 = bool((model_config.get("qformer_config") or {}).get("use_qformer_text_input"))
-    retrieving = "retrieval" in args.metric if args.metric else is_stage1
-    if retrieving and not (is_stage1 and len(args.metric or names[-1:]) == 1):
+    ranks = vlm.find(model_config).retrieval_stage(model_config)  # None: answers
+    retrieving = "retrieval" in args.metric if args.metric else bool(ranks)
+    if retrieving and not (ranks and len(args.metric or names[-1:]) == 1):
         raise ValueError(
-            f"metric=retrieval needs a stage-1 checkpoint of BLIP-2 and no other metric; {directory} "
-            f"{'is one' if is_stage1 else 'is none'}, --metric {' '.join(args.metric)}"
+            "metric=retrieval needs a checkpoint that ranks images and texts (of BLIP-2's stage 1) and no "
+            f"other metric; {directory} is {'one' if ranks else 'none'}, --metric {' '.join(args.metric)}"
         )
     entries = cfg.dataset.get("eval") if cfg.dataset else data.DEFAULT_DATASET["eval"]
     if not entries:
         raise ValueError(f'{source}: its dataset has no "eval" entry; name files with --data_files')
-    processor = data.load_processor(directory, "pretrain1" if is_stage1 and not args.stage else cfg.stage)
+    processor = data.load_processor(directory, ranks if ranks and not args.stage else cfg.stage)
     batch_size = cfg.per_device_eval_batch_size if args.batch_size or source else 32
     dtype = args.dtype or {"bf16": "bfloat16", "fp16": "float16"}.get(
         next((k for k in ("bf16", "fp16") if getattr(cfg, k) and cfg.fp16_opt_level == "O2"), ""), "float32"

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import checkpoint
 import parallel
 import vlm
 from build import autocast, matches
 from config import Config
+from dropout import Dropout
+from lora import LoraLinear
 from run_dir import Signals, Stopped
 
 
@@ -48,7 +50,8 @@ def refuse_feature_cache(model, definition, cfg: Config) -> None:
             "image_jitter changes the images, cache_image_features keeps them; use one of the two"
         )
     for name, part in model.named_modules():
-        rate = next((r for k in ("p", "dropout") if isinstance(r := getattr(part, k, None), float)), 0.0)
+        rate = part.p if isinstance(part, Dropout | nn.Dropout) else 0.0
+        rate = part.dropout if isinstance(part, LoraLinear) else rate
         if rate and matches(f"{name}.x", definition.image_parameters):
             raise ValueError(
                 f"cache_image_features=true would leave out the dropout of {name} "

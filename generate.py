@@ -480,7 +480,7 @@ def main(argv: list[str] | None = None) -> int:
         default="boxes.png",
         help="where a copy of the image with the answer's boxes goes, if it has any",
     )
-    add("--stage", default="sft", choices=("sft", "pretrain", "pretrain1", "pretrain2"), help="prompt format")
+    add("--stage", default="sft", help="of training, for its prompt format: sft, or the model's own")
     Decoding.add_arguments(parser)
     add("--stop", action="append", default=[], help="end before this text too; may be repeated")
     add("--batch_size", type=int, default=8)

@@ -538,6 +538,10 @@ def build_model(config: dict) -> nn.Module:
     return Blip2(config)
 
 
+def retrieval_stage(config: dict) -> str | None:
+    return "pretrain1" if Blip2Config.from_dict(config).qformer.use_qformer_text_input else None
+
+
 def check_dtype(config: dict, dtype: torch.dtype) -> None:
     """ValueError for a number format that the model's activations leave."""
     kind = config["text_config"]["model_type"]
@@ -906,6 +910,7 @@ MODEL = vlm.Model(
         "visual_encoder": "vision_model",
         "Qformer": "qformer",
     },
+    retrieval_stage=retrieval_stage,
     contrasted=("pretrain1",),
     check_dtype=check_dtype,
 )

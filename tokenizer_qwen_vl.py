@@ -180,38 +180,3 @@ class QwenTokenizer:
                 out += self.special_text[token].encode()
             i += 1
         return out.decode("utf-8", errors=errors)
-
-
-def from_list_format(parts: list[dict]) -> str:
-    """[{"image": path} | {"text": ...} | {"ref": name, "box": [[x1, y1, x2, y2], ...]}, ...] as the text of
-    one turn."""
-    text, pictures = "", 0
-    for part in parts:
-        if "image" in part:
-            pictures += 1
-            text += f"Picture {pictures}: <img>{part['image']}</img>\n"
-        elif "text" in part:
-            text += part["text"]
-        elif "box" in part:
-            text += f"<ref>{part['ref']}</ref>" if "ref" in part else ""
-            text += "".join(f"<box>({x1},{y1}),({x2},{y2})</box>" for x1, y1, x2, y2 in part["box"])
-        else:
-            raise ValueError(
-                f"unsupported part {part}; expected 'image', 'text' or 'box' (with or without 'ref')"
-            )
-    return text
-
-
-def to_list_format(text: str) -> list[dict]:
-    """The inverse for text with vision tags: [{"text"}, {"image"}, {"ref"}, {"box"}, {"quad"}] in order."""
-    other = [t for t in SPECIAL_TOKENS if t not in VISION_TAGS and t != ENDOFTEXT and t in text]
-    if other:
-        raise ValueError(
-            f"special token {other[0]!r} in text; only vision tags and {ENDOFTEXT} can be taken apart"
-        )
-    names = {"ref": "ref", "box": "box", "quad": "quad", "img": "image"}
-    parts = re.split(r"<(ref|box|quad|img)>(.*?)</\1>", unicodedata.normalize("NFC", text), flags=re.DOTALL)
-    out = [{"text": parts[0]}] if parts[0] else []
-    for tag, inside, after in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
-        out += [{names[tag]: inside}] + ([{"text": after}] if after else [])
-    return out

@@ -840,7 +840,7 @@ def main(argv: list[str] | None = None) -> int:
     if directory is None and not cfg.dry_run:
         raise ValueError(
             f"{cfg.model_name_or_path} is a shape without weights or tokenizer, for --dry_run; "
-            "give a checkpoint directory (config.json, weights, qwen.tiktoken)"
+            "give a checkpoint directory (config.json, weights, tokenizer)"
         )
     if cfg.dry_run:
         return dry_run(cfg, config, definition, directory)

@@ -159,6 +159,22 @@ class Network(Protocol):
         """Fills one whole parameter for training from scratch."""
 
 
+class Retriever(Protocol):
+    """What a network has besides, whose checkpoint ranks images and texts (Model.retrieval_stage)."""
+
+    def encode_and_project(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, 3, H, W) -> what match() takes (N, P, W), and the image's features to compare (N, Q, E)."""
+
+    def encode_text(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Texts one after the other (T,), `lengths` (S,) -> (T, C)."""
+
+    def text_features(self, text: Tensor, lengths: Tensor) -> Tensor:
+        """What encode_text gave -> features to compare (S, E)."""
+
+    def match(self, image: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Logits (S, 2) of whether image s and text s belong together."""
+
+
 class Processor(Protocol):
     """Records -> what a model takes. It alone knows the model's wording ("Picture 1:", "Question: ...")."""
 
@@ -219,6 +235,8 @@ class Model:
     legacy_names: dict[str, str] = field(default_factory=dict)  # PaddleMIX's names in patterns -> ours
     prefix_tuning: str | None = None  # pattern of P-tuning's parameters
     lora_parts: Callable[[Any], dict[str, tuple[int, int]]] | None = None  # packed weights adapted in parts
+    # the stage of a checkpoint that ranks images and texts (a Retriever); None for one that answers
+    retrieval_stage: Callable[[dict], str | None] = lambda config: None
     contrasted: tuple[str, ...] = ()  # stages that compare the samples of a micro-batch with each other
     check_dtype: Callable[[dict, torch.dtype], None] = lambda config, dtype: (
         None
@@ -228,15 +246,22 @@ class Model:
         if missing := [f.name for f in fields(self) if getattr(self, f.name) is REQUIRED]:
             raise ValueError(f"MODEL lacks {', '.join(missing)}; vlm.Model says what each is")
 
+    def check_stage(self, stage: str) -> None:
+        if stage not in self.stages:
+            raise ValueError(f"stage={stage!r}; expected one of {', '.join(self.stages)} for this model")
+
     def network(self, config: dict) -> nn.Module:
         """The model without weights, on the meta device. ValueError with the list of what its class lacks."""
         with torch.device("meta"):
             model = self.build_model(config)
         check_complete(model, Network)
+        if self.retrieval_stage(config):
+            check_complete(model, Retriever)
         return model
 
     def processor(self, directory: str | Path, stage: str = "sft") -> Processor:
         """The processor of a checkpoint directory. ValueError with the list of what its class lacks."""
+        self.check_stage(stage)
         processor = self.load_processor(directory, stage)
         check_complete(processor, Processor)
         return processor

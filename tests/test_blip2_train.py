@@ -356,7 +356,7 @@ def test_retrieval_and_captions_are_scored(bases, dataset, tmp_path, kind):
     scores = json.loads((tmp_path / "r.json").read_text())["scores"]
     if kind == "opt":
         assert scores.keys() == set(metrics.SCORES["caption"])
-        with pytest.raises(ValueError, match="needs a stage-1 checkpoint"):
+        with pytest.raises(ValueError, match="needs a checkpoint that ranks"):
             evaluate.main([*argv, "--metric", "retrieval"])
         return
     model, processor = generate.load_model(bases[kind]), blip2.load_processor(bases[kind], "pretrain1")
