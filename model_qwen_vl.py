@@ -44,6 +44,8 @@ from vlm import Batch, LMHead, even_segments
 
 @dataclass
 class VisualConfig:
+    # Published: 448, 14, 1664, 48, 16, 4.9231, 4096, 151857. A square image gives (448 / 14)^2 = 1,024
+    # patches.
     image_size: Pixels
     patch_size: Pixels
     width: Size
@@ -60,6 +62,7 @@ class QwenVLConfig:
     """The fields of the published config.json that change what is computed; other fields of the file are kept
     and ignored."""
 
+    # Published: 4096, 32, 32, 22016, 151936, 2048.
     hidden_size: Size
     num_hidden_layers: Depth
     num_attention_heads: Size
@@ -67,6 +70,7 @@ class QwenVLConfig:
     vocab_size: Size
     seq_length: Size  # trained length: beyond it evaluation uses dynamic NTK and log-n scaling
     visual: VisualConfig
+    # From here on with the original's defaults, so that a file that leaves a field out means the same here.
     kv_channels: Annotated[int, 4, 1 << 20] = 128
     layer_norm_epsilon: Epsilon = 1e-6
     rotary_emb_base: Annotated[float, 100, 1e10] = 10000
@@ -89,8 +93,10 @@ class QwenVLConfig:
     def from_dict(cls, raw: dict) -> "QwenVLConfig":
         """Raises ValueError for a missing field, a wrong type or a
         shape that the architecture cannot have."""
+        # The file is somebody else's: each number is checked before a layer is made of it.
         visual = schema.from_json(VisualConfig, raw.get("visual"), "config.json: visual")
         config = schema.from_json(cls, raw, "config.json", visual=visual, raw=raw)
+        # Keys that would change what is computed, and that no published Qwen-VL sets.
         schema.require(raw, "config.json", attn_dropout_prob=0, emb_dropout_prob=0, scale_attn_weights=True)
         c, v = config, config.visual
         # Each line is a shape that the modules below could not have.
@@ -139,6 +145,8 @@ class Context:
 
     cu_seqlens: Tensor  # (S+1,) int32, host
     max_len: int
+    # Angles are the same in every block, so they are made once a forward pass; (T, D/2), not (T, D): both
+    # halves of a head turn by the same angle.
     cos: Tensor  # (T, D/2) fp32
     sin: Tensor
     logn: Tensor | None  # (T, 1, 1), evaluation only
@@ -148,6 +156,7 @@ class Context:
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
+        # No bias and no mean: x / rms(x), cast back to x's dtype, then times the weight, in this order.
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
@@ -159,8 +168,10 @@ class Attention(nn.Module):
     def __init__(self, config: QwenVLConfig, layer: int):
         super().__init__()
         C = config.hidden_size
+        # The cache is one pool for all layers: a block says which of it is its own.
         self.layer = layer
         self.head_dim = config.kv_channels
+        # The one bias of the language model, whatever no_bias says.
         self.c_attn = nn.Linear(C, 3 * C)  # [q | k | v], each head-major
         self.c_proj = nn.Linear(C, C, bias=not config.no_bias)
 
@@ -173,17 +184,20 @@ class Attention(nn.Module):
         # Queries alone are scaled, beyond the trained length: the softmax stays as sharp as at that length.
         if ctx.logn is not None:
             q = q * ctx.logn.to(q.dtype)
+        # Training and loss: every segment sees itself alone, from its start to the query's own place.
         if ctx.cache is None:
             o = attention(q, k, v, ctx.cu_seqlens, ctx.cu_seqlens, ctx.max_len, causal=True)
         else:
             # The cache appends k and v and attends to all that the sequence holds.
             o = ctx.cache.attend(self.layer, q, k, v, ctx.cu_seqlens, ctx.max_len)
+        # Heads side by side again, (T, H, D) -> (T, C).
         return self.c_proj(o.flatten(1))
 
 
 class MLP(nn.Module):
     def __init__(self, config: QwenVLConfig):
         super().__init__()
+        # intermediate_size counts both halves of the gated product, as the original's w1 and w2 together.
         C, inner, bias = config.hidden_size, config.intermediate_size // 2, not config.no_bias
         self.w1 = nn.Linear(C, inner, bias=bias)  # LLaMA's up_proj
         self.w2 = nn.Linear(C, inner, bias=bias)  # LLaMA's gate_proj: the activation is on w2
@@ -204,6 +218,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        # Pre-norm: the residual stream itself is never normalised before ln_f.
         x = x + self.attn(self.ln_1(x), ctx)
         return x + self.mlp(self.ln_2(x))
 
@@ -216,12 +231,16 @@ VISUAL_EPS = 1e-6  # fixed in the original, whatever layer_norm_epsilon says
 
 def resize_positions(table: Tensor, grid: int) -> Tensor:
     """A square position table (G*G, C) interpolated to (grid*grid, C): bicubic in fp32, no antialiasing."""
+    # The table is the 16 x 16 grid of 224-pixel pre-training; 448 pixels give 32 x 32, so it is always
+    # stretched.
     G = math.isqrt(table.shape[0])
     if G == grid:
         return table
+    # (G*G, C) -> (1, C, G, G), rows of the table are rows of the image.
     image = table.float().view(1, G, G, -1).permute(0, 3, 1, 2)
     # fp32: bicubic weights in 16 bits move every position a little.
     image = F.interpolate(image, size=(grid, grid), mode="bicubic", align_corners=False)
+    # Back to rows in reading order, (1, C, grid, grid) -> (grid*grid, C).
     return image.permute(0, 2, 3, 1).flatten(0, 2).to(table.dtype)
 
 
@@ -234,7 +253,9 @@ class VisualAttention(nn.Module):
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
         x = parallel.copy_to_tp(x, self.in_proj)
+        # Unpacked the CLIP way these weights give finite features that mean nothing.
         q, k, v = self.in_proj(x).unflatten(-1, (-1, 3, self.head_dim)).unbind(2)  # 3 x (N*P, H, D)
+        # No mask and no causality: each patch sees all of its image, and of no other.
         return self.out_proj(attention(q, k, v, cu_seqlens, cu_seqlens, max_len, causal=False).flatten(1))
 
 
@@ -245,6 +266,7 @@ class VisualMLP(nn.Module):
         self.c_proj = nn.Linear(inner, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        # The exact erf GELU, neither CLIP's quick one nor tanh's.
         return self.c_proj(F.gelu(self.c_fc(parallel.copy_to_tp(x, self.c_fc))))
 
 
@@ -254,6 +276,7 @@ class VisualBlock(nn.Module):
         self.ln_1 = nn.LayerNorm(config.width, eps=VISUAL_EPS)
         self.ln_2 = nn.LayerNorm(config.width, eps=VISUAL_EPS)  # in the published files' order
         self.attn = VisualAttention(config.width, config.heads)
+        # Rounded down, as in the original: 1664 * 4.9231 = 8,192.04.
         self.mlp = VisualMLP(config.width, int(config.width * config.mlp_ratio))
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
@@ -267,6 +290,7 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.head_dim = width // heads
+        # Whole tensors without a Linear around them: the published names are nn.MultiheadAttention's.
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))  # [Wq; Wk; Wv]
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
         self.out_proj = nn.Linear(width, width)
@@ -274,12 +298,14 @@ class CrossAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, num_images: int) -> Tensor:
         """q (Q, E), the same for every image; k and v (N*P, E). Returns (N*Q, E)."""
         q, k, v = (parallel.copy_to_tp(x, self) for x in (q, k, v))
+        # Three products, because their inputs differ: q from the queries, k with positions, v without.
         (wq, wk, wv), (bq, bk, bv) = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         # The queries are the same for every image: projected once, (Q, E) -> (N*Q, E).
         q = F.linear(q, wq, bq).repeat(num_images, 1)
         q, k, v = (
             x.unflatten(-1, (-1, self.head_dim)) for x in (q, F.linear(k, wk, bk), F.linear(v, wv, bv))
         )
+        # Queries and patches of image n are segment n on either side: it looks at its own patches alone.
         Q, P = q.shape[0] // num_images, k.shape[0] // num_images
         o = attention(
             q, k, v, even_segments(num_images, Q), even_segments(num_images, P), max(Q, P), causal=False
@@ -296,6 +322,7 @@ class Resampler(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(Q, E), requires_grad=False)
         self.query = nn.Parameter(torch.empty(Q, E))
         self.kv_proj = nn.Identity() if config.width == E else nn.Linear(config.width, E, bias=False)
+        # The original fixes the head size at 128, whatever the tower has.
         self.attn = CrossAttention(E, E // 128)
         self.ln_q = nn.LayerNorm(E, eps=VISUAL_EPS)
         self.ln_kv = nn.LayerNorm(E, eps=VISUAL_EPS)
@@ -303,8 +330,11 @@ class Resampler(nn.Module):
     def forward(self, x: Tensor, num_images: int) -> Tensor:
         # width -> E, then the norm: the order of the original.
         kv = self.ln_kv(self.kv_proj(x))  # (N*P, E)
+        # Keys stand on the patches' grid, queries on their own: the same table, once stretched, once as it
+        # is.
         grid = math.isqrt(x.shape[0] // num_images)
         k = kv + resize_positions(self.pos_embed, grid).to(kv.dtype).repeat(num_images, 1)
+        # No residual around the attention: the queries themselves are not added to what they found.
         q = self.ln_q(self.query)
         return self.attn(
             q + self.pos_embed.to(q.dtype), k, kv, num_images
@@ -315,6 +345,8 @@ class Visual(nn.Module):
     def __init__(self, config: VisualConfig):
         super().__init__()
         W, E = config.width, config.output_dim
+        # A convolution whose patches do not overlap, so a matrix product for each patch; no class token is
+        # added.
         self.conv1 = nn.Conv2d(3, W, kernel_size=config.patch_size, stride=config.patch_size, bias=False)
         self.positional_embedding = nn.Parameter(torch.empty(256, W))  # the 16x16 grid of 224-pixel training
         self.ln_pre = nn.LayerNorm(W, eps=VISUAL_EPS)
@@ -329,6 +361,7 @@ class Visual(nn.Module):
         # Patches as rows: (N, 3, H, W) -> (N, W, h, w) -> (N, P, W).
         x = self.conv1(pixel_values.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)  # (N, P, W)
         N, P, _ = x.shape
+        # Positions before ln_pre; then images side by side, (N, P, W) -> (N*P, W).
         x = (x + resize_positions(self.positional_embedding, math.isqrt(P))).flatten(0, 1)
         x = self.ln_pre(x)
         # An image is a segment, so the tower has no batch dimension either.
@@ -336,7 +369,10 @@ class Visual(nn.Module):
         for block in self.transformer.resblocks:
             x = block(x, cu_seqlens, P)
         # The resampler makes Q features of P patches, whatever P is.
+        # No norm behind the last block: ln_post comes after the resampler, and proj stands on the right, not
+        # transposed.
         x = self.ln_post(self.attn_pool(x, N)) @ self.proj
+        # (N*Q, E) -> (N, Q, E): an image's features by themselves again.
         return x.unflatten(0, (N, -1))
 
 
@@ -345,6 +381,7 @@ class Visual(nn.Module):
 
 
 class QwenVL(nn.Module):
+    # What the contract (vlm.Network) asks for, in its order.
     LOSSES = ("loss",)
     position_step, position_axes, prefix_rows = 1, 1, 0
     prefill, encoder_decoder = "chunks", False
@@ -352,11 +389,13 @@ class QwenVL(nn.Module):
     def __init__(self, config: QwenVLConfig):
         super().__init__()
         self.config = config
+        # Bare modules give the names of the published files: transformer.h.0.attn.c_attn.weight, ...
         self.transformer = nn.Module()
         self.transformer.wte = nn.Embedding(config.vocab_size, config.hidden_size)
         self.transformer.visual = Visual(config.visual)
         self.transformer.h = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.transformer.ln_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        # Tied, the embedding's matrix is the head: a second name for one tensor would be saved and cut twice.
         if not config.tie_word_embeddings:
             self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
 
@@ -390,6 +429,8 @@ class QwenVL(nn.Module):
 
     def ntk_alpha(self, lengths: Tensor) -> Tensor:
         """What the rotary base is stretched by for a prompt of that length, fp64."""
+        # 1 up to the trained 2,048 tokens, then 3, 7, 15 as the length doubles. In fp64: log2 of a power of
+        # two must be whole, or the ceiling jumps.
         return (2.0 ** (torch.log2(lengths.double() / self.config.seq_length) + 1).ceil() - 1).clamp(min=1)
 
     def cache_group(self, length: int) -> float:
@@ -404,6 +445,7 @@ class QwenVL(nn.Module):
         """
         c, positions, cu_seqlens = self.config, batch.position_ids, batch.cu_seqlens
         # Made here, not kept as buffers: NTK changes the base from segment to segment.
+        # fp32 also in a 16-bit model: 16-bit frequencies turn far tokens by the wrong angle.
         half = torch.arange(0, c.kv_channels, 2, device=positions.device, dtype=torch.float32) / c.kv_channels
         lengths = cu_seqlens.diff()
         # Training never stretches: its samples end at the trained length.
@@ -411,6 +453,7 @@ class QwenVL(nn.Module):
             inv_freq = 1.0 / c.rotary_emb_base**half
         else:
             alpha = self.ntk_alpha(lengths if batch.rope_lengths is None else batch.rope_lengths)
+            # The exponent leaves the fastest channel as it is and stretches the slowest one by all of alpha.
             base = c.rotary_emb_base * alpha ** (c.kv_channels / (c.kv_channels - 2))
             inv_freq = 1.0 / base.to(positions.device, torch.float32)[:, None] ** half  # (S, D/2)
             # (S, D/2) -> (T, D/2): each token has the base of its segment.
@@ -421,6 +464,8 @@ class QwenVL(nn.Module):
             positions[:, None].float() * inv_freq
         )  # (T, D/2), fp32: 16-bit angles lose the position past 256
         logn = None
+        # log_2048(position + 1), 1 within the trained length. The position is the token's own, so a cached
+        # and a whole computation agree.
         if c.use_logn_attn and not self.training:
             logn = (torch.log((positions + 1).float()) / math.log(c.seq_length)).clamp(min=1.0)[:, None, None]
         return Context(cu_seqlens, batch.max_len, angles.cos(), angles.sin(), logn, batch.cache)
@@ -429,12 +474,16 @@ class QwenVL(nn.Module):
         """(T, C) behind the blocks. A pipeline stage gives what it received, `x` (T, C), and its own
         `blocks`."""
         x, ctx = self.embed(batch) if x is None else x, self.context(batch)
+        # Qwen has no dropout, an adapter has: its mask is a function of the row's key, wherever the row
+        # stands.
         with dropout_rows(batch.dropout_keys):
             for block in self.blocks if blocks is None else blocks:
                 x = block(x, ctx)
         return x
 
     def logits(self, x: Tensor) -> Tensor:
+        # The last norm belongs to the head: it is on the last pipeline stage, and sees only the rows that are
+        # asked for.
         x = self.transformer.ln_f(x)
         if self.config.tie_word_embeddings:
             return parallel.vocab_logits(F.linear(x, self.transformer.wte.weight))
@@ -456,10 +505,12 @@ class QwenVL(nn.Module):
 
     def init_weights(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         """Fills one full-size parameter for training from scratch, as the original initialises it."""
+        # By name, since a parameter may arrive as a shard or a slice of itself.
         c = self.config
         if name.endswith("pos_embed"):
             tensor.copy_(sincos_positions(math.isqrt(c.visual.n_queries), c.visual.output_dim))
         elif name.endswith("positional_embedding"):
+            # As CLIP draws them: so wide that a sum over the width has variance 1.
             tensor.normal_(0, c.visual.width**-0.5, generator=generator)
         elif name.endswith("visual.proj"):
             tensor.normal_(0, c.visual.output_dim**-0.5, generator=generator)
@@ -468,9 +519,12 @@ class QwenVL(nn.Module):
         elif ".ln_" in name:
             tensor.fill_(1.0)
         elif name.endswith(("conv1.weight", "in_proj_weight")):
+            # torch's own defaults of a convolution and of nn.MultiheadAttention, which the original leaves.
             bound = (tensor[0].numel()) ** -0.5 if "conv1" in name else math.sqrt(6 / sum(tensor.shape))
             tensor.uniform_(-bound, bound, generator=generator)
         else:
+            # Two branches a block add to the residual stream: their outputs start smaller, so that its
+            # variance does not grow with the depth.
             scale = math.sqrt(2 * c.num_hidden_layers) if name.endswith("c_proj.weight") else 1.0
             tensor.normal_(0, c.initializer_range / scale, generator=generator)
 
@@ -478,6 +532,7 @@ class QwenVL(nn.Module):
 def sincos_positions(grid: int, width: int) -> Tensor:
     """(grid*grid, width) fixed 2-D table: first half the column, last
     half the row, each [sines | cosines]."""
+    # fp64, then rounded once: the table of a fresh model does not depend on the machine.
     frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
     line = torch.cat((angles.sin(), angles.cos()), dim=1).float()  # (grid, width/2)
@@ -504,11 +559,13 @@ def untied(config: dict) -> dict:
 # dimension)
 TP_PLAN = {
     "transformer.wte": ("vocab", 1),
+    # Packed [q | k | v]: each third is cut by itself, so that a rank has the same heads of all three.
     "transformer.h.*.attn.c_attn": ("column", 3),
     "transformer.h.*.attn.c_proj": ("row", 1),
     "transformer.h.*.mlp.w1": ("column", 1),
     "transformer.h.*.mlp.w2": ("column", 1),
     "transformer.h.*.mlp.c_proj": ("row", 1),
+    # One block: its rows are grouped by head already, and a rank takes whole heads.
     "transformer.visual.transformer.resblocks.*.attn.in_proj": (
         "column",
         1,
@@ -524,6 +581,7 @@ TP_PLAN = {
 
 def tp_plan(config: QwenVLConfig, degree: int) -> dict[str, tuple[str, int]]:
     """TP_PLAN for a degree, ValueError where it does not fit. A resampler with too few heads stays whole."""
+    # A cut must leave whole heads and equal shares on every rank.
     v = config.visual
     parallel.check_degree(
         degree,
@@ -547,6 +605,7 @@ def forward_flops(
     images.
     """
     c, v = config, config.visual
+    # Matrix products alone: norms, softmax and rotary are small beside them.
     C, W, E = c.hidden_size, v.width, v.output_dim
     P, Q = (v.image_size // v.patch_size) ** 2, v.n_queries
     # c_attn and c_proj: 4 C^2; w1, w2 and c_proj of the MLP: 3 C * inner. A multiply-add is two.
@@ -554,6 +613,7 @@ def forward_flops(
     visual_block = 2 * (4 * W * W + 2 * W * int(W * v.mlp_ratio)) * P + 4 * P * P * W
     resampler = 2 * (W * E * P + 2 * E * E * P + 2 * E * E * Q) + 4 * P * Q * E + 2 * E * E * Q
     return {
+        # A causal token sees half of its segment on average: scores and values, 4 C for each key.
         "language model": tokens * c.num_hidden_layers * (block + 4 * C * segment_length / 2),
         "head": 2.0 * supervised * C * c.vocab_size,
         "vision": images * (v.layers * visual_block + 2 * 3 * v.patch_size**2 * W * P),
@@ -564,6 +624,7 @@ def forward_flops(
 # --------------------------------------------------------------------------------------------------
 # Images, prompt format, label mask
 
+# CLIP's means and deviations of the three channels.
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 SYSTEM = "You are a helpful assistant."
@@ -572,6 +633,8 @@ SYSTEM = "You are a helpful assistant."
 def resize_image(image: Image.Image, size: int) -> np.ndarray:
     """(size, size, 3) uint8: alpha dropped, aspect ratio not kept, PIL's antialiased bicubic rounded to 8
     bits."""
+    # The rounding matters: the original resizes 8-bit images; a resize of floats is off by up to 0.45 after
+    # the normalisation.
     return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
 
 
@@ -579,6 +642,7 @@ def preprocess_image(image: Image.Image, size: int) -> Tensor:
     """(3, size, size) fp32, normalised."""
     # In fp32 from the 8-bit pixels on, as torchvision does it.
     pixels = resize_image(image, size).astype(np.float32) / np.float32(255)
+    # (H, W, 3) -> (3, H, W), the convolution's order.
     return torch.from_numpy(np.ascontiguousarray(((pixels - MEAN) / STD).transpose(2, 0, 1)))
 
 
@@ -600,6 +664,8 @@ def chat_ids(
         content = tk.encode(text, strict_paths=strict_paths)
         ids += [tk.im_start, *header, *content, tk.im_end, *tk.newline]
         labels += [tk.im_start, *[IGNORE_INDEX] * len(header)]
+        # What the official script learns: the assistant's words and, of every block, its markers. Nobody's
+        # role name is learned.
         labels += content if role == "assistant" else [IGNORE_INDEX] * len(content)
         labels += [tk.im_end, *tk.newline]
     return ids, labels
@@ -619,6 +685,8 @@ def chat_prompt(
     tk = tokenizer
 
     def block(role: str, text: str) -> list[int]:
+        # A typed marker must not end the user's turn: it stays text. Only images, boxes and references are
+        # parsed.
         content = tk.encode(text, special="vision", strict_paths=strict_paths)
         return [tk.im_start, *tk.encode(role), *tk.newline, *content, tk.im_end]
 
@@ -652,6 +720,7 @@ class QwenVLProcessor:
 
     def __init__(self, config: QwenVLConfig, tokenizer: QwenTokenizer, stage: str = "sft"):
         expected = tokenizer.img_start
+        # A tokenizer of another Qwen has other ids behind the same words: the model would see another text.
         if config.visual.image_start_id != expected or tokenizer.vocab_size > config.vocab_size:
             raise ValueError(
                 "tokenizer and config.json do not belong together: <img> is token "
@@ -662,6 +731,7 @@ class QwenVLProcessor:
             )
         self.config, self.tokenizer, self.stage = config, tokenizer, stage
         self.image_size, self.num_image_tokens = config.visual.image_size, config.visual.n_queries
+        # Chat ends at <|im_end|>; a model that begins the next turn instead has ended too.
         self.stop_words = [[tokenizer.im_end], [tokenizer.im_start], [tokenizer.eos]]
         self.eos = tokenizer.eos
         self.blank_ids = (0,)
@@ -669,6 +739,7 @@ class QwenVLProcessor:
     def fingerprint(self) -> str:
         """Changes whenever the same conversation could get other ids."""
         vocabulary = hashlib.sha256(self.tokenizer.bpe.to_str().encode()).hexdigest()
+        # 2: raised by hand when encode() changes, so that cached indices are made anew.
         return f"qwen_vl-2-{self.stage}-{self.num_image_tokens}-{vocabulary}"
 
     def load_image(self, source: str | Path) -> Tensor:
@@ -679,6 +750,7 @@ class QwenVLProcessor:
         """The turns as text with an `<img>` tag where an image's slots go, and this model's wording around
         images, captions and questions. What the author of a file in Qwen-VL's own format wrote around a tag
         stays."""
+        # Images are counted through the whole chat: the second turn's first may be Picture 2.
         turns, count = [], 0
         for role, content in conversation.turns:
             text, in_front = "", False  # in_front: an image's own line ended just now
@@ -688,6 +760,7 @@ class QwenVLProcessor:
                     in_front = False
                     continue
                 count += 1
+                # Its own words win, or a text that ends in them would say "Picture 1: Picture 1: ".
                 worded = part.wording is not None or re.search(r"Picture \d+: ?$", text)
                 before, after = part.wording or ("", "")
                 if not worded and self.stage != "pretrain":
@@ -698,6 +771,7 @@ class QwenVLProcessor:
         if conversation.kind == "chat":
             return turns
         question = text_of(conversation.turns[0][1])
+        # The captioning prompt of pre-training, in the language of the caption.
         if conversation.kind == "caption" and not question:
             chinese = is_chinese(text_of(conversation.turns[1][1]))
             turns[0] = (
@@ -719,6 +793,8 @@ class QwenVLProcessor:
         turns = self.texts(conversation)
         if self.stage == "pretrain":
             ids, labels = [], []
+            # Raw text without markers; each answer ends in <|endoftext|>, which the base model learned to
+            # stop at.
             for role, text in turns:
                 piece = tk.encode(text + "\n" if role == "system" else text) + [tk.eos] * (
                     role == "assistant"
@@ -726,6 +802,7 @@ class QwenVLProcessor:
                 ids += piece
                 labels += piece if role == "assistant" else [IGNORE_INDEX] * len(piece)
         else:
+            # The system block is there also when nobody wrote one: the chat models were trained with one.
             system = [text for role, text in turns if role == "system"]
             turns = [turn for turn in turns if turn[0] != "system"]
             ids, labels = chat_ids(tk, turns, system[0] if system else SYSTEM)
@@ -734,6 +811,7 @@ class QwenVLProcessor:
         starts = np.flatnonzero(ids == tk.img_start) + 1
         if len(starts) != len(conversation.images):
             raise ValueError(f"{len(conversation.images)} images, but the text has {len(starts)} tags <img>")
+        # Text is cut from the end; what is left must still be whole.
         length = min(len(ids), max_length)
         for start in starts:
             # A cut inside an image would leave places without features: it goes as a whole.
@@ -743,6 +821,8 @@ class QwenVLProcessor:
         for start in starts:
             # Features cannot be predicted.
             labels[start : start + self.num_image_tokens] = IGNORE_INDEX
+        # The markers of every block are learned, so a sample with its answer cut off would still have
+        # targets: of nothing that was asked.
         if length < len(ids) and not {*labels[:length].tolist()} - {
             IGNORE_INDEX,
             tk.im_start,
@@ -771,6 +851,8 @@ class QwenVLProcessor:
         if self.stage == "pretrain":
             ids = tk.encode((f"{system}\n" if system else "") + "".join(text for _, text in turns))
         else:
+            # chat_prompt takes pairs; turns alternate (records.py has seen to it), so each question has its
+            # answer.
             history = [(q[1], a[1]) for q, a in zip(turns[:-1:2], turns[1:-1:2], strict=True)]
             ids = chat_prompt(tk, turns[-1][1], history, SYSTEM if system is None else system)
         starts = [i + 1 for i, token in enumerate(ids) if token == tk.img_start]
@@ -805,6 +887,7 @@ class QwenVLProcessor:
 
     def asked(self, conversation) -> str:
         """The first question as a text to put behind the images."""
+        # Without tags: generate.py puts the images in front by itself.
         first = next(text for role, text in self.texts(conversation) if role == "user")
         return re.sub(r"(Picture \d+: ?)?<img></img>\n?", "", first)
 
@@ -824,6 +907,7 @@ def probe_batch(processor: QwenVLProcessor) -> Batch:
     """A fixed prompt with one synthetic image, to compare two models' logits."""
     tk, Q, size = processor.tokenizer, processor.num_image_tokens, processor.image_size
     ids = torch.tensor(chat_prompt(tk, "Picture 1: <img>a</img>\nWhat is this? 这是什么？"))
+    # Three ramps, so that no channel, row or column can be taken for another.
     ramp = torch.linspace(-1, 1, size)
     image = torch.stack((ramp[:, None] + 0 * ramp, ramp + 0 * ramp[:, None], ramp[:, None] * ramp))
     return Batch(
