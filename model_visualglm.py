@@ -86,6 +86,7 @@ class VisualGLMConfig:
     qformer_config: QFormerConfig
     layernorm_epsilon: Epsilon = 1e-5
     bos_token_id: TokenId = 130004  # <sop>
+    # Ids of the published files; config.json may leave them out.
     eos_token_id: TokenId = 130005  # <eop>
     mask_token_id: TokenId = 130000
     gmask_token_id: TokenId = 130001
@@ -95,6 +96,7 @@ class VisualGLMConfig:
     prompt_language: str = (
         "zh"  # zh: 问/答, as the Hugging Face code always does; en: Q/A, SAT's English mode
     )
+    # None of the published files has P-tuning: these two keys come with a training run.
     pre_seq_len: Size | None = None  # P-tuning: keys and values in front of every segment, in each layer
     prefix_projection: bool = False  # P-tuning: made by a two-layer network from embeddings
     initializer_range: Scale = 0.02
@@ -119,12 +121,14 @@ class VisualGLMConfig:
 
     @property
     def num_image_tokens(self) -> int:
+        # The Q-Former's "words" are its queries, so their number is that of the features.
         return self.qformer_config.vocab_size
 
     @classmethod
     def from_dict(cls, raw: dict) -> "VisualGLMConfig":
         """Raises ValueError for a missing field, a wrong type or a
         shape that the architecture cannot have."""
+        # Three objects in one file, all somebody else's: checked before a layer is made of their numbers.
         vision = schema.from_json(VisionConfig, raw.get("eva_config"), "config.json: eva_config")
         qformer = schema.from_json(QFormerConfig, raw.get("qformer_config"), "config.json: qformer_config")
         c = schema.from_json(cls, raw, "config.json", eva_config=vision, qformer_config=qformer, raw=raw)
@@ -189,6 +193,8 @@ class Context:
     cu_seqlens: Tensor  # (S+1,) int32, host
     max_len: int
     prefix_lens: Tensor | None  # (S,) host: the context's length, seen by the whole segment
+    # Made once a forward pass: they are the same in every block. Two axes, since each half of a head turns by
+    # its own.
     cos: Tensor  # (2, T, D/4) fp32: place in the context, place in the answer
     sin: Tensor
     tuned: Tensor | None = None  # P-tuning's (layers, 2, P, H, D) keys and values
@@ -197,6 +203,7 @@ class Context:
 
 def inverse_frequencies(head_dim: int, exact: bool = False, device=None) -> Tensor:
     """(D/4,) fp32. Each half of a head turns by its own position, so the rotary dimension is D/2."""
+    # fp32 on purpose: in bf16 no place beyond 256 has an angle of its own.
     half = torch.arange(0, head_dim // 2, 2, device=device, dtype=torch.float32) / (head_dim // 2)
     # The published model was trained with frequencies rounded to half precision.
     inv_freq = 1.0 / 10000.0**half
@@ -216,12 +223,14 @@ class Attention(nn.Module):
         C = config.hidden_size
         self.layer = layer
         self.head_dim = config.head_dim
+        # The order of the rows is no detail: the other one gives logits that are off by more than 2.
         self.query_key_value = nn.Linear(C, 3 * C)  # per head: q, k, v (SAT >= 0.4: [all q | all k | all v])
         self.dense = nn.Linear(C, C)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         x = parallel.copy_to_tp(x, self.query_key_value)
         # Grouped by head, so that a tensor-parallel cut of the rows keeps heads whole.
+        # (T, 3C) -> (T, H, 3, D) -> three of (T, H, D).
         q, k, v = self.query_key_value(x).unflatten(-1, (-1, 3, self.head_dim)).unbind(2)  # 3 x (T, H, D)
         q, k = (
             # 2-D rotary: half of a head turns by the place in the context, half by that in the answer.
@@ -230,6 +239,7 @@ class Attention(nn.Module):
         )
         # HF divides the scores by layer + 1 and multiplies them again (fp16 range): nothing is left of that
         tuned = None if ctx.tuned is None else ctx.tuned[self.layer]
+        # P-tuning's rows are not turned: they stand at no place, and every token sees them.
         if ctx.cache is not None:
             o = ctx.cache.attend(
                 self.layer, q, k, v, ctx.cu_seqlens, ctx.max_len, ctx.prefix_lens, tuned=tuned
@@ -243,7 +253,9 @@ class Attention(nn.Module):
             P = tuned.shape[1]
             # P-tuning: P keys and values in front of each segment, which the context may see too.
             k, v = (prepend_to_segments(p, t, ctx.cu_seqlens) for p, t in zip(tuned, (k, v), strict=True))
+            # Segment s is preceded by s + 1 tuned blocks of P rows, its own included.
             cu_seqlens_k = ctx.cu_seqlens + P * torch.arange(len(ctx.cu_seqlens), dtype=torch.int32)
+            # The whole segment sees them, as it sees its context.
             prefix_lens = P + (
                 ctx.prefix_lens
                 if ctx.prefix_lens is not None
@@ -252,6 +264,7 @@ class Attention(nn.Module):
             o = attention(
                 q, k, v, ctx.cu_seqlens, cu_seqlens_k, ctx.max_len + P, causal=True, prefix_lens=prefix_lens
             )
+        # (T, H, D) -> (T, C)
         return self.dense(o.flatten(1))
 
 
@@ -260,10 +273,12 @@ class MLP(nn.Module):
         super().__init__()
         self.dense_h_to_4h = nn.Linear(width, inner)
         self.dense_4h_to_h = nn.Linear(inner, width)
+        # The two forms differ by 8e-4 in the logits, so a mix-up would pass for rounding.
         self.gelu = gelu  # "tanh" in the language model, "none" (exact) in the vision tower and the Q-Former
 
     def forward(self, x: Tensor) -> Tensor:
         x = parallel.copy_to_tp(x, self.dense_h_to_4h)
+        # (T, C) -> (T, 4C) -> (T, C)
         return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x), approximate=self.gelu))
 
 
@@ -274,6 +289,7 @@ class Block(nn.Module):
         # HF forgets to pass num_layers on, so there it is sqrt(56) for any depth; here as in SAT. Equal for
         # 28 layers.
         self.alpha = math.sqrt(2 * config.num_layers)
+        # 1e-5 here, 1e-6 in the tower, 1e-12 in the Q-Former: each as its file says.
         self.input_layernorm = nn.LayerNorm(C, eps)
         self.attention = Attention(config, layer)
         self.post_attention_layernorm = nn.LayerNorm(C, eps)
@@ -283,6 +299,7 @@ class Block(nn.Module):
         # GLM's DeepNorm variant: the residual is the normalised input, scaled by alpha.
         a = self.input_layernorm(x)
         b = self.post_attention_layernorm(self.alpha * a + self.attention(a, ctx))
+        # Nothing bypasses a norm: with a plain residual stream the logits are off by more than 3.
         return self.alpha * b + self.mlp(b)  # both residuals start from the normalised input
 
 
@@ -292,16 +309,19 @@ class PrefixEncoder(nn.Module):
 
     def __init__(self, config: VisualGLMConfig):
         super().__init__()
+        # A key and a value for each layer, in one row of the table.
         P, C, size = config.pre_seq_len, config.hidden_size, 2 * config.num_layers * config.hidden_size
         self.shape = P, config.num_layers, 2, config.num_attention_heads, config.head_dim
         self.embedding = nn.Embedding(P, C if config.prefix_projection else size)
         if config.prefix_projection:
+            # All layers' keys and values of a row come from one small vector, through two layers.
             self.trans = nn.Sequential(nn.Linear(C, C), nn.Tanh(), nn.Linear(C, size))
 
     def forward(self) -> Tensor:
         """(layers, 2, P, H, D)"""
         x = self.embedding.weight
         x = self.trans(x) if hasattr(self, "trans") else x
+        # (P, layers * 2 * C) -> (layers, 2, P, H, D): HF's order of the row.
         return x.view(self.shape).permute(1, 2, 0, 3, 4)
 
 
@@ -320,7 +340,9 @@ class VisionAttention(nn.Module):
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
         x = parallel.copy_to_tp(x, self.query_key_value)
+        # (N*P, 3W) -> (N*P, 3, H, D): all of q first, so a cut over ranks takes its rows of each third.
         q, k, v = self.query_key_value(x).unflatten(-1, (3, -1, self.head_dim)).unbind(1)  # 3 x (N*P, H, D)
+        # No mask: every patch sees its whole image; cu_seqlens keeps images apart.
         return self.dense(attention(q, k, v, cu_seqlens, cu_seqlens, max_len, causal=False).flatten(1))
 
 
@@ -334,6 +356,7 @@ class VisionBlock(nn.Module):
         self.mlp = MLP(W, config.inner_hidden_size, "none")
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+        # Plain pre-norm, unlike the language model's block.
         x = x + self.attention(self.input_layernorm(x), cu_seqlens, max_len)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -343,9 +366,11 @@ class ViT(nn.Module):
         super().__init__()
         W = config.hidden_size
         self.transformer = nn.Module()
+        # SAT calls every table an embedding of words: this one has a single row.
         self.transformer.word_embeddings = nn.Embedding(1, W)  # the class token
         self.transformer.position_embeddings = nn.Embedding(config.num_tokens, W)
         self.transformer.layers = nn.ModuleList(VisionBlock(config) for _ in range(config.num_layers))
+        # The names are SAT's, which the Hugging Face files kept.
         self.mixins = nn.ModuleDict()
         self.mixins["patch_embedding"] = nn.Module()
         self.mixins["patch_embedding"].proj = nn.Conv2d(
@@ -359,6 +384,7 @@ class ViT(nn.Module):
         proj, t = self.mixins["patch_embedding"].proj, self.transformer
         # Patches as rows: (N, 3, H, W) -> (N, W, h, w) -> (N, P-1, W).
         x = proj(pixel_values.to(proj.weight.dtype)).flatten(2).transpose(1, 2)  # (N, P-1, W)
+        # The class row goes first and has a position of its own, row 0 of the table.
         x = (
             torch.cat((t.word_embeddings.weight.to(x.dtype).expand(x.shape[0], 1, -1), x), dim=1)
             + t.position_embeddings.weight
@@ -366,8 +392,10 @@ class ViT(nn.Module):
         N, P, _ = x.shape
         # An image is a segment: (N, P, W) -> (N*P, W), no batch dimension.
         x, cu_seqlens = x.flatten(0, 1), even_segments(N, P)
+        # 39 of EVA-g's 40 blocks: the last one is not in the files.
         for block in t.layers:
             x = block(x, cu_seqlens, P)
+        # The norm takes all rows: the Q-Former looks at the class row too.
         return self.mixins["cls"].ln_vision(x), P
 
 
@@ -380,11 +408,13 @@ class CrossAttention(nn.Module):
         self.dense = nn.Linear(width, width)
 
     def forward(self, x: Tensor, image: Tensor, num_images: int) -> Tensor:
+        # Both inputs are whole on each rank; their gradients are summed over ranks.
         x, image = (parallel.copy_to_tp(t, self.query) for t in (x, image))
         # Queries of an image see the patches of that image alone.
         q = self.query(x).unflatten(-1, (-1, self.head_dim))  # (N*Q, H, D)
         k, v = self.key_value(image).unflatten(-1, (2, -1, self.head_dim)).unbind(1)  # 2 x (N*P, H, D)
         Q, P = q.shape[0] // num_images, k.shape[0] // num_images
+        # Segments of Q queries against segments of P patches, image by image.
         o = attention(
             q, k, v, even_segments(num_images, Q), even_segments(num_images, P), max(Q, P), causal=False
         )
@@ -398,20 +428,25 @@ class QFormerBlock(nn.Module):
     def __init__(self, config: QFormerConfig, kv_width: int, cross: bool):
         super().__init__()
         W, heads, eps = config.hidden_size, config.num_attention_heads, config.layernorm_epsilon
+        # eps 1e-12, BERT's: with 1e-5 the logits are off by 0.6.
         self.input_layernorm = nn.LayerNorm(W, eps)
         self.attention = VisionAttention(W, heads)
         self.post_attention_layernorm = nn.LayerNorm(W, eps)
+        # In every second layer: is_decoder says which.
         self.cross_attention = CrossAttention(W, heads, kv_width) if cross else None
         self.post_cross_attention_layernorm = nn.LayerNorm(W, eps) if cross else None
         self.mlp = MLP(W, config.inner_hidden_size or 4 * W, "none")
 
     def forward(self, x: Tensor, image: Tensor, num_images: int) -> Tensor:
         Q = x.shape[0] // num_images
+        # The norm that BERT has at the end of the layer before, or of its embedding.
         a = self.input_layernorm(x)
         # Post-norm, as BERT: the sum is normalised, not the branch.
         y = self.post_attention_layernorm(a + self.attention(a, even_segments(num_images, Q), Q))
+        # The image is asked behind the queries' own exchange, not before it.
         if self.cross_attention is not None:
             y = self.post_cross_attention_layernorm(y + self.cross_attention(y, image, num_images))
+        # Its norm is the next layer's input_layernorm, or the final one.
         return y + self.mlp(y)
 
 
@@ -419,6 +454,7 @@ class QFormer(nn.Module):
     def __init__(self, config: QFormerConfig, kv_width: int):
         super().__init__()
         self.transformer = nn.Module()
+        # No position is added: queries are told apart by themselves.
         self.transformer.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)  # the queries
         self.transformer.layers = nn.ModuleList(
             QFormerBlock(config, kv_width, cross) for cross in config.is_decoder
@@ -443,8 +479,10 @@ class ImageEncoder(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(N, 3, H, W) -> features (N, Q, C) of the language model."""
+        # (N, 3, H, W) -> (N*P, W), one row a patch and one for the class.
         image, P = self.vit(pixel_values)
         N = image.shape[0] // P
+        # (N*Q, E) -> (N*Q, C) -> (N, Q, C); neither scaled nor normalised before it stands among words.
         return self.glm_proj(self.qformer(image, N)).unflatten(0, (N, -1))
 
 
@@ -454,6 +492,8 @@ class ImageEncoder(nn.Module):
 
 class VisualGLM(nn.Module):
     LOSSES = ("loss",)
+    # The contract's facts (vlm.Network): two axes of positions, and a prompt that sees itself whole, so that
+    # it is never computed in pieces.
     pipeline_obstacle, position_axes = None, 2
     prefill, encoder_decoder = "whole", False
     # what a decoding step adds to a sequence's last position: the place in the context stays, that in the
@@ -463,12 +503,14 @@ class VisualGLM(nn.Module):
     def __init__(self, config: VisualGLMConfig):
         super().__init__()
         self.config = config
+        # Names are the Hugging Face files'.
         self.image_encoder = ImageEncoder(config)
         self.transformer = nn.Module()
         self.transformer.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.transformer.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.transformer.final_layernorm = nn.LayerNorm(config.hidden_size, config.layernorm_epsilon)
         if config.pre_seq_len:
+            # Beside the blocks, not in them: one table serves all layers.
             self.transformer.prefix_encoder = PrefixEncoder(config)
         self.lm_head = LMHead(
             config.hidden_size, config.vocab_size, bias=False
@@ -484,6 +526,7 @@ class VisualGLM(nn.Module):
 
     @property
     def image_size(self) -> tuple[int, int]:
+        # The tower's table of positions fixes both.
         height, width = self.config.eva_config.image_size
         return height, width
 
@@ -503,17 +546,20 @@ class VisualGLM(nn.Module):
         return vlm.splice_images(self.transformer.word_embeddings(batch.input_ids), batch, self.encode_images)
 
     def cache_group(self, length: int) -> int:
+        # Nothing depends on the prompt's length: all cached keys may be shared.
         return 0
 
     def context(self, batch: Batch) -> Context:
         """`position_ids` (2, T) as `glm_positions` makes them; (T,) stands for a stream without answers."""
         c, positions = self.config, batch.position_ids
+        # Text alone, without an answer yet: everything is context.
         if positions.ndim == 1:
             positions = torch.stack((positions, torch.zeros_like(positions)))
         inv_freq = inverse_frequencies(c.head_dim, c.exact_inv_freq, positions.device)
         # fp32: 16-bit angles lose the position past 256 (the original under .half() and .bfloat16() computes
         # them so)
         angles = positions[..., None].float() * inv_freq  # (2, T, D/4)
+        # Made once a forward pass, then each rank of a tensor-parallel group keeps its heads.
         tuned = parallel.heads_of_rank(self.transformer.prefix_encoder(), dim=3) if c.pre_seq_len else None
         return Context(
             batch.cu_seqlens, batch.max_len, batch.prefix_lens, angles.cos(), angles.sin(), tuned, batch.cache
@@ -530,6 +576,7 @@ class VisualGLM(nn.Module):
         return x
 
     def logits(self, x: Tensor) -> Tensor:
+        # The last block's sum holds alpha times a normalised row: brought back to scale before the head.
         return self.lm_head(self.transformer.final_layernorm(x))
 
     def head(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -547,14 +594,17 @@ class VisualGLM(nn.Module):
     def init_weights(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         """Fills one full-size parameter for training from scratch: normal, output layers of the blocks
         smaller by depth."""
+        # By name, since a parameter may arrive as a shard of itself.
         c = self.config
         if name.endswith("bias"):
             tensor.zero_()
         elif "layernorm" in name or "ln_vision" in name:
             tensor.fill_(1.0)
+        # Small: a fresh prefix should hardly change what the model says.
         elif "prefix_encoder" in name:
             tensor.normal_(0, 0.01, generator=generator)
         else:
+            # What a block adds starts smaller, the deeper the model is.
             deep = name.startswith("transformer.") and name.endswith(("dense.weight", "dense_4h_to_h.weight"))
             tensor.normal_(
                 0, c.initializer_range / (math.sqrt(2 * c.num_layers) if deep else 1.0), generator=generator
@@ -578,6 +628,7 @@ TP_PLAN = {
     "transformer.layers.*.attention.dense": ("row", 1),
     "transformer.layers.*.mlp.dense_h_to_4h": ("column", 1),
     "transformer.layers.*.mlp.dense_4h_to_h": ("row", 1),
+    # Three packed blocks, each cut by itself: a rank gets the same heads of q, k and v.
     "image_encoder.vit.transformer.layers.*.attention.query_key_value": ("column", 3),
     "image_encoder.vit.transformer.layers.*.attention.dense": ("row", 1),
     "image_encoder.vit.transformer.layers.*.mlp.dense_h_to_4h": ("column", 1),
@@ -595,6 +646,7 @@ TP_PLAN = {
 
 def tp_plan(config: VisualGLMConfig, degree: int) -> dict[str, tuple[str, int]]:
     """TP_PLAN for a degree, ValueError where it does not fit. A Q-Former with too few heads stays whole."""
+    # A cut must leave whole heads and equal shares on every rank.
     v, q = config.eva_config, config.qformer_config
     parallel.check_degree(
         degree,
@@ -631,6 +683,7 @@ def forward_flops(
     cross = 2 * (2 * Q * E * E + 2 * P * W * E) + 4 * Q * P * E
     adapter = q.num_layers * self_block + sum(q.is_decoder) * cross + 2 * Q * E * C
     return {
+        # A token sees half of its segment on average (its context wholly: a little more, which is left out).
         "language model": tokens * c.num_layers * (block + 4 * C * segment_length / 2),
         "head": 2.0 * supervised * C * c.vocab_size,
         "vision": images * (v.num_layers * vision_block + 2 * 3 * v.patch_size**2 * W * (P - 1)),
@@ -641,8 +694,10 @@ def forward_flops(
 # --------------------------------------------------------------------------------------------------
 # Images, prompt format, label mask
 
+# CLIP's means and deviations of the channels.
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
+# No "[Round n]": that is the text-only ChatGLM's format.
 TEMPLATES = {"zh": "问：{}\n答：", "en": "Q:{}\nA:"}
 
 
@@ -650,6 +705,7 @@ def resize_image(image: Image.Image, size: int | tuple[int, int]) -> np.ndarray:
     """(height, width, 3) uint8, `size` being both or that pair: alpha dropped, aspect ratio not kept, PIL's
     antialiased bicubic rounded to 8 bits."""
     height, width = (size, size) if isinstance(size, int) else size
+    # Rounded to 8 bits by PIL, as in the original; a resize of floats gives other pixels.
     return np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC))
 
 
@@ -666,19 +722,23 @@ def glm_positions(ids, bos: int, gmask: int, mask: int) -> tuple[np.ndarray, int
     [gMASK] (of [MASK] where there is none); channel 1 is 0 in the context and counts from 1 at `<sop>`.
     """
     ids = np.asarray(ids)
+    # The first of each counts.
     stops = [np.flatnonzero(ids == token) for token in (bos, gmask, mask)]
     if not len(stops[0]) or not (len(stops[1]) or len(stops[2])):
         raise ValueError("the tokens need a <sop> and a [gMASK] or [MASK]")
     context = int(stops[0][0])
     place = int(stops[1][0] if len(stops[1]) else stops[2][0])
+    # Image places count like words: 32 of them.
     count = np.arange(len(ids))
     answer = count >= context
+    # From 1 at <sop>: with a count from 0 the logits are off by 0.5.
     return np.stack((np.where(answer, place, count), np.where(answer, count - context + 1, 0))), context
 
 
 def context_text(query: str, history: list[tuple[str, str]] = (), language: str = "zh") -> str:
     """Past rounds and the question, up to where the answer begins."""
     template = TEMPLATES[language]
+    # A past round ends in a line break, the open one in the answer's mark.
     return "".join(template.format(q) + f"{a}\n" for q, a in history) + template.format(query)
 
 
@@ -693,6 +753,7 @@ def context_ids(
     """
     if not num_image_tokens:
         return tokenizer.encode(text), []
+    # Encoded apart, as the original does: each part gets the tokenizer's dummy blank in front.
     tag = tokenizer.encode("<img>")
     return [*tag, *[slot] * num_image_tokens, *tokenizer.encode("</img>" + text)], [len(tag)]
 
@@ -709,6 +770,7 @@ def chat_prompt(
     round it is."""
     slot = tokenizer.unk if slot is None else slot
     ids, _ = context_ids(tokenizer, context_text(query, history, language), num_image_tokens, slot)
+    # [gMASK] says that an answer of any length follows; <sop> is its first token.
     return [*ids, tokenizer.gmask, tokenizer.sop]
 
 
@@ -719,9 +781,11 @@ def training_ids(
     answer and `<eop>` are supervised. max_source and max_target cut the context and the answer, each with its
     special tokens."""
     tk = tokenizer
+    # The official script cuts a long question at its end, the answer's mark with it.
     context = context if max_source is None else context[: max_source - 1]
     answer = tk.encode(answer) if max_target is None else tk.encode(answer)[: max_target - 2]
     ids = [*context, tk.gmask, tk.sop, *answer, tk.eop]
+    # From <sop> on, which is learned itself: behind the context and [gMASK].
     start = len(context) + 1
     return ids, [IGNORE_INDEX] * start + ids[start:]
 
@@ -750,6 +814,7 @@ class VisualGLMProcessor:
     before a caption."""
 
     def __init__(self, config: VisualGLMConfig, tokenizer: GLMTokenizer, stage: str = "sft"):
+        # A tokenizer of another release has other ids behind the same words (the first one is 20,000 off).
         ids = {
             "<sop>": config.bos_token_id,
             "<eop>": config.eos_token_id,
@@ -771,6 +836,7 @@ class VisualGLMProcessor:
             )
         self.config, self.tokenizer, self.stage = config, tokenizer, stage
         height, width = config.eva_config.image_size
+        # One number for a square, as the other models' processors have it.
         self.image_size = height if height == width else (height, width)
         self.num_image_tokens = config.num_image_tokens
         self.eos = tokenizer.eop
@@ -780,6 +846,7 @@ class VisualGLMProcessor:
     def fingerprint(self) -> str:
         """Changes whenever the same conversation could get other ids."""
         language, slots = self.config.prompt_language, self.num_image_tokens
+        # 2: raised by hand when encode() changes, so that cached indices are made anew.
         return f"visualglm-2-{self.stage}-{language}-{slots}-{self.tokenizer.fingerprint}"
 
     # same as model_qwen_vl.QwenVLProcessor.load_image
@@ -796,23 +863,27 @@ class VisualGLMProcessor:
         if not turns:
             raise ValueError("no turn to answer")
         try:
+            # One place for an image, in front of everything: the format has no other.
             image, first = front_image(turns[0])
             if len(conversation.images) > (image is not None):
                 raise ValueError("one stands in a later turn")
         except ValueError as e:
             raise ValueError(f"VisualGLM takes one image, at the front of the first question; {e}") from None
+        # Pairs of question and answer; the last one may be open.
         texts = [system + first, *map(text_of, turns[1:])]
         return list(zip(texts[::2], [*texts[1::2], None] if len(texts) % 2 else texts[1::2], strict=True))
 
     def context(self, conversation, rounds, slot: int) -> tuple[list[int], list[int]]:
         """Ids before [gMASK] and the image's first slot: the rounds but the last one's answer."""
         query, earlier = self.worded(conversation, rounds[-1][0]), rounds[:-1]
+        # Captions of pre-training follow the image directly, without 问 and 答.
         alone = self.stage == "pretrain" and not query and not earlier
         text = "" if alone else context_text(query, earlier, self.config.prompt_language)
         return context_ids(self.tokenizer, text, self.num_image_tokens if conversation.images else 0, slot)
 
     def sample(self, ids, labels, starts, conversation, truncated: bool) -> dict:
         tk = self.tokenizer
+        # The border of the context stands in the ids, so it needs no second source.
         positions, context = glm_positions(ids, tk.sop, tk.gmask, tk.mask)
         return {
             "input_ids": np.array(ids, dtype=np.int32),
@@ -829,12 +900,15 @@ class VisualGLMProcessor:
         the format has one `<sop>`, and earlier rounds are context, which every token sees. A long answer is
         cut at its end."""
         rounds = self.rounds(conversation)
+        # SAT's filler, since training follows SAT; prompts below have HF's.
         context, starts = self.context(conversation, rounds, self.tokenizer.pad)
         ids, labels = training_ids(self.tokenizer, context, rounds[-1][1])
+        # [gMASK], <sop> and a token to learn.
         if len(context) + 3 > max_length:
             raise ValueError(
                 f"the question alone has {len(context)} tokens: no answer fits within max_length={max_length}"
             )
+        # The context comes first and fits, so that only the answer can be cut.
         return self.sample(ids[:max_length], labels[:max_length], starts, conversation, len(ids) > max_length)
 
     def prompt(self, conversation) -> dict:
@@ -849,6 +923,7 @@ class VisualGLMProcessor:
 
     def worded(self, conversation, query: str) -> str:
         """The question; for a caption a request for one, which pre-training has not."""
+        # A question of the record's own wins.
         if conversation.kind != "caption" or query and self.stage != "pretrain":
             return query
         if self.stage == "pretrain":
@@ -891,6 +966,7 @@ def probe_batch(processor: VisualGLMProcessor) -> Batch:
     tk, Q = processor.tokenizer, processor.num_image_tokens
     ids = chat_prompt(tk, "What is this? 这是什么？", num_image_tokens=Q)
     positions, context = glm_positions(ids, tk.sop, tk.gmask, tk.mask)
+    # Three ramps, so that no channel, row or column can be taken for another.
     rows, columns = (torch.linspace(-1, 1, size) for size in processor.config.eva_config.image_size)
     rows, columns = rows[:, None], columns[None]
     return Batch(
