@@ -32,11 +32,13 @@ from vlm import Batch, even_segments
 
 @dataclass
 class OPTConfig:
+    # transformers' defaults: a field that a file leaves out means the same here.
     vocab_size: Size = 50272
     hidden_size: Size = 768
     num_hidden_layers: Depth = 12
     num_attention_heads: Size = 12
     ffn_dim: Size = 3072
+    # The image's 32 places take positions too: 2,016 are left for text.
     max_position_embeddings: Size = 2048
     dropout: Share = 0.1
     pad_token_id: TokenId = 1
@@ -73,6 +75,7 @@ class T5Config:
     layer_norm_epsilon: Epsilon = 1e-6
     # the published BLIP-2 configs say gelu: the exact one, unlike Flan-T5's own
     dense_act_fn: Literal["gelu", "gelu_new"] = "gelu_new"
+    # The stream of a segment is divided where this token stands first, so a text must not hold it.
     pad_token_id: TokenId = 0  # also what the decoder starts with
     eos_token_id: TokenId = 1
 
@@ -86,11 +89,8 @@ TEXT_CONFIGS = {"opt": OPTConfig, "t5": T5Config}  # by config.json's text_confi
 
 def segments(lengths: Tensor) -> Tensor:
     """(S,) lengths -> (S+1,) int32 cumulative, on the host."""
+    # On the host: they decide shapes, and a device would have to be waited for.
     return F.pad(lengths.cpu().cumsum(0), (1, 0)).int()
-
-
-# --------------------------------------------------------------------------------------------------
-# Vision: images are a plain batch; inside, their patches are one stream of N*P rows
 
 
 # --------------------------------------------------------------------------------------------------
@@ -103,6 +103,7 @@ class Context:
 
     cu_seqlens: Tensor  # (S+1,) int32, host
     max_len: int
+    # None in evaluation: dropout is off.
     keys: Tensor | None  # (T,) dropout keys of the rows
     cache: object | None = None  # engine.KVCache
     # T5 only
@@ -121,20 +122,25 @@ class OPTAttention(nn.Module):
         super().__init__()
         C = config.hidden_size
         self.layer, self.head_dim = layer, C // config.num_attention_heads
+        # Three matrices in the file's order; all four have biases.
         self.k_proj = nn.Linear(C, C)
         self.v_proj = nn.Linear(C, C)
         self.q_proj = nn.Linear(C, C)
         self.out_proj = nn.Linear(C, C)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        # A tensor-parallel rank has its heads of all three.
         x = parallel.copy_to_tp(x, self.q_proj)
+        # Three times (T, C) -> (T, H, D).
         q, k, v = (
             layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
         if ctx.cache is None:
             o = attention(q, k, v, ctx.cu_seqlens, ctx.cu_seqlens, ctx.max_len, causal=True)
         else:
+            # The cache appends k and v and attends to all that the sequence holds.
             o = ctx.cache.attend(self.layer, q, k, v, ctx.cu_seqlens, ctx.max_len)
+        # (T, H, D) -> (T, C)
         return self.out_proj(o.flatten(1))
 
 
@@ -143,14 +149,17 @@ class OPTBlock(nn.Module):
         super().__init__()
         C = config.hidden_size
         self.self_attn = OPTAttention(config, layer)
+        # eps 1e-5, LayerNorm's own default, in every published OPT.
         self.self_attn_layer_norm = nn.LayerNorm(C)
         self.fc1 = nn.Linear(C, config.ffn_dim)
         self.fc2 = nn.Linear(config.ffn_dim, C)
         self.final_layer_norm = nn.LayerNorm(C)
+        # Active in stage 2 too: LAVIS does not put the frozen language model into evaluation mode.
         self.dropout1, self.dropout2 = Dropout(config.dropout), Dropout(config.dropout)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         x = x + self.dropout1(self.self_attn(self.self_attn_layer_norm(x), ctx), ctx.keys)
+        # Pre-norm, and ReLU instead of GELU: OPT is older than its neighbours.
         y = parallel.copy_to_tp(self.final_layer_norm(x), self.fc1)
         return x + self.dropout2(self.fc2(F.relu(self.fc1(y))), ctx.keys)
 
@@ -166,9 +175,11 @@ class OPT(nn.Module):
         self.model = nn.Module()
         self.model.decoder = decoder = nn.Module()
         decoder.embed_tokens = nn.Embedding(config.vocab_size, C)
+        # 2,050 rows for 2,048 positions.
         decoder.embed_positions = nn.Embedding(config.max_position_embeddings + self.POSITION_OFFSET, C)
         decoder.final_layer_norm = nn.LayerNorm(C)
         decoder.layers = nn.ModuleList(OPTBlock(config, i) for i in range(config.num_hidden_layers))
+        # An export may have untied it; then the head is a tensor of its own.
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(C, config.vocab_size, bias=False)
 
@@ -180,9 +191,11 @@ class OPT(nn.Module):
         return self.model.decoder.embed_tokens(input_ids)
 
     def add_positions(self, x: Tensor, batch: Batch) -> Tensor:
+        # Behind the splice: the image's places get a position like words do.
         return x + self.model.decoder.embed_positions(batch.position_ids + self.POSITION_OFFSET)
 
     def hidden(self, x: Tensor, batch: Batch, keys: Tensor | None, blocks=None) -> Tensor:
+        # Adapters drop by the row's key, as the blocks' own dropout does.
         ctx = Context(batch.cu_seqlens, batch.max_len, keys, batch.cache)
         with dropout_rows(keys):
             for block in self.blocks if blocks is None else blocks:
@@ -193,9 +206,11 @@ class OPT(nn.Module):
         return batch.targets
 
     def last_rows(self, batch: Batch) -> Tensor:
+        # What comes next in a segment is said by its last row.
         return batch.cu_seqlens[1:] - 1
 
     def norm(self, x: Tensor) -> Tensor:
+        # Part of the head: the last pipeline stage has it.
         return self.model.decoder.final_layer_norm(x)
 
     @property
@@ -208,12 +223,14 @@ class OPT(nn.Module):
 # decoder's, which begin with its start token (id 0); that token stands nowhere else, so it is where the
 # stream is divided.
 
+# BLIP-2's published configs override Flan-T5's tanh form with the exact one: a mix-up moves logits by 1e-2.
 T5_ACTIVATIONS = {"gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh")}
 
 
 class T5Norm(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
+        # No mean and no bias; the variance in fp32.
         self.weight = nn.Parameter(torch.ones(config.d_model))
         self.eps = config.layer_norm_epsilon
 
@@ -224,6 +241,7 @@ class T5Norm(nn.Module):
 def t5_buckets(distance: Tensor, bidirectional: bool, num_buckets: int, max_distance: int) -> Tensor:
     """Distance key - query -> bucket: exact when near, logarithmic up to max_distance; half of them for each
     sign if both are seen."""
+    # Positions by distance alone, so there is no table that ends.
     bucket = torch.zeros_like(distance)
     if bidirectional:
         num_buckets //= 2
@@ -231,19 +249,23 @@ def t5_buckets(distance: Tensor, bidirectional: bool, num_buckets: int, max_dist
         distance = distance.abs()
     else:
         distance = (-distance).clamp(min=0)
+    # Half of the buckets hold one distance each, the others ever wider ranges of them.
     exact = num_buckets // 2
     far = (
+        # fp32, rounded down: the borders between buckets are where the original has them.
         torch.log(distance.float().clamp(min=1) / exact)
         / math.log(max_distance / exact)
         * (num_buckets - exact)
     )
     far = (exact + far.long()).clamp(max=num_buckets - 1)
+    # Beyond max_distance all are one: "far".
     return bucket + torch.where(distance < exact, distance, far)
 
 
 class T5Attention(nn.Module):
     def __init__(self, config: T5Config, layer: int, decoder: bool, with_bias: bool = False):
         super().__init__()
+        # The heads' width is a field of its own: inner need not be d_model.
         C, inner = config.d_model, config.num_heads * config.d_kv
         self.layer, self.decoder, self.head_dim = layer, decoder, config.d_kv
         self.num_buckets, self.max_distance = (
@@ -254,15 +276,18 @@ class T5Attention(nn.Module):
         self.k = nn.Linear(C, inner, bias=False)
         self.v = nn.Linear(C, inner, bias=False)
         self.o = nn.Linear(inner, C, bias=False)
+        # In a stack's first block only; the others use what it made (Context.shared).
         self.relative_attention_bias = nn.Embedding(self.num_buckets, config.num_heads) if with_bias else None
 
     def bias(self, first: int, length: int, device: torch.device) -> Tensor:
         """(H, length - first, length), queries from position `first`
         on; -inf on what a decoder may not see."""
+        # (length - first, length) distances -> as many buckets -> one number a head.
         key = torch.arange(length, device=device)
         distance = key - key[first:, None]
         buckets = t5_buckets(distance, not self.decoder, self.num_buckets, self.max_distance)
         bias = self.relative_attention_bias(buckets).permute(2, 0, 1)
+        # The bias carries the decoder's causality as well: one mask instead of two.
         return bias.masked_fill(distance > 0, float("-inf")) if self.decoder else bias
 
     def project(self, layer: nn.Linear, x: Tensor) -> Tensor:
@@ -270,11 +295,13 @@ class T5Attention(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         if self.relative_attention_bias is not None:
+            # While decoding, the queries are the last rows of the longest sequence.
             first = 0 if ctx.cache is None else ctx.cache.longest_past()
             ctx.shared.bias = self.bias(first, first + ctx.max_len, x.device)
         x = parallel.copy_to_tp(x, self.q)
         q, k, v = (self.project(layer, x) for layer in (self.q, self.k, self.v))
         q = q * q.shape[-1] ** 0.5  # T5 does not scale its scores, attention() does
+        # In the activations' precision, as the original adds it.
         bias = ctx.shared.bias.to(q.dtype)
         if ctx.cache is not None:
             o = ctx.cache.attend(self.layer, q, k, v, ctx.cu_seqlens, ctx.max_len, bias=bias)
@@ -285,7 +312,9 @@ class T5Attention(nn.Module):
     def cross(self, x: Tensor, ctx: Context) -> Tensor:
         """Attention to the encoder's output, all of it seen."""
         q = self.project(self.q, parallel.copy_to_tp(x, self.q))
+        # No bias here: an encoder's place has no distance from a decoder's.
         q, k, v = q * q.shape[-1] ** 0.5, None, None
+        # The encoder's keys and values are made once a prompt, then kept: a step brings queries alone.
         if ctx.memory is not None:
             memory = parallel.copy_to_tp(ctx.memory, self.k)
             with dropout_rows(ctx.memory_keys):
@@ -293,6 +322,7 @@ class T5Attention(nn.Module):
         if ctx.cache is not None:
             o = ctx.cache.attend_memory(self.layer, q, k, v, ctx.cu_seqlens, ctx.memory_cu_seqlens)
         else:
+            # Decoder rows of segment s look at encoder rows of segment s.
             lengths = ctx.max_len, int(ctx.memory_cu_seqlens.diff().max())
             o = attention(q, k, v, ctx.cu_seqlens, ctx.memory_cu_seqlens, max(lengths), causal=False)
         return self.o(o.flatten(1))
@@ -301,6 +331,7 @@ class T5Attention(nn.Module):
 class T5MLP(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
+        # Gated: wi_0 goes through the activation, wi_1 is what it gates.
         self.wi_0 = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
@@ -309,12 +340,14 @@ class T5MLP(nn.Module):
     def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
         x = parallel.copy_to_tp(x, self.wi_0)
         x = self.act(self.wi_0(x)) * self.wi_1(x)
+        # Dropout between the two products; a rank's channels have their places in the whole layer's mask.
         return self.wo(self.dropout(x, keys, parallel.first_channel(x.shape[-1])))
 
 
 class T5Sublayer(nn.Module):
     def __init__(self, config: T5Config, name: str, inner: nn.Module):
         super().__init__()
+        # The published names: layer.0.SelfAttention, layer.1.EncDecAttention, layer.2.DenseReluDense.
         self.add_module(name, inner)
         self.layer_norm = T5Norm(config)
         self.dropout = Dropout(config.dropout_rate)
@@ -331,6 +364,7 @@ class T5Block(nn.Module):
         self.layer = nn.ModuleList([*sublayers, T5Sublayer(config, "DenseReluDense", T5MLP(config))])
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        # Pre-norm three times: the stack's own rows, the encoder's, the MLP.
         own, *cross, mlp = self.layer
         x = x + own.dropout(own.SelfAttention(own.layer_norm(x), ctx), ctx.keys)
         for sub in cross:
@@ -346,6 +380,7 @@ class T5Stack(nn.Module):
         self.dropout_in, self.dropout_out = Dropout(config.dropout_rate), Dropout(config.dropout_rate)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        # T5 drops at both ends of a stack too.
         x = self.dropout_in(x, ctx.keys)
         with dropout_rows(ctx.keys):
             for block in self.block:
@@ -357,6 +392,8 @@ class T5(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
         self.start = config.pad_token_id
+        # One table for both stacks. The head is a matrix of its own and its logits are not scaled by
+        # d_model^-0.5, as Flan-T5's.
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
         self.encoder = T5Stack(config, config.num_layers, decoder=False)
         self.decoder = T5Stack(config, config.num_decoder_layers, decoder=True)
@@ -374,6 +411,7 @@ class T5(nn.Module):
 
     def decoder_rows(self, batch: Batch) -> Tensor:
         """(T,) bool: rows of the stream from their segment's start token on."""
+        # Counts start tokens before each row: beyond its segment's beginning, it is the decoder's.
         starts = (batch.input_ids == self.start).int()
         before = starts.cumsum(0)
         lengths = batch.cu_seqlens.diff().to(before.device)
@@ -394,14 +432,17 @@ class T5(nn.Module):
         in_decoder = self.decoder_rows(batch)
         rows = (~in_decoder).nonzero()[:, 0], in_decoder.nonzero()[:, 0]
         cu_seqlens = batch.cu_seqlens.to(x.device).long()
+        # Differences of a running sum: how many decoder rows lie in each segment.
         decoder_lengths = F.pad(in_decoder.long().cumsum(0), (1, 0))[cu_seqlens].diff()
         cu = segments(cu_seqlens.diff() - decoder_lengths), segments(decoder_lengths)
         row_keys = [None if keys is None else keys[r] for r in rows]
+        # The encoder sees both ways, so a prompt is never computed in pieces.
         memory = self.encoder(x[rows[0]], Context(cu[0], int(cu[0].diff().max()), row_keys[0]))
         ctx = Context(cu[1], int(cu[1].diff().max()), row_keys[1], cache, memory, cu[0], row_keys[0])
         return self.decoder(x[rows[1]], ctx)
 
     def targets(self, batch: Batch) -> Tensor:
+        # hidden() gives the decoder's rows alone, so their targets too.
         return batch.targets[self.decoder_rows(batch)]
 
     def last_rows(self, batch: Batch) -> Tensor:
@@ -424,6 +465,7 @@ class T5(nn.Module):
 def check_merges(path: Path, vocab: dict[str, int]) -> None:
     """ValueError unless merges.txt is whole and in order: a line joins characters or what earlier lines made,
     and all longer tokens of the vocabulary are made by one, but for some added ones."""
+    # A file cut short gives a tokenizer that works and splits words otherwise: looked for here.
     made: set[str] = set()
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
         if number == 1 and line.startswith("#version"):
@@ -434,6 +476,7 @@ def check_merges(path: Path, vocab: dict[str, int]) -> None:
                 f"{path}:{number}: {line[:40]!r} joins no two tokens that are there before; fetch it again"
             )
         made.add("".join(pair))
+    # Added tokens (<s>, madeupwords) need no merge: some dozens.
     unmade = [token for token in vocab if len(token) > 1 and token not in made]
     if len(unmade) > 64:
         raise ValueError(
@@ -452,6 +495,7 @@ class Blip2Tokenizer:
     def __init__(self, directory: str | Path, kind: str):
         directory = Path(directory)
         files = {"opt": ("vocab.json", "merges.txt"), "bert": ("vocab.txt",), "t5": ()}[kind]
+        # The library's own file first: it says more than the older ones.
         if (directory / "tokenizer.json").exists():
             self.model = checkpoint.read_tokenizer(directory / "tokenizer.json")
         elif files and all((directory / f).exists() for f in files):
@@ -478,6 +522,7 @@ class Blip2Tokenizer:
             expected = " or ".join(["tokenizer.json", *(["+".join(files)] if files else [])])
             raise ValueError(f"{directory}: no tokenizer; expected {expected} beside the weights")
         self.kind = kind
+        # A tokenizer.json may bring a length of its own: cutting is the processor's.
         self.model.no_truncation()
         self.model.no_padding()
 
@@ -488,6 +533,7 @@ class Blip2Tokenizer:
                 )
             return i
 
+        # Which tokens begin and end a text: OPT's begins with its end token.
         if kind == "bert":
             self.begin, self.eos = special("[CLS]"), special("[SEP]")
         elif kind == "opt":
@@ -499,6 +545,7 @@ class Blip2Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         ids = self.model.encode(text, add_special_tokens=False).ids if text else []
+        # A <pad> inside the text would divide the sample.
         return [i for i in ids if i != self.begin] if self.kind == "t5" else ids
 
     def to_json(self) -> str:
@@ -506,4 +553,5 @@ class Blip2Tokenizer:
         return self.model.to_str()
 
     def decode(self, ids: list[int]) -> str:
+        # Rows of the vocabulary beyond the tokenizer's have no text.
         return self.model.decode([int(i) for i in ids if i < self.vocab_size], skip_special_tokens=True)

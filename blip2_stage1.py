@@ -35,9 +35,11 @@ from vlm import Batch
 def interleave(Q: int, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of queries (N*Q,) and of text, and cu_seqlens, of N segments with Q queries and then lengths[n]
     text tokens."""
+    # Segment n: Q queries, then its text. Both lists of rows are in the stream's order.
     device, N = lengths.device, len(lengths)
     cu_seqlens = segments(lengths + Q)
     starts = cu_seqlens[:-1].to(device).long()
+    # (N, Q) -> (N*Q,)
     query_rows = (starts[:, None] + torch.arange(Q, device=device)).flatten()
     text_rows = torch.arange(int(lengths.sum()), device=device)
     return (
@@ -53,12 +55,14 @@ class LMPredictions(nn.Module):
     def __init__(self, config: QFormerConfig):
         super().__init__()
         C = config.hidden_size
+        # Beside the tied matrix, as in BERT's files: cls.predictions.bias.
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.transform = nn.Module()
         self.transform.dense = nn.Linear(C, C)
         self.transform.LayerNorm = nn.LayerNorm(C, eps=config.layer_norm_eps)
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        # dense, gelu, norm, then the vocabulary: (R, C) -> (R, V).
         return F.linear(self.transform.LayerNorm(F.gelu(self.transform.dense(x))), weight, self.bias)
 
 
@@ -68,6 +72,7 @@ class Blip2Qformer(nn.Module):
     pipeline_obstacle = "stage=pretrain1 passes an image's features to every layer in several passes"
     position_step, position_axes, prefix_rows = 1, 1, 0
     encoder_decoder = False
+    # Not -inf: a row in which all are masked still has a softmax.
     MASKED = -10000.0  # added to similarities that may not be drawn
     SMOOTHING = 0.1  # of contrastive and language-modelling targets
 
@@ -81,9 +86,11 @@ class Blip2Qformer(nn.Module):
         self.embeddings = nn.Module()
         self.embeddings.word_embeddings = nn.Embedding(q.vocab_size, C)
         self.embeddings.position_embeddings = nn.Embedding(q.max_position_embeddings, C)
+        # To the space in which images and texts are compared, 256 wide.
         self.vision_projection = nn.Linear(C, config.image_text_hidden_size)
         self.text_projection = nn.Linear(C, config.image_text_hidden_size)
         self.itm_head = nn.Linear(C, 2)
+        # Published retrieval models lack both: they can rank, not go on training.
         if config.stage1_heads:
             # LAVIS's has no dimension, which fully_shard can't take
             self.temp = nn.Parameter(torch.full((1,), 0.07))
@@ -113,10 +120,12 @@ class Blip2Qformer(nn.Module):
         return self.vision_model.encoder.layers
 
     def embed_text(self, ids: Tensor, positions: Tensor) -> Tensor:
+        # (R,) -> (R, C); no token types.
         return self.embeddings.word_embeddings(ids) + self.embeddings.position_embeddings(positions)
 
     def embed(self, batch: Batch) -> Tensor:
         """(T, C): queries in the slots; text positions count from the segment's first text token."""
+        # The places' own ids are embedded and then overwritten: no branch for them.
         x = self.embed_text(batch.input_ids, (batch.position_ids - self.num_image_tokens).clamp(min=0))
         slots = batch.image_positions
         if slots is not None and len(slots):
@@ -139,11 +148,14 @@ class Blip2Qformer(nn.Module):
             if image is None:
                 with dropout_rows(batch.image_dropout_keys, len(batch.pixel_values)):
                     image = self.vision_model(batch.pixel_values)
+            # The rest of the stream: what the queries do not take.
             is_text = torch.ones(len(text_rows), dtype=torch.bool, device=text_rows.device)
+            # Text sees its segment's Q queries, and is causal behind them.
             query_rows, prefix = slots.flatten(), Q
             is_text[query_rows] = False
             text_rows = text_rows[is_text]
         prefix_lens = torch.full((len(cu_seqlens) - 1,), prefix)
+        # Keys are what turns dropout on.
         keys = batch.dropout_keys if self.training else None
         image_keys = None if keys is None else batch.image_dropout_keys
         ctx = QFormerContext(
@@ -160,20 +172,24 @@ class Blip2Qformer(nn.Module):
         return self.qformer(self.embed(batch), ctx)
 
     def logits(self, x: Tensor) -> Tensor:
+        # BERT's head, tied to the word embedding.
         return self.cls.predictions(x, self.embeddings.word_embeddings.weight)
 
     def encode_text(self, ids: Tensor, lengths: Tensor, keys: Tensor | None = None) -> Tensor:
         """Text alone (T,), both directions -> (T, C)."""
+        # Each text begins at position 0, wherever it lies in the stream.
         positions = torch.arange(len(ids), device=ids.device)
         cu_seqlens = segments(lengths)
         positions = positions - cu_seqlens[:-1].to(ids.device).repeat_interleave(lengths)
         rows = torch.arange(len(ids), device=ids.device)
+        # No queries and no prefix: text sees itself, both ways.
         ctx = QFormerContext(cu_seqlens, int(lengths.max()), None, rows, None, keys=keys)
         return self.qformer(self.embed_text(ids, positions), ctx)
 
     def match(self, image: Tensor, ids: Tensor, lengths: Tensor, keys: Tensor | None = None) -> Tensor:
         """Matching logits (S, 2) of image s (S, P, W) with text s:
         the mean over the queries, who see both."""
+        # The mean of the logits, not of the queries: as in LAVIS.
         queries = self.multimodal(image, ids, lengths, keys)
         with dropout_rows(keys, len(queries)):
             return self.itm_head(queries).mean(1)
@@ -181,10 +197,12 @@ class Blip2Qformer(nn.Module):
     def multimodal(self, image: Tensor, ids: Tensor, lengths: Tensor, keys: Tensor | None = None) -> Tensor:
         """Query outputs (S, Q, C) of queries and text that see each other, both directions."""
         S, Q, C = len(image), *self.query_tokens.shape[1:]
+        # Pairs are no samples of the stream: a stream of their own is made, queries in front of each text.
         query_rows, text_rows, cu_seqlens = interleave(Q, lengths)
         starts = segments(lengths)[:-1].to(ids.device)
         positions = torch.arange(len(ids), device=ids.device) - starts.repeat_interleave(lengths)
         text = self.embed_text(ids, positions)
+        # Filled twice by index: rows of text, rows of queries.
         x = text.new_empty(S * Q + len(ids), C).index_copy(0, text_rows, text)
         x = x.index_copy(0, query_rows, self.query_tokens.expand(S, -1, -1).flatten(0, 1).to(text.dtype))
         longest, pair_keys = int(cu_seqlens.diff().max()), keys
@@ -194,10 +212,12 @@ class Blip2Qformer(nn.Module):
         ctx = QFormerContext(
             cu_seqlens, longest, query_rows, text_rows, image, keys=keys, image_keys=pair_keys
         )
+        # (S*Q, C) -> (S, Q, C): what text rows became is of no use here.
         return self.qformer(x, ctx)[query_rows].unflatten(0, (S, Q))
 
     def image_features(self, queries: Tensor) -> Tensor:
         """(N, Q, C) -> (N, Q, E), unit length."""
+        # Unit length, so that products are cosines.
         return F.normalize(self.vision_projection(queries), dim=-1)
 
     def text_features(self, text: Tensor, lengths: Tensor) -> Tensor:
@@ -206,6 +226,7 @@ class Blip2Qformer(nn.Module):
 
     def encode_and_project(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """(N, 3, H, W) -> what match() takes (N, P, W), and image_features() of the queries alone."""
+        # The tower is by far the dearest: its output is kept for matching.
         image = self.vision_model(pixel_values)
         return image, self.image_features(encode_queries(self, image))
 
@@ -219,6 +240,7 @@ class Blip2Qformer(nn.Module):
 
     def loss_counts(self, batch: Batch) -> list[int]:
         """What each of LOSSES is a sum over: images, pairs, tokens."""
+        # Three pairs an image: its own, with another image, with another text.
         B = len(batch.image_positions)
         return [B, 3 * B, batch.num_supervised]
 
@@ -228,8 +250,10 @@ class Blip2Qformer(nn.Module):
         By adding Gumbel noise that is a hash of the two samples' keys: no number of ranks or their order
         changes it.
         """
+        # 64-bit keys folded to 32: what the hash works on.
         rows, columns = (mix((k ^ (k >> 32)).to(torch.int32)) for k in (rows, columns))
         bits = mix(mix(rows[:, None] + purpose) ^ columns)  # int32 (B, M)
+        # Strictly between 0 and 1, so that both logarithms are finite. fp64: ties would depend on the order.
         uniform = (bits.double() + 2**31 + 0.5) / 2**32
         return (scores.double() - (-uniform.log()).log()).argmax(1)
 
@@ -244,6 +268,7 @@ class Blip2Qformer(nn.Module):
             # this rank has no sample left, but the others wait for it: a blank one, times 0
             batch, weight = self.blank(batch), 0.0
         B, device = len(batch.image_positions), batch.input_ids.device
+        # A blank sample takes part in every collective and is shown to nobody.
         real = B if weight else 0  # samples that other ranks may see
         rows, lengths = self.text_of(batch)
         ids, keys = batch.input_ids[rows], batch.image_dropout_keys
@@ -263,8 +288,10 @@ class Blip2Qformer(nn.Module):
         with dropout_rows(dropout, B):
             text_feats = self.text_features(encoded, lengths)  # (B, E)
 
+        # LAVIS's four passes over the Q-Former: image alone and text alone (above), pairs, captioning.
         sim_i2t, sim_t2i, own, same = self.similarities(batch, image_feats, text_feats, real)
         M = same.shape[1]
+        # Several texts of one image share its target; smoothing spreads a tenth over all M.
         targets = same / same.sum(1, keepdim=True) * (1 - self.SMOOTHING) + self.SMOOTHING / M
         logs = sim_i2t.float().log_softmax(-1) + sim_t2i.float().log_softmax(-1)
         itc = -(targets * logs).sum(1) / 2  # (B,)
@@ -277,6 +304,7 @@ class Blip2Qformer(nn.Module):
                 for purpose, sim in ((1, sim_t2i), (2, sim_i2t))
             )
         every_image, _ = parallel.gather_rows(image[:real], differentiable=True)
+        # In LAVIS's order: matching pair, foreign image, foreign text.
         images = torch.cat((image, every_image[negative_image], image))  # (3B, P, W)
         own = own.clamp(max=M - 1)  # a blank sample has no place of its own
         texts = torch.cat((own, own, negative_text))
@@ -285,6 +313,7 @@ class Blip2Qformer(nn.Module):
         # positive
         itm = itm[0] + itm[1:].sum(0) * (~same).any(1)  # (B,)
 
+        # Each sample's share of the three losses, and what it counts for: (B, 3).
         lm, lm_counts = self.captioning(batch, x)
         sums = torch.stack((itc, itm, lm), dim=1)  # (B, 3)
         ones = torch.ones_like(lm_counts)
