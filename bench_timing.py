@@ -172,7 +172,7 @@ def peak_memory(prepare: Callable[[], Callable]) -> int:
             gc.collect()
             libc.malloc_trim(0)
             before = status("VmRSS")
-            Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak so far is forgotten
             call()
             pipe.send(status("VmHWM") - before)
         except (ValueError, OSError) as e:
