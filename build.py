@@ -42,6 +42,7 @@ def check_stage(cfg: Config, definition) -> None:
 
 def check_adapter(cfg: Config) -> None:
     """Refuses what would train or save something else than an adapter of the base alone."""
+    # The adapter would be read and then trained as a part of the base: what is saved would be neither.
     if cfg.lora_path and not cfg.lora:
         raise ValueError(
             f"lora_path={cfg.lora_path} without lora=true: add --lora to train "
@@ -62,6 +63,7 @@ def check_adapter(cfg: Config) -> None:
 def lora_targets(cfg: Config, definition) -> list[str]:
     """The patterns to adapt: those asked for, else the continued adapter's own modules, else the model's
     default."""
+    # A continued adapter has its layers already; others would begin at zero beside them.
     if cfg.lora_target_modules or not cfg.lora_path:
         return cfg.lora_target_modules or definition.lora_targets
     return [re.escape(name) for name in lora.contents(cfg.lora_path)[0]]
@@ -81,12 +83,15 @@ def choose_trainable(model: nn.Module, definition, cfg: Config) -> None:
             if not fnmatch.filter(names, pattern):
                 near = difflib.get_close_matches(pattern.strip("*"), names, n=2, cutoff=0)
                 raise ValueError(f"{key}: {pattern!r} matches no parameter; near names: {', '.join(near)}")
+    # First match wins: an adapter trains even where its layer is frozen by name.
     frozen = (cfg.freeze_include or []) + definition.pretrain_freeze.get(cfg.stage, [])
     for name, p in model.named_parameters():
         if ".lora_A." in name or ".lora_B." in name:
             p.requires_grad_(True)
+        # freeze_exclude carves out of what is frozen: "all of the tower but its last norm".
         elif matches(name, frozen):
             p.requires_grad_(matches(name, cfg.freeze_exclude))
+        # P-tuning trains the prefix alone, LoRA its adapter and what is carved out.
         elif cfg.pre_seq_len:
             p.requires_grad_(matches(name, [definition.prefix_tuning]))
         elif cfg.lora:
@@ -107,6 +112,7 @@ def parameter_table(model: nn.Module, parts: dict[str, str]) -> str:
 
     for name, p in model.named_parameters():
         part = part_of(name)
+        # Of the whole parameter: a rank's slice or shard would say less than is trained.
         count = parallel.whole_shape(p).numel()
         rows[part][0] += count
         rows[part][1] += count * p.requires_grad
@@ -122,6 +128,7 @@ def parameter_table(model: nn.Module, parts: dict[str, str]) -> str:
 
 def named_generator(seed: int, name: str) -> torch.Generator:
     """Initial values depend on the parameter's name alone, not on the order or layout of creation."""
+    # 56 bits of the digest: a generator takes no longer seed.
     return torch.Generator().manual_seed(
         int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
     )
@@ -152,6 +159,7 @@ class StreamSizes:
 
 
 def stream_sizes(plan: data.Plan, cfg: Config) -> StreamSizes:
+    # A share of the epoch's tokens for each micro-batch: packs and single samples alike.
     index, share = plan.index, cfg.per_device_train_batch_size / max(1, len(plan.units(0)))
     sums = (float(x.sum()) * share for x in (index.length, index.num_supervised, index.num_images))
     return StreamSizes(*sums, float(index.length.mean()))
@@ -165,6 +173,7 @@ def pipeline_blocks(model: nn.Module, definition, cfg: Config, sizes: StreamSize
     flops = definition.forward_flops(
         model.config, sizes.tokens, sizes.supervised, sizes.images, sizes.segment
     )
+    # Adapters are small beside the products of the layers that they stand at.
     trained = {n for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n}
     prefix, N = definition.pipeline["blocks"] + ".", len(model.blocks)
     image = any(matches(n, definition.image_parameters) for n in trained)
@@ -174,6 +183,7 @@ def pipeline_blocks(model: nn.Module, definition, cfg: Config, sizes: StreamSize
     # frozen
     block = flops.pop("language model") / N * (2 + any(n.startswith(prefix) for n in trained) + cfg.recompute)
     last = flops.pop("head") * (2 + head)
+    # What is neither block nor head is the first stage's: tower, resampler, embedding.
     first = sum(flops.values()) * (3 + cfg.recompute if image else 1)
     stages = pipeline.num_stages(cfg.pipeline_parallel_degree, cfg.pipeline_schedule)
     try:
@@ -197,6 +207,7 @@ class Built:
 def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSizes) -> Built:  # all ranks
     """The order matters, and each step says why it stands where it does. Until `to_empty` everything is on
     the meta device: nothing has memory before it is known what this rank holds."""
+    # The checkpoint says which model file reads it: nothing else here knows.
     config = checkpoint.read_config(directory)
     definition = vlm.find(config)
 
@@ -205,7 +216,9 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
     weights = checkpoint.open_model(directory, definition)
     model = definition.network(config)
     tuned = [definition.prefix_tuning] if cfg.pre_seq_len else None
+    # A prefix is new unless an earlier run has trained it: then the checkpoint has it.
     new = {name for name, _ in model.named_parameters() if matches(name, tuned)} - weights.names
+    # Now, before minutes of loading: both ways, missing and unexpected.
     checkpoint.check_names({n: p.shape for n, p in model.named_parameters() if n not in new}, weights)
     base_names = {name for name, _ in model.named_parameters()} - new
 
@@ -222,7 +235,8 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
     # 16 bits after freezing: a frozen weight needs no fp32 master copy, a trained one does.
     compute_dtype = halve(model, cfg, {name: weights.dtype(name) for name in weights})
 
-    # Pipeline before the tensor cut: a rank cuts only the blocks that it keeps.
+    # Pipeline before the tensor cut: a rank cuts only the blocks that it keeps. Names and shapes of the whole
+    # stay known on each rank, for saving and for the table.
     whole, stages = model, None
     shapes = {name: p.shape for name, p in model.named_parameters()}
     if world.pp_size > 1:
@@ -238,9 +252,11 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
     # Compile, then 16-bit copies, then recompute around both, since it frees them with the rest. Sharding is
     # outermost: fully_shard's hooks gather the weights that a recomputed block uses again. One rank has
     # nothing to gather and would hold its weights twice.
+    # Each block by itself, for streams of any length: one program serves all of them.
     if cfg.compile:
         for block in [*model.vision_blocks, *model.blocks]:
             block.forward = torch.compile(block.forward, dynamic=True)
+    # On several ranks fully_shard's mixed precision casts; here it is done by hand.
     if compute_dtype and world.dp_size == 1:
         parallel.compute_in(model, compute_dtype)
     if cfg.recompute:
@@ -251,24 +267,30 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
     # Memory, then the weights, one tensor at a time: the host never holds the model twice.
     model.to_empty(device=world.device)
     parallel.mark_cuts(model)
+    # A pipeline rank has a part of them: the others' names are skipped, not missed.
     parameters = dict(model.named_parameters())
     here = base_names & parameters.keys()
     checkpoint.load_into({name: parameters[name] for name in here}, weights, skip=base_names - here)
     load_few_bits(quantize.weights_of(model), weights)
+    # Over the base's values: stage 2 begins with stage 1's Q-Former and a language model of its own.
     if cfg.init_from:
         found = load_init_from(cfg.init_from, definition, parameters, shapes, base_names)
         if world.main:
             print(f"{found} tensors from {cfg.init_from}, {len(base_names) - found} from {directory}")
     for name in parameters.keys() - base_names:  # prefix and adapter: what no checkpoint has
-        full = torch.empty(parallel.whole_shape(parameters[name]))
-        init = model.init_weights if name in new else lora.init_lora
-        with torch.no_grad():
-            init(name, full, named_generator(cfg.seed, name))
-        checkpoint.copy_full_(parameters[name], full)
+        draw(name, parameters[name], model.init_weights if name in new else lora.init_lora, cfg.seed)
     if cfg.lora_path:
         other = whole if stages else None
         lora.load_adapter(model, cfg.lora_path, checkpoint.copy_full_, parallel.whole_shape, other)
     return Built(model, whole, definition, lora_modules, stages, learning_rates)
+
+
+def draw(name: str, param: nn.Parameter, init, seed: int) -> None:
+    """A parameter's initial values, drawn whole and then cut: the same on any layout."""
+    full = torch.empty(parallel.whole_shape(param))
+    with torch.no_grad():
+        init(name, full, named_generator(seed, name))
+    checkpoint.copy_full_(param, full)
 
 
 def add_adapter(model: nn.Module, definition: vlm.Model, cfg: Config) -> list[str]:
@@ -286,6 +308,7 @@ def add_adapter(model: nn.Module, definition: vlm.Model, cfg: Config) -> list[st
 
 def check_continued_adapter(model: nn.Module, cfg: Config, weights: checkpoint.Weights) -> None:
     """ValueError for an adapter of another base, or one that would be saved only in part."""
+    # An adapter on other weights trains without a word of warning and means nothing.
     lora.check_base(cfg.lora_path, weights)
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     if lost := sorted(frozen.intersection(lora.contents(cfg.lora_path)[1])):
@@ -301,6 +324,7 @@ def halve(model: nn.Module, cfg: Config, file_dtypes: dict) -> torch.dtype | Non
     autocast chooses. file_dtypes: of the checkpoint's tensors, as far as they are known."""
     dtype16 = {(True, False): torch.bfloat16, (False, True): torch.float16}.get((cfg.bf16, cfg.fp16))
     if dtype16 and cfg.fp16_opt_level == "O2":
+        # O2: everything computes in 16 bits, trained weights keep an fp32 original for the update.
         halve_frozen(model, dtype16)
         return dtype16
     if dtype16:
@@ -318,6 +342,7 @@ def halve_frozen(model: nn.Module, dtype: torch.dtype) -> None:
 def halve_products(model: nn.Module, dtype: torch.dtype, cfg: Config, file_dtypes: dict) -> None:
     """Under autocast: the frozen weights that it would cast for every product, where nothing is lost by it.
     An adapter is saved without its base, and what the file has in 16 bits comes out as it went in."""
+    # Some tensors come from another file, whose precision is not in this list.
     if cfg.init_from:
         file_dtypes = {}
     for prefix, owner in model.named_modules():
@@ -335,6 +360,7 @@ def cut_into_stages(
     model: nn.Module, whole: nn.Module, definition: vlm.Model, cfg: Config, world, sizes: StreamSizes, dtype
 ) -> pipeline.Pipeline:
     """Leaves this rank's stages of the model; `dtype` of the hidden states between them, None for fp32."""
+    # A tied tensor is held by two stages; each stage keeps what its blocks need.
     blocks = pipeline_blocks(model, definition, cfg, sizes)
     held_by = pipeline.stages_of_parameters(model, definition.pipeline, blocks)
     here = {n for n, held in held_by.items() if world.pp_rank in {stage % world.pp_size for stage in held}}
@@ -360,6 +386,7 @@ def load_init_from(path: str, definition: vlm.Model, parameters: dict, shapes: d
     if not common:
         raise ValueError(f"init_from={path} has no tensor of this model; the two must share names")
     for name in common:
+        # Shapes of the whole model, before any cut over ranks.
         if other.shape(name) != shapes[name]:
             raise ValueError(
                 f"init_from={path}: {name} is {tuple(other.shape(name))}, "
@@ -377,11 +404,13 @@ def load_init_from(path: str, definition: vlm.Model, parameters: dict, shapes: d
 def make_optimizer(built: Built, cfg: Config) -> torch.optim.AdamW:
     # a pipeline rank may hold nothing that trains, and AdamW takes no empty list
     groups = rates.param_groups(built.model, built.learning_rates, cfg) or [{"params": [], "factor": 1.0}]
+    # torch's own AdamW: decay apart from the gradient, moments in the parameter's precision.
     betas = (cfg.adam_beta1, cfg.adam_beta2)
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, eps=cfg.adam_epsilon)
 
 
 def autocast(cfg: Config, world: parallel.World):
+    # O1 only: O2's weights are in 16 bits already, and fp32 needs none.
     dtype = torch.bfloat16 if cfg.bf16 else torch.float16
     return torch.autocast(
         world.device.type, dtype, enabled=(cfg.bf16 or cfg.fp16) and cfg.fp16_opt_level == "O1"
@@ -390,6 +419,7 @@ def autocast(cfg: Config, world: parallel.World):
 
 def model_file(cfg: Config) -> tuple[dict, vlm.Model, Path | None]:
     """-> (config.json's contents, definition, checkpoint directory; None for a preset: a shape alone)."""
+    # A directory of that name wins over a shape.
     if not os.path.isdir(cfg.model_name_or_path) and (config := vlm.shape(cfg.model_name_or_path)):
         return config, vlm.find(config), None
     directory = Path(data.model_directory(cfg.model, cfg.model_name_or_path))

@@ -39,14 +39,17 @@ class Prepared:
 
 
 def read_plan(cfg: Config, split: str, processor, meeting: Meeting, **options) -> data.Plan:  # all ranks
+    # Without data the samples: the first command of a newcomer trains on something.
     dataset = cfg.dataset or data.DEFAULT_DATASET
     if not dataset.get(split):
         raise ValueError(f"dataset has no {split!r} entry")
     progress = meeting.main and not cfg.disable_tqdm
+    # Beside the run, under a key of its content: another command with the same data finds it too.
     folder = Path(cfg.output_dir) / "index"
     args = dataset[split], processor, cfg.max_length, folder, cfg.num_workers, progress
     if not meeting.main:  # the others read what rank 0 measured
         meeting.share(f"{split} index")
+    # Rank 0 measures and writes; what the others then read is what it has.
     index = data.build_index(*args, max_bad_samples=cfg.max_bad_samples)
     if meeting.main:
         meeting.share(f"{split} index", "made")
@@ -63,10 +66,12 @@ def read_plan(cfg: Config, split: str, processor, meeting: Meeting, **options) -
 
 
 def check_metric(cfg: Config, eval_plan: data.Plan) -> None:
+    # One conversation of each entry tells its kind, and so which scores there will be.
     kinds = {
         eval_plan.index.conversation(n).kind for n in np.unique(eval_plan.index.entry, return_index=True)[1]
     }
     have = [f"eval_{name}" for name in metrics.scores_of_kinds(kinds)]
+    # Now: an unknown name would show only behind the first evaluation.
     if cfg.metric_for_best_model not in ("eval_loss", *have):
         raise ValueError(
             f"metric_for_best_model={cfg.metric_for_best_model}: the eval "
@@ -76,6 +81,7 @@ def check_metric(cfg: Config, eval_plan: data.Plan) -> None:
 
 def check_contrast(cfg: Config, definition, dp_size: int, evaluating: bool) -> None:
     """Where a micro-batch's samples are contrasted with each other, one alone has nothing to be told from."""
+    # Only contrast looks across samples; elsewhere a micro-batch of one is fine.
     if cfg.stage not in definition.contrasted:
         return
     for key, used in (
@@ -95,15 +101,19 @@ def run_facts(
 ) -> dict:
     """What a step and its sample are defined by; a checkpoint keeps it, and a resumed run is compared with
     it."""
+    # A few values of each tensor: another base of the same shape is told from this one, without reading
+    # gigabytes.
     base = [checkpoint.open_model(path, definition).sample() for path in (directory, cfg.init_from) if path]
     return {
         "seed": cfg.seed,
         "mixtoken": cfg.mixtoken,
         "max_length": cfg.max_length,
         "max_images": cfg.max_images,
+        # By content, not by path: data may be moved between starts, not changed.
         "data": data.content_key(plan.index.entries),
         "samples": len(plan.index),
         "global_batch": global_batch,
+        # For the log alone: ranks may change, the global batch is what counts.
         "ranks": ranks,
         "eval_data": data.content_key(eval_plan.index.entries) if eval_plan else None,
         "base": hashlib.sha256(json.dumps(base).encode()).hexdigest()[:16],
@@ -116,11 +126,15 @@ def run_facts(
 
 def check_facts(facts: dict, state: dict, cfg: Config, resume: str) -> None:
     """Refuses to continue where the same step would mean another sample or another model."""
+    # Of before facts were saved: nothing to compare, and that is said.
     saved = state.get("facts")
     if saved is None:
         print(f"{resume} does not say what it was trained on: the data and batch of this command are assumed")
         return
+    # What would make the next step another one. Learning rates and such may change: they are said as a
+    # warning.
     keys = ["seed", "mixtoken", "base", "lora_alpha", "lora_split", "stage", *rates.KEYS]
+    # Packs depend on both; single samples do not: a longer limit cuts fewer of them.
     keys += ["max_length", "max_images"] if cfg.mixtoken else []
     of_data = ["data", "samples"] + (["eval_data"] if saved.get("eval_data") and facts["eval_data"] else [])
     changed = [k for k in keys + of_data if k in saved and saved[k] != facts[k]]
@@ -131,9 +145,11 @@ def check_facts(facts: dict, state: dict, cfg: Config, resume: str) -> None:
     }
     words["samples"] = "the number of usable samples"
     listed = "; ".join(f"{words.get(k, k)} is {facts[k]}, it was {saved[k]}" for k in changed)
+    # New data is a decision that one can make; another base or seed is a mistake.
     if changed and cfg.accept_changed_data and not set(changed) - set(of_data):
         print(f"accept_changed_data=true: {listed}")
         if "eval_data" in changed:
+            # Scores on other questions cannot be compared with the best so far.
             state |= {"best_metric": None, "best_step": None}
     elif changed:
         only_data = not set(changed) - set(of_data)
@@ -152,8 +168,10 @@ def place_plan(plan: data.Plan, state: dict, facts: dict, resume: str) -> None:
     """Sets the plan to where the checkpoint stands, whatever batch and ranks it was trained with."""
     if state.get("units") is None or state.get("epoch") is None:  # of before these were saved
         return
+    # The checkpoint counts in units of the epoch, not in steps: a unit is the same under any batch.
     global_batch, was = facts["global_batch"], (state.get("facts") or {}).get("global_batch")
     place = state["epoch"], min(state["units"], plan.count(state["epoch"]))
+    # Where the step count alone would put us; if that is the place, the batch has not changed.
     found = plan.locate(state["step"], global_batch)
     if found != (place if place[1] < plan.count(place[0]) else (place[0] + 1, 0)):
         plan.origin = state["step"], *place
@@ -169,19 +187,24 @@ def prepare(
     cfg: Config, definition, directory: Path, meeting: Meeting, run_dir: RunDir
 ) -> Prepared:  # all ranks
     """Decides how the output directory is continued, reads the data and finds the place in it."""
+    # Rank 0 alone looks at the directory: others could see it a moment later, with another answer.
     decided = None
     if meeting.main:
+        # Two commands in one directory would take turns in breaking each other's checkpoints.
         run_dir.lock()
         decided = json.dumps(asdict(run_dir.decide()))
         print(f"settings | {differences(cfg) or 'all as by default'}")
     start = run_dir.start = Start(**json.loads(meeting.share("start", decided)))
+    # Before the data is read, which takes minutes for a large set.
     check_stage(cfg, definition)
     processor = definition.processor(directory, cfg.stage)
     plan = read_plan(cfg, "train", processor, meeting)
     evaluating = cfg.do_eval or cfg.evaluation_strategy != "no"
+    # In the files' order: an evaluation is the same whenever it is made.
     eval_plan = read_plan(cfg, "eval", processor, meeting, shuffle=False) if evaluating else None
     if evaluating:
         check_metric(cfg, eval_plan)
+    # The layout as it will be; there is no process group yet.
     pp, replicas, shards, _ = parallel.layout(
         meeting.size,
         cfg.tensor_parallel_degree,
@@ -190,15 +213,18 @@ def prepare(
         cfg.sharding_parallel_degree,
     )
     check_contrast(cfg, definition, replicas * shards, evaluating)
+    # Samples (or packs) that one update averages over, on all ranks together.
     global_batch = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps * replicas * shards
     facts = run_facts(cfg, definition, directory, plan, eval_plan, meeting.size, global_batch)
     state = {"step": 0, "best_metric": None, "best_step": None, "bad": 0, "samples": 0, "evaluated": True}
     if start.resume:
         state |= read_state(start.resume)
+        # Every rank comes to the same verdict; one says it.
         with contextlib.redirect_stdout(sys.stdout if meeting.main else io.StringIO()):
             check_facts(facts, state, cfg, start.resume)
             place_plan(plan, state, facts, start.resume)
     state |= {"facts": facts, "run": start.id}
+    # After the place is known: with another batch the rest of an epoch has another number of steps.
     total = total_steps(cfg, plan, global_batch)
     if cfg.do_train and total < 1:
         raise ValueError(
@@ -206,6 +232,7 @@ def prepare(
         )
     if cfg.do_train and start.resume and total < state["step"]:
         key = "max_steps" if cfg.max_steps is not None else "num_train_epochs"
+        # A finished run with changed settings is is_finished()'s to name.
         if start.finished is None or not start.changed.keys() - HARMLESS:
             raise ValueError(
                 f"{start.resume} is at step {state['step']}, and "
@@ -213,6 +240,7 @@ def prepare(
                 f"raise {key}, or give an earlier checkpoint as resume_from_checkpoint"
             )
     if cfg.do_train and not start.anew and start.resume is None:
+        # Finished, and its last checkpoint was deleted: the final model has no moments to go on with.
         if start.finished is not None and total > start.finished:
             raise ValueError(
                 f"{cfg.output_dir} holds a finished run of {start.finished} steps "
@@ -222,12 +250,14 @@ def prepare(
             )
         if start.finished is None and meeting.main:
             print(f"{cfg.output_dir} has no complete checkpoint of its run: it begins at step 0")
+    # Whoever found a mistake has said so by now; the process group comes next.
     meeting.wait_for_all("prepared")
     return Prepared(processor, plan, eval_plan, run_dir, state, total)
 
 
 def is_finished(ready: Prepared, cfg: Config) -> bool:
     """Whether the run is finished. With other settings than it was trained with that is an error."""
+    # The same command again is no error: it says that there is nothing to do.
     start, out = ready.run_dir.start, cfg.output_dir
     if not cfg.do_train or start.finished is None or ready.total > start.finished:
         return False
