@@ -12,6 +12,7 @@ N - i layers above it, what stands before the blocks N + 1, a norm behind them 1
 
 import difflib
 import fnmatch
+import math
 import re
 from dataclasses import dataclass
 
@@ -112,3 +113,25 @@ def table(model: nn.Module, rates: dict[str, Rate], cfg: Config) -> str:
         size = sum(parallel.whole_shape(p).numel() for p in group["params"])
         lines.append(f"{group['lr']:<12.4g}{group['weight_decay']:<14g}{size:>14,}  {group['reason']}")
     return "\n".join(lines)
+
+
+def learning_rate_at(step: int, total: int, cfg: Config, epoch: int = 0) -> float:
+    """Of the update that follows `step` finished ones."""
+    # warmup_steps, where given, wins over the ratio, as in transformers.
+    warmup = cfg.warmup_steps or math.ceil(cfg.warmup_ratio * total)
+    # LAVIS's rule: the rate is constant within an epoch, but for the warm-up in the first one.
+    if cfg.lr_scheduler_type == "cosine_epochs":  # warm-up ends with the first epoch at the latest
+        if epoch == 0:
+            warmed = cfg.warmup_start_lr + (cfg.learning_rate - cfg.warmup_start_lr) * step / max(warmup, 1)
+            return min(cfg.learning_rate, warmed)
+        shape = (1 + math.cos(math.pi * epoch / cfg.num_train_epochs)) / 2
+        return cfg.eta_min + (cfg.learning_rate - cfg.eta_min) * shape
+    if step < warmup:
+        return cfg.warmup_start_lr + (cfg.learning_rate - cfg.warmup_start_lr) * step / warmup
+    # From the end of the warm-up (0) to the end of the run (1).
+    done = (step - warmup) / max(1, total - warmup)
+    # 1 at the end of the warm-up, 0 at the end of the run ("constant" stays).
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[
+        cfg.lr_scheduler_type
+    ]
+    return cfg.eta_min + (cfg.learning_rate - cfg.eta_min) * shape

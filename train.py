@@ -55,39 +55,21 @@ from draw import draw_loss
 from features import cache_features
 from kernels import dispatch
 from meeting import Meeting, between_ranks
+from rates import learning_rate_at
 from resume import Prepared, is_finished, prepare
 from run_dir import HARMLESS, Log, RunDir, Signals, Stopped, shown
 from terminal import one_line
 from vlm import Batch
 
 # --------------------------------------------------------------------------------------------------
-# Learning rate and loss scale
-
-
-def learning_rate_at(step: int, total: int, cfg: Config, epoch: int = 0) -> float:
-    """Of the update that follows `step` finished ones."""
-    # warmup_steps, where given, wins over the ratio, as in transformers.
-    warmup = cfg.warmup_steps or math.ceil(cfg.warmup_ratio * total)
-    if cfg.lr_scheduler_type == "cosine_epochs":  # warm-up ends with the first epoch at the latest
-        if epoch == 0:
-            warmed = cfg.warmup_start_lr + (cfg.learning_rate - cfg.warmup_start_lr) * step / max(warmup, 1)
-            return min(cfg.learning_rate, warmed)
-        shape = (1 + math.cos(math.pi * epoch / cfg.num_train_epochs)) / 2
-        return cfg.eta_min + (cfg.learning_rate - cfg.eta_min) * shape
-    if step < warmup:
-        return cfg.warmup_start_lr + (cfg.learning_rate - cfg.warmup_start_lr) * step / warmup
-    # From the end of the warm-up (0) to the end of the run (1).
-    done = (step - warmup) / max(1, total - warmup)
-    shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[
-        cfg.lr_scheduler_type
-    ]
-    return cfg.eta_min + (cfg.learning_rate - cfg.eta_min) * shape
+# Loss scale
 
 
 class LossScaler:
     """Dynamic loss scale for fp16: halved when a gradient overflows, doubled after 2,000 good steps."""
 
     def __init__(self, enabled: bool):
+        # 2^16, as torch's own begins: too large at first is found out in a few steps, too small never.
         self.scale, self.good, self.skipped, self.enabled = (2.0**16 if enabled else 1.0), 0, 0, enabled
 
     def state(self) -> dict:
@@ -105,6 +87,7 @@ class LossScaler:
             self.scale = max(self.scale / 2, 1.0)
         elif self.good % 2000 == 0:
             self.scale *= 2
+        # From 2^16 down to 1 in 16 halvings: still overflowing means that the values themselves do.
         if self.skipped >= 25:
             raise ValueError("25 steps in a row overflowed in fp16; use bf16=true, or a lower learning_rate")
 
@@ -129,8 +112,10 @@ def step_facts(
     model: nn.Module, micro_batches: list[Batch], signalled: int, world: parallel.World
 ) -> Facts:  # all ranks
     # all ranks: two small messages a step, instead of one a micro-batch
+    # By each of the model's losses: images, pairs, tokens.
     counts = [sum(column) for column in zip(*(model.loss_counts(b) for b in micro_batches), strict=True)]
     sums = [*counts, sum(b.num_supervised for b in micro_batches), sum(len(b.bad) for b in micro_batches)]
+    # A signal is sent to ranks at different moments: the largest number makes all of them stop at one step.
     maxima = [signalled, *(b.pixel_values is not None for b in micro_batches)]
     if world.size > 1:
         sums = parallel.all_sum(torch.tensor(sums)).tolist()
@@ -141,8 +126,10 @@ def step_facts(
 def to_device(batch: Batch, device: torch.device, blank_image: bool, image_size) -> Batch:
     """Moves a batch. A rank without an image gets a blank one where another rank has one: the weights of a
     sharded tower are gathered by all ranks together."""
+    # Behind the facts: which micro-batches need a blank image is only known once all ranks have said.
     batch = batch.to(device)
     if blank_image and not batch.has_images:
+        # It counts nothing: vlm.splice_images multiplies its features by zero.
         pixels = vlm.blank_image(image_size)[None].to(device)
         keys = torch.zeros(1, dtype=torch.int64, device=device)
         batch = replace(batch, pixel_values=pixels, image_dropout_keys=keys)
@@ -155,6 +142,7 @@ def losses_by_dataset(batch: Batch, losses: Tensor, num_datasets: int) -> Tensor
     `losses`: each supervised token's own (K = 1), or (S, K, 2) sums and counts of the segments.
     """
     if losses.ndim == 1:
+        # Row -> segment -> entry: right=True, since a row at a border begins the next segment.
         segments = torch.bucketize(
             batch.supervised, batch.cu_seqlens[1:].to(batch.supervised.device), right=True
         )
@@ -169,6 +157,7 @@ def losses_by_dataset(batch: Batch, losses: Tensor, num_datasets: int) -> Tensor
 
 def means(sums: Tensor) -> Tensor:
     """(..., K, 2) sums and counts -> (..., K), zero where nothing was counted."""
+    # A mean over tokens, not of means: entries with long answers weigh as much as their tokens.
     return sums[..., 0] / sums[..., 1].clamp(min=1)
 
 
@@ -180,12 +169,14 @@ def named_losses(model: nn.Module, sums: Tensor) -> dict[str, float]:
 def name_bad(micro_batches: list[Batch], named: dict, world: parallel.World) -> None:
     """Says what could not be loaded, once for each record: one of the ranks that see the same data."""
     for where, reason in [pair for batch in micro_batches for pair in batch.bad]:
+        # Ranks of one tensor or pipeline group read the same records.
         if where not in named and world.tp_rank == world.pp_rank == 0:
             print(f"warning: left out {where}: {reason}", file=sys.stderr, flush=True)
         named[where] = reason
 
 
 def check_bad(bad: int, tried: int, cfg: Config, what: str) -> None:
+    # A share, not a number: one bad record of a million must not end a run of days.
     if bad > cfg.max_bad_samples * tried:
         raise ValueError(
             f"{bad} of {tried} {what} could not be loaded (listed above), max_bad_samples="
@@ -206,12 +197,14 @@ class Passes:
     def forward(self, i: int, x: Tensor | None = None, blocks=None, last: bool = True) -> Tensor:
         """The summed losses of micro-batch i; of a pipeline stage that is not the last its hidden states."""
         run = self.run
+        # Late: the device holds the micro-batches under way, not all of a step.
         if i not in self.on_device:
             batch, size = self.micro_batches[i], run.processor.image_size
             self.on_device[i] = to_device(batch, run.world.device, self.has_images[i], size)
         batch = self.on_device[i]
         # O1 computes in 16 bits from fp32 weights; O2 has 16-bit weights, so autocast does nothing.
         with autocast(run.cfg, run.world):
+            # A pipeline stage that is not the last gives hidden states (T, C) on.
             if not last:
                 return run.model(batch, "hidden", x, blocks)
             loss_sum, losses = run.model(batch, x=x, blocks=blocks)
@@ -232,17 +225,20 @@ def forward_backward(run: "Run", micro_batches: list[Batch], facts: Facts) -> Te
             *micro_batches,
             *(data.collate([], (), run.model.num_image_tokens) for _ in range(empty)),
         ]
+        # Stages exchange tensors of one shape, known before the step begins.
         length = max(len(b.input_ids) for b in micro_batches)
         micro_batches = [data.pad_stream(b, length) for b in micro_batches]
         has_images = [*has_images, *[False] * empty]
     passes = Passes(run, micro_batches, has_images, len(run.entries))
     # Sharded gradients are averaged over ranks: times their number, divided by the counts of all.
     scales = [world.dp_size / max(n, 1) * run.scaler.scale for n in facts.counts]
+    # One number for each of the model's losses, the same on all ranks.
     weights = torch.tensor(scales, device=world.device)
     # If only the vision tower trains, a micro-batch without an image has no backward pass.
     with_gradient = [i for i in range(len(micro_batches)) if has_images[i] or not run.images_only]
 
     def loss_of(i: int, x: Tensor | None = None, blocks=None, last: bool = True) -> Tensor:
+        # The sum of means: BLIP-2's three losses weigh the same, whatever they count.
         out = passes.forward(i, x, blocks, last)
         return (out * weights).sum() if last else out
 
@@ -255,9 +251,11 @@ def forward_backward(run: "Run", micro_batches: list[Batch], facts: Facts) -> Te
     else:
         for i in range(len(micro_batches)):
             loss = loss_of(i)
+            # Frozen through and through where there is no image: nothing to go back through.
             if loss.requires_grad:
                 before_backward(i)
                 loss.backward()
+            # Its activations go with the graph; its inputs would stay until the step's end.
             del passes.on_device[i]
     parallel.reshard(run.model)  # a micro-batch without a backward pass may have come last
     return passes.sums
@@ -274,20 +272,26 @@ def clip_and_step(
     """One update; returns the gradient norm before clipping. A trainable parameter that got no gradient has a
     zero one: AdamW's decay and moments act on it as on every other rank's."""
     for p in parameters.values():
+        # Else a rank whose micro-batches had no image would step without a decay that the others apply.
         if p.grad is None:
             p.grad = torch.zeros_like(p)
     if stages is not None:
+        # Tied embedding and head lie on two stages: each has a part of one gradient.
         stages.sum_shared_gradients(parameters)
+    # And of such a pair one counts in the norm.
     counted = [p for n, p in parameters.items() if stages is None or stages.counts_here(n)]
     # all ranks: of the whole gradient, so every rank clips by the same factor
     norm = parallel.gradient_norm(counted, world) / scaler.scale
     finite = math.isfinite(norm)
     if finite:
+        # 1e-6 as in torch's clip_grad_norm_: a zero gradient stays zero.
         factor = min(1.0, max_grad_norm / (norm + 1e-6)) if max_grad_norm else 1.0
         if parameters and (factor != 1.0 or scaler.scale != 1.0):  # a frozen pipeline stage has none
+            # Clipping and the loss scale in one pass over the gradients.
             torch._foreach_mul_([p.grad for p in parameters.values()], factor / scaler.scale)
         # With a gradient that is not finite there is no update at all.
         optimizer.step()
+    # Freed, not zeroed: the next backward pass writes instead of adding.
     optimizer.zero_grad(set_to_none=True)
     scaler.update(finite)
     return norm
@@ -302,10 +306,12 @@ def evaluate_loss(run: "Run") -> dict[str, float]:  # all ranks
     """Mean loss over the supervised tokens of the eval set, and of each of its entries. A signal breaks it
     off on all ranks. Raises ValueError for more bad samples than max_bad_samples allows."""
     cfg, world, plan, stages = run.cfg, run.world, run.eval_plan, run.built.stages
+    # Dropout off, Qwen-VL's extrapolation on: see the models.
     run.model.eval()
     deal = data.Deal(world.dp_rank, world.dp_size, cfg.per_device_eval_batch_size)
     steps = range(plan.steps_per_epoch(deal.per_device_batch * deal.dp_size))
     loader = data.TrainLoader(plan, run.processor, steps, deal, cfg.num_workers)
+    # fp64 and by entry: the same on any number of ranks.
     sums = torch.zeros(len(plan.index.entries), len(run.model.LOSSES), 2, dtype=torch.float64)
     kept: list[Tensor] = []  # on the device; brought to the host every eval_accumulation_steps
     num_bad = 0
@@ -315,9 +321,11 @@ def evaluate_loss(run: "Run") -> dict[str, float]:  # all ranks
         if facts.signal:
             raise Stopped(facts.signal)
         name_bad(micro_batches, run.named_eval_bad, world)
+        # Counted over ranks already (facts).
         num_bad += facts.bad
         passes = Passes(run, micro_batches, facts.has_images, len(sums))
         if stages is None:
+            # One micro-batch a step: nothing is accumulated here.
             passes.forward(0)
         else:
             stages.run(passes.forward, 1, len(micro_batches[0].input_ids))
@@ -328,6 +336,7 @@ def evaluate_loss(run: "Run") -> dict[str, float]:  # all ranks
     # all ranks: eval samples were dealt to them
     sums = parallel.all_sum(sums + sum(kept).cpu() if kept else sums)
     if stages is not None:
+        # The last stage alone has seen losses.
         stages.from_last(sums)
     check_bad(num_bad, len(plan.index), cfg, "eval samples")
     if not sums[..., 1].sum():
@@ -335,6 +344,7 @@ def evaluate_loss(run: "Run") -> dict[str, float]:  # all ranks
     result = {"eval_loss": float(means(sums.sum(0)).sum())}
     result |= {f"eval_loss_{k}": v for k, v in named_losses(run.model, sums.sum(0)).items()}
     if len(sums) > 1:
+        # An entry of which no sample could be loaded has no mean, and none is invented.
         pairs = zip(plan.index.entries, sums, strict=True)
         result |= {f"eval_loss/{e.label}": float(means(x).sum()) for e, x in pairs if x[:, 1].any()}
     return result
@@ -350,6 +360,7 @@ def generation_scores(run: "Run", after_each=None) -> dict[str, float]:
     questions = evaluate.merge_references(
         [index.conversation(n) for n in range(len(index))], index.entry.tolist()
     )
+    # Greedy and short: it compares checkpoints, and says so with the same answer each time.
     how, bad, answers = evaluate.Decoding(max_new_tokens=32), [], []
     size = cfg.per_device_eval_batch_size
     with autocast(cfg, run.world):  # its weights may be held in 16 bits
@@ -358,6 +369,7 @@ def generation_scores(run: "Run", after_each=None) -> dict[str, float]:
             if after_each:
                 after_each()
     evaluate.check_bad(bad, len(questions), cfg.max_bad_samples, "questions of the evaluation")
+    # Those that could not be answered are in `bad`, and count against max_bad_samples.
     questions, answers = evaluate.answered(questions, answers)
     return {f"eval_{name}": value for name, value in evaluate.score(questions, answers)[0].items()}
 
@@ -369,9 +381,11 @@ def generation_scores(run: "Run", after_each=None) -> dict[str, float]:
 def save_checkpoint(path: Path, run: "Run") -> None:  # all ranks
     """A whole checkpoint: weights (or the adapter) as a loadable directory, and the state to go on from."""
     cfg, built, write = run.cfg, run.built, run.world.main
+    # `everything` has names and shapes of the whole model, a pipeline rank's `parameters` only its own.
     parameters, everything = dict(built.model.named_parameters()), dict(built.whole.named_parameters())
 
     def full_tensor(name: str) -> Tensor:
+        # all ranks: gathers from shards, slices and stages; rank 0 keeps it.
         if built.stages is not None:
             return built.stages.whole_tensor(name, parameters, everything[name])
         return checkpoint.full_tensor(parameters[name])
@@ -381,12 +395,16 @@ def save_checkpoint(path: Path, run: "Run") -> None:  # all ranks
         if cfg.lora:
             sizes = cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout
             made = lora.LoraConfig(run.directory, *sizes, base_in=cfg.quantize)
+            # What trained beside the adapter (freeze_exclude): whole, in the same file.
             others = [n for n, p in everything.items() if p.requires_grad and ".lora_" not in n]
             lora.save_adapter(temporary, built.whole, made, built.lora_modules, others, full_tensor, write)
         else:
+            # In the precision in which the next run or the server will hold it; the fp32 originals are in
+            # train_state/.
             dtype = torch.float32
             if cfg.fp16_opt_level == "O2" and (cfg.bf16 or cfg.fp16):
                 dtype = torch.bfloat16 if cfg.bf16 else torch.float16
+            # A generator: one tensor in memory at a time.
             named = ((n, rounded(n, full_tensor(n), dtype)) for n in everything)
             checkpoint.save_weights(temporary, named, write=write)
             if write:
@@ -400,6 +418,7 @@ def save_checkpoint(path: Path, run: "Run") -> None:  # all ranks
 def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """ValueError for a value that `dtype` has not."""
     tensor = tensor.to(dtype)
+    # fp16 ends at 65,504: a large weight would be saved as infinity.
     if not bool(torch.isfinite(tensor).all()):
         raise ValueError(
             f"{name} has a value that {dtype} can't hold; use bf16=true; the last checkpoint stands"
@@ -410,6 +429,7 @@ def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def check_finite(parameters: dict[str, nn.Parameter], step: int, world: parallel.World) -> None:  # all ranks
     """Before a checkpoint is made of them. What is so large that its
     square overflows is as bad as infinity."""
+    # Each rank looks at its own shards; the verdict is everyone's.
     local = {n: p.to_local() if hasattr(p, "to_local") else p for n, p in parameters.items()}
     wrong = [n for n, p in local.items() if p.numel() and not float(p.detach().abs().amax()) < 1e18]
     if int(parallel.all_max(torch.tensor([len(wrong)]), world)):
@@ -424,6 +444,7 @@ def check_finite(parameters: dict[str, nn.Parameter], step: int, world: parallel
 def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
+    # Kilobytes on Linux; of the process, so its memory before the training too.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -446,6 +467,7 @@ class Run:
         self.cfg, self.world, self.signals, self.directory = cfg, world, signals, directory
         self.plan, self.eval_plan, self.processor = ready.plan, ready.eval_plan, ready.processor
         self.run_dir, self.state, self.total = ready.run_dir, ready.state, ready.total
+        # Rank 0 speaks for all.
         self.say = print if world.main else (lambda *_a, **_k: None)
         self.out, self.entries = Path(cfg.output_dir), self.plan.index.entries
         self.global_batch = self.state["facts"]["global_batch"]
@@ -463,9 +485,11 @@ class Run:
         )
         self.optimizer, self.scaler = make_optimizer(self.built, cfg), LossScaler(cfg.fp16)
         self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        # Then a micro-batch without an image has no backward pass at all.
         self.images_only = all(matches(n, definition.image_parameters) for n in self.trainable)
         # Moments and counters, once there are parameters that they belong to.
         self.restore()
+        # Encoded before the first step, while the tower is still needed nowhere else.
         self.features = None
         if cfg.cache_image_features:
             self.features = cache_features(
@@ -476,6 +500,7 @@ class Run:
             self.run_dir.begin()
             self.log = Log(cfg, self.run_dir, self.start_step, self.total, self.state["evaluated"])
         self.named_bad, self.named_eval_bad = {}, {}
+        # For --benchmark: sums over the steps behind the warm-up.
         self.measured = {"samples": 0, "tokens": 0, "supervised": 0, "seconds": 0.0}
 
     def restore(self) -> None:
@@ -490,11 +515,13 @@ class Run:
         elif state.get("scale"):  # of before the counters were saved
             self.scaler.scale = state["scale"]
         self.say(f"continuing from {start.resume} at step {state['step']}", flush=True)
+        # Allowed, since a run may be continued with another learning rate; said, since it may be a slip.
         if changed := {k: v for k, v in start.changed.items() if k not in HARMLESS}:
             self.say(
                 f"warning: continuing with other settings than the run began with: {shown(changed)}",
                 file=sys.stderr,
             )
+        # Deleted by hand: then it cannot be chosen at the end, and must not win against later ones.
         if state["best_step"] and not (self.out / f"checkpoint-{state['best_step']}").is_dir():
             self.say(
                 f"the best checkpoint so far, of step {state['best_step']}, is not in {self.out}: not counted"
@@ -507,8 +534,11 @@ class Run:
         """Of the update that follows `step` finished ones; after a change of batch by the share of the data
         seen."""
         cfg, plan = self.cfg, self.plan
+        # The usual case: one batch size all along, so steps say how far the run is.
         if plan.origin == (0, 0, 0) or cfg.max_steps is not None:
             return learning_rate_at(step, self.total, cfg, epoch)
+        # As if the whole run had this batch: its steps, and how many of them the data seen so far would have
+        # been.
         fresh = copy.copy(plan)
         fresh.origin = 0, 0, 0
         steps = fresh.total_steps(cfg.num_train_epochs, self.global_batch)
@@ -522,12 +552,14 @@ class Run:
     ) -> int:
         """One update; returns the number of the signal that some rank got."""
         cfg, world, state = self.cfg, self.world, self.state
+        # all ranks: what is summed here is divided by below
         facts = step_facts(self.model, micro_batches, self.signals.number, world)
         name_bad(micro_batches, self.named_bad, world)
         state["bad"] += facts.bad  # a record that is bad comes back in each epoch
         check_bad(state["bad"], max(len(self.plan.index), state["samples"]), cfg, "samples")
         ids = [i for batch in micro_batches for i in batch.sample_ids]
         lr = self.learning_rate(step, epoch)
+        # Bad records are counted and named; a step that has only such ones is no fault of the run.
         if facts.supervised == 0 and facts.bad:
             self.say(
                 f"step {step + 1}: all its samples are left out, so nothing is learned in it", flush=True
@@ -544,12 +576,14 @@ class Run:
         # forward, backward: gradients of the mean over all ranks
         sums = forward_backward(self, micro_batches, facts)
         tokens = [sum(len(b.input_ids) for b in micro_batches), len(ids)]
+        # all ranks: one message for losses, tokens and samples of the step
         totals = parallel.all_sum(
             torch.cat((sums.cpu().flatten(), torch.tensor(tokens, dtype=torch.float64)))
         )
         if self.built.stages is not None:
             self.built.stages.from_last(totals)
         sums, (num_tokens, num_samples) = totals[:-2].view(len(self.entries), -1, 2), totals[-2:].tolist()
+        # (entries, K, 2) -> (K, 2) -> the sum of the K means.
         loss = float(means(sums.sum(0)).sum())
         where = f"its samples: {', '.join(ids)}; the last checkpoint stands"
         # Before the update: the parameters are still those of the last step.
@@ -560,6 +594,7 @@ class Run:
         )
         if not math.isfinite(norm) and not cfg.fp16:  # fp16 takes a smaller loss scale and goes on
             raise ValueError(f"the gradient of step {step + 1} is {norm}; {where}")
+        # Only now the run stands behind this step: a step that raised is not in any checkpoint.
         self.advance(step, int(num_samples), lr)
         seconds = time.perf_counter() - clock
         record = {
@@ -585,6 +620,7 @@ class Run:
     def advance(self, step: int, num_samples: int, lr: float) -> None:
         """The run stands behind this step now."""
         at, first = self.plan.locate(step, self.global_batch)
+        # The last step of an epoch may take fewer units than a batch.
         first += min(self.global_batch, self.plan.count(at) - first)
         self.state |= {
             "step": step + 1,
@@ -601,6 +637,7 @@ class Run:
             return
         if len(self.entries) > 1:
             pairs = zip(self.entries, sums, strict=True)
+            # Of one entry alone it would be the loss itself.
             record["loss_by_dataset"] = {e.label: float(means(x).sum()) for e, x in pairs if x[:, 1].any()}
         record |= {f"loss_{k}": v for k, v in named_losses(self.model, sums.sum(0)).items()}
         self.log.step(record)
@@ -611,6 +648,7 @@ class Run:
         """Whether to save or evaluate behind the step that the run stands at."""
         step = self.state["step"]
         if strategy == "epoch":
+            # By units of data, not by steps: another batch size ends the epoch at the same sample.
             ended = self.state["units"] == self.plan.count(self.state["epoch"])
             return step == self.total or ended
         return strategy == "steps" and step % every == 0
@@ -623,16 +661,19 @@ class Run:
                 "above): nothing was learned, nothing is "
                 "saved"
             )
+        # all ranks: NaN must not replace a checkpoint that is good
         check_finite(self.trainable, state["step"], self.world)
         if cfg.fp16:
             state["scaler"] = self.scaler.state()
         path = self.out / f"checkpoint-{state['step']}"
         if self.world.main:
+            # The log first: a checkpoint that a kill leaves behind must not be ahead of it.
             self.run_dir.before_save()
         save_checkpoint(path, self)
         if self.world.main:
             self.run_dir.after_save()
             self.log.path = self.run_dir.log_path()
+        # Validate, then delete: older ones go when this one is whole.
         self.rotate()
         self.saved_at = state["step"]
         self.say(f"saved {path}", flush=True)
@@ -640,17 +681,20 @@ class Run:
     def rotate(self) -> None:
         if self.world.main:
             steps = (self.state["best_step"], self.state["step"])
+            # Never the best one nor the newest, whatever the limit.
             keep = {self.out / f"checkpoint-{step}" for step in steps if step}
             checkpoint.rotate(self.out, self.cfg.save_total_limit, keep=keep, own=self.run_dir.belongs)
 
     def evaluate(self, final: bool = False) -> dict[str, float]:  # all ranks
         cfg, alone = self.cfg, self.world.size == 1
         try:
+            # One process may stop anywhere; of several, all or none (break_off).
             with self.signals.breakable(alone):
                 result = evaluate_loss(self)
                 if cfg.eval_with_do_generation:
                     result |= generation_scores(self, None if alone else self.break_off)
         finally:
+            # Whatever broke it off: whole weights would stay in memory, and dropout off.
             parallel.reshard(self.model)
             self.model.train()
         self.say("evaluation | " + " | ".join(f"{k} {v:.4f}" for k, v in result.items()), flush=True)
@@ -668,9 +712,11 @@ class Run:
         best = state["best_metric"]
         if not math.isfinite(value):
             self.say(f"warning: {self.cfg.metric_for_best_model} is {value}: never the best", file=sys.stderr)
+        # Ties keep the earlier one.
         elif best is None or (value < best if lower else value > best):
             state |= {"best_metric": value, "best_step": state["step"]}
         state["evaluated"] = True
+        # Saved before it was judged: its file learns of the result, or a restart would evaluate once more.
         if self.saved_at == state["step"] and self.world.main:
             path = self.out / f"checkpoint-{state['step']}" / "trainer_state.json"
             if path.exists():
@@ -705,10 +751,12 @@ class Run:
         try:
             if not state["evaluated"] and cfg.do_train and self.eval_plan is not None:  # it was killed before
                 self.judge(self.evaluate()[cfg.metric_for_best_model])
+            # From here to the next reading: waiting for data, then the step.
             clock = time.perf_counter()
             # THE LOOP. Workers prepare the next micro-batches while this step computes.
             for step, epoch, micro_batches in loader if cfg.do_train else ():
                 stop = self.train_step(step, epoch, micro_batches, time.perf_counter() - clock, clock)
+                # Saving and evaluating are no part of the next step's time.
                 clock = time.perf_counter()
                 self.after_step(stop)
                 clock = time.perf_counter() if self.saved_at == step + 1 else clock
@@ -720,6 +768,7 @@ class Run:
 
     def stopped(self, number: int) -> int:  # all ranks
         cfg, step = self.cfg, self.state["step"]
+        # A signal before the first step, or one during an evaluation: what is not saved yet is saved now.
         if cfg.save_strategy != "no" and cfg.do_train and self.saved_at != step:
             self.save()
         name = signal.Signals(number).name
@@ -730,18 +779,21 @@ class Run:
         else:
             then = f"{self.out / f'checkpoint-{step}'} is saved; the same command continues from there"
         self.say(f"stopped by {name} after step {step}: {then}", flush=True)
+        # As a shell reports it: a scheduler sees that it was a signal.
         return 128 + number
 
     def finish(self) -> None:
         """The final model is saved, chosen, evaluated and published."""
         cfg, state, out = self.cfg, self.state, self.out
         saving = cfg.do_train and cfg.save_strategy != "no"
+        # The last step is a checkpoint even where save_steps does not divide it.
         if saving and (self.saved_at != state["step"] or not (out / f"checkpoint-{state['step']}").is_dir()):
             self.save()
         final = state["step"]
         if cfg.load_best_model_at_end and state["best_step"]:
             final = state["best_step"]
             best = out / f"checkpoint-{final}"
+            # Evaluated below as it will be published.
             train_state.load_train_state(best, self.trainable, self.optimizer)
             self.say(f"best model: {best} with {cfg.metric_for_best_model} {state['best_metric']:.4f}")
         elif cfg.load_best_model_at_end:
