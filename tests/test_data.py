@@ -738,7 +738,10 @@ def test_model_directory_and_processor(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, f"model_{model}", fake)
         monkeypatch.setattr(vlm, "check_complete", lambda *_: None)
         (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
-        assert data.load_processor(str(tmp_path), "pretrain") == (model, str(tmp_path), "pretrain")
+        stage = real.stages[-1]
+        assert data.load_processor(str(tmp_path), stage) == (model, str(tmp_path), stage)
+        with pytest.raises(ValueError, match="stage='other'; expected one of sft, "):
+            data.load_processor(str(tmp_path), "other")
 
 
 def test_requests(tmp_path):
