@@ -2,7 +2,7 @@
 tensor cut, compile, recomputation, sharding, loading.
 
     built = build(cfg, directory, world, stream_sizes(plan, cfg))  # built.model, built.stages, ...
-    optimizer = make_optimizer(built, cfg)
+    optimizer = make_optimizer(built.model, cfg, built.learning_rates)
 
 `build` below is that order, with a reason beside each step.
 """
@@ -401,12 +401,16 @@ def load_init_from(path: str, definition: vlm.Model, parameters: dict, shapes: d
     return len(common)
 
 
-def make_optimizer(built: Built, cfg: Config) -> torch.optim.AdamW:
+def make_optimizer(
+    model: nn.Module, cfg: Config, learning_rates: dict[str, rates.Rate] | None = None
+) -> torch.optim.AdamW:
+    """Without rates of their own all parameters have the configuration's."""
     # a pipeline rank may hold nothing that trains, and AdamW takes no empty list
-    groups = rates.param_groups(built.model, built.learning_rates, cfg) or [{"params": [], "factor": 1.0}]
-    # torch's own AdamW: decay apart from the gradient, moments in the parameter's precision.
+    groups = rates.param_groups(model, learning_rates or {}, cfg) or [{"params": [], "factor": 1.0}]
+    # torch's own AdamW: decay apart from the gradient, moments in the parameter's precision. Fused: one pass
+    # over all that it touches, and no temporary copies.
     betas = (cfg.adam_beta1, cfg.adam_beta2)
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, eps=cfg.adam_epsilon)
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, eps=cfg.adam_epsilon, fused=True)
 
 
 def autocast(cfg: Config, world: parallel.World):

@@ -437,9 +437,10 @@ def vocab_cross_entropy(
     return linear_cross_entropy(x, weight, targets - first_channel(len(weight)), group=groups["tp"])
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter], world: World) -> float:  # all ranks
-    """Of the gradients of all ranks' parameters; one that several ranks hold counts once."""
-    grads, shares = [], []
+def gradient_norm(parameters: Iterable[nn.Parameter], world: World) -> Tensor:  # all ranks
+    """Of the gradients of all ranks' parameters, () fp64 on the device; one that several ranks hold counts
+    once."""
+    by_share: dict[float, list[Tensor]] = {}
     for p in parameters:
         # squares are added over all ranks, so each rank counts the share 1 / (ranks that hold this part)
         holders = p.cut.size if hasattr(p, "cut") else 1  # ranks that hold different parts of it
@@ -451,16 +452,15 @@ def gradient_norm(parameters: Iterable[nn.Parameter], world: World) -> float:  #
                 if place.is_shard()
             ]
             holders, grad = holders * math.prod(sharded), grad.to_local()
-        grads.append(grad)
         # pp_size: a stage's ranks are size / pp_size, of which `holders` have different parts
-        shares.append(holders * world.pp_size / world.size)
+        by_share.setdefault(holders * world.pp_size / world.size, []).append(grad)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
-    if grads:  # a frozen pipeline stage has none
+    for share, grads in by_share.items():  # a frozen pipeline stage has none
         norms = torch.stack(torch._foreach_norm(grads)).double()
-        total += (norms.square() * torch.tensor(shares, dtype=torch.float64, device=norms.device)).sum()
+        total += norms.square().sum() * share
     if world.size > 1:
         dist.all_reduce(total)
-    return math.sqrt(total)
+    return total.sqrt()
 
 
 # ---- data-parallel ranks

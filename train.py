@@ -54,43 +54,13 @@ from config import Config, parse_config
 from draw import draw_loss
 from features import cache_features
 from kernels import dispatch
+from loss_scale import LossScaler
 from meeting import Meeting, between_ranks
 from rates import learning_rate_at
 from resume import Prepared, is_finished, prepare
 from run_dir import HARMLESS, Log, RunDir, Signals, Stopped, shown
 from terminal import one_line
 from vlm import Batch
-
-# --------------------------------------------------------------------------------------------------
-# Loss scale
-
-
-class LossScaler:
-    """Dynamic loss scale for fp16: halved when a gradient overflows, doubled after 2,000 good steps."""
-
-    def __init__(self, enabled: bool):
-        # 2^16, as torch's own begins: too large at first is found out in a few steps, too small never.
-        self.scale, self.good, self.skipped, self.enabled = (2.0**16 if enabled else 1.0), 0, 0, enabled
-
-    def state(self) -> dict:
-        return {"scale": self.scale, "good": self.good, "skipped": self.skipped}
-
-    def load(self, state: dict) -> None:
-        self.scale, self.good, self.skipped = state["scale"], state["good"], state["skipped"]
-
-    def update(self, finite: bool) -> None:
-        # An overflow begins the count anew: growth waits for 2,000 good steps in a row.
-        self.good, self.skipped = (self.good + 1, 0) if finite else (0, self.skipped + 1)
-        if not self.enabled:
-            return
-        if not finite:
-            self.scale = max(self.scale / 2, 1.0)
-        elif self.good % 2000 == 0:
-            self.scale *= 2
-        # From 2^16 down to 1 in 16 halvings: still overflowing means that the values themselves do.
-        if self.skipped >= 25:
-            raise ValueError("25 steps in a row overflowed in fp16; use bf16=true, or a lower learning_rate")
-
 
 # --------------------------------------------------------------------------------------------------
 # One step: facts that all ranks share, gradients, update
@@ -102,7 +72,9 @@ class Facts:
     divides by the same numbers, and enters the same towers."""
 
     counts: list[int]  # what each of the model's losses is summed over
-    supervised: int  # tokens
+    tokens: int
+    supervised: int  # of these tokens
+    samples: int
     bad: int  # samples that could not be loaded
     signal: int  # that some rank got; 0: none
     has_images: list[bool]  # by micro-batch: whether some rank has an image in it
@@ -114,13 +86,17 @@ def step_facts(
     # all ranks: two small messages a step, instead of one a micro-batch
     # By each of the model's losses: images, pairs, tokens.
     counts = [sum(column) for column in zip(*(model.loss_counts(b) for b in micro_batches), strict=True)]
-    sums = [*counts, sum(b.num_supervised for b in micro_batches), sum(len(b.bad) for b in micro_batches)]
+    sizes = zip(
+        *((len(b.input_ids), b.num_supervised, len(b.sample_ids), len(b.bad)) for b in micro_batches),
+        strict=True,
+    )
+    sums = [*counts, *(sum(column) for column in sizes)]
     # A signal is sent to ranks at different moments: the largest number makes all of them stop at one step.
     maxima = [signalled, *(b.pixel_values is not None for b in micro_batches)]
     if world.size > 1:
         sums = parallel.all_sum(torch.tensor(sums)).tolist()
         maxima = parallel.all_max(torch.tensor(maxima, dtype=torch.int64), world).tolist()
-    return Facts(sums[:-2], sums[-2], sums[-1], maxima[0], [bool(x) for x in maxima[1:]])
+    return Facts(sums[:-4], *sums[-4:], maxima[0], [bool(x) for x in maxima[1:]])
 
 
 def to_device(batch: Batch, device: torch.device, blank_image: bool, image_size) -> Batch:
@@ -268,9 +244,10 @@ def clip_and_step(
     scaler: LossScaler,
     world: parallel.World,
     stages=None,
-) -> float:  # all ranks
-    """One update; returns the gradient norm before clipping. A trainable parameter that got no gradient has a
-    zero one: AdamW's decay and moments act on it as on every other rank's."""
+    loss: Tensor | None = None,
+) -> Tensor:  # all ranks
+    """One update; returns the gradient norm before clipping, on the device. A trainable parameter that got no
+    gradient has a zero one: AdamW's decay and moments act on it as on every other rank's."""
     for p in parameters.values():
         # Else a rank whose micro-batches had no image would step without a decay that the others apply.
         if p.grad is None:
@@ -282,18 +259,17 @@ def clip_and_step(
     counted = [p for n, p in parameters.items() if stages is None or stages.counts_here(n)]
     # all ranks: of the whole gradient, so every rank clips by the same factor
     norm = parallel.gradient_norm(counted, world) / scaler.scale
-    finite = math.isfinite(norm)
-    if finite:
-        # 1e-6 as in torch's clip_grad_norm_: a zero gradient stays zero.
-        factor = min(1.0, max_grad_norm / (norm + 1e-6)) if max_grad_norm else 1.0
-        if parameters and (factor != 1.0 or scaler.scale != 1.0):  # a frozen pipeline stage has none
-            # Clipping and the loss scale in one pass over the gradients.
-            torch._foreach_mul_([p.grad for p in parameters.values()], factor / scaler.scale)
-        # With a gradient that is not finite there is no update at all.
-        optimizer.step()
+    # 1e-6 as in torch's clip_grad_norm_: a zero gradient stays zero.
+    factor = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0) if max_grad_norm else torch.ones_like(norm)
+    # Without a loss or gradient that is finite there is no update at all. The fused optimiser reads both on
+    # the device and divides while it updates: no pass to clip, and the host has not to wait for the norm.
+    finite = norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
+    optimizer.grad_scale, optimizer.found_inf = (scaler.scale / factor).float(), (~finite).float()
+    optimizer.step()
     # Freed, not zeroed: the next backward pass writes instead of adding.
     optimizer.zero_grad(set_to_none=True)
-    scaler.update(finite)
+    if scaler.enabled:
+        scaler.update(bool(finite))
     return norm
 
 
@@ -452,6 +428,19 @@ def peak_memory_gib(device: torch.device) -> float:
 # The run
 
 
+@dataclass
+class Unread:
+    """A step whose loss and gradient norm are still on the device."""
+
+    record: dict  # of its line in the log, as far as the host knows it
+    facts: Facts
+    ids: list[str]  # of its samples on this rank
+    waited: float  # seconds for data
+    clock: float  # when it began
+    sums: Tensor  # (num_datasets, K, 2)
+    norm: Tensor  # ()
+
+
 class Run:
     """The model, its optimiser and where they stand, and the loop over steps."""
 
@@ -483,7 +472,8 @@ class Run:
         self.say(
             f"device {world.device.type} x {world.size}, kernels: {kernels}, {threads} threads", flush=True
         )
-        self.optimizer, self.scaler = make_optimizer(self.built, cfg), LossScaler(cfg.fp16)
+        self.optimizer = make_optimizer(self.model, cfg, self.built.learning_rates)
+        self.scaler = LossScaler(cfg.fp16)
         self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         # Then a micro-batch without an image has no backward pass at all.
         self.images_only = all(matches(n, definition.image_parameters) for n in self.trainable)
@@ -500,6 +490,7 @@ class Run:
             self.run_dir.begin()
             self.log = Log(cfg, self.run_dir, self.start_step, self.total, self.state["evaluated"])
         self.named_bad, self.named_eval_bad = {}, {}
+        self.unread: list[Unread] = []
         # For --benchmark: sums over the steps behind the warm-up.
         self.measured = {"samples": 0, "tokens": 0, "supervised": 0, "seconds": 0.0}
 
@@ -564,6 +555,7 @@ class Run:
             self.say(
                 f"step {step + 1}: all its samples are left out, so nothing is learned in it", flush=True
             )
+            self.settle()
             if self.log:
                 self.log.write({"step": step + 1, "left_out": facts.bad})
             self.advance(step, 0, lr)
@@ -575,47 +567,63 @@ class Run:
             group["lr"] = lr * group["factor"]
         # forward, backward: gradients of the mean over all ranks
         sums = forward_backward(self, micro_batches, facts)
-        tokens = [sum(len(b.input_ids) for b in micro_batches), len(ids)]
-        # all ranks: one message for losses, tokens and samples of the step
-        totals = parallel.all_sum(
-            torch.cat((sums.cpu().flatten(), torch.tensor(tokens, dtype=torch.float64)))
-        )
+        # all ranks: every one sees the loss of all, and stops or goes on with them
+        parallel.all_sum(sums)
         if self.built.stages is not None:
-            self.built.stages.from_last(totals)
-        sums, (num_tokens, num_samples) = totals[:-2].view(len(self.entries), -1, 2), totals[-2:].tolist()
-        # (entries, K, 2) -> (K, 2) -> the sum of the K means.
-        loss = float(means(sums.sum(0)).sum())
-        where = f"its samples: {', '.join(ids)}; the last checkpoint stands"
-        # Before the update: the parameters are still those of the last step.
-        if not math.isfinite(loss):
-            raise ValueError(f"the loss of step {step + 1} is {loss}; {where}")
+            self.built.stages.from_last(sums)
         norm = clip_and_step(
-            self.trainable, self.optimizer, cfg.max_grad_norm, self.scaler, world, self.built.stages
+            self.trainable,
+            self.optimizer,
+            cfg.max_grad_norm,
+            self.scaler,
+            world,
+            self.built.stages,
+            loss=means(sums.sum(0)).sum(),
         )
-        if not math.isfinite(norm) and not cfg.fp16:  # fp16 takes a smaller loss scale and goes on
-            raise ValueError(f"the gradient of step {step + 1} is {norm}; {where}")
-        # Only now the run stands behind this step: a step that raised is not in any checkpoint.
-        self.advance(step, int(num_samples), lr)
-        seconds = time.perf_counter() - clock
-        record = {
-            "step": step + 1,
-            "epoch": epoch,
-            "loss": loss,
-            "lr": lr,
-            "grad_norm": norm,
-            "ms": 1000 * seconds,
-            "tokens": int(num_tokens),
-            "tokens_per_s": num_tokens / seconds / world.size,
-            "supervised": facts.supervised / num_tokens,
-            "data": waited / seconds,
-            "mem_gib": peak_memory_gib(world.device),
-        }
-        self.note(record, sums)
-        if step >= self.start_step + 2:  # the first two warm up
-            sizes = num_samples, num_tokens, facts.supervised, seconds
-            for key, value in zip(self.measured, sizes, strict=True):
-                self.measured[key] += value
+        self.advance(step, facts.samples, lr)
+        record = {"step": step + 1, "epoch": epoch, "lr": lr}
+        self.unread.append(Unread(record, facts, ids, waited, clock, sums, norm))
+        # The first two steps warm up: their time is theirs alone.
+        if (step + 1) % cfg.logging_steps == 0 or step + 1 == self.total or step < self.start_step + 2:
+            self.settle()
         return facts.signal
+
+    def settle(self) -> None:
+        """Reads what the last steps left on the device, in one wait, and logs it. A loss or gradient that is
+        not finite stops the run here, before anything is made of the parameters: the update was left out."""
+        if not self.unread:
+            return
+        unread, self.unread = self.unread, []
+        read = torch.stack([torch.cat((u.sums.flatten(), u.norm.view(1))) for u in unread]).cpu()
+        # A step's own time is unknown on a device that works on its own: the steps share theirs.
+        seconds = (time.perf_counter() - unread[0].clock) / len(unread)
+        for u, values in zip(unread, read, strict=True):
+            sums, norm = values[:-1].view(u.sums.shape), float(values[-1])
+            loss, step = float(means(sums.sum(0)).sum()), u.record["step"]
+            wrong = "loss" if not math.isfinite(loss) else "gradient"
+            # fp16 takes a smaller loss scale and goes on
+            if wrong == "loss" or not math.isfinite(norm) and not self.cfg.fp16:
+                raise ValueError(
+                    f"the {wrong} of step {step} is {loss if wrong == 'loss' else norm}; its samples: "
+                    f"{', '.join(u.ids)}; the last checkpoint stands"
+                )
+            facts = u.facts
+            record = {
+                **u.record,
+                "loss": loss,
+                "grad_norm": norm,
+                "ms": 1000 * seconds,
+                "tokens": facts.tokens,
+                "tokens_per_s": facts.tokens / seconds / self.world.size,
+                "supervised": facts.supervised / facts.tokens,
+                "data": u.waited / seconds,
+                "mem_gib": peak_memory_gib(self.world.device),
+            }
+            self.note(record, sums)
+            if step > self.start_step + 2:
+                sizes = facts.samples, facts.tokens, facts.supervised, seconds
+                for key, value in zip(self.measured, sizes, strict=True):
+                    self.measured[key] += value
 
     def advance(self, step: int, num_samples: int, lr: float) -> None:
         """The run stands behind this step now."""
@@ -654,6 +662,7 @@ class Run:
         return strategy == "steps" and step % every == 0
 
     def save(self) -> None:  # all ranks
+        self.settle()
         state, cfg = self.state, self.cfg
         if not state["samples"]:
             raise ValueError(
@@ -687,6 +696,7 @@ class Run:
 
     def evaluate(self, final: bool = False) -> dict[str, float]:  # all ranks
         cfg, alone = self.cfg, self.world.size == 1
+        self.settle()
         try:
             # One process may stop anywhere; of several, all or none (break_off).
             with self.signals.breakable(alone):
@@ -768,7 +778,7 @@ class Run:
 
     def stopped(self, number: int) -> int:  # all ranks
         cfg, step = self.cfg, self.state["step"]
-        # A signal before the first step, or one during an evaluation: what is not saved yet is saved now.
+        self.settle()
         if cfg.save_strategy != "no" and cfg.do_train and self.saved_at != step:
             self.save()
         name = signal.Signals(number).name
@@ -785,6 +795,7 @@ class Run:
     def finish(self) -> None:
         """The final model is saved, chosen, evaluated and published."""
         cfg, state, out = self.cfg, self.state, self.out
+        self.settle()
         saving = cfg.do_train and cfg.save_strategy != "no"
         # The last step is a checkpoint even where save_steps does not divide it.
         if saving and (self.saved_at != state["step"] or not (out / f"checkpoint-{state['step']}").is_dir()):

@@ -62,9 +62,10 @@ def test_a_step_is_torchs_clipping_and_adamw(max_grad_norm):
         reference.step()
         reference.zero_grad()
         found = train.clip_and_step(dict(ours.named_parameters()), optimizer, max_grad_norm, scaler, world)
-        assert found == pytest.approx(float(norm), rel=1e-12)
+        assert float(found) == pytest.approx(float(norm), rel=1e-9)
         for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+            # the fused optimiser takes the clipping factor in fp32
+            torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
 
 
 def tiny_opt() -> tuple:
