@@ -494,7 +494,7 @@ def main(argv: list[str] | None = None) -> int:
         "--quantize",
         default=None,
         choices=KINDS,
-        help="weights of the language model's blocks in 8 or 4 bits",
+        help="weights of the language model's blocks in 8 or 4 bits; fast on a CPU: int8, int4 in bfloat16",
     )
     choices = ("auto", "true", "false")
     add(

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from kernels import nf4
 
 KINDS = ("int8", "int4", "nf4")
+# Rows of x up to which a CPU's product with few bits was measured faster than one with the weight expanded;
+# for int4 the codes are kept once more, in an order of the CPU's own.
+CPU_ROWS = {(8, torch.bfloat16): 64, (8, torch.float32): 4, (8, torch.float16): 2, (4, torch.bfloat16): 64}
 
 
 class RowScaled(nn.Module):
@@ -22,30 +25,56 @@ class RowScaled(nn.Module):
 
     def __init__(self, shape, bits: int, device=None):
         super().__init__()
-        self.shape, self.bits = torch.Size(shape), bits
+        self.shape, self.bits, self.on_cpu = torch.Size(shape), bits, None
         columns = shape[1] if bits == 8 else (shape[1] + 1) // 2
         self.register_buffer("q", torch.empty(shape[0], columns, dtype=torch.int8, device=device))
         self.register_buffer("scale", torch.empty(shape[0], dtype=torch.float16, device=device))
 
     @torch.no_grad()
     def fill(self, weight: Tensor) -> None:
-        weight = weight.to(self.q.device).float()
-        top = 2 ** (self.bits - 1) - 1
-        scale = (weight.abs().amax(1) / top).half()
-        # all-zero rows; and rows too small for fp16 become zero rather than infinite
-        steps = torch.where(scale > 0, scale.float(), 1.0)[:, None]
-        q = (weight / steps).round().clamp(-top, top).to(torch.int8)
-        if self.bits == 4:
-            q = F.pad(q, (0, q.shape[1] % 2))
-            q = (q[:, ::2] & 15) | (q[:, 1::2] << 4)
-        self.q.copy_(q)
-        self.scale.copy_(scale)
+        top, rows = 2 ** (self.bits - 1) - 1, max(1, (1 << 18) // self.shape[1])
+        pieces = zip(weight.split(rows), self.q.split(rows), self.scale.split(rows), strict=True)
+        for piece, q_here, scale_here in pieces:  # fp32 copies of a few rows at a time
+            piece = piece.to(self.q.device).float()
+            scale_here.copy_(piece.abs().amax(1) / top)
+            # all-zero rows; and rows too small for fp16 become zero rather than infinite
+            steps = torch.where(scale_here > 0, scale_here.float(), 1.0)[:, None]
+            q = (piece / steps).round().clamp(-top, top).to(torch.int8)
+            if self.bits == 4:
+                q = F.pad(q, (0, q.shape[1] % 2))
+                q = (q[:, ::2] & 15) | (q[:, 1::2] << 4)
+            q_here.copy_(q)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         q = self.q
         if self.bits == 4:  # shifts on int8 keep the sign
             q = torch.stack(((q << 4) >> 4, q >> 4), dim=-1).flatten(1)[:, : self.shape[1]]
         return q.to(dtype).mul_(self.scale.to(dtype)[:, None])  # in place: one copy of the weight
+
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T. For few rows a CPU computes with int8 and int4 as they are: 16-bit weights would take longer
+        to expand, or to read, than the product takes."""
+        rows = x.numel() // max(1, x.shape[-1])
+        if x.device.type != "cpu" or not 0 < rows <= CPU_ROWS.get((self.bits, x.dtype), 0) or x.requires_grad:
+            return F.linear(x, self.weight(x.dtype))
+        flat = x.reshape(rows, -1).contiguous()
+        if self.bits == 8:
+            y = torch._weight_int8pack_mm(flat, self.q, self.scale.to(x.dtype))
+        elif self.shape[0] % 64 or self.shape[1] % 32:
+            return F.linear(x, self.weight(x.dtype))
+        else:
+            if self.on_cpu is None:
+                self.on_cpu = self.pack_for_cpu()
+            y = torch._weight_int4pack_mm_for_cpu(flat, *self.on_cpu)
+        return y.view(*x.shape[:-1], -1)
+
+    def pack_for_cpu(self) -> tuple[Tensor, int, Tensor]:
+        """Codes in the order that this CPU computes with, columns that share a scale, scales and zeros."""
+        group = next(size for size in (256, 128, 64, 32) if self.shape[1] % size == 0)
+        codes = torch.stack(((self.q << 4) >> 4, self.q >> 4), dim=-1).flatten(1).int() + 8
+        scales = torch.stack((self.scale, torch.zeros_like(self.scale)), -1).bfloat16()
+        scales = scales.expand(self.shape[1] // group, -1, -1).contiguous()
+        return torch._convert_weight_to_int4pack_for_cpu(codes, 1), group, scales
 
     def forward(self, x: Tensor) -> Tensor:
         return _Product.apply(x, self)
@@ -85,7 +114,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, few: RowScaled) -> Tensor:
         ctx.few = few
-        return F.linear(x, few.weight(x.dtype))
+        return few.product(x.detach())
 
     @staticmethod
     def backward(ctx, dy: Tensor):

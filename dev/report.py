@@ -36,7 +36,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import attention, linear_cross_entropy, norm, rotary, swiglu
+from kernels import attention, linear_cross_entropy, nf4, norm, rotary, swiglu
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 BUDGET = Path(__file__).with_name("budget.json")
@@ -175,6 +175,11 @@ def elementwise_cases(architecture: str):
             )
         for way, fn in (("forward", swiglu._swiglu_forward), ("backward", swiglu._swiglu_backward)):
             yield Case(f"swiglu_{way}", fn, dtype, {"BLOCK": swiglu.BLOCK}, 4, 3)
+        types = {"codes": "*u8", "scales": "*u8", "out": f"*{dtype}"}
+        types |= dict.fromkeys(("coarse", "middle", "levels", "bytes_"), "*fp32")
+        yield Case("nf4_unpack", nf4._unpack, dtype, {"COUNT": 1024}, 4, 3, types=types)
+        constants = {"ROWS": 16, "COLUMNS": 32, "PRECISION": precision(dtype)}
+        yield Case("nf4_few_rows", nf4._few_rows, dtype, constants, 4, 3, types=types, unaligned=("M",))
 
 
 def precision(dtype: str) -> str:
@@ -337,7 +342,8 @@ def examine(case: Case, architecture: str, budget: dict[str, int]) -> tuple[dict
                 }
         figures["intensity"] = case.flops / case.bytes
     else:
-        check(figures["wide"] > 0, "no 128-bit loads")
+        # codes are bytes, and levels are looked up one by one
+        check(figures["wide"] > 0 or "*u8" in case.types.values(), "no 128-bit loads")
     return figures, failures
 
 

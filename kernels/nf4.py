@@ -82,8 +82,9 @@ def pack(weight: Tensor) -> Packed:
     """The nearest NF4 weight, on the weight's device."""
     levels, bytes_, _ = tables(weight.device)
     flat, codes, magnitudes = weight.reshape(-1), [], []
-    for start in range(0, len(flat), 64 * CHUNK):  # whole blocks: fp32 copies of a few at a time
-        x = blocks_of(flat[start : start + 64 * CHUNK].float(), BLOCK)
+    chunk = CHUNK if weight.device.type == "cpu" else 256 * CHUNK
+    for start in range(0, len(flat), chunk):  # whole blocks: fp32 copies of a few at a time
+        x = blocks_of(flat[start : start + chunk].float(), BLOCK)
         magnitudes.append(x.abs().amax(1))
         code = nearest(scaled(x, magnitudes[-1]), levels).view(-1, 2)
         codes.append(code[:, 0] << 4 | code[:, 1])
@@ -160,7 +161,7 @@ def _few_rows(
     K,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    DOTS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """y (M, N) = x (M, K) W^T for at most ROWS rows of x; a program has COLUMNS of the N.
 
@@ -180,8 +181,8 @@ def _few_rows(
         places = x + m[:, None] * K + start + 2 * k[None, :]
         x_even = tl.load(places, mask=(m < M)[:, None], other=0.0)
         x_odd = tl.load(places + 1, mask=(m < M)[:, None], other=0.0)
-        total = tl.dot(x_even, tl.trans(even), total, input_precision=DOTS)
-        total = tl.dot(x_odd, tl.trans(odd), total, input_precision=DOTS)
+        total = tl.dot(x_even, tl.trans(even), total, input_precision=PRECISION)
+        total = tl.dot(x_odd, tl.trans(odd), total, input_precision=PRECISION)
     mask = (m < M)[:, None] & (n < N)[None, :]
     tl.store(y + m[:, None] * N + n[None, :], total.to(y.dtype.element_ty), mask=mask)
 
@@ -207,7 +208,7 @@ def _product(x: Tensor, packed: Packed, impl: str) -> Tensor:
         *(x.contiguous(), *packed[:4], levels, bytes_, y, rows, N, K),
         ROWS=FEW_ROWS,
         COLUMNS=32,
-        DOTS=FP32_DOTS,
+        PRECISION=FP32_DOTS,
     )
     return y
 

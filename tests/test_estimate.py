@@ -167,18 +167,16 @@ def test_frozen_weights_are_held_once_in_16_bits(large, tmp_path):
 
 @linux
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, options", [("nf4", {}), ("int8", {"bf16": True, "fp16_opt_level": "O2"})])
-def test_memory_of_weights_in_few_bits(large, tmp_path, monkeypatch, kind, options):
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_memory_of_weights_in_few_bits(large, tmp_path, monkeypatch, kind):
     """A base in few bits takes what --dry_run says of it, and never more: no whole weight stays."""
     options = {
         "lora": True,
         "quantize": kind,
-        "recompute": True,
         "per_device_train_batch_size": 8,
-        "max_steps": 2,
+        "max_steps": 1,
         "max_length": 512,
         "save_strategy": "no",
-        **options,
     }
     argv = arguments(*large, tmp_path / "out", **options)
     estimate = predicted(argv, 1, monkeypatch)

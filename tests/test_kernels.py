@@ -77,6 +77,9 @@ def other_cases():
         yield "dropout", 9, 3, 4, dtype
         yield "swiglu", (0, 7), dtype
         yield "swiglu", (37, 103), dtype
+        # products that read the codes, the last rows in part; ones with the weight unpacked
+        for rows, N, K in ((1, 40, 128), (16, 32, 64), (17, 33, 64), (3, 7, 90), (0, 8, 64)):
+            yield "nf4", rows, N, K, dtype
     yield "rms_norm", (33, 96), "float16", "fp32 weight"
     yield "rotary", 1, 88, "float16"
 
@@ -276,10 +279,28 @@ def run_case(kind: str, *case) -> list[str]:
         return both(
             rotary_in_fp64, [torch.randn(T, H, D).requires_grad_(), angles.cos(), angles.sin()], dtype
         )
+    if kind == "nf4":
+        return nf4_case(*case)
     if kind == "dropout":
         return dropout_case(*case)
     shape, dtype = case
     return both(swiglu, [torch.randn(shape).requires_grad_() for _ in range(2)], dtype)
+
+
+def nf4_case(rows: int, N: int, K: int, dtype: str) -> list[str]:
+    import torch
+
+    from kernels import nf4
+
+    packed, kind = nf4.pack(torch.randn(N, K) / 8), getattr(torch, dtype)
+    problems = errors(
+        [torch.randn(rows, K).requires_grad_()],
+        dtype,
+        lambda x: nf4.nf4_linear(x, packed, impl="triton"),
+        lambda x: nf4.nf4_linear_ref(x, packed),
+    )
+    same = torch.equal(nf4.unpack(packed, kind, "triton"), nf4.unpack(packed, kind, "ref"))
+    return problems + ([] if same else ["unpacked weights differ"])
 
 
 def dropout_case(C: int, first: int, images: int, dtype: str) -> list[str]:

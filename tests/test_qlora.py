@@ -161,7 +161,7 @@ def references(rounded_bases, tmp_path_factory):
     return reference
 
 
-# what must not change a run, beside the kind of weight; every mode meets every one with --slow
+# what must not change a run, beside the kind of weight
 LAYOUTS = {
     "one": (1, {}),
     "recompute": (1, {"recompute": True, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}),
@@ -170,17 +170,19 @@ LAYOUTS = {
     "pp2": (2, {"pipeline_parallel_degree": 2, "gradient_accumulation_steps": 2}),
 }
 CELLS = [
-    (mode, layout, kind)
-    for mode in LORA
-    for layout in LAYOUTS
-    for kind in ROUNDED
-    if not (mode == "t5 lora" and layout == "pp2")
+    ("qwen lora", "one", "nf4"),
+    ("qwen lora", "pp2", "int8"),
+    ("glm lora", "zero1", "int8"),
+    ("glm lora", "recompute", "nf4"),
+    ("glm lora", "pp2", "nf4"),
+    ("opt lora", "zero3", "int8"),
+    ("opt lora", "one", "nf4"),
+    ("t5 lora", "zero3", "nf4"),
 ]
 SHORT = [("qwen lora", "one", "nf4"), ("opt lora", "zero3", "int8")]
-MIDDLE = [(m, x, k) for n, (m, x, k) in enumerate(CELLS) if n % 3 == 0]
 
 
-@pytest.mark.parametrize("mode, layout, kind", thinned(MIDDLE, SHORT))
+@pytest.mark.parametrize("mode, layout, kind", thinned(CELLS, SHORT))
 def test_training_equals_that_on_a_rounded_base(bases, references, tmp_path, mode, layout, kind):  # noqa: F811
     world, options = LAYOUTS[layout]
     name, settings = MODES[mode]

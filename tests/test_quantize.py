@@ -16,7 +16,7 @@ import generate
 import lora
 import records
 import vlm
-from quantize import NF4, layers, quantize
+from quantize import NF4, RowScaled, empty, layers, quantize
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +101,21 @@ def test_an_adapter_stands_beside_quantized_weights(bases, tmp_path, capsys):
         served = shared.logits(shared.hidden(probe))
     assert torch.allclose(served, model.logits(model.hidden(probe)), atol=1e-4)
     assert not torch.allclose(served, shared.logits(shared.hidden(probe)), atol=1e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "kind, dtype", [("int8", "bfloat16"), ("int8", "float32"), ("int8", "float16"), ("int4", "bfloat16")]
+)
+@pytest.mark.parametrize("shape", [(128, 96), (33, 70)])
+def test_a_cpu_computes_with_few_bits_as_they_are(kind, dtype, shape, monkeypatch):
+    """The same as with the weight expanded, up to the rounding of 16 bits; a shape without a kernel too."""
+    few = empty(kind, shape)
+    few.fill(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    x = torch.randn(2, 1, shape[1], generator=torch.Generator().manual_seed(1)).to(getattr(torch, dtype))
+    expected = x.double() @ few.weight(torch.float64).T
+    if kind == "int8" or shape == (128, 96):
+        monkeypatch.setattr(RowScaled, "weight", None)
+    found = few(x)
+    assert found.dtype == x.dtype and found.shape == expected.shape
+    assert (found - expected).norm() < {"float32": 1e-5}.get(dtype, 2e-2) * expected.norm()
