@@ -36,7 +36,7 @@ from kernels.attention import attention
 from kernels.dropout import keys_of_rows
 from kernels.linear_cross_entropy import IGNORE_INDEX
 from records import front_image, text_of
-from schema import Depth, Epsilon, Pixels, Scale, Share, Size, TokenId
+from schema import Depth, Epsilon, Pixels, Scale, Share, Size, TokenId, demand
 from vlm import Batch, even_segments
 
 # --------------------------------------------------------------------------------------------------
@@ -111,39 +111,22 @@ class Blip2Config:
         for part, values in only.items():
             schema.require(parts[part], f"config.json: {part}_config", **values)
         heads = "num_attention_heads must divide hidden_size"
-        checks = [
-            (v.hidden_size % v.num_attention_heads == 0, f"vision_config: {heads}"),
-            (q.hidden_size % q.num_attention_heads == 0, f"qformer_config: {heads}"),
-            (config.is_t5 or text.hidden_size % text.num_attention_heads == 0, f"text_config: {heads}"),
-            (
-                v.image_size % v.patch_size == 0,
-                f"patch_size={v.patch_size} does not divide image_size={v.image_size}",
-            ),
-            (
-                q.encoder_hidden_size == v.hidden_size,
-                f"qformer_config.encoder_hidden_size={q.encoder_hidden_size} must be "
-                f"the vision tower's {v.hidden_size}",
-            ),
-            (
-                (config.image_token_index or 0) < text.vocab_size,
-                f"image_token_index={config.image_token_index} must be below "
-                f"text_config.vocab_size={text.vocab_size}",
-            ),
-        ]
+        demand(v.hidden_size % v.num_attention_heads == 0, f"vision_config: {heads}")
+        demand(q.hidden_size % q.num_attention_heads == 0, f"qformer_config: {heads}")
+        demand(config.is_t5 or text.hidden_size % text.num_attention_heads == 0, f"text_config: {heads}")
+        size = f"patch_size={v.patch_size} does not divide image_size={v.image_size}"
+        demand(v.image_size % v.patch_size == 0, size)
+        wide = f"qformer_config.encoder_hidden_size={q.encoder_hidden_size} must be the vision tower's "
+        demand(q.encoder_hidden_size == v.hidden_size, f"{wide}{v.hidden_size}")
+        index = f"image_token_index={config.image_token_index} must be below text_config.vocab_size="
+        demand((config.image_token_index or 0) < text.vocab_size, f"{index}{text.vocab_size}")
         if config.is_t5:
             # As transformers reads a file without it.
             text.num_decoder_layers = text.num_decoder_layers or text.num_layers
             # transformers 5 saves tie_word_embeddings true for every T5, and what it means in the other key
             tied = parts["text"].get("tie_word_embeddings", False)
-            checks.append(
-                (
-                    not parts["text"].get("scale_decoder_outputs", tied),
-                    "text_config.tie_word_embeddings must be false: Flan-T5 has its own lm_head",
-                )
-            )
-        for ok, message in checks:
-            if not ok:
-                raise ValueError(f"config.json: {message}")
+            own = "text_config.tie_word_embeddings must be false: Flan-T5 has its own lm_head"
+            demand(not parts["text"].get("scale_decoder_outputs", tied), own)
         return config
 
     @property

@@ -34,7 +34,7 @@ from kernels.norm import rms_norm
 from kernels.rotary import rotary
 from kernels.swiglu import swiglu
 from records import text_of
-from schema import Depth, Epsilon, Pixels, Scale, Size, TokenId
+from schema import Depth, Epsilon, Pixels, Scale, Size, TokenId, demand
 from tokenizer_qwen_vl import QwenTokenizer
 from vlm import Batch, LMHead, even_segments
 
@@ -100,38 +100,34 @@ class QwenVLConfig:
         schema.require(raw, "config.json", attn_dropout_prob=0, emb_dropout_prob=0, scale_attn_weights=True)
         c, v = config, config.visual
         # Each line is a shape that the modules below could not have.
-        for ok, message in (
-            (
-                c.kv_channels * c.num_attention_heads == c.hidden_size,
-                f"kv_channels={c.kv_channels} x "
-                f"num_attention_heads={c.num_attention_heads} is not the hidden_size",
-            ),
-            (
-                c.kv_channels % 2 == 0,
-                f"kv_channels={c.kv_channels} must be even (rotary positions turn pairs)",
-            ),
-            (c.intermediate_size % 2 == 0, f"intermediate_size={c.intermediate_size} must be even"),
-            (
-                v.output_dim == c.hidden_size,
-                f"visual.output_dim={v.output_dim} must be hidden_size={c.hidden_size}",
-            ),
-            (
-                v.output_dim % 128 == 0,
-                f"visual.output_dim={v.output_dim} must be a multiple of 128 (resampler heads)",
-            ),
-            (v.width % v.heads == 0, f"visual.heads={v.heads} does not divide visual.width={v.width}"),
-            (
-                v.image_size % v.patch_size == 0,
-                f"visual.patch_size={v.patch_size} does not divide image_size={v.image_size}",
-            ),
-            (math.isqrt(v.n_queries) ** 2 == v.n_queries, f"visual.n_queries={v.n_queries} must be a square"),
-            (
-                c.rotary_pct == 1.0,
-                f"rotary_pct={c.rotary_pct} is not supported; every published Qwen-VL has 1.0",
-            ),
-        ):
-            if not ok:
-                raise ValueError(f"config.json: {message}")
+        demand(
+            c.kv_channels * c.num_attention_heads == c.hidden_size,
+            f"kv_channels={c.kv_channels} x num_attention_heads={c.num_attention_heads} is not hidden_size",
+        )
+        demand(
+            c.kv_channels % 2 == 0, f"kv_channels={c.kv_channels} must be even (rotary positions turn pairs)"
+        )
+        demand(c.intermediate_size % 2 == 0, f"intermediate_size={c.intermediate_size} must be even")
+        demand(
+            v.output_dim == c.hidden_size,
+            f"visual.output_dim={v.output_dim} must be hidden_size={c.hidden_size}",
+        )
+        demand(
+            v.output_dim % 128 == 0,
+            f"visual.output_dim={v.output_dim} must be a multiple of 128 (resampler heads)",
+        )
+        demand(v.width % v.heads == 0, f"visual.heads={v.heads} does not divide visual.width={v.width}")
+        demand(
+            v.image_size % v.patch_size == 0,
+            f"visual.patch_size={v.patch_size} does not divide image_size={v.image_size}",
+        )
+        demand(
+            math.isqrt(v.n_queries) ** 2 == v.n_queries, f"visual.n_queries={v.n_queries} must be a square"
+        )
+        demand(
+            c.rotary_pct == 1.0,
+            f"rotary_pct={c.rotary_pct} is not supported; every published Qwen-VL has 1.0",
+        )
         return config
 
 

@@ -32,7 +32,7 @@ from kernels.attention import attention
 from kernels.linear_cross_entropy import IGNORE_INDEX
 from kernels.rotary import rotary
 from records import front_image, text_of
-from schema import Depth, Epsilon, Pixels, Scale, Size, TokenId
+from schema import Depth, Epsilon, Pixels, Scale, Size, TokenId, demand
 from tokenizer_visualglm import TEXT_SPECIALS, GLMTokenizer
 from vlm import Batch, LMHead, even_segments
 
@@ -150,35 +150,31 @@ class VisualGLMConfig:
             layernorm_order="post",
             cross_attn_hidden_size=vision.hidden_size,
         )
-        for ok, message in (
-            (
-                c.hidden_size % (4 * c.num_attention_heads) == 0,
-                f"num_attention_heads={c.num_attention_heads} must cut hidden_size={c.hidden_size} by 4s",
-            ),
-            (
-                len(vision.image_size) == 2 and not any(n % vision.patch_size for n in vision.image_size),
-                f"eva_config.image_size={vision.image_size} must be a height and a width that "
-                f"patch_size={vision.patch_size} divides",
-            ),
-            (
-                vision.hidden_size % vision.num_attention_heads == 0,
-                "eva_config: num_attention_heads does not divide hidden_size",
-            ),
-            (
-                qformer.hidden_size % qformer.num_attention_heads == 0,
-                "qformer_config: num_attention_heads does not divide hidden_size",
-            ),
-            (
-                len(qformer.is_decoder) == qformer.num_layers,
-                f"qformer_config.is_decoder must have {qformer.num_layers} entries",
-            ),
-            (
-                c.prompt_language in TEMPLATES,
-                f"prompt_language={c.prompt_language!r}; expected one of {', '.join(TEMPLATES)}",
-            ),
-        ):
-            if not ok:
-                raise ValueError(f"config.json: {message}")
+        demand(
+            c.hidden_size % (4 * c.num_attention_heads) == 0,
+            f"num_attention_heads={c.num_attention_heads} must cut hidden_size={c.hidden_size} by 4s",
+        )
+        demand(
+            len(vision.image_size) == 2 and not any(n % vision.patch_size for n in vision.image_size),
+            f"eva_config.image_size={vision.image_size} must be a height and a width that "
+            f"patch_size={vision.patch_size} divides",
+        )
+        demand(
+            vision.hidden_size % vision.num_attention_heads == 0,
+            "eva_config: num_attention_heads does not divide hidden_size",
+        )
+        demand(
+            qformer.hidden_size % qformer.num_attention_heads == 0,
+            "qformer_config: num_attention_heads does not divide hidden_size",
+        )
+        demand(
+            len(qformer.is_decoder) == qformer.num_layers,
+            f"qformer_config.is_decoder must have {qformer.num_layers} entries",
+        )
+        demand(
+            c.prompt_language in TEMPLATES,
+            f"prompt_language={c.prompt_language!r}; expected one of {', '.join(TEMPLATES)}",
+        )
         return c
 
 

@@ -111,3 +111,9 @@ def require(values: dict, where: str, **expected) -> None:
             values[key] != value or isinstance(value, bool) != isinstance(values[key], bool)
         ):
             raise ValueError(f"{where}: {key} is {values[key]!r}; this model is computed with {value!r} only")
+
+
+def demand(holds: bool, message: str) -> None:
+    """ValueError where config.json asks for a shape that a model's modules cannot have."""
+    if not holds:
+        raise ValueError(f"config.json: {message}")
