@@ -47,6 +47,7 @@ DEFAULT_DATASET = {
     ]
     for split, file in (("train", "train.jsonl"), ("eval", "val.jsonl"))
 }
+# Every key that an entry may have. Another one is refused: it would be a setting that nothing reads.
 ENTRY_KEYS = (
     "name",
     "data_files",
@@ -58,6 +59,7 @@ ENTRY_KEYS = (
     "eval_split",
     "eval_part",
 )
+# torch's cross entropy knows it as "no target".
 IGNORE = -100
 
 
@@ -72,9 +74,11 @@ class Entry:
     def __init__(self, settings: dict):
         if not isinstance(settings, dict):
             raise ValueError(f"a dataset entry must be an object with data_files, got {cut(settings)}")
+        # Checked before a file is opened: a large one takes a while.
         for key in settings:
             if key not in ENTRY_KEYS:
                 raise ValueError(f"unknown key {cut(key)} in a dataset entry{nearest(key, ENTRY_KEYS)}")
+        # PaddleMIX's files name the reader; others leave it to the records' own keys.
         self.name = settings.get("name")
         if self.name is not None and (not isinstance(self.name, str) or self.name not in READERS):
             known = ", ".join(READERS)
@@ -83,6 +87,7 @@ class Entry:
                 f"{known}{nearest(self.name, READERS)}; without a name "
                 "records are recognised by their keys"
             )
+        # Several files are one sequence: VQAv2 has its questions in one and its answers in another.
         files = settings.get("data_files")
         self.paths = [files] if isinstance(files, str) else files
         if (
@@ -94,6 +99,7 @@ class Entry:
         for path in self.paths:
             if "\0" in path or not os.path.isfile(path) and not os.path.isdir(path):
                 raise ValueError(f"data_files: no file {cut(path, 300)} (working directory {os.getcwd()})")
+        # What messages call the entry by.
         what = self.name or self.paths[0]
         self.settings, self.image_root = settings, settings.get("image_root")
         self.weight, self.max_samples = settings.get("weight"), settings.get("max_samples")
@@ -103,6 +109,7 @@ class Entry:
             raise ValueError(f"image_root {cut(self.image_root)} of {what} is no directory")
         if self.weight is not None and not is_number(self.weight, 0):
             raise ValueError(f"weight={cut(self.weight)} of {what} must be a number >= 0")
+        # true is an int in Python, and no number here (is_number).
         whole = isinstance(self.max_samples, int) and is_number(self.max_samples, 1)
         if self.max_samples is not None and not whole:
             raise ValueError(f"max_samples={cut(self.max_samples)} of {what} must be an integer >= 1")
@@ -112,6 +119,7 @@ class Entry:
             isinstance(self.splits, list) and self.splits and all(isinstance(s, str) for s in self.splits)
         ):
             raise ValueError(f"splits={cut(splits)} of {what} must be a name or a list of names")
+        # hold_out() sets both: the entry stands twice, once for each part.
         self.eval_split, self.eval_part = settings.get("eval_split") or 0.0, bool(settings.get("eval_part"))
         if not is_number(self.eval_split, 0) or self.eval_split >= 1:
             raise ValueError(
@@ -119,10 +127,12 @@ class Entry:
             )
         self.system = read_system(settings.get("chat_template"))
         try:
+            # Lines of JSONL are found here, and read when they are needed.
             self.sources = open_files(self.paths)
         except (KeyError, TypeError, AttributeError) as e:
             problem = f"missing {e}" if isinstance(e, KeyError) else str(e)
             raise ValueError(f"{', '.join(self.paths)}: not a COCO or VQAv2 document: {problem}") from None
+        # Record i of the entry is in the first source whose end is behind i.
         self.ends = np.cumsum([len(source) for source in self.sources]).tolist()
         self.base_label = self.label = f"{self.name or 'data'}:{Path(self.paths[0]).stem}"
 
@@ -135,6 +145,7 @@ class Entry:
         return bool(self.splits or self.eval_split)
 
     def locate(self, i: int):
+        # -> (source, number within it)
         n = bisect.bisect_right(self.ends, i)
         return self.sources[n], i - (self.ends[n - 1] if n else 0)
 
@@ -153,11 +164,14 @@ class Entry:
                 if self.eval_part:  # the training part names it
                     return []
                 raise
+            # The record's own "split", as Hugging Face's files have it: some records are another set's.
             if self.splits and isinstance(record, dict) and "split" in record:
                 if not isinstance(record["split"], str):
                     raise ValueError(f"'split' must be a name, got {cut(record['split'])}")
                 if record["split"] not in self.splits:
                     return []
+            # By content: the same record is on the same side in every run, and wherever it stands in the
+            # file.
             if self.eval_split and (share_of(record) < self.eval_split) != self.eval_part:
                 return []
             return conversations_of(
@@ -176,6 +190,7 @@ def is_number(value, least: float) -> bool:
 
 def share_of(record) -> float:
     """A number in [0, 1) that depends on the record's content alone: eval_split compares it."""
+    # 48 bits: a float holds them exactly.
     digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
@@ -198,6 +213,7 @@ def read_system(path: str | None) -> str | None:
         return None
     if not isinstance(system, str):
         raise ValueError(f"{path}: 'system' must be a text, got {cut(system)}")
+    # The template's markers are the tokenizer's business: the text between them is what counts.
     match = re.fullmatch(r"\s*<\|im_start\|>system\n(.*?)<\|im_end\|>\s*", system, re.S)
     return match.group(1) if match else system
 
@@ -229,6 +245,7 @@ def dataset_of(value: str | dict) -> dict:
     """What the key `dataset` means: itself, or for "FILE[,EVAL_FILE]" (files or folders) entries of these."""
     if not isinstance(value, str):
         return value
+    # A path may have a comma in it: what exists is meant as it is.
     paths = [value] if os.path.exists(value) else [path.strip() for path in value.split(",")]
     if len(paths) > 2 or not all(paths):
         raise ValueError(
@@ -243,6 +260,7 @@ def hold_out(dataset: dict, share: float) -> dict:
         return dataset
     if dataset.get("eval"):
         raise ValueError(f"eval_split={share:g} and evaluation entries are both given; use one")
+    # The same files in both parts; share_of says which part a record is in.
     entries = [entry for entry in dataset.get("train") or [] if isinstance(entry, dict)]
     return {
         split: [{**entry, "eval_split": share, "eval_part": split == "eval"} for entry in entries]
@@ -267,6 +285,7 @@ class Index:
     def __len__(self):
         return len(self.rows)
 
+    # Views of one array: an index of a million samples is 56 MB, and forked workers share it.
     def __getattr__(self, name):  # index.length, index.num_images, ...: columns (N,)
         if name not in Index.COLUMNS:
             raise AttributeError(name)
@@ -284,6 +303,7 @@ class Measurer:
 
     def __init__(self, entries, processor, max_length, decode=False):
         self.entries, self.processor, self.max_length = entries, processor, max_length
+        # An image that many records name is decoded once.
         self.decode, self.decoded = decode, {}  # source -> what is wrong with it, or None
 
     def decode_image(self, source: str) -> None:
@@ -314,6 +334,7 @@ class Measurer:
         """(length, num_images, num_supervised, truncated) of each of a record's samples."""
         found = []
         for conversation in entry.conversations(record):
+            # The same function that training calls: what it measures here it gives there.
             sample = self.processor.encode(conversation, self.max_length)
             for source in sample["images"] if self.decode else ():
                 self.decode_image(source)
@@ -322,6 +343,7 @@ class Measurer:
                 f"encode() gave {length} tokens, max_length is {self.max_length}"
             )
             supervised = int((sample["labels"][1:] != IGNORE).sum())  # the first token is never a target
+            # It would cost a place in a batch and teach nothing.
             if not supervised:
                 raise ValueError(f"no supervised token within max_length={self.max_length}")
             found.append((length, len(sample["images"]), supervised, bool(sample["truncated"])))
@@ -331,11 +353,13 @@ class Measurer:
 def ends_with_parent() -> None:
     """For a worker: it ends when its parent does, however that dies;
     signals of a terminal are the parent's."""
+    # Ctrl-C reaches the whole group: the parent decides, and its workers end with it.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     parent = os.getppid()
 
     def watch():
+        # A parent that was killed says nothing; its children get another parent.
         while os.getppid() == parent:
             time.sleep(0.2)
         os._exit(1)
@@ -349,6 +373,7 @@ _measurer = None  # in a forked worker of measure_all: the parent's Measurer
 def _start_worker(measurer):
     global _measurer
     _measurer = measurer
+    # One core each: workers are many.
     torch.set_num_threads(1)
     ends_with_parent()
 
@@ -358,18 +383,22 @@ def _measure_in_worker(task):
 
 
 def measure_all(measurer: Measurer, num_workers: int, progress: bool):
+    # Pieces of 250 records: many enough to share out, large enough that sending them costs nothing.
     tasks, total = [], 0
     for number, entry in enumerate(measurer.entries):
         count = len(entry)
+        # Where records are left out by their content, how far to read is only known afterwards.
         if entry.max_samples and not entry.selects:
             count = min(count, entry.max_samples)
         total += count
         tasks += [(number, first, min(first + 250, count)) for first in range(0, count, 250)]
     pool, rows, problems, done = None, [], [], 0
     bar = terminal.Progress(total, "records read", progress)
+    # Forked, not spawned: entries and tokenizer are there already.
     if num_workers and len(tasks) >= 4:
         pool = ProcessPoolExecutor(num_workers, get_context("fork"), _start_worker, (measurer,))
     try:
+        # In order, whoever is ready first: the index is the same for any number of workers.
         results = pool.map(_measure_in_worker, tasks) if pool else map(measurer, tasks)
         for (_, first, end), (task_rows, task_problems) in zip(tasks, results, strict=True):
             rows.append(task_rows)
@@ -383,6 +412,7 @@ def measure_all(measurer: Measurer, num_workers: int, progress: bool):
         if pool:
             pool.shutdown(cancel_futures=True)
     rows = np.concatenate(rows) if rows else np.zeros((0, 7), np.int64)
+    # Of what is usable, not of what was read: max_samples=1000 gives 1,000.
     for number, entry in enumerate(measurer.entries):
         if entry.max_samples:
             keep = np.ones(len(rows), bool)
@@ -395,6 +425,7 @@ def digest(path: str) -> str:
     """Of the contents of a file, or of all files of a directory (images in it by size)."""
     if not os.path.isdir(path):
         return checkpoint.file_digest(path)
+    # A folder of captions: its texts count by content, its images by size.
     listed = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
     texts = (".txt", ".json", ".jsonl", ".csv", ".tsv")
     facts = [
@@ -409,6 +440,7 @@ def content_key(entries: list[Entry]) -> str:
     files."""
     facts = []
     for entry in entries:
+        # Read once: a large file takes seconds.
         if not hasattr(entry, "digests"):
             entry.digests = [digest(path) for path in entry.paths]
         settings = {
@@ -419,6 +451,7 @@ def content_key(entries: list[Entry]) -> str:
 
 
 def index_key(entries: list[Entry], processor, max_length: int) -> str:
+    # What a length depends on: the limit, and everything that encode() does.
     facts = [max_length, processor.fingerprint()]
     facts.append(content_key(entries))
     for entry in entries:  # where images are looked for
@@ -436,6 +469,7 @@ def read_index(path: Path) -> tuple[np.ndarray, list] | None:
     try:
         with np.load(path) as saved:
             rows, listing, checksum = saved["rows"], str(saved["problems"]), str(saved["checksum"])
+        # A kill or a full disk may leave half a file, which would train on wrong lengths.
         if index_checksum(rows, listing) == checksum:
             return rows, [tuple(p) for p in json.loads(listing)]
     except Exception as e:  # a damaged archive raises all sorts of errors
@@ -461,6 +495,7 @@ def build_index(
     cache_dir the result is kept there under a key of files, settings, max_length and processor.
     """
     entries = open_entries(entries)
+    # The key is of content, so that an edited file is measured anew and a moved one is not.
     measurer = Measurer(entries, processor, max_length, decode_images)
     path = Path(cache_dir) / f"index-{index_key(entries, processor, max_length)}.npz" if cache_dir else None
     rows = None
@@ -474,11 +509,13 @@ def build_index(
         rows, problems = measure_all(measurer, num_workers, progress)
     listed = [(where, reason) for _, _, where, reason in problems]
     num_bad, total = len(listed), len(rows) + len(listed)
+    # One line with the first five: the rest is told once those are mended.
     if num_bad > max_bad_samples * total:
         first = "; ".join(f"{where}: {reason}" for where, reason in listed[:5])
         more = f"; and {num_bad - 5:,} more" if num_bad > 5 else ""
         share = f"{num_bad:,} of {total:,} records are unusable, max_bad_samples={max_bad_samples:g} allows"
         raise ValueError(f"{share} {int(max_bad_samples * total):,}: {first}{more}")
+    # `data.py check` says so itself, with all that it found.
     if not len(rows) and not decode_images:
         files = ", ".join(p for entry in entries for p in entry.paths)
         if listed:
@@ -488,6 +525,7 @@ def build_index(
     if path and fresh:
         path.parent.mkdir(parents=True, exist_ok=True)
         listing = json.dumps(problems)
+        # Whole or not at all: another rank may be waiting for it.
         with checkpoint.atomic_file(path) as file:
             np.savez(
                 file, rows=rows, problems=np.array(listing), checksum=np.array(index_checksum(rows, listing))
@@ -500,6 +538,7 @@ def build_index(
 
 
 def generator(*seed: int) -> np.random.Generator:
+    # NumPy promises PCG64's stream: the same order on every machine and version.
     return np.random.Generator(np.random.PCG64(seed))
 
 
@@ -527,6 +566,7 @@ class Plan:
     ):
         self.index, self.seed, self.max_length = index, seed, max_length
         self.mixtoken, self.max_images, self.shuffle = mixtoken, max_images, shuffle
+        # One epoch's units are kept: steps ask for them one after the other.
         self.cached = None, None  # epoch, units
         self.origin = (
             0,
@@ -534,18 +574,21 @@ class Plan:
             0,
         )  # the run stands behind (step, epoch, units of it); later steps count from there
         self.num_units = {}  # epoch -> number of units: packs differ a little from one shuffle to the next
+        # It would fit into no pack.
         if mixtoken and max_images and index.num_images.max() > max_images:
             n = int(index.num_images.argmax())
             raise ValueError(
                 f"{index.where(n)} has {index.num_images[n]} images, more than max_images={max_images}"
             )
         weights = [entry.weight for entry in index.entries]
+        # An evaluation takes every sample once, whatever the weights.
         self.weighted = shuffle and any(w is not None for w in weights)
         if self.weighted:
             if None in weights or not sum(weights):
                 raise ValueError(
                     f"weights of the dataset entries are {weights}; give every entry one, or none"
                 )
+            # Any positive numbers: they are made to add up to 1.
             self.shares = np.array(weights, float) / sum(weights)
             self.members = [np.flatnonzero(index.entry == e) for e in range(len(weights))]
             for entry, members in zip(index.entries, self.members, strict=True):
@@ -571,6 +614,7 @@ class Plan:
 
     def passes(self, epoch: int, e: int) -> Iterator[int]:
         turn = 0
+        # A small entry comes round several times an epoch, each time in another order.
         while True:
             yield from generator(self.seed, epoch, e, turn).permutation(self.members[e])
             turn += 1
@@ -578,6 +622,7 @@ class Plan:
     def units(self, epoch: int) -> list[np.ndarray]:
         if self.cached[0] != epoch:
             order = self.order(epoch)
+            # Without packs a unit is one sample: (N,) -> N arrays of (1,).
             units = self.pack(order) if self.mixtoken else list(order.reshape(-1, 1))
             self.cached, self.num_units[epoch] = (epoch, units), len(units)
         return self.cached[1]
@@ -590,6 +635,7 @@ class Plan:
             if tokens + length > self.max_length or (self.max_images and shown + count > self.max_images):
                 borders.append(n)
                 tokens = shown = 0
+            # A sample of max_length is a pack of its own: encode() makes none longer.
             tokens, shown = tokens + length, shown + count
         return np.split(order, borders)
 
@@ -602,18 +648,21 @@ class Plan:
         return self.num_units[epoch]
 
     def steps_per_epoch(self, global_batch: int, epoch: int = 0) -> int:
+        # Rounded up: the last step of an epoch may take fewer units.
         return -(-self.count(epoch) // global_batch)
 
     def total_steps(self, num_epochs: float, global_batch: int) -> int:
         """Of the whole run, of which origin's steps are done."""
         steps, epoch, first = self.origin
         for e, end in self.ends(num_epochs, global_batch):
+            # Epochs before the origin are done, whatever batch they were done with.
             if e >= epoch:
                 steps += max(0, -(-(end - (first if e == epoch else 0)) // global_batch))
         return steps
 
     def ends(self, num_epochs: float, global_batch: int) -> list[tuple[int, int]]:
         """(epoch, how many of its units are trained on)"""
+        # 0.5 epochs: half of its steps, rounded up to whole ones.
         whole, part = int(num_epochs), num_epochs % 1
         ends = [(epoch, self.count(epoch)) for epoch in range(whole)]
         if part:
@@ -624,6 +673,7 @@ class Plan:
     def locate(self, step: int, global_batch: int) -> tuple[int, int]:
         """Step of the run -> (epoch, first of its units there)."""
         start, epoch, first = self.origin
+        # From the origin on: a run whose batch has changed counts its steps from there.
         step -= start
         while step >= (steps := -(-(self.count(epoch) - first) // global_batch)):
             step, epoch, first = step - steps, epoch + 1, 0
@@ -634,6 +684,7 @@ class Plan:
         empty."""
         round_size = deal.per_device_batch * deal.dp_size
         epoch, first = self.locate(step, round_size * deal.grad_accum)
+        # The units of the whole step, of all ranks: every rank knows them, and takes its own.
         units = self.units(epoch)[first : first + round_size * deal.grad_accum]
         # A round is one forward pass of all ranks; dealt out in turn, so that the last one is even too.
         rounds = [units[start : start + round_size] for start in range(0, len(units), round_size)]
@@ -646,6 +697,7 @@ class Plan:
 
 def splitmix64(x: np.ndarray) -> np.ndarray:
     """uint64 -> well mixed uint64 (Steele et al., 2014, "Fast splittable pseudorandom number generators")."""
+    # Wraps around at 2^64: that is meant.
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -656,6 +708,7 @@ def hash_keys(*parts) -> np.ndarray:
     """int64 hash of whole numbers and arrays of them, for dropout masks that no layout changes."""
     # Folded one by one: (1, 2) and (2, 1) are different keys.
     state = np.zeros(1, np.uint64)
+    # Arrays are broadcast: (3 numbers, (T,) positions) -> (T,) keys.
     for part in parts:
         state = splitmix64(state ^ np.atleast_1d(part).astype(np.uint64))
     return state.view(np.int64)
@@ -667,6 +720,7 @@ def jitter(image: torch.Tensor, fraction: float, rng: np.random.Generator) -> to
 
     Boxes in the text stay where they were: keep the fraction below the precision they need.
     """
+    # One draw of the sample's own generator: the same in every epoch that has this key.
     dx, dy, scale, angle = rng.uniform(-fraction, fraction, 4)
     cos, sin = (1 + scale) * np.cos(angle), (1 + scale) * np.sin(angle)
     # in grid_sample's units, an image is 2 wide
@@ -682,6 +736,7 @@ def attach_images(
     """Add what collate needs of the sample's images: pixel_values, or image_features from
     `features.get(path)`."""
     sample["num_image_tokens"] = processor.num_image_tokens
+    # Cached: the image itself is not opened at all.
     if features is not None:
         found = [features.get(path) for path in sample["images"]]
         for path, feature in zip(sample["images"], found, strict=True):
@@ -690,6 +745,7 @@ def attach_images(
                 raise ValueError(f"no cached features of image {short(path)}")
         sample["image_features"] = [torch.as_tensor(feature) for feature in found]
         return sample
+    # Decoded by the worker: (3, H, W) fp32 each.
     sample["pixel_values"] = [processor.load_image(path) for path in sample["images"]]
     if image_jitter:
         images = enumerate(sample["pixel_values"])
@@ -717,19 +773,25 @@ def collate(samples: list[vlm.Sample], bad=(), num_image_tokens: int = 0, blank_
         ids = np.array(blank_ids, np.int32)
         blank = {"input_ids": ids, "labels": np.full(len(ids), IGNORE), "image_starts": [], "images": []}
         samples = [{**blank, "num_image_tokens": num_image_tokens}]
+    # Samples one after the other, no padding: T is the sum of their lengths.
     lengths = [len(sample["input_ids"]) for sample in samples]
     starts = np.cumsum([0, *lengths])
+    # An image's Q places follow each other from its start on.
     places = np.arange(samples[0].get("num_image_tokens", num_image_tokens))  # (Q,)
     assert len(places) or not any(s["image_starts"] for s in samples), (
         "collate needs num_image_tokens (attach_images)"
     )
+    # (0, Q): a stream without an image has an empty list of places, not none.
     targets, keys, image_keys, positions = [], [], [], [np.zeros((0, len(places)), np.int64)]
     for sample, start, length in zip(samples, starts, lengths, strict=False):
         # labels are shifted here, inside the segment: its last token has nothing to predict
         targets.append(np.append(sample["labels"][1:], IGNORE))
         key = sample.get("key", (0, 0, 0))
+        # By (seed, epoch, sample, position): dropout is the same wherever the sample stands.
         keys.append(hash_keys(*key, np.arange(length)))
+        # 2^32: no position of a token has that number.
         image_keys += [hash_keys(*key, 1 << 32, n) for n in range(len(sample["image_starts"]))]
+        # Places in the sample -> rows of the stream.
         positions += [(start + first + places)[None] for first in sample["image_starts"]]
 
     def joined(arrays, axis=0):
@@ -740,11 +802,14 @@ def collate(samples: list[vlm.Sample], bad=(), num_image_tokens: int = 0, blank_
         return torch.stack(found) if found else None
 
     prefix_lens = None
+    # A model that is causal throughout gives none.
     if any("prefix_len" in sample for sample in samples):
         prefix_lens = torch.tensor([sample["prefix_len"] for sample in samples])
     return vlm.Batch(
         input_ids=joined([sample["input_ids"] for sample in samples]),
+        # Restart in each segment; with several axes they are joined along the last one.
         position_ids=joined([s.get("position_ids", np.arange(len(s["input_ids"]))) for s in samples], -1),
+        # int32: what attention kernels take.
         cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
         max_len=max(lengths),
         targets=joined(targets),
@@ -762,6 +827,7 @@ def collate(samples: list[vlm.Sample], bad=(), num_image_tokens: int = 0, blank_
 
 def pad_stream(batch: vlm.Batch, length: int) -> vlm.Batch:
     """The batch with a segment behind it that fills its stream to `length` tokens and predicts nothing."""
+    # Pipeline stages exchange tensors of one shape: a segment of nothing behind the others.
     missing = length - len(batch.input_ids)
     if not missing:
         return batch
@@ -812,12 +878,14 @@ class TrainLoader:
     def __len__(self):
         return len(self.steps)
 
+    # A step's number is all that a worker gets: it reads, encodes and decodes by itself.
     def __getitem__(self, k: int):
         step = self.steps[k]
         epoch, rounds = self.plan.micro_batches(step, self.deal)
         return step, epoch, [self.load(epoch, units) for units in rounds]
 
     def load(self, epoch: int, units: list[np.ndarray]) -> vlm.Batch:
+        # An empty list of units is a rank that has none left: collate makes it a blank segment.
         samples, bad = [], []
         for number in (int(number) for unit in units for number in unit):
             options = self.processor, self.image_jitter, self.features
@@ -828,17 +896,20 @@ class TrainLoader:
         return collate(samples, bad, self.processor.num_image_tokens, self.processor.blank_ids)
 
     def __iter__(self):
+        # Batches are made by __getitem__: the loader only brings them, in order.
         loader = torch.utils.data.DataLoader(
             self,
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=self.num_workers,
             worker_init_fn=_start_loading,
+            # Forked: index, entries and tokenizer are shared, not sent.
             multiprocessing_context="fork" if self.num_workers else None,
         )
         try:
             yield from loader
         except RuntimeError as e:
+            # A worker that was killed (memory) leaves no traceback of its own.
             if "DataLoader worker" not in str(e) or "exited unexpectedly" not in str(e):
                 raise
             raise ValueError(f"a data worker died (out of memory?); lower num_workers: {one_line(e)}") from e

@@ -179,7 +179,7 @@ class Passes:
             self.on_device[i] = to_device(batch, run.world.device, self.has_images[i], size)
         batch = self.on_device[i]
         # O1 computes in 16 bits from fp32 weights; O2 has 16-bit weights, so autocast does nothing.
-        with autocast(run.cfg, run.world):
+        with run.autocast:
             # A pipeline stage that is not the last gives hidden states (T, C) on.
             if not last:
                 return run.model(batch, "hidden", x, blocks)
@@ -454,6 +454,7 @@ class Run:
         kernels: str,
     ):
         self.cfg, self.world, self.signals, self.directory = cfg, world, signals, directory
+        self.autocast = autocast(cfg, world)  # what a forward pass runs in
         self.plan, self.eval_plan, self.processor = ready.plan, ready.eval_plan, ready.processor
         self.run_dir, self.state, self.total = ready.run_dir, ready.state, ready.total
         # Rank 0 speaks for all.
