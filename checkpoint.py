@@ -41,6 +41,7 @@ import terminal
 from schema import Pixels, check, read_json, require
 from terminal import printable
 
+# What a file may hold. 8-bit floats and the like are refused by name: casting them would be a guess.
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -54,6 +55,7 @@ SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
 }
 
+# What makes a directory of weights a checkpoint that loads by itself.
 SIDE_FILES = [
     "qwen.tiktoken",
     "tokenizer.json",
@@ -89,6 +91,7 @@ def cli(main) -> int:
     try:
         terminal.check_environment()
         return main()
+    # `python data.py preview | head` is no error of anybody's.
     except BrokenPipeError:
         os.dup2(
             os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
@@ -99,14 +102,17 @@ def cli(main) -> int:
         )
         return 1
     except (ValueError, OSError) as e:
+        # Of many ranks each says who it is: which one failed first is what matters.
         many = "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1"
         rank = f"[rank {os.environ['RANK'][:9]}] " if many else ""
+        # OSError's own text repeats the error number; file and reason are what helps.
         said = (
             f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename and e.strerror else str(e)
         )
         print(f"error: {rank}{printable(' '.join(said.splitlines()))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        # As a shell reports Ctrl-C.
         return 130
 
 
@@ -116,6 +122,7 @@ def cli(main) -> int:
 def check_place(path: str, key: str, devices: bool = False) -> None:
     """ValueError unless a file can be written there: known before the work that it is to hold."""
     path = Path(path)
+    # /dev/stdout and the like: written to directly, since a rename would replace them.
     if devices and path.exists() and not path.is_file() and not path.is_dir():
         return
     if path.exists() and not path.is_file():
@@ -140,12 +147,16 @@ def atomic_file(path, mode: str = "wb"):
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
+            # The bytes must be on the disk before the name is: else a power cut leaves an empty file of the
+            # right name.
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        # The name itself is the directory's content.
         _fsync(path.parent)
     except BaseException as e:
         with contextlib.suppress(OSError):
+            # A full disk gets its space back.
             temporary.unlink(missing_ok=True)
         if isinstance(e, OSError) and not isinstance(e, SaveError):
             raise SaveError(path, reason_of(e)) from e
@@ -180,6 +191,7 @@ def read_config(directory) -> dict:
     path = Path(directory) / "config.json"
     config = read_json(path, "expected a checkpoint directory with config.json and weights")
     check(config.get("architectures"), list[str] | None, f"{path}: architectures")
+    # transformers 5 writes dtype, older ones torch_dtype.
     for key in ("torch_dtype", "dtype"):
         check(config.get(key), Literal["float32", "bfloat16", "float16", "auto"] | None, f"{path}: {key}")
     return config
@@ -192,6 +204,7 @@ def check_side_files(directory, height: int, width: int, **tokenizer) -> None:
     path = Path(directory) / "tokenizer_config.json"
     if path.is_file():
         require(read_json(path, ""), str(path), **tokenizer)
+    # Absent is fine: the model file knows its own images. Present and different is another model's.
     path = Path(directory) / "preprocessor_config.json"
     if not path.is_file():
         return
@@ -205,6 +218,7 @@ def check_side_files(directory, height: int, width: int, **tokenizer) -> None:
         do_center_crop=False,
         resample=3,
     )
+    # To 1e-5: files of several writers round them differently.
     numbers = {
         "image_mean": (0.48145466, 0.4578275, 0.40821073),
         "image_std": (0.26862954, 0.26130258, 0.27577711),
@@ -220,6 +234,7 @@ def check_side_files(directory, height: int, width: int, **tokenizer) -> None:
             )
     size = config.get("size", {})
     check(size, Pixels | dict[str, Pixels], f"{path}: size")
+    # One number means both sides; an object names them.
     sides = {"height": height, "width": width}
     given = dict.fromkeys(sides, size) if isinstance(size, int) else size
     if any(given[key] != side for key, side in sides.items() if key in given) or given.keys() - sides:
@@ -240,6 +255,7 @@ def read_tokenizer(*paths, make=None):
         raise
     except Exception as e:  # the library raises nothing narrower
         raise ValueError(f"{paths[0]}: not a readable tokenizer ({reason_of(e)}); fetch it again") from None
+    # Two tokens with one id: decoding would give the other one's text.
     if len({*ids.values()}) < len(ids) or not ids:
         raise ValueError(f"{paths[0]}: the tokenizer has no tokens, or two with one id; fetch it again")
     return tokenizer
@@ -255,6 +271,7 @@ class Weights:
     def __init__(self, directory, ignore=(), aliases=None, stems=("model", "pytorch_model")):
         self.directory = directory = Path(directory)
         safe, old = stems
+        # The first that is there: safetensors before pickles, one file before shards.
         for file_name in (
             f"{safe}.safetensors",
             f"{safe}.safetensors.index.json",
@@ -270,6 +287,7 @@ class Weights:
             weight_map = read_json(directory / file_name, "").get("weight_map")
             where = f"{directory / file_name}: weight_map"
             check(weight_map, dict[str, str], where)
+            # An index is somebody else's file: a path out of the directory would read what it likes.
             for shard in {*weight_map.values()} or {""}:
                 if shard != os.path.basename(shard) or not shard.endswith((".safetensors", ".bin")):
                     raise ValueError(
@@ -289,6 +307,7 @@ class Weights:
             for name, entry in entries.items():
                 if weight_map is None or weight_map.get(name) == shard:
                     self._entries[name] = entry
+                # A shard with more than the index says: the two are of different downloads.
                 elif name not in weight_map and not _matches(name, [*ignore, *(aliases or {})]):
                     raise ValueError(
                         f"{path} holds {name!r}, which {file_name} does not name; fetch both again"
@@ -305,6 +324,7 @@ class Weights:
                 continue
             if name not in self._entries:  # a file may hold the tied tensor under any of its names
                 self._entries[name] = self._entries[alias]
+            # Both there: they must agree, or one of them would be lost without a word.
             elif not torch.equal(self.read(alias), self.read(name)):
                 raise ValueError(
                     f"{directory}: {alias} and {name} are one tied tensor in this "
@@ -356,6 +376,7 @@ class Weights:
         """Reads the tensor into a parameter's own memory, see in_place(). -> its largest absolute value,
         looked for a piece at a time, while a core's cache still holds it; ValueError for NaN or infinity."""
         path, _, _, dtype, offset = self._entries[name]
+        # The bits as integers: ordered like the numbers, and cheaper to look through.
         values, most = integers(param), 0
         with open(path, "rb", buffering=0) as f:
             f.seek(offset)
@@ -368,6 +389,7 @@ class Weights:
     def scratch(self) -> torch.Tensor:
         """Room for any one tensor. Fresh memory for each would leave the heap full of holes: up to 1.6x the
         weights."""
+        # Of the largest tensor: one buffer serves all of them.
         sizes = [
             math.prod(shape) * dtype.itemsize
             for _, _, shape, dtype, offset in self._entries.values()
@@ -381,6 +403,7 @@ class Weights:
         values, eps = {}, 0.0
         for name in self:
             path, key, shape, dtype, offset = self._entries[name]
+            # Eight values from the middle: the first rows of an embedding are often alike.
             count = min(8, math.prod(shape))
             first = (math.prod(shape) - count) // 2
             if offset is None:
@@ -391,6 +414,7 @@ class Weights:
                     raw = bytearray(f.read(count * dtype.itemsize))
                 values[name] = torch.frombuffer(raw, dtype=dtype).float() if raw else torch.empty(0)
             eps = max(eps, torch.finfo(dtype).eps if dtype.is_floating_point else 0.0)
+        # Names by hash, values as they are: the text goes into adapters and trainer states.
         names = hashlib.sha256("\n".join(sorted(values)).encode()).hexdigest()
         flat = torch.cat([values[name] for name in sorted(values)]) if values else torch.empty(0)
         return f"{names} {eps:g} {base64.b64encode(flat.numpy().astype('<f4').tobytes()).decode()}"
@@ -401,6 +425,7 @@ class Weights:
         a, b = (np.frombuffer(base64.b64decode(v), "<f4").astype(np.float64) for v in (values, values2))
         if names != names2 or len(a) != len(b):
             return False
+        # bf16 and fp32 copies of one model are the same weights up to the coarser rounding.
         coarse = 0.0 if eps == eps2 else max(float(eps), float(eps2))
         return bool((np.abs(a - b) <= coarse * np.abs(a) + (1e-7 if coarse else 0.0)).all())
 
@@ -414,6 +439,7 @@ class Weights:
             self._shard = (None, None)  # close the previous one first
             try:
                 try:
+                    # weights_only: nothing of a pickle is run.
                     tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
                 except RuntimeError as e:
                     if "mmap can only be used" not in str(e):
@@ -429,6 +455,7 @@ class Weights:
         return self._shard[1]
 
 
+# Half a megabyte stays in a core's cache between reading and looking.
 PIECE_BYTES = 1 << 19
 
 
@@ -449,6 +476,7 @@ def check_state(tensors, path) -> None:
     for name, t in tensors.items():
         if not isinstance(name, str):
             raise ValueError(f"{path}: a tensor has the name {name!r}; expected text")
+        # Sparse, quantised or on another device: not something to copy by rows.
         if t.layout != torch.strided or t.device.type != "cpu" or t.dtype not in SAFETENSORS_DTYPES.values():
             raise ValueError(
                 f"{path}: {name!r} is {t.dtype}, {t.layout} on {t.device}; expected a plain tensor"
@@ -498,6 +526,7 @@ def _safetensors_entries(path: Path) -> tuple[dict, dict]:
 def check_names(expected: dict, weights: Weights, ignore=()) -> None:
     """Raise unless the weights have exactly the expected {name: shape}, in floating point; names in `ignore`
     don't matter."""
+    # Both ways: a missing tensor would stay random, an unexpected one means another model.
     ignore = set(ignore)
     problems = [f"missing {name}" for name in sorted(set(expected) - weights.names - ignore)]
     problems += [f"unexpected {name}" for name in sorted(weights.names - set(expected) - ignore)]
@@ -509,6 +538,7 @@ def check_names(expected: dict, weights: Weights, ignore=()) -> None:
                 f"{name} is {weights.dtype(name)}, expected floating point (quantised files are not read)"
             )
     if problems:
+        # Eight are enough to see what is the matter.
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(
             f"the weights do not fit the model: {'; '.join(problems[:8])}{more}; "
@@ -531,6 +561,7 @@ def magnitude(values: np.ndarray) -> int:
     sign = 1 << (8 * values.itemsize - 1)
     if not values.size:
         return 0
+    # Read as unsigned, the sign bit makes negative numbers the largest.
     negative = int(values.view(f"u{values.itemsize}").max())
     return max(int(values.max()), negative - sign if negative >= sign else 0)
 
@@ -553,9 +584,11 @@ def largest(tensor: torch.Tensor, name: str) -> float:
 def copy_full_(param: torch.Tensor, full: torch.Tensor) -> None:
     """Copy a full tensor into a parameter, casting; this rank takes
     what it holds of it (no communication)."""
+    # Cut before sharded: a rank's slice of the whole, then its shard of the slice.
     if hasattr(param, "cut"):
         full = param.cut.take(full)
     if isinstance(param, DTensor):
+        # src_data_rank=None: every rank has read the file, nothing is sent.
         shard = distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None)
         param.to_local().copy_(shard.to_local())
     else:
@@ -565,9 +598,11 @@ def copy_full_(param: torch.Tensor, full: torch.Tensor) -> None:
 def full_tensor(param: torch.Tensor) -> torch.Tensor:
     """The whole parameter on the CPU. all ranks: gathers."""
     full = param.detach()
+    # all ranks of the shards
     full = full.full_tensor() if isinstance(full, DTensor) else full
     if hasattr(param, "cut"):
         parts = [torch.empty_like(full) for _ in range(param.cut.size)]
+        # all ranks of the tensor-parallel group
         dist.all_gather(parts, full.contiguous(), parallel.groups["tp"])
         full = param.cut.join(parts)
     return full.cpu()
@@ -590,6 +625,7 @@ def load_into(params: dict, weights: Weights, dtype: torch.dtype | None = None, 
     sides.
     """
     check_names({name: parallel.whole_shape(p) for name, p in params.items()}, weights, ignore=skip)
+    # One tensor at a time: a model as large as the memory has no room for a second copy.
     skip, scratch, peak = set(skip), None, 0.0
 
     def as_it_is(param) -> bool:
@@ -606,6 +642,7 @@ def load_into(params: dict, weights: Weights, dtype: torch.dtype | None = None, 
             scratch = weights.scratch() if scratch is None else scratch
             full = weights.read(name, scratch)
             highs[name] = largest(full, name)
+        # A cast to fp16 makes infinity of what is above 65,504.
         for kind in (dtype, param.dtype):
             if kind is not None and highs[name] > torch.finfo(kind).max:
                 raise ValueError(
@@ -614,6 +651,7 @@ def load_into(params: dict, weights: Weights, dtype: torch.dtype | None = None, 
         peak = max(peak, highs[name])
         if full is not None:
             copy_full_(param, full if dtype is None else full.to(dtype))
+    # A file that was allocated and never filled is all zeros, with a good header.
     if params and not peak:
         raise ValueError("every weight is zero; the file was never written in full: fetch it again")
 
@@ -624,6 +662,7 @@ def load_into(params: dict, weights: Weights, dtype: torch.dtype | None = None, 
 def save_tensors(tensors: dict, path, metadata: dict[str, str]) -> None:
     """A .safetensors file that is the same for the same tensors: the library writes `metadata` in a random
     order."""
+    # The header is rewritten in place, in the same number of bytes.
     save_file(tensors, path, metadata=metadata)
     with open(path, "r+b") as file:
         size = struct.unpack("<Q", file.read(8))[0]
@@ -641,6 +680,7 @@ def save_weights(directory, named_tensors, max_shard_bytes: int = 5 * 10**9, wri
     The iterable may gather (collectives), so every rank consumes all of it, also after a failed write;
     with write=False a rank keeps and writes nothing.
     """
+    # Shards are named when their number is known; until then by their turn.
     directory, shard, shard_bytes, files, names, error = Path(directory), {}, 0, [], {}, None
 
     def flush():
@@ -650,6 +690,7 @@ def save_weights(directory, named_tensors, max_shard_bytes: int = 5 * 10**9, wri
         shard.clear()
 
     for name, tensor in named_tensors:
+        # The iterable gathers on all ranks: it is consumed to its end, or the others would wait for ever.
         if not write or error:
             continue
         assert name not in names, f"{name} is given twice"
@@ -659,6 +700,8 @@ def save_weights(directory, named_tensors, max_shard_bytes: int = 5 * 10**9, wri
                 flush()
                 shard_bytes = 0
             tensor = tensor.detach().cpu().contiguous()
+            # Tied weights share memory: written under each name, as transformers expects of fully named
+            # files.
             pointers = {t.untyped_storage().data_ptr() for t in shard.values()}
             shared = tensor.untyped_storage().data_ptr() in pointers
             shard[name] = tensor.clone() if shared else tensor  # safetensors refuses tied weights
@@ -679,6 +722,7 @@ def save_weights(directory, named_tensors, max_shard_bytes: int = 5 * 10**9, wri
         file_name = f"model-{i:05d}-of-{len(files):05d}.safetensors"
         path.rename(directory / file_name)
         weight_map |= dict.fromkeys(shard_names, file_name)
+    # transformers' format of an index.
     index = {"metadata": {"total_size": sum(names.values())}, "weight_map": weight_map}
     write_json(directory / "model.safetensors.index.json", index)
 
@@ -700,11 +744,13 @@ def atomic_dir(final, rank: int = 0):
     before. Failed writes become a SaveError. A kill between the two renames of a replacement leaves the older
     one as `final`.old, which the next call puts back.
     """
+    # Absolute: the working directory may change while it is written.
     final = Path(os.path.abspath(final))
     temporary, old = final.with_name(final.name + ".tmp"), final.with_name(final.name + ".old")
     try:
         with _all_or_none(final):
             if rank == 0:
+                # A kill between the two renames of before: the old one is put back first.
                 if old.exists() and not final.exists():
                     old.rename(final)
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -713,14 +759,17 @@ def atomic_dir(final, rank: int = 0):
             yield temporary
         with _all_or_none(final):
             if rank == 0:
+                # There is no way to ask for the mask but to set it.
                 mask = os.umask(0)
                 os.umask(mask)
                 for folder, _, files in os.walk(temporary):
                     for path in [os.path.join(folder, f) for f in files]:
                         os.chmod(path, 0o666 & ~mask)  # safetensors makes its files for their owner alone
                         _fsync(path)
+                    # Files before the folder that names them.
                     _fsync(folder)
                 shutil.rmtree(old, ignore_errors=True)
+                # Two renames: a directory cannot be replaced in one.
                 if final.exists():
                     final.rename(old)
                 try:
@@ -751,11 +800,13 @@ def _all_or_none(path):
     error = None
     try:
         yield
+    # Held back until all ranks have said how it went for them.
     except (Exception, CheckpointException) as e:  # CheckpointException is no Exception
         error = e
     reasons = [None if error is None else reason_of(error)]
     if dist.is_initialized():
         reasons = [None] * dist.get_world_size()
+        # all ranks: nobody goes on with half a checkpoint
         dist.all_gather_object(reasons, None if error is None else reason_of(error))
     if isinstance(error, OSError | SafetensorError | CheckpointException):
         raise SaveError(path, reason_of(error)) from error
@@ -771,6 +822,7 @@ def reason_of(error: BaseException) -> str:
     torch.save."""
     while isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
+    # The operating system's own word (disk full, no permission) is somewhere down the chain.
     cause = error
     while cause is not None and not (isinstance(cause, OSError) and cause.strerror):
         cause = cause.__context__
@@ -789,6 +841,7 @@ def reason_of(error: BaseException) -> str:
 def checkpoints(output_dir) -> list[Path]:
     """Complete checkpoint-N directories, oldest first."""
     found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    # trainer_state.json is written last: without it the directory is half a checkpoint.
     complete = [p for p in found if (p / "trainer_state.json").is_file()]
     return sorted(complete, key=lambda p: int(p.name.split("-")[1]))
 
@@ -814,6 +867,7 @@ def rotate(output_dir, limit: int | None, keep=(), own=None) -> None:
     if limit is None:
         return
     keep = {os.path.abspath(path) for path in keep if path is not None}
+    # False sorts before True: another run's go first.
     by_age = sorted(checkpoints(output_dir), key=own) if own else checkpoints(output_dir)
     for path in by_age[: -limit or None]:
         if os.path.abspath(path) not in keep:

@@ -178,6 +178,7 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
     fully_shard would hold frozen weights twice here: its own and the gathered ones. As there, what no block
     has belongs to the model, and a block's copies are made anew when it is recomputed.
     """
+    # A parameter belongs to the first module that has it: blocks before the model around them.
     taken: set[nn.Parameter] = set()
     for module in [*model.vision_blocks, *model.blocks, model]:
         places = [
@@ -192,6 +193,7 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _with_halved(forward: Callable, places: list[tuple[nn.Module, str]], dtype: torch.dtype, *args, **kwargs):
+    # Swapped in for the forward pass and out again behind it: names and optimiser keep the fp32 ones.
     masters = [owner._parameters[key] for owner, key in places]
     # a tied parameter has several places and one copy
     tied = {id(p): p for p in masters}
