@@ -49,6 +49,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    # dp: who sees the same data; tp: who has which slice of a layer; pp: who has which blocks.
     dp_rank: int = 0
     dp_size: int = 1
     tp_rank: int = 0
@@ -64,6 +65,7 @@ class World:
 
 def layout(size: int, tp: int, pp: int, sharding: str | None, sharding_degree: int | None) -> tuple[int, ...]:
     """Sizes of the AXES for `size` processes; -1 means 1, and no sharding_degree all data-parallel ranks."""
+    # PaddleMIX's files say -1 for "not used".
     tp, pp = max(tp, 1), max(pp, 1)
     if size % (tp * pp):
         raise ValueError(
@@ -71,12 +73,14 @@ def layout(size: int, tp: int, pp: int, sharding: str | None, sharding_degree: i
             f"{tp * pp} does not divide the {size} "
             f"processes; start a multiple of {tp * pp}, or lower a degree"
         )
+    # What is left is data parallel; sharding may take all of it or groups of it (hybrid).
     dp = size // (tp * pp)
     degree = (dp if sharding_degree in (None, -1) else sharding_degree) if sharding else 1
     if degree < 1 or dp % degree:
         raise ValueError(
             f"sharding_parallel_degree={degree} does not divide the {dp} data-parallel processes"
         )
+    # tp last: its ranks are neighbours, on one machine, since they talk in every layer.
     return pp, dp // degree, degree, tp
 
 
@@ -93,10 +97,12 @@ def init_world(
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
+        # Before the process group: NCCL binds itself to the current device.
         torch.cuda.set_device(device)
     # gloo beside NCCL: facts, texts and checkpoints travel as CPU tensors
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     meeting = meeting or Meeting()
+    # The store that the ranks have met at already: no second port to be taken in between.
     dist.init_process_group(
         backend, store=meeting.store, rank=meeting.rank, world_size=meeting.size, timeout=TIMEOUT
     )
@@ -121,6 +127,7 @@ def compare(facts: dict) -> None:  # all ranks
     # before the first collective of the loop: a difference would hang there, without a word
     found: list = [None] * dist.get_world_size()
     dist.all_gather_object(found, facts)
+    # Key by key, in everyone's order: all ranks say the same one.
     for key in facts:
         for rank, other in enumerate(found):
             if other.get(key) != found[0].get(key):
@@ -155,6 +162,7 @@ class _Halved(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, dtype: torch.dtype, *masters: Tensor) -> tuple[Tensor, ...]:
+        # A weight that this pass did not use has no gradient, not a zero one.
         ctx.set_materialize_grads(False)
         return _copies(masters, dtype)
 
@@ -166,6 +174,7 @@ class _Halved(torch.autograd.Function):
 
 def _copies(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
     copies = tuple(torch.empty_like(x, dtype=dtype) for x in tensors)
+    # One launch for all: a block has a dozen weights.
     if copies:
         torch._foreach_copy_(copies, tensors)
     return copies
@@ -210,6 +219,7 @@ def _with_halved(forward: Callable, places: list[tuple[nn.Module, str]], dtype: 
 def reshard(model: nn.Module) -> None:
     """After forward passes without a backward, which leave whole parameters: other objects than the optimiser
     has."""
+    # Each sharded module by itself: reshard() does not go down.
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -228,6 +238,7 @@ def recompute(model: nn.Module) -> None:
     """Activation checkpointing of every block (arXiv:1604.06174): only its input is kept."""
     for block in [*model.vision_blocks, *model.blocks]:
         forward = block.forward
+        # The rows that adapters saw are put back too: the backward pass draws the same dropout.
         block.forward = lambda *args, forward=forward: checkpoint(
             with_rows_of_now(forward), *args, use_reentrant=False
         )
@@ -249,10 +260,12 @@ class Cut:
     def take(self, whole: Tensor) -> Tensor:
         # (parts * size * n) -> (parts, size, n): qkv is packed, so a rank's slice is not one contiguous range
         slices = whole.unflatten(self.dim, (self.parts, self.size, -1))
+        # (parts, size, n) -> (parts, n) -> (parts * n)
         return slices.select(self.dim + 1, self.rank).flatten(self.dim, self.dim + 1)
 
     def join(self, parts: list[Tensor]) -> Tensor:
         """The whole from what all ranks have."""
+        # The way back: (parts * n) a rank -> (parts, size, n) -> the whole.
         slices = [part.unflatten(self.dim, (self.parts, -1)) for part in parts]
         return torch.stack(slices, self.dim + 1).flatten(self.dim, self.dim + 2)
 
@@ -279,6 +292,7 @@ def tensor_parallel(model: nn.Module, plan: dict[str, tuple[str, int]], world: W
     of an embedding. A layer's in_features and out_features stay the whole layer's. Call `mark_cuts` when the
     parameters are real.
     """
+    # By name, since the parameters of the meta device are replaced by real ones later.
     model.cuts, made = {}, {}
     if world.tp_size == 1:
         return
@@ -289,6 +303,7 @@ def tensor_parallel(model: nn.Module, plan: dict[str, tuple[str, int]], world: W
         p = getattr(owner, key)
         if p is None:
             return
+        # The model's tp_plan has refused such a degree with a message.
         assert p.shape[dim] % (parts * world.tp_size) == 0, (
             f"{name} {tuple(p.shape)} in {world.tp_size} x {parts}"
         )
@@ -302,12 +317,15 @@ def tensor_parallel(model: nn.Module, plan: dict[str, tuple[str, int]], world: W
         model.cuts[name] = Cut(dim, parts, world.tp_rank, world.tp_size)
 
     for name, module in list(model.named_modules()):
+        # The first pattern that matches counts, so a plan may name exceptions first.
         kind, parts = next((value for pattern, value in plan.items() if fnmatch(name, pattern)), (None, 0))
         if kind is None or not any(True for _ in module.parameters()):  # a pipeline stage lacks most of them
             continue
+        # Tells copy_to_tp that this layer's input gradient is a share.
         module.is_cut = True
         lora = hasattr(module, "lora_A")
         if kind in ("column", "vocab"):
+            # Rows of the weight are output features: the bias is cut with them.
             for key, _ in list(module.named_parameters(recurse=False)):
                 cut(f"{name}.{key}", 0, parts)
             if lora:
@@ -333,6 +351,7 @@ def tensor_parallel(model: nn.Module, plan: dict[str, tuple[str, int]], world: W
 
 def mark_cuts(model: nn.Module) -> None:
     """Notes on each parameter how it was cut: for checkpoints and the gradient norm."""
+    # After to_empty: the marks go onto the tensors that training works with.
     cuts = getattr(model, "cuts", {})
     for name, p in model.named_parameters():
         if name in cuts:
@@ -355,6 +374,7 @@ class _Copy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
+        # An identity forward, so another tensor: autograd needs one of this function's own.
         return x.view_as(x)
 
     @staticmethod
@@ -369,6 +389,7 @@ class _Reduce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
+        # In place: the product of a cut layer is nobody else's.
         x = x.contiguous()
         if "tp" in groups:  # a dry run has no other ranks
             dist.all_reduce(x, group=groups["tp"])
@@ -388,6 +409,7 @@ def heads_of_rank(x: Tensor, dim: int) -> Tensor:  # all ranks of a group
     """This rank's heads of a tensor that every rank has whole."""
     if "tp" not in groups:
         return x
+    # Its gradient is summed: each rank has that of its own heads.
     return _Copy.apply(x).chunk(dist.get_world_size(groups["tp"]), dim)[dist.get_rank(groups["tp"])]
 
 
@@ -412,6 +434,7 @@ def _row_linear(module: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _vocab_embedding(module: nn.Embedding, ids: Tensor) -> Tensor:
+    # Rows of this rank, from first_channel(V) on.
     V = len(module.weight)
     # a rank embeds the tokens of its rows, zeros for the others: one rank's row is in the sum
     ids = ids - first_channel(V)
@@ -436,6 +459,7 @@ def vocab_cross_entropy(
     """linear_cross_entropy with this rank's part of the vocabulary matrix."""
     if "tp" not in groups:
         return linear_cross_entropy(x, weight, targets)
+    # Targets count from this rank's first row; those of other ranks lie outside, and the group sums up.
     return linear_cross_entropy(x, weight, targets - first_channel(len(weight)), group=groups["tp"])
 
 
@@ -458,9 +482,11 @@ def gradient_norm(parameters: Iterable[nn.Parameter], world: World) -> Tensor:  
         by_share.setdefault(holders * world.pp_size / world.size, []).append(grad)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for share, grads in by_share.items():  # a frozen pipeline stage has none
+        # fp64: squares of many small and few large gradients are added.
         norms = torch.stack(torch._foreach_norm(grads)).double()
         total += norms.square().sum() * share
     if world.size > 1:
+        # One collective for all kinds of layout: shares make it right.
         dist.all_reduce(total)
     return total.sqrt()
 
@@ -470,6 +496,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter], world: World) -> Tensor:  
 
 def all_sum(values: Tensor) -> Tensor:  # all ranks
     """Summed in place over the data-parallel ranks; ranks that see the same data count once."""
+    # Not over tensor or pipeline ranks: they have counted the same tokens.
     if "dp" in groups:
         dist.all_reduce(values, group=groups["dp"])
     return values
@@ -499,6 +526,7 @@ def gather_rows(x: Tensor, differentiable: bool = False) -> tuple[Tensor, int]: 
 
 
 def _gather(x: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:  # all ranks
+    # (n, ...) -> (most, ...), gathered, cut back to what each has.
     padded = x.new_zeros(max(counts), *x.shape[1:])
     padded[: len(x)] = x
     parts = [torch.empty_like(padded) for _ in counts]
@@ -511,6 +539,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, counts: list[int], first: int, group: dist.ProcessGroup) -> Tensor:
+        # This rank's own rows among all.
         ctx.rows, ctx.group = slice(first, first + len(x)), group
         return _gather(x, counts, group)
 
