@@ -55,13 +55,12 @@ class RowScaled(nn.Module):
         """x W^T. For few rows a CPU computes with int8 and int4 as they are: 16-bit weights would take longer
         to expand, or to read, than the product takes."""
         rows = x.numel() // max(1, x.shape[-1])
-        if x.device.type != "cpu" or not 0 < rows <= CPU_ROWS.get((self.bits, x.dtype), 0) or x.requires_grad:
+        fits = self.shape[1] % 32 == 0 and (self.bits == 8 or self.shape[0] % 64 == 0)  # unchecked by torch
+        if x.device.type != "cpu" or not fits or not 0 < rows <= CPU_ROWS.get((self.bits, x.dtype), 0):
             return F.linear(x, self.weight(x.dtype))
         flat = x.reshape(rows, -1).contiguous()
         if self.bits == 8:
             y = torch._weight_int8pack_mm(flat, self.q, self.scale.to(x.dtype))
-        elif self.shape[0] % 64 or self.shape[1] % 32:
-            return F.linear(x, self.weight(x.dtype))
         else:
             if self.on_cpu is None:
                 self.on_cpu = self.pack_for_cpu()
