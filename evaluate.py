@@ -1,5 +1,5 @@
-"""Dataset -> answers -> scores: captions (CIDEr-D, BLEU, ROUGE-L), VQA accuracy, exact match, BLIP-2's
-retrieval.
+"""Dataset -> answers -> scores: captions (CIDEr-D, BLEU, ROUGE-L), answers (VQA accuracy, exact match, ANLS),
+boxes (Acc@0.5), charts (relaxed accuracy), BLIP-2's retrieval.
 
     python evaluate.py --lora_path output  # an adapter, on the eval entries of its own run
     python evaluate.py --model blip2 --data_files captions.json --image_root images --num_beams 5
@@ -8,8 +8,8 @@ retrieval.
 A configuration is read as train.py reads it, and the same samples are scored; options of the command line
 win. With none, it is the train_config.json of the run that --lora_path or --model_name_or_path comes from.
 What is scored follows each record's format: captions by "caption", questions by "vqa_accuracy" and
-"exact_match", chats by "exact_match"; --metric takes others. A stage-1 checkpoint of BLIP-2 is scored by
-"retrieval".
+"exact_match", boxes by "grounding", chats by "exact_match"; --metric takes others (metrics.py). A stage-1
+checkpoint of BLIP-2 is scored by "retrieval".
 """
 
 import python_version  # noqa: F401  (first: it says which Python is needed)
@@ -32,6 +32,7 @@ import metrics
 import terminal
 import vlm
 from config import Config, parse_config
+from draw import draw_boxes
 from engine import Engine
 from generate import (
     DTYPES,
@@ -283,6 +284,7 @@ def main(argv: list[str] | None = None) -> int:
         help="instead of the format's own; may be repeated",
     )
     add("--stage", default=None, help="of training, for its prompt format; default: the configuration's")
+    add("--boxes", default=None, help="folder for copies of the images with the boxes of the answers drawn")
     add("--output", default=None, help="write answers, scores and settings as JSON here")
     add("--batch_size", type=int, default=None, help="default: per_device_eval_batch_size, else 32")
     add("--rerank", type=int, default=128, help="retrieval: candidates that are matched")
@@ -395,6 +397,8 @@ def run(args, how: Decoding, names: list[str]) -> int:
         conversations = merge_references(conversations, numbers)
         batches = answer_all(model, processor, conversations, batch_size, how, bad, progress=True)
         found, stop = scored_answers(processor, conversations, batches, args.metric)
+        if args.boxes:
+            draw_answers(found["answers"], Path(args.boxes))
         result |= {**found, "decoding": dataclasses.asdict(how)}
         scores = result["scores"]
     result["left_out"] = [{"where": where, "reason": reason} for where, reason in bad]
@@ -458,6 +462,17 @@ def scored_answers(
         )
     print(f"scores of {len(answers)} answers: ", end="")
     return result, stop
+
+
+def draw_answers(answers: list[dict], folder: Path) -> None:
+    """Copies of the images with the boxes that the answers name, numbered as the answers."""
+    drawn = 0
+    for n, found in enumerate(answers):
+        text = found["answer"]
+        if found["prompt"].endswith("<box>"):  # the prompt began it
+            text = f"<box>{text}"
+        drawn += bool(found["images"] and draw_boxes(found["images"][-1], text, folder / f"{n:05d}.png"))
+    print(f"boxes of {drawn:,} answers drawn: {folder}", file=sys.stderr)
 
 
 def say_again(path: str) -> None:

@@ -105,6 +105,19 @@ def open_image(source: str | os.PathLike) -> Image.Image:
         ) from None
 
 
+def image_size(source: str | os.PathLike) -> tuple[int, int]:
+    """(width, height) as open_image would give it, from the header alone where that says it. ValueError as
+    there."""
+    try:
+        if is_data_url(source) or not os.path.isfile(source):
+            return open_image(source).size
+        with Image.open(source, formats=readable(FORMATS)) as image:
+            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF orientation: on its side
+            return image.size[::-1] if turned else image.size
+    except Exception:
+        return open_image(source).size  # which says what is wrong
+
+
 def upright(image: Image.Image) -> Image.Image:
     """Turned as its EXIF orientation says; damaged EXIF data says nothing."""
     image.load()

@@ -1,9 +1,11 @@
-"""Scores of captions and answers: BLEU-1..4, ROUGE-L, CIDEr-D, VQA accuracy, exact match.
+"""Scores of captions, answers and boxes: BLEU-1..4, ROUGE-L, CIDEr-D, VQA accuracy, exact match, GQA's accuracy,
+ANLS, relaxed accuracy, Acc@0.5 and mean IoU.
 
 Captions are scored as by the COCO caption evaluation (arXiv:1504.00325; CIDEr-D: arXiv:1411.5726) on tokens
 as the Penn Treebank tokenizer of Stanford CoreNLP 3.4.1 makes them when called as there (-preserveLines
 -lowerCase); answers as by the official VQA evaluation (arXiv:1505.00468). Chinese and Japanese text, which
-that tokenizer leaves whole, is scored by character.
+that tokenizer leaves whole, is scored by character. ANLS: arXiv:1907.00490; relaxed accuracy: arXiv:2203.10244;
+boxes, and the clean-up of an answer to GQA, as Qwen-VL's own evaluation has them.
 """
 
 import math
@@ -309,16 +311,148 @@ def exact_match_scores(
     return mean_score("accuracy", [float(a.strip() in {r.strip() for r in some}) for a, some in pairs])
 
 
-METRICS = {"caption": caption_scores, "vqa_accuracy": vqa_scores, "exact_match": exact_match_scores}
-OF_KIND = {
+def any_case_scores(answers: list[str], references: list[list[str]]) -> dict[str, tuple[float, list[float]]]:
+    """Equal to one of the references, blanks at both ends and the case aside (AI2D, OCR-VQA)."""
+    pairs = zip(answers, references, strict=True)
+    same = [float(a.strip().lower() in {r.strip().lower() for r in some}) for a, some in pairs]
+    return mean_score("any_case_accuracy", same)
+
+
+def gqa_answer(text: str) -> str:
+    """What Qwen-VL's evaluation takes of an answer to GQA: in its first clause, what stands behind the first
+    of each of these words and before the first " of"."""
+    text = re.split("[.,!]", text.strip())[0].lower()
+    for word in ("is ", "are ", "a ", "an ", "the "):  # in the middle of a word too: sic
+        text = text.split(word)[1] if word in text else text
+    return text.split(" of")[0].strip()
+
+
+def gqa_scores(answers: list[str], references: list[list[str]]) -> dict[str, tuple[float, list[float]]]:
+    """GQA's exact match. Two published ways to clean the answers: Qwen-VL's, and LAVIS's for BLIP-2, by
+    VQAv2's rules; the reference stays as it is."""
+    pairs = list(zip(answers, references, strict=True))
+    qwen = [float(gqa_answer(a) in {r.strip().lower() for r in some}) for a, some in pairs]
+    lavis = [float(vqa_words(vqa_punctuation(a.strip())) in some) for a, some in pairs]
+    return mean_score("gqa_accuracy", qwen) | mean_score("gqa_accuracy_lavis", lavis)
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Insertions, deletions and replacements of characters that make b of a."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+    return row[-1]
+
+
+def anls_scores(answers: list[str], references: list[list[str]]) -> dict[str, tuple[float, list[float]]]:
+    """1 - edit distance / length of the longer, with the nearest reference; 0 below a half. The distance is
+    of texts in lower case with single blanks, the length of the texts as they are: so in DocVQA's script."""
+
+    def distance(answer: str, reference: str) -> float:
+        longer = max(len(answer), len(reference))
+        plain = [" ".join(text.lower().split()) for text in (reference, answer)]
+        return edit_distance(*plain) / longer if longer else 0.0
+
+    scores = []
+    for answer, some in zip(answers, references, strict=True):
+        score = 1 - min(distance(answer, r) for r in some)
+        scores.append(score if score >= 0.5 else 0.0)
+    return mean_score("anls", scores)
+
+
+def relaxed_match(answer: str, reference: str) -> bool:
+    """ChartQA's: a number may be 5% away from the reference's; other texts are equal, the case aside."""
+
+    def number(text: str) -> float | None:
+        try:
+            return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+        except ValueError:
+            return None
+
+    found, wanted = number(answer), number(reference)
+    if found is not None and wanted:
+        return abs(found - wanted) / abs(wanted) <= 0.05
+    return answer.lower() == reference.lower()
+
+
+def relaxed_scores(answers: list[str], references: list[list[str]]) -> dict[str, tuple[float, list[float]]]:
+    """Relaxed accuracy. Qwen-VL's script gives answer and reference in each other's place, so that 5% is of
+    the answer: its published score is the second one."""
+    pairs = [(a.strip(), some) for a, some in zip(answers, references, strict=True)]
+    own = [float(any(relaxed_match(a, r) for r in some)) for a, some in pairs]
+    swapped = [float(any(relaxed_match(r, a) for r in some)) for a, some in pairs]
+    return mean_score("relaxed_accuracy", own) | mean_score("relaxed_accuracy_qwen", swapped)
+
+
+# --------------------------------------------------------------------------------------------------
+# Boxes. An answer's are in 999ths of the image's sides; a reference's in pixels, "... of 640x480", or likewise.
+
+CORNERS = re.compile(r"\((.*?)\),\((.*?)\)")
+SIZE = re.compile(r" of (\d+)x(\d+)$")
+
+
+def first_box(answer: str) -> list[float]:
+    """[x1, y1, x2, y2] of the first box of an answer; zeros, which meet nothing, if it is none."""
+    found = CORNERS.search(answer)
+    try:
+        box = [float(v) for corner in found.groups() for v in corner.split(",")] if found else []
+    except ValueError:
+        box = []
+    return box if len(box) == 4 and all(map(math.isfinite, box)) else [0.0] * 4
+
+
+def overlap(a: list[float], b: list[float]) -> float:
+    """Intersection over union of two boxes."""
+    width, height = (max(0.0, min(a[i + 2], b[i + 2]) - max(a[i], b[i])) for i in (0, 1))
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
+    union = sum(areas) - width * height
+    return width * height / union if union > 0 else 0.0
+
+
+def box_scores(answers: list[str], references: list[list[str]]) -> dict[str, tuple[float, list[float]]]:
+    """Acc@0.5: whether the answer's first box and the reference's have an IoU of at least a half; and the mean
+    IoU. Where a reference has several boxes (all things of a class), the one that it meets best."""
+    ious = []
+    for answer, some in zip(answers, references, strict=True):
+        best = 0.0
+        for reference in some:
+            size = SIZE.search(reference)
+            width, height = map(int, size.groups()) if size else (999, 999)
+            sides = (width, height) * 2
+            box = [v / 999 * side for v, side in zip(first_box(answer), sides, strict=True)]
+            targets = [first_box(f"({a}),({b})") for a, b in CORNERS.findall(reference)]
+            best = max([best, *(overlap(box, target) for target in targets)])
+        ious.append(best)
+    return mean_score("acc@0.5", [float(iou >= 0.5) for iou in ious]) | mean_score("mean_iou", ious)
+
+
+METRICS = {
+    "caption": caption_scores,
+    "vqa_accuracy": vqa_scores,
+    "exact_match": exact_match_scores,
+    "any_case": any_case_scores,
+    "gqa": gqa_scores,
+    "anls": anls_scores,
+    "relaxed_accuracy": relaxed_scores,
+    "grounding": box_scores,
+}
+OF_KIND = {  # of a conversation
     "caption": ["caption"],
     "vqa": ["vqa_accuracy", "exact_match"],
+    "grounding": ["grounding"],
     "chat": ["exact_match"],
-}  # of a conversation
+}
 SCORES = {  # of each metric
     "caption": ("cider", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l"),
     "vqa_accuracy": ("vqa_accuracy",),
     "exact_match": ("accuracy",),
+    "any_case": ("any_case_accuracy",),
+    "gqa": ("gqa_accuracy", "gqa_accuracy_lavis"),
+    "anls": ("anls",),
+    "relaxed_accuracy": ("relaxed_accuracy", "relaxed_accuracy_qwen"),
+    "grounding": ("acc@0.5", "mean_iou"),
 }
 
 

@@ -35,7 +35,7 @@ from images import open_image
 from kernels.attention import attention
 from kernels.dropout import keys_of_rows
 from kernels.linear_cross_entropy import IGNORE_INDEX
-from records import front_image, text_of
+from records import front_image, refuse_boxes, text_of
 from schema import Depth, Epsilon, Pixels, Scale, Share, Size, TokenId, demand
 from vlm import Batch, even_segments
 
@@ -783,6 +783,7 @@ class Blip2Processor:
 
     def texts(self, conversation) -> tuple[str, str]:
         """(prompt, answer). Earlier turns of a chat are joined by blanks and belong to the prompt."""
+        refuse_boxes(conversation, "BLIP-2")
         # A system text goes in front of the first question, which has the image.
         first = next((n for n, (role, _) in enumerate(conversation.turns) if role == "user"), None)
         if first is None:

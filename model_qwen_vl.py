@@ -845,6 +845,8 @@ class QwenVLProcessor:
         if not turns:
             raise ValueError(f"{conversation.where}: no user turn to answer")
         if self.stage == "pretrain":
+            if conversation.kind == "grounding":  # as Qwen's own evaluation asks: the box is begun
+                turns.append(("assistant", "<box>"))
             ids = tk.encode((f"{system}\n" if system else "") + "".join(text for _, text in turns))
         else:
             # chat_prompt takes pairs; turns alternate (records.py has seen to it), so each question has its

@@ -31,7 +31,7 @@ from images import open_image
 from kernels.attention import attention
 from kernels.linear_cross_entropy import IGNORE_INDEX
 from kernels.rotary import rotary
-from records import front_image, text_of
+from records import front_image, refuse_boxes, text_of
 from schema import Depth, Epsilon, Pixels, Scale, Size, TokenId, demand
 from tokenizer_visualglm import TEXT_SPECIALS, GLMTokenizer
 from vlm import Batch, LMHead, even_segments
@@ -854,6 +854,7 @@ class VisualGLMProcessor:
         """(question, answer) pairs without the image; the last answer may be missing. A system text, which
         the format has no place for, begins the first question. ValueError for more than one image or one
         inside the text."""
+        refuse_boxes(conversation, "VisualGLM")
         system = "".join(f"{text_of(content)}\n" for role, content in conversation.turns if role == "system")
         turns = [content for role, content in conversation.turns if role != "system"]
         if not turns:

@@ -1,4 +1,4 @@
-"""Files of records: JSON, JSONL, CSV, TSV, folders of images with .txt captions, COCO's and VQAv2's own.
+"""Files of records: JSON, JSONL, CSV, TSV, folders of images with .txt captions; COCO's, VOC's, VQAv2's own.
 
     (source,) = open_files(["train.jsonl"])
     source[0], source.where(0), len(source)  # a record as it was parsed, "train.jsonl:1", how many
@@ -13,6 +13,7 @@ import sys
 from array import array
 from collections import Counter
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 
@@ -38,7 +39,17 @@ TABLE_KEYS = {
     "messages",
     "conversations",
 }
-LIST_KEYS = {*IMAGE_KEYS, "caption", "captions", "answers", "messages", "conversations", "history", "objects"}
+LIST_KEYS = {
+    *IMAGE_KEYS,
+    "caption",
+    "captions",
+    "answers",
+    "messages",
+    "conversations",
+    "history",
+    "objects",
+    "bbox",
+}
 
 
 def unique_keys(pairs: list) -> dict:
@@ -214,6 +225,8 @@ def read_folder(path: str) -> list:
                     file=sys.stderr,
                 )
             return open_files([str(Path(path) / name)])
+    if annotations := [str(p) for p in files if p.suffix.lower() == ".xml"]:
+        return [voc_boxes(annotations)]
     pictures = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
     texts = {p.with_suffix("") for p in files if p.suffix.lower() == ".txt"}
     if not pictures or not texts:
@@ -249,6 +262,8 @@ def open_files(paths: list[str]) -> list:
             sources += read_folder(path)
         elif is_tsv(path) or path.lower().endswith(".csv"):
             sources.append(read_table(path))
+        elif path.lower().endswith(".xml"):
+            sources.append(voc_boxes([path]))
         elif is_jsonl(path):
             sources.append(JsonLines(path))
         else:
@@ -262,7 +277,9 @@ def open_files(paths: list[str]) -> list:
                     raise ValueError(f"{path}: two annotations have one question_id")
                 annotations |= found
             elif "annotations" in keys:
-                sources.append(Records(path, coco_captions(path, document)))
+                instances = "categories" in keys and "caption" not in next(iter(document["annotations"]), {})
+                records = (coco_boxes if instances else coco_captions)(path, document)
+                sources.append(Records(path, records))
             else:
                 sources.append(Records(path, document if isinstance(document, list) else [document]))
     if bool(questions) != bool(annotations):
@@ -298,6 +315,63 @@ def coco_captions(path: str, document: dict) -> list[dict]:
     if without := sum(not record["caption"] for record in records.values()):
         print(f"warning: {path}: {without:,} images have no caption and are left out", file=sys.stderr)
     return [record for record in records.values() if record["caption"]]
+
+
+def coco_boxes(path: str, document: dict) -> list[dict]:
+    """One record for each class of an image, with all its boxes; COCO's are corner and size in pixels. A
+    crowd's box is around many objects and so is that of none."""
+    files = {i["id"]: i for i in document["images"]}
+    names = {c["id"]: c["name"] for c in document["categories"]}
+    if len(files) < len(document["images"]) or len(names) < len(document["categories"]):
+        raise ValueError(f"{path}: two images or two categories have one id")
+    records, crowds = {}, 0
+    for n, annotation in enumerate(document["annotations"]):
+        for key, known in (("image_id", files), ("category_id", names)):
+            if annotation[key] not in known:
+                raise ValueError(
+                    f"{path}: annotation {n} is of {key}={cut(annotation[key])}, which is no id there; the "
+                    "lists do not belong together"
+                )
+        if annotation.get("iscrowd"):
+            crowds += 1
+            continue
+        image, name = files[annotation["image_id"]], names[annotation["category_id"]]
+        about = {"image": image["file_name"], "image_id": image["id"], "ref": name, "bbox": []}
+        size = {key: image[key] for key in ("width", "height") if key in image}
+        box = annotation["bbox"]
+        if isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box):
+            box = [box[0], box[1], box[0] + box[2], box[1] + box[3]]
+        records.setdefault((image["id"], name), {**about, **size})["bbox"].append(box)
+    if crowds:
+        print(f"note: {path}: {crowds:,} boxes of crowds (iscrowd) are left out", file=sys.stderr)
+    return list(records.values())
+
+
+def voc_boxes(paths: list[str]) -> Records:
+    """PASCAL VOC's annotation files: one record for each class of an image. A corner's pixel counts from 1
+    and is inside, so a box begins one pixel before it."""
+    records, places = [], []
+    for path in paths:
+        try:
+            text = read_text(path)
+            if "<!DOCTYPE" in text or "<!ENTITY" in text:
+                raise ValueError("an XML document type, which no annotation has")
+            root = ElementTree.fromstring(text)
+            size = {key: int(float(root.findtext(f"size/{key}"))) for key in ("width", "height")}
+            found: dict[str, dict] = {}
+            for thing in root.iter("object"):
+                low, high = ([float(thing.findtext(f"bndbox/{c}{m}")) for c in "xy"] for m in ("min", "max"))
+                name = thing.findtext("name")
+                about = {"image": root.findtext("filename"), "ref": name, "bbox": [], **size}
+                found.setdefault(name, about)["bbox"].append([low[0] - 1, low[1] - 1, *high])
+        except (ValueError, TypeError, ElementTree.ParseError) as e:
+            found = {"": ValueError(f"not a VOC annotation: {one_line(e)}")}
+        records += found.values()
+        places += [os.path.basename(path)] * len(found)
+    if not records:
+        raise ValueError(f"{paths[0]}: no object is annotated in these {len(paths):,} files")
+    # with a file's path: its records stand in its folder
+    return Records(os.path.join(os.path.dirname(paths[0]), ""), records, places)
 
 
 def vqa_v2(path: str, document: dict, annotations: dict) -> list[dict]:

@@ -69,10 +69,12 @@ Content = list[str | ImageRef]  # a turn: texts and images in their order
 class Conversation:
     id: str
     turns: list[tuple[str, Content]]  # (role, content), role system, user or assistant
-    kind: str  # "chat": text used as it is; "caption", "vqa": the model's processor adds its own wording
+    # "chat": text used as it is; "caption", "vqa", "grounding": the model's processor adds its own wording
+    kind: str
     where: str  # "train.jsonl:17", or "train.json record 17" (counted from 0) for a one-document file
     answers: list[str]  # all reference answers, with repetitions; of a chat, the last assistant turn
     source: str  # the record's own "source", else the entry's name
+    boxes: bool = False  # whether boxes in pixels were put into its text: not every model has a form for them
 
     @property
     def images(self) -> list[str]:
@@ -234,6 +236,9 @@ CONTENT_KEYS = {
     "history",
     "input",
     "objects",
+    "bbox",
+    "ref",
+    "sent",
 }
 MEDIA_WORD = re.compile(r"image|img|picture|photo|video|audio|speech|media|frames?$|pixel", re.I)
 ABOUT_MEDIA = re.compile(  # facts about an image, no image
@@ -325,7 +330,17 @@ def check_keys(record: dict, known: set[str]) -> None:
 
 
 # Facts about a record that no reader needs
-ABOUT = {"id", "question_id", "image_id", "question_type", "answer_type", "source", "split"}
+ABOUT = {
+    "id",
+    "question_id",
+    "image_id",
+    "question_type",
+    "answer_type",
+    "source",
+    "split",
+    "width",
+    "height",
+}
 
 
 def unused_keys(record) -> set[str]:
@@ -579,22 +594,82 @@ def fill_objects(turns: list[tuple[str, list]], objects) -> None:
 
 
 def box_text(box, kind: str, owner: int, sources: list[str]) -> str:
-    """A box in thousandths of its image's sides, as Qwen-VL's format and this project's have them."""
+    """A box of "objects" in thousandths of its image's sides."""
+    if not isinstance(owner, int) or not 0 <= owner < len(sources):
+        raise ValueError(f"objects.image_id names image {cut(owner)}, the record has {len(sources)}")
+    size = images.image_size(sources[owner]) if kind == "real" else (1, 1)
+    return thousandths(inside(box, size), size)
+
+
+def inside(box, size: tuple[int, int]) -> list[float]:
+    """x1, y1, x2, y2 of a box that lies in its image. Half a pixel beyond an edge is the annotator's rounding
+    and is cut off."""
     numbers = (
         isinstance(box, list)
         and len(box) == 4
-        and all(isinstance(v, int | float) and v is not True for v in box)
+        and all(isinstance(v, int | float) and not isinstance(v, bool) for v in box)
     )
     if not numbers or not all(map(math.isfinite, box)):
         raise ValueError(f"a box must be four numbers x1, y1, x2, y2, got {cut(box)}")
-    if not isinstance(owner, int) or not 0 <= owner < len(sources):
-        raise ValueError(f"objects.image_id names image {cut(owner)}, the record has {len(sources)}")
-    width, height = images.open_image(sources[owner]).size if kind == "real" else (1, 1)
-    x1, y1, x2, y2 = (v / side for v, side in zip(box, (width, height) * 2, strict=True))
-    if not (0 <= x1 <= x2 <= 1 and 0 <= y1 <= y2 <= 1):
-        raise ValueError(f"box {cut(box)} does not lie in its image of {width}x{height}")
-    x1, y1, x2, y2 = (min(999, int(1000 * v)) for v in (x1, y1, x2, y2))
+    slack = 0.5 if size != (1, 1) else 0.0
+    cut_off = [min(max(v, 0), side) for v, side in zip(box, size * 2, strict=True)]
+    far = any(abs(v - w) > slack for v, w in zip(box, cut_off, strict=True))
+    if far or cut_off[0] > cut_off[2] or cut_off[1] > cut_off[3]:
+        raise ValueError(f"box {cut(box)} does not lie in its image of {size[0]}x{size[1]}")
+    return cut_off
+
+
+def thousandths(box: list[float], size: tuple[int, int]) -> str:
+    """A box in pixels in Qwen-VL's form: corners from 0 to 999 over the image's sides."""
+    x1, y1, x2, y2 = (min(999, int(1000 * v / side)) for v, side in zip(box, size * 2, strict=True))
     return f"<box>({x1},{y1}),({x2},{y2})</box>"
+
+
+def read_boxes(record: dict, answered: bool = True):
+    """What is asked for ("ref", or RefCOCO's "sent") and its boxes in pixels: "bbox" is one [x1, y1, x2, y2]
+    or a list of them. They are put in when the image is found, by fill_boxes."""
+    check_keys(record, {"ref", "sent", "bbox", "width", "height", *IMAGE_KEYS})
+    names = [key for key in ("ref", "sent") if not is_empty(record.get(key))]
+    if len(names) != 1:
+        raise ValueError("a box needs one name of what is in it, under 'ref'")
+    name = text_value(record[names[0]], repr(names[0])).strip()
+    if "<" in name and re.search(r"</?(ref|box|img|quad)>", name):
+        raise ValueError(f"{names[0]!r} holds a tag: {cut(name)}")
+    found = given_images(record)
+    if len(found) != 1:
+        raise ValueError(f"a box needs one image, got {len(found)}")
+    if answered and is_empty(record.get("bbox")):
+        raise ValueError("no box: expected 'bbox': [x1, y1, x2, y2] in pixels, or a list of such")
+    turns = [("user", [ImageRef(found[0]), f"<ref>{name}</ref>"]), ("assistant", [""])]
+    return [("grounding", turns, [])]
+
+
+def fill_boxes(turns: list[tuple[str, list]], record: dict) -> list[str]:
+    """Writes a grounding record's boxes into its answer; returns the reference, in pixels of the image.
+    ValueError where they do not fit the image."""
+    boxes = record.get("bbox") or []
+    boxes = boxes if boxes and isinstance(boxes, list) and isinstance(boxes[0], list) else [boxes]
+    size = images.image_size(turns[0][1][0].source)
+    told = tuple(record.get(key) or own for key, own in zip(("width", "height"), size, strict=True))
+    if told != size:
+        raise ValueError(
+            f"the record says {cut(told[0])}x{cut(told[1])} pixels, its image has {size[0]}x{size[1]}: its "
+            "boxes are another image's"
+        )
+    found = [inside(box, size) for box in boxes]
+    if empty := [box for box in found if box[0] == box[2] or box[1] == box[3]]:
+        raise ValueError(f"box {cut(empty[0])} has no area")
+    turns[1][1][0] = "".join(thousandths(box, size) for box in found)
+    pixels = "".join("<box>({:.10g},{:.10g}),({:.10g},{:.10g})</box>".format(*box) for box in found)
+    return [f"{pixels} of {size[0]}x{size[1]}"]
+
+
+def refuse_boxes(conversation: Conversation, model: str) -> None:
+    """Of a model whose text has no form for a box."""
+    if conversation.boxes:
+        raise ValueError(
+            f"{model} has no form for boxes in its text; train Qwen-VL on them, or leave them out"
+        )
 
 
 def read_chat(record: dict, answered: bool = True):
@@ -607,6 +682,7 @@ READERS = {
     "vg_caption": read_caption,
     "coco_vqa": read_vqa,
     "visualglm_dataset": read_visualglm,
+    "boxes": read_boxes,
 }
 
 
@@ -619,6 +695,8 @@ def reader_of(record: dict):
         return read_visualglm
     if "question" in have:
         return read_vqa
+    if "bbox" in have and have & {"ref", "sent"}:
+        return read_boxes
     if have & {*ASKED}:
         return read_chat
     if have & {"caption", "captions"} or "text" in have and have & set(IMAGE_KEYS):
@@ -627,7 +705,7 @@ def reader_of(record: dict):
         f"no known kind of record among the keys {cut(sorted(have))}; "
         "expected 'messages', 'conversations', "
         "'query' and 'response', 'instruction' and 'output', 'question' and "
-        "'answer', or 'image' and 'caption'"
+        "'answer', 'ref' and 'bbox', or 'image' and 'caption'"
     )
 
 
@@ -667,8 +745,11 @@ def conversations_of(
             answers = [text_of(turns[-1][1])] if answered else []
             if system and turns[0][0] != "system":
                 turns.insert(0, ("system", [system]))
+        if kind == "grounding":
+            answers = fill_boxes(turns, record) if answered else []
+        boxes = kind == "grounding" or not is_empty(record.get("objects"))
         check_text(turns)
-        found.append(Conversation(str(id), turns, kind, where, answers, source))
+        found.append(Conversation(str(id), turns, kind, where, answers, source, boxes))
     return found
 
 

@@ -23,6 +23,7 @@ import rates
 from build import check_stage, total_steps
 from config import Config, differences
 from meeting import Meeting
+from records import text_of
 from run_dir import HARMLESS, RunDir, Start, read_state, shown
 
 
@@ -77,6 +78,17 @@ def check_metric(cfg: Config, eval_plan: data.Plan) -> None:
             f"metric_for_best_model={cfg.metric_for_best_model}: the eval "
             f"entries give eval_loss, {', '.join(have)}"
         )
+
+
+def check_jitter(cfg: Config, plan: data.Plan) -> None:
+    """An image that moves takes its boxes away from what they are around."""
+    for n in np.unique(plan.index.entry, return_index=True)[1] if cfg.image_jitter else ():
+        conversation = plan.index.conversation(n)
+        if conversation.boxes or any("<box>" in text_of(content) for _, content in conversation.turns):
+            raise ValueError(
+                f"image_jitter={cfg.image_jitter:g} moves images, but not the boxes in {conversation.where}; "
+                "leave image_jitter out"
+            )
 
 
 def check_contrast(cfg: Config, definition, dp_size: int, evaluating: bool) -> None:
@@ -199,6 +211,7 @@ def prepare(
     check_stage(cfg, definition)
     processor = definition.processor(directory, cfg.stage)
     plan = read_plan(cfg, "train", processor, meeting)
+    check_jitter(cfg, plan)
     evaluating = cfg.do_eval or cfg.evaluation_strategy != "no"
     # In the files' order: an evaluation is the same whenever it is made.
     eval_plan = read_plan(cfg, "eval", processor, meeting, shuffle=False) if evaluating else None

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from ranks import run
 
+from runs import make_grounding
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("blip2", "qwen_vl", "visualglm")
 CONFIGS = sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("configs/*/*.json"))
@@ -23,8 +25,12 @@ def test_there_are_configurations():
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_configuration_starts(tmp_path, capfd, name):
+def test_configuration_starts(tmp_path, capfd, monkeypatch, name):
     out = ["--output_dir", str(tmp_path / "out")]
+    if "grounding" in name:
+        monkeypatch.chdir(tmp_path)
+        make_grounding.make(tmp_path / "grounding", "train", 20, 0)
+        make_grounding.make(tmp_path / "grounding", "val", 2, 0)
     if "samples" in name:
         quick = ["--evaluation_strategy", "no", "--load_best_model_at_end", "false", "--do_eval", "false"]
         run([name, *out, "--max_steps", "1", "--num_workers", "0", *quick])
