@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import data
+import loggers
 import metrics
 import parallel
 import pipeline
@@ -87,7 +88,8 @@ class Config:
     dataset: dict | str | None = key(
         DATA,
         None,
-        'FILE, FILE,EVAL_FILE, a folder, or {"train": [entry, ...], "eval": [...]}; by default samples/',
+        'FILE, FILE,EVAL_FILE, a folder, or {"train": [entry, ...], "eval": [...]}; by default samples/; '
+        '"probe": [...] is scored before and after training, to see what is forgotten',
     )
     eval_split: float = key(DATA, 0.0, "share of the training records that evaluates instead", low=0, below=1)
     mixtoken: bool = key(DATA, False, "fill each stream up to max_length tokens")
@@ -152,6 +154,20 @@ class Config:
         "eval_loss",
         "eval_loss: the lower the better; others need eval_with_do_generation",
         choices=METRICS,
+    )
+    early_stopping_patience: int | None = key(
+        RUN,
+        None,
+        "evaluations in a row that are not better than the best one, after which the run ends",
+        low=1,
+        high=COUNT,
+    )
+    sample_steps: int | None = key(
+        RUN,
+        None,
+        "interval of greedy answers to four fixed eval questions, shown and logged",
+        low=1,
+        high=COUNT,
     )
     seed: int = key(RUN, 42, "of order, initial values, dropout", low=0, high=2**32 - 1)
 
@@ -286,7 +302,7 @@ class Config:
     )
     disable_tqdm: bool = key(OUTPUT, False, "no progress bar")
     report_to: list[str] | None = key(
-        OUTPUT, None, "other logs; none, or tensorboard", choices=(None, "tensorboard", "none")
+        OUTPUT, None, "other logs, whose package must be installed", choices=(None, "none", *loggers.PACKAGES)
     )
     benchmark: bool = key(OUTPUT, False, "print samples/s, tokens/s and peak memory at the end")
     skip_memory_metrics: bool = key(OUTPUT, True, "leave out the peak memory at the end")
@@ -691,13 +707,18 @@ def validate(cfg: Config) -> None:
             f"eval_steps={eval_steps} must be a "
             f"multiple of save_steps={cfg.save_steps}"
         )
+    if cfg.early_stopping_patience and cfg.evaluation_strategy == "no":
+        raise ValueError(
+            f"early_stopping_patience={cfg.early_stopping_patience} counts evaluations, and "
+            "evaluation_strategy=no has none; set evaluate to a number of steps, or to epoch"
+        )
     if cfg.metric_for_best_model != "eval_loss" and not cfg.eval_with_do_generation:
         raise ValueError(
             f"metric_for_best_model={cfg.metric_for_best_model} needs eval_with_do_generation=true"
         )
     check_rates(cfg)
     check_quantize(cfg)
-    check_report_to(cfg)
+    loggers.check(cfg.report_to or [])
     for names, has_effect, needs in (
         (
             "lora_rank lora_alpha lora_dropout lora_target_modules lora_split loraplus_lr_ratio",
@@ -724,8 +745,8 @@ def validate_dataset(cfg: Config) -> None:
     if cfg.dataset is None:
         return
     for split, entries in cfg.dataset.items():
-        if split not in ("train", "eval"):
-            raise ValueError(f"dataset has the key {shown(split)}; expected train and eval")
+        if split not in ("train", "eval", "probe"):
+            raise ValueError(f"dataset has the key {shown(split)}; expected train, eval and probe")
         if not isinstance(entries, list) or (not entries and split == "train"):
             raise ValueError(
                 f"dataset.{split} is {shown(entries)}; expected a list of entries with data_files"
@@ -733,7 +754,8 @@ def validate_dataset(cfg: Config) -> None:
         cfg.dataset[split] = [check_entry(f"dataset.{split}[{n}]", entry) for n, entry in enumerate(entries)]
     if cfg.eval_split and cfg.dataset.get("eval"):
         raise ValueError(f"eval_split={cfg.eval_split} and the dataset's eval entries; use one of the two")
-    for name, wanted in (("evaluation_strategy", cfg.evaluation_strategy != "no"), ("do_eval", cfg.do_eval)):
+    evaluates = cfg.evaluation_strategy != "no", cfg.do_eval, cfg.sample_steps
+    for name, wanted in zip(("evaluation_strategy", "do_eval", "sample_steps"), evaluates, strict=True):
         if wanted and not cfg.dataset.get("eval") and not cfg.eval_split:
             value = shown(getattr(cfg, name)).strip("'")
             raise ValueError(
@@ -781,9 +803,11 @@ def validate_pipeline(cfg: Config) -> None:
             "pipeline_schedule=interleaved; use a multiple "
             f"of {cfg.pipeline_parallel_degree}"
         )
-    for key in ("cache_image_features", "eval_with_do_generation"):
-        if getattr(cfg, key):
-            raise ValueError(f"{key}=true needs the whole model on a rank, {pp} cuts it; use one of the two")
+    for key in ("cache_image_features", "eval_with_do_generation", "sample_steps"):
+        if value := getattr(cfg, key):
+            raise ValueError(
+                f"{key}={json.dumps(value)} needs the whole model on a rank, {pp} cuts it; use one of the two"
+            )
 
 
 def check_rates(cfg: Config) -> None:
@@ -811,15 +835,6 @@ def check_quantize(cfg: Config) -> None:
             f"quantize={cfg.quantize} with tensor_parallel_degree={cfg.tensor_parallel_degree}: blocks of 64 "
             "weights are not cut; use sharding, or pipeline_parallel_degree"
         )
-
-
-def check_report_to(cfg: Config) -> None:
-    """The other logs can be written: said before anything is loaded."""
-    if "tensorboard" in (cfg.report_to or ()):
-        try:
-            from torch.utils.tensorboard import SummaryWriter  # noqa: F401
-        except ImportError:
-            raise ValueError("report_to: tensorboard is not installed; pip install tensorboard") from None
 
 
 # ---- shown to a person

@@ -262,10 +262,11 @@ def hold_out(dataset: dict, share: float) -> dict:
         raise ValueError(f"eval_split={share:g} and evaluation entries are both given; use one")
     # The same files in both parts; share_of says which part a record is in.
     entries = [entry for entry in dataset.get("train") or [] if isinstance(entry, dict)]
-    return {
+    parts = {
         split: [{**entry, "eval_split": share, "eval_part": split == "eval"} for entry in entries]
         for split in ("train", "eval")
     }
+    return {**dataset, **parts}
 
 
 # --------------------------------------------------------------------------------------------------

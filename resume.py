@@ -20,6 +20,7 @@ import data
 import metrics
 import parallel
 import rates
+import watch
 from build import check_stage, total_steps
 from config import Config, differences
 from meeting import Meeting
@@ -34,6 +35,7 @@ class Prepared:
     processor: object
     plan: data.Plan
     eval_plan: data.Plan | None
+    probe_plan: data.Plan | None
     run_dir: RunDir
     state: dict  # where the run stands: trainer_state.json
     total: int  # steps of the run
@@ -148,11 +150,13 @@ def check_facts(facts: dict, state: dict, cfg: Config, resume: str) -> None:
     keys = ["seed", "mixtoken", "base", "lora_alpha", "lora_split", "stage", *rates.KEYS]
     # Packs depend on both; single samples do not: a longer limit cuts fewer of them.
     keys += ["max_length", "max_images"] if cfg.mixtoken else []
-    of_data = ["data", "samples"] + (["eval_data"] if saved.get("eval_data") and facts["eval_data"] else [])
+    of_data = ["data", "samples"]
+    of_data += [k for k in ("eval_data", "probe_data") if saved.get(k) and facts[k]]
     changed = [k for k in keys + of_data if k in saved and saved[k] != facts[k]]
     words = {
         "data": "the training data's key",
         "eval_data": "the eval data's key",
+        "probe_data": "the probe data's key",
         "base": "the base weights' key",
     }
     words["samples"] = "the number of usable samples"
@@ -162,7 +166,7 @@ def check_facts(facts: dict, state: dict, cfg: Config, resume: str) -> None:
         print(f"accept_changed_data=true: {listed}")
         if "eval_data" in changed:
             # Scores on other questions cannot be compared with the best so far.
-            state |= {"best_metric": None, "best_step": None}
+            state |= {"best_metric": None, "best_step": None, "since_best": 0}
     elif changed:
         only_data = not set(changed) - set(of_data)
         way = (
@@ -214,7 +218,11 @@ def prepare(
     check_jitter(cfg, plan)
     evaluating = cfg.do_eval or cfg.evaluation_strategy != "no"
     # In the files' order: an evaluation is the same whenever it is made.
-    eval_plan = read_plan(cfg, "eval", processor, meeting, shuffle=False) if evaluating else None
+    reads = {"eval": evaluating or cfg.sample_steps, "probe": (cfg.dataset or {}).get("probe")}
+    eval_plan, probe_plan = (
+        read_plan(cfg, split, processor, meeting, shuffle=False) if wanted else None
+        for split, wanted in reads.items()
+    )
     if evaluating:
         check_metric(cfg, eval_plan)
     # The layout as it will be; there is no process group yet.
@@ -229,7 +237,9 @@ def prepare(
     # Samples (or packs) that one update averages over, on all ranks together.
     global_batch = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps * replicas * shards
     facts = run_facts(cfg, definition, directory, plan, eval_plan, meeting.size, global_batch)
+    facts["probe_data"] = data.content_key(probe_plan.index.entries) if probe_plan else None
     state = {"step": 0, "best_metric": None, "best_step": None, "bad": 0, "samples": 0, "evaluated": True}
+    state |= {"since_best": 0, "probe": None}
     if start.resume:
         state |= read_state(start.resume)
         # Every rank comes to the same verdict; one says it.
@@ -265,14 +275,15 @@ def prepare(
             print(f"{cfg.output_dir} has no complete checkpoint of its run: it begins at step 0")
     # Whoever found a mistake has said so by now; the process group comes next.
     meeting.wait_for_all("prepared")
-    return Prepared(processor, plan, eval_plan, run_dir, state, total)
+    return Prepared(processor, plan, eval_plan, probe_plan, run_dir, state, total)
 
 
 def is_finished(ready: Prepared, cfg: Config) -> bool:
     """Whether the run is finished. With other settings than it was trained with that is an error."""
     # The same command again is no error: it says that there is nothing to do.
     start, out = ready.run_dir.start, cfg.output_dir
-    if not cfg.do_train or start.finished is None or ready.total > start.finished:
+    early = start.finished == ready.state["step"] and watch.out_of_patience(ready.state, cfg)
+    if not cfg.do_train or start.finished is None or ready.total > start.finished and not early:
         return False
     if changed := {k: v for k, v in start.changed.items() if k not in HARMLESS}:
         raise ValueError(

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import checkpoint
+import loggers
 import schema
 import terminal
 from config import Config
@@ -33,6 +34,7 @@ HARMLESS = {
     "logging_steps",
     "disable_tqdm",
     "report_to",
+    "sample_steps",
     "benchmark",
     "skip_memory_metrics",
     "dry_run",
@@ -58,6 +60,7 @@ RESTARTED_WITH = HARMLESS | {
     "max_steps",
 }
 RESTARTED_WITH |= {"per_device_eval_batch_size", "eval_accumulation_steps", "num_train_epochs"}
+RESTARTED_WITH |= {"early_stopping_patience"}
 PUBLISHED = ("*model*.safetensors*", "adapter_config.json", "loss.png")
 
 
@@ -401,6 +404,7 @@ def read_state(directory) -> dict:
     state = schema.read_json(path, "expected a checkpoint-N directory of a training run")
     number = float | int | None
     kinds = {"step": int, "epoch": int | None, "units": int | None, "bad": int | None, "samples": int | None}
+    kinds |= {"since_best": int | None, "probe": dict | None}
     kinds |= {"best_step": int | None, "facts": dict | None, "scaler": dict | None, "run": str | None}
     for key, kind in {**kinds, "best_metric": number, "evaluated": bool | None}.items():
         schema.check(state.get(key), kind, f"{path}: {key}")
@@ -441,7 +445,7 @@ def publish(path: Path, out: Path) -> list[str]:
 
 
 class Log:
-    """log.jsonl (every step), console lines, progress bar, TensorBoard. Rank 0 only."""
+    """log.jsonl (every step), console lines, progress bar, the logs of report_to. Rank 0 only."""
 
     def __init__(self, cfg: Config, run_dir: RunDir, start_step: int, total: int, evaluated: bool):
         """`evaluated`: whether the evaluation due at start_step has counted already; else it comes again."""
@@ -451,7 +455,7 @@ class Log:
             for line in source.read_text(encoding="utf-8", errors="replace").splitlines():
                 with contextlib.suppress(json.JSONDecodeError, TypeError, KeyError):
                     r = json.loads(line)
-                    again = r["step"] == start_step and "loss" not in r and not evaluated
+                    again = r["step"] == start_step and "eval_loss" in r and not evaluated
                     if r["step"] <= start_step and not again and not r.get("final"):
                         kept.append(line)
         if cfg.do_train:
@@ -459,11 +463,8 @@ class Log:
                 file.write("".join(line + "\n" for line in kept))
         self.file = open(self.path, "a", encoding="utf-8")
         self.progress = terminal.Progress(total, enabled=not cfg.disable_tqdm)
-        self.board = None
-        if "tensorboard" in (cfg.report_to or ()):  # config.py has looked whether it is installed
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(cfg.output_dir)
+        run_id = run_dir.start.id
+        self.others = loggers.open_logs(cfg.report_to or [], run_dir.path, asdict(cfg), run_id)
 
     def write(self, record: dict) -> None:
         try:
@@ -471,10 +472,8 @@ class Log:
             self.file.flush()
         except OSError as e:
             raise checkpoint.SaveError(self.path, e.strerror) from e
-        if self.board:
-            for key, value in record.items():
-                if isinstance(value, int | float):
-                    self.board.add_scalar(key, value, record["step"])
+        for other in self.others:
+            other.write(record)
 
     def step(self, r: dict) -> None:
         self.write(r)
@@ -492,5 +491,5 @@ class Log:
     def close(self) -> None:
         self.progress.close()
         self.file.close()
-        if self.board:
-            self.board.close()
+        for other in self.others:
+            other.close()

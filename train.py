@@ -39,6 +39,7 @@ import schema
 import terminal
 import train_state
 import vlm
+import watch
 from build import (
     autocast,
     build,
@@ -278,10 +279,10 @@ def clip_and_step(
 
 
 @torch.no_grad()
-def evaluate_loss(run: "Run") -> dict[str, float]:  # all ranks
-    """Mean loss over the supervised tokens of the eval set, and of each of its entries. A signal breaks it
-    off on all ranks. Raises ValueError for more bad samples than max_bad_samples allows."""
-    cfg, world, plan, stages = run.cfg, run.world, run.eval_plan, run.built.stages
+def evaluate_loss(run: "Run", plan: data.Plan) -> dict[str, float]:  # all ranks
+    """Mean loss over the supervised tokens of an evaluation set, and of each of its entries. A signal breaks
+    it off on all ranks. Raises ValueError for more bad samples than max_bad_samples allows."""
+    cfg, world, stages = run.cfg, run.world, run.built.stages
     # Dropout off, Qwen-VL's extrapolation on: see the models.
     run.model.eval()
     deal = data.Deal(world.dp_rank, world.dp_size, cfg.per_device_eval_batch_size)
@@ -326,13 +327,13 @@ def evaluate_loss(run: "Run") -> dict[str, float]:  # all ranks
     return result
 
 
-def generation_scores(run: "Run", after_each=None) -> dict[str, float]:
+def generation_scores(run: "Run", plan: data.Plan, after_each=None) -> dict[str, float]:
     """The eval entries' own metrics (eval_cider, eval_vqa_accuracy, eval_accuracy, ...) of greedy answers.
     all ranks answer all questions: a sharded model is entered together. Questions whose image cannot be read
     are named and left out; ValueError for more than max_bad_samples."""
     import evaluate  # it imports generate.py, which training alone needs not
 
-    cfg, index = run.cfg, run.eval_plan.index
+    cfg, index = run.cfg, plan.index
     questions = evaluate.merge_references(
         [index.conversation(n) for n in range(len(index))], index.entry.tolist()
     )
@@ -455,8 +456,9 @@ class Run:
     ):
         self.cfg, self.world, self.signals, self.directory = cfg, world, signals, directory
         self.autocast = autocast(cfg, world)  # what a forward pass runs in
-        self.plan, self.eval_plan, self.processor = ready.plan, ready.eval_plan, ready.processor
+        self.plan, self.eval_plan, self.probe_plan = ready.plan, ready.eval_plan, ready.probe_plan
         self.run_dir, self.state, self.total = ready.run_dir, ready.state, ready.total
+        self.processor = ready.processor
         # Rank 0 speaks for all.
         self.say = print if world.main else (lambda *_a, **_k: None)
         self.out, self.entries = Path(cfg.output_dir), self.plan.index.entries
@@ -513,12 +515,14 @@ class Run:
                 f"warning: continuing with other settings than the run began with: {shown(changed)}",
                 file=sys.stderr,
             )
-        # Deleted by hand: then it cannot be chosen at the end, and must not win against later ones.
-        if state["best_step"] and not (self.out / f"checkpoint-{state['best_step']}").is_dir():
+        # Without load_best_model_at_end the best is a number alone, which early stopping counts from.
+        # Deleted by hand, it cannot be chosen at the end, and must not win against later ones.
+        best = self.out / f"checkpoint-{state['best_step']}"
+        if state["best_step"] and self.cfg.load_best_model_at_end and not best.is_dir():
             self.say(
                 f"the best checkpoint so far, of step {state['best_step']}, is not in {self.out}: not counted"
             )
-            state |= {"best_metric": None, "best_step": None}
+            state |= {"best_metric": None, "best_step": None, "since_best": 0}
 
     # -- one step
 
@@ -695,19 +699,23 @@ class Run:
             keep = {self.out / f"checkpoint-{step}" for step in steps if step}
             checkpoint.rotate(self.out, self.cfg.save_total_limit, keep=keep, own=self.run_dir.belongs)
 
-    def evaluate(self, final: bool = False) -> dict[str, float]:  # all ranks
-        cfg, alone = self.cfg, self.world.size == 1
+    def scores(self, plan: data.Plan) -> dict[str, float]:  # all ranks
+        alone = self.world.size == 1
         self.settle()
         try:
             # One process may stop anywhere; of several, all or none (break_off).
             with self.signals.breakable(alone):
-                result = evaluate_loss(self)
-                if cfg.eval_with_do_generation:
-                    result |= generation_scores(self, None if alone else self.break_off)
+                result = evaluate_loss(self, plan)
+                if self.cfg.eval_with_do_generation:
+                    result |= generation_scores(self, plan, None if alone else self.break_off)
         finally:
             # Whatever broke it off: whole weights would stay in memory, and dropout off.
             parallel.reshard(self.model)
             self.model.train()
+        return result
+
+    def evaluate(self, final: bool = False) -> dict[str, float]:  # all ranks
+        result = self.scores(self.eval_plan)
         self.say("evaluation | " + " | ".join(f"{k} {v:.4f}" for k, v in result.items()), flush=True)
         if self.log:
             self.log.write({"step": self.state["step"], **result, **({"final": True} if final else {})})
@@ -727,6 +735,7 @@ class Run:
         elif best is None or (value < best if lower else value > best):
             state |= {"best_metric": value, "best_step": state["step"]}
         state["evaluated"] = True
+        state["since_best"] = 0 if state["best_step"] == state["step"] else state["since_best"] + 1
         # Saved before it was judged: its file learns of the result, or a restart would evaluate once more.
         if self.saved_at == state["step"] and self.world.main:
             path = self.out / f"checkpoint-{state['step']}" / "trainer_state.json"
@@ -741,6 +750,8 @@ class Run:
         cfg, state = self.cfg, self.state
         evaluates = self.due(cfg.evaluation_strategy, cfg.eval_steps or cfg.save_steps)
         state["evaluated"] = not evaluates
+        if cfg.sample_steps and state["step"] % cfg.sample_steps == 0:
+            watch.show_answers(self)
         # Save before evaluating: an evaluation that fails or is killed costs no training.
         if self.due(cfg.save_strategy, cfg.save_steps) or (stop and cfg.save_strategy != "no"):
             self.save()
@@ -762,15 +773,18 @@ class Run:
         try:
             if not state["evaluated"] and cfg.do_train and self.eval_plan is not None:  # it was killed before
                 self.judge(self.evaluate()[cfg.metric_for_best_model])
+            watch.begin_probe(self)
             # From here to the next reading: waiting for data, then the step.
             clock = time.perf_counter()
             # THE LOOP. Workers prepare the next micro-batches while this step computes.
-            for step, epoch, micro_batches in loader if cfg.do_train else ():
+            for step, epoch, micro_batches in loader if cfg.do_train and not watch.stops_early(self) else ():
                 stop = self.train_step(step, epoch, micro_batches, time.perf_counter() - clock, clock)
                 # Saving and evaluating are no part of the next step's time.
                 clock = time.perf_counter()
                 self.after_step(stop)
                 clock = time.perf_counter() if self.saved_at == step + 1 else clock
+                if watch.stops_early(self):
+                    break
             # The final model is a checkpoint like any other, published in the output directory itself.
             self.finish()
         except Stopped as e:
@@ -812,6 +826,7 @@ class Run:
             self.say("no evaluation gave a number: the last model stands for the best one", flush=True)
         if cfg.do_eval:
             self.evaluate(final=True)
+        watch.end_probe(self)
         if saving and self.world.main:
             draw_loss(self.log.path, out / "loss.png")
             self.run_dir.finish(out / f"checkpoint-{final}", state["step"])

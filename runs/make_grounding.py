@@ -28,7 +28,7 @@ CLASSES = {
     "1f7e9": "green square",
 }
 SIDE, THINGS = 64, 3  # pixels of a canvas, the sample model's own; drawings on it
-SIZE, STEP = 24, 8  # pixels of a drawing, and of the grid that it stands on
+SIZE, STEP = 32, 32  # pixels of a drawing, and of the grid that it stands on
 
 
 def drawings() -> dict[str, list[Image.Image]]:

@@ -1,0 +1,157 @@
+"""Early stopping, answers while training, the probe set, comparing runs: alone, on ranks, after restarts."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+from ranks import Replaced, run
+from test_train import arguments, assert_same_run, losses
+
+import train
+from runs import compare
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def log(out) -> list[dict]:
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def state(out, step: int) -> dict:
+    return json.loads((Path(out) / f"checkpoint-{step}/trainer_state.json").read_text())
+
+
+class Scores:
+    """Evaluations give these losses, one after the other; the last one stays."""
+
+    def __init__(self, *values: float):
+        self.values = list(values)
+
+    def __call__(self, original, run, plan):
+        return {"eval_loss": self.values.pop(0) if len(self.values) > 1 else self.values[0]}
+
+
+def patient(base, dataset, out, scores, patience=2, world=1, **options):
+    options = {"max_steps": 12, "save_steps": 2, "eval_steps": 2, "evaluation_strategy": "steps", **options}
+    argv = arguments(base, dataset, out, **{"early_stopping_patience": patience, **options})
+    run(argv, main=Replaced("train.evaluate_loss", Scores(*scores)), world=world)
+
+
+def test_patience_ends_the_run_where_it_is_used_up(base, dataset, tmp_path, capfd):
+    out = tmp_path / "out"
+    best = {"load_best_model_at_end": True, "save_total_limit": 1}
+    patient(base, dataset, out, [3.0, 2.0, 2.5, float("nan"), 1.0], **best)
+    said = capfd.readouterr().out
+    assert (
+        "early stopping after step 8 of 12: eval_loss 2.0000 of step 4 is the best, and 2 evaluations" in said
+    )
+    assert len(losses(out)) == 8 and state(out, 8)["since_best"] == 2 and state(out, 8)["best_step"] == 4
+    assert {p.name for p in out.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-8"}
+    published, best = ((out / folder / "model.safetensors").read_bytes() for folder in (".", "checkpoint-4"))
+    assert published == best and "best model:" in said
+    # the same command has nothing to do; with more patience it goes on where it stopped
+    patient(base, dataset, out, [9.0], load_best_model_at_end=True, save_total_limit=1)
+    assert "holds a finished run of 8 steps" in capfd.readouterr().out
+    patient(base, dataset, out, [2.5, 2.6], 4, load_best_model_at_end=True, save_total_limit=1)
+    assert len(losses(out)) == 12 and state(out, 12)["since_best"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("saves", [2, 3])
+def test_the_count_survives_a_restart(base, dataset, tmp_path, saves):
+    """Also where a checkpoint is not of an evaluation's step: that evaluation comes again."""
+    once, again = tmp_path / "once", tmp_path / "again"
+    patient(base, dataset, once, [3.0, 2.0, 2.5, 2.4, 1.0], save_steps=saves)
+    patient(base, dataset, again, [3.0, 2.0, 2.5], save_steps=saves, max_steps=6)
+    assert state(again, 6)["since_best"] == 1
+    patient(base, dataset, again, [2.4, 1.0], save_steps=saves)
+    assert state(again, 8)["since_best"] == 2 and len(losses(again)) == len(losses(once)) == 8
+
+
+def test_what_patience_needs_is_said(base, dataset, tmp_path):
+    for options, said in (
+        (
+            {"early_stopping_patience": 2},
+            "early_stopping_patience=2 counts evaluations, and evaluation_strategy=no",
+        ),
+        ({"early_stopping_patience": 0}, "expected 1 to"),
+        (
+            {"sample_steps": 2, "dataset": {"train": dataset["train"]}},
+            "no 'eval' entry, which sample_steps=2 needs",
+        ),
+        (
+            {"sample_steps": 2, "pipeline_parallel_degree": 2, "gradient_accumulation_steps": 2},
+            "sample_steps=2 needs the whole model on a rank, pipeline_parallel_degree=2",
+        ),
+        ({"dataset": {**dataset, "prob": []}}, "dataset has the key 'prob'; expected train, eval and probe"),
+    ):
+        options = {"dataset": dataset, **options}
+        argv = arguments(base, options.pop("dataset"), tmp_path / "out", **options)
+        with pytest.raises(ValueError, match=said):
+            train.main(argv)
+
+
+WATCHED = {"sample_steps": 2, "max_steps": 4, "save_steps": 2, "lr_scheduler_type": "constant"}
+
+
+def watched(base, dataset, out, world=1, batch=2, **options):
+    probed = {**dataset, "probe": dataset["eval"]}
+    options = {**WATCHED, "per_device_train_batch_size": batch, **options}
+    run(arguments(base, probed, out, **options), world=world)
+    return [r["samples"] for r in log(out) if "samples" in r], [r for r in log(out) if "probe_drop_loss" in r]
+
+
+def test_answers_and_probe_are_equal_on_ranks_and_after_a_restart(base, dataset, tmp_path, capfd):
+    answers, (probe,) = watched(base, dataset, tmp_path / "one")
+    said = capfd.readouterr().out
+    assert len(answers) == 2 and all(len(some) == 4 for some in answers)
+    assert (
+        said.count("sample | ") == 8
+        and "probe before training | loss" in said
+        and "probe | loss better by" in said
+    )
+    assert probe["probe_drop_loss"] == pytest.approx(probe["probe_after_loss"] - probe["probe_before_loss"])
+    assert answers[0][0].keys() == {"where", "question", "answer", "reference"}
+    watched(base, dataset, tmp_path / "again", max_steps=2)
+    for name, options in (("again", {}), ("two", {"world": 2, "batch": 1, "sharding": "stage2"})):
+        found, (other,) = watched(base, dataset, tmp_path / name, **options)
+        assert found == answers, name
+        for key in ("probe_before_loss", "probe_after_loss"):
+            assert other[key] == pytest.approx(probe[key], abs=1e-5), name
+    assert_same_run(tmp_path / "again", tmp_path / "one", 1e-6, 1e-6)
+    run(
+        arguments(
+            base,
+            dataset,
+            tmp_path / "off",
+            **{**WATCHED, "sample_steps": None},
+            per_device_train_batch_size=2,
+        )
+    )
+    assert_same_run(tmp_path / "off", tmp_path / "one", 1e-6, 1e-6)  # looking on changes nothing
+
+
+def test_runs_side_by_side(base, dataset, tmp_path, capsys):
+    """A finished run, and one whose last line is half written."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    for out, rate, value in ((a, 1e-2, [2.0, 1.5]), (b, 1e-3, [2.5, 2.6])):
+        options = {"max_steps": 4, "learning_rate": rate, "early_stopping_patience": 3}
+        patient(base, dataset, out, value, **options)
+    last = [f"{losses(out)[-1]:.4f}" for out in (a, b)]
+    with open(b / "log.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')
+    assert compare.main([str(a), str(b)]) == 0
+    said = capsys.readouterr().out
+    rows = {line.split("  ")[0]: line.split()[-2:] for line in said.splitlines() if line}
+    assert rows["learning_rate"] == ["0.01", "0.001"] and "output_dir" not in rows and "seed" not in rows
+    assert rows["last loss"] == last and rows["steps"] == ["4", "4"]
+    assert re.search(r"best eval_loss +1\.5000 \(step 4\) +2\.5000 \(step 2\)", said)
+    if importlib.util.find_spec("matplotlib"):
+        assert compare.main([str(a), str(b), "--picture", str(tmp_path / "c.png")]) == 0
+        assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
+    capsys.readouterr()
+    assert compare.main([str(a), str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "is no run" in error and error.count("\n") == 1
