@@ -196,6 +196,12 @@ def alive_micro_batches(layout: Layout, stages: list[int]) -> float:
     return min(n * chunks, 2 * (L.pp - rank - 1) + (chunks - 1) * L.pp + 1) / chunks
 
 
+def size(parameters, trainable: bool | None = None, width: int | None = None) -> float:
+    """Bytes of those that train (True), that are frozen (False) or of all, each number of `width` bytes."""
+    chosen = [p for p in parameters if trainable is None or p.requires_grad == trainable]
+    return sum(p.numel() * (width or p.element_size()) for p in chosen)
+
+
 def stage_memory(
     model: nn.Module,
     stages: list[int],
@@ -213,10 +219,6 @@ def stage_memory(
     groups = [[*block.parameters()] for block in [*model.vision_blocks, *model.blocks]]
     grouped = {id(p) for group in groups for p in group}
     groups.append([p for p in model.parameters() if id(p) not in grouped])
-
-    def size(parameters, trainable: bool | None = None, width: int | None = None) -> float:
-        chosen = [p for p in parameters if trainable is None or p.requires_grad == trainable]
-        return sum(p.numel() * (width or p.element_size()) for p in chosen)
 
     everything = [*model.parameters()]
     trained, frozen = size(everything, True), size(everything, False)
@@ -250,8 +252,6 @@ def stage_memory(
     if n > 1:
         accumulated = trained / shards if reduced else trained * (L.compute_bytes / 4 if L.master else 1)
     base = {"weights": weights + gathered, "optimiser": optimiser}
-    reduce = trained_group * (1 + 1 / shards) if L.fsdp else 0.0
-    final = trained / shards if L.fsdp and reduced else trained
     forward = Device(
         {
             **base,
@@ -265,10 +265,10 @@ def stage_memory(
     backward = Device(
         {
             **base,
-            "gradients": final + (largest if n > 1 else 0),
+            "gradients": (trained / shards if L.fsdp and reduced else trained) + (largest if n > 1 else 0),
             "activations": block + expanded,
             "loss": 0.0,
-            "communication": communication + reduce,
+            "communication": communication + (trained_group * (1 + 1 / shards) if L.fsdp else 0.0),
         }
     )
     step = Device(

@@ -320,13 +320,26 @@ def main(argv: list[str] | None = None) -> int:
         signal.SIGTERM, signal.default_int_handler
     )  # like Ctrl-C: what is answered is kept
     try:
-        return run(args, how, names)
+        return run(args, how)
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
+def ranks_or_answers(args, cfg: Config, model_config: dict, directory) -> tuple[bool, str]:
+    """Whether images and texts are ranked instead of questions answered, and the stage whose prompts are
+    used."""
+    stage = vlm.find(model_config).retrieval_stage(model_config)  # None for a model that answers
+    retrieving = "retrieval" in args.metric if args.metric else bool(stage)
+    if retrieving and not (stage and len(args.metric or ["retrieval"]) == 1):
+        raise ValueError(
+            "metric=retrieval needs a checkpoint that ranks images and texts (of BLIP-2's stage 1) and no "
+            f"other metric; {directory} is {'one' if stage else 'none'}, --metric {' '.join(args.metric)}"
+        )
+    return retrieving, stage if stage and not args.stage else cfg.stage
+
+
 @torch.inference_mode()
-def run(args, how: Decoding, names: list[str]) -> int:
+def run(args, how: Decoding) -> int:
     cfg, source = settings(args)
     kernels = dispatch.use_flash_attention(args.use_flash_attention or cfg.use_flash_attention, args.device)
     adapter = args.lora_path or cfg.lora_path
@@ -334,17 +347,11 @@ def run(args, how: Decoding, names: list[str]) -> int:
     base = base_of(args.model_name_or_path, args.lora_path) if args.lora_path else cfg.model_name_or_path
     directory = data.model_directory(cfg.model, base)
     model_config = checkpoint.read_config(directory)
-    ranks = vlm.find(model_config).retrieval_stage(model_config)  # None: answers
-    retrieving = "retrieval" in args.metric if args.metric else bool(ranks)
-    if retrieving and not (ranks and len(args.metric or names[-1:]) == 1):
-        raise ValueError(
-            "metric=retrieval needs a checkpoint that ranks images and texts (of BLIP-2's stage 1) and no "
-            f"other metric; {directory} is {'one' if ranks else 'none'}, --metric {' '.join(args.metric)}"
-        )
+    retrieving, stage = ranks_or_answers(args, cfg, model_config, directory)
     entries = cfg.dataset.get("eval") if cfg.dataset else data.DEFAULT_DATASET["eval"]
     if not entries:
         raise ValueError(f'{source}: its dataset has no "eval" entry; name files with --data_files')
-    processor = data.load_processor(directory, ranks if ranks and not args.stage else cfg.stage)
+    processor = data.load_processor(directory, stage)
     batch_size = cfg.per_device_eval_batch_size if args.batch_size or source else 32
     dtype = args.dtype or {"bf16": "bfloat16", "fp16": "float16"}.get(
         next((k for k in ("bf16", "fp16") if getattr(cfg, k) and cfg.fp16_opt_level == "O2"), ""), "float32"

@@ -11,7 +11,6 @@ those of the Hugging Face checkpoint.
 """
 
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -33,7 +32,18 @@ from kernels.linear_cross_entropy import IGNORE_INDEX
 from kernels.rotary import rotary
 from records import front_image, refuse_boxes, text_of
 from schema import Depth, Epsilon, Pixels, Scale, Size, TokenId, demand
-from tokenizer_visualglm import TEXT_SPECIALS, GLMTokenizer
+from tokenizer_visualglm import (
+    CLEANUP,
+    TEMPLATES,
+    TEXT_SPECIALS,
+    GLMTokenizer,
+    chat_prompt,
+    clean_response,
+    context_ids,
+    context_text,
+    glm_positions,
+    training_ids,
+)
 from vlm import Batch, LMHead, even_segments
 
 # --------------------------------------------------------------------------------------------------
@@ -693,8 +703,6 @@ def forward_flops(
 # CLIP's means and deviations of the channels.
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
-# No "[Round n]": that is the text-only ChatGLM's format.
-TEMPLATES = {"zh": "问：{}\n答：", "en": "Q:{}\nA:"}
 
 
 def resize_image(image: Image.Image, size: int | tuple[int, int]) -> np.ndarray:
@@ -709,95 +717,6 @@ def preprocess_image(image: Image.Image, size: int | tuple[int, int]) -> Tensor:
     """(3, height, width) fp32, normalised."""
     pixels = resize_image(image, size).astype(np.float32) / np.float32(255)
     return torch.from_numpy(np.ascontiguousarray(((pixels - MEAN) / STD).transpose(2, 0, 1)))
-
-
-def glm_positions(ids, bos: int, gmask: int, mask: int) -> tuple[np.ndarray, int]:
-    """-> position_ids (2, T), length of the context.
-
-    The context ends before the first `<sop>`. Channel 0 counts through it and then stays at the place of
-    [gMASK] (of [MASK] where there is none); channel 1 is 0 in the context and counts from 1 at `<sop>`.
-    """
-    ids = np.asarray(ids)
-    # The first of each counts.
-    stops = [np.flatnonzero(ids == token) for token in (bos, gmask, mask)]
-    if not len(stops[0]) or not (len(stops[1]) or len(stops[2])):
-        raise ValueError("the tokens need a <sop> and a [gMASK] or [MASK]")
-    context = int(stops[0][0])
-    place = int(stops[1][0] if len(stops[1]) else stops[2][0])
-    # Image places count like words: 32 of them.
-    count = np.arange(len(ids))
-    answer = count >= context
-    # From 1 at <sop>: with a count from 0 the logits are off by 0.5.
-    return np.stack((np.where(answer, place, count), np.where(answer, count - context + 1, 0))), context
-
-
-def context_text(query: str, history: list[tuple[str, str]] = (), language: str = "zh") -> str:
-    """Past rounds and the question, up to where the answer begins."""
-    template = TEMPLATES[language]
-    # A past round ends in a line break, the open one in the answer's mark.
-    return "".join(template.format(q) + f"{a}\n" for q, a in history) + template.format(query)
-
-
-def context_ids(
-    tokenizer: GLMTokenizer, text: str, num_image_tokens: int, slot: int
-) -> tuple[list[int], list[int]]:
-    """-> ids of `<img>`, the image's slots, `</img>` and the text; [index of the first slot].
-    num_image_tokens 0: no image.
-
-    The tags are plain text to the tokenizer. No slot's id reaches an embedding: HF writes <unk> there, SAT
-    <pad>.
-    """
-    if not num_image_tokens:
-        return tokenizer.encode(text), []
-    # Encoded apart, as the original does: each part gets the tokenizer's dummy blank in front.
-    tag = tokenizer.encode("<img>")
-    return [*tag, *[slot] * num_image_tokens, *tokenizer.encode("</img>" + text)], [len(tag)]
-
-
-def chat_prompt(
-    tokenizer: GLMTokenizer,
-    query: str,
-    history: list[tuple[str, str]] = (),
-    num_image_tokens: int = 0,
-    language: str = "zh",
-    slot: int | None = None,
-) -> list[int]:
-    """Ids of a chat up to where the answer begins; an image stands in front of the first round, whatever
-    round it is."""
-    slot = tokenizer.unk if slot is None else slot
-    ids, _ = context_ids(tokenizer, context_text(query, history, language), num_image_tokens, slot)
-    # [gMASK] says that an answer of any length follows; <sop> is its first token.
-    return [*ids, tokenizer.gmask, tokenizer.sop]
-
-
-def training_ids(
-    tokenizer: GLMTokenizer, context: list[int], answer: str, max_source=None, max_target=None
-) -> tuple[list, list]:
-    """Ids and UNSHIFTED labels of one sample as the official finetune_visualglm.py makes them: `<sop>`, the
-    answer and `<eop>` are supervised. max_source and max_target cut the context and the answer, each with its
-    special tokens."""
-    tk = tokenizer
-    # The official script cuts a long question at its end, the answer's mark with it.
-    context = context if max_source is None else context[: max_source - 1]
-    answer = tk.encode(answer) if max_target is None else tk.encode(answer)[: max_target - 2]
-    ids = [*context, tk.gmask, tk.sop, *answer, tk.eop]
-    # From <sop> on, which is learned itself: behind the context and [gMASK].
-    start = len(context) + 1
-    return ids, [IGNORE_INDEX] * start + ids[start:]
-
-
-# The original's finish of an answer: Chinese punctuation, which the tokenizer's normalisation had made
-# half-width
-CLEANUP = [(r"\[\[训练时间\]\]", "2023年")]
-for _half, _full in ((",", "，"), ("!", "！"), (":", "："), (";", "；"), (r"\?", "？")):
-    CLEANUP += [(rf"([\u4e00-\u9fff]){_half}", rf"\1{_full}"), (rf"{_half}([\u4e00-\u9fff])", rf"{_full}\1")]
-
-
-def clean_response(text: str) -> str:
-    text = text.strip()
-    for pattern, new in CLEANUP:
-        text = re.sub(pattern, new, text)
-    return text
 
 
 # same as model_qwen_vl.is_chinese
