@@ -202,8 +202,8 @@ class OPT(nn.Module):
                 x = block(x, ctx)
         return x
 
-    def targets(self, batch: Batch) -> Tensor:
-        return batch.targets
+    def supervised_rows(self, batch: Batch) -> Tensor:
+        return batch.supervised
 
     def last_rows(self, batch: Batch) -> Tensor:
         # What comes next in a segment is said by its last row.
@@ -410,12 +410,11 @@ class T5(nn.Module):
         return x  # they are in the attention's bias
 
     def decoder_rows(self, batch: Batch) -> Tensor:
-        """(T,) bool: rows of the stream from their segment's start token on."""
+        """(T,) bool of a batch on the host: rows of the stream from their segment's start token on."""
         # Counts start tokens before each row: beyond its segment's beginning, it is the decoder's.
         starts = (batch.input_ids == self.start).int()
         before = starts.cumsum(0)
-        lengths = batch.cu_seqlens.diff().to(before.device)
-        first = batch.cu_seqlens[:-1].to(before.device).long()
+        lengths, first = batch.cu_seqlens.diff(), batch.cu_seqlens[:-1].long()
         return before > (before - starts)[first].repeat_interleave(lengths)
 
     def hidden(self, x: Tensor, batch: Batch, keys: Tensor | None, blocks=None) -> Tensor:
@@ -429,9 +428,9 @@ class T5(nn.Module):
             cu = even_segments(1, batch.max_len - 1), even_segments(1, 1)
             memory = self.encoder(x[:-1], Context(cu[0], batch.max_len - 1, None))
             return self.decoder(x[-1:], Context(cu[1], 1, None, cache, memory, cu[0]))
-        in_decoder = self.decoder_rows(batch)
-        rows = (~in_decoder).nonzero()[:, 0], in_decoder.nonzero()[:, 0]
-        cu_seqlens = batch.cu_seqlens.to(x.device).long()
+        in_decoder = self.decoder_rows(batch.host)  # on the host: lengths are needed there
+        rows = [r.nonzero()[:, 0].to(x.device) for r in (~in_decoder, in_decoder)]
+        cu_seqlens = batch.cu_seqlens.long()
         # Differences of a running sum: how many decoder rows lie in each segment.
         decoder_lengths = F.pad(in_decoder.long().cumsum(0), (1, 0))[cu_seqlens].diff()
         cu = segments(cu_seqlens.diff() - decoder_lengths), segments(decoder_lengths)
@@ -441,9 +440,11 @@ class T5(nn.Module):
         ctx = Context(cu[1], int(cu[1].diff().max()), row_keys[1], cache, memory, cu[0], row_keys[0])
         return self.decoder(x[rows[1]], ctx)
 
-    def targets(self, batch: Batch) -> Tensor:
-        # hidden() gives the decoder's rows alone, so their targets too.
-        return batch.targets[self.decoder_rows(batch)]
+    def supervised_rows(self, batch: Batch) -> Tensor:
+        """(R,) of hidden()'s result, which has the decoder's rows alone."""
+        host = batch.host
+        place = self.decoder_rows(host).long().cumsum(0) - 1  # (T,) of a row among the decoder's
+        return place[host.supervised].to(batch.input_ids.device)
 
     def last_rows(self, batch: Batch) -> Tensor:
         """Rows of hidden()'s result: in a prompt and in a step the

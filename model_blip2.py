@@ -516,12 +516,10 @@ class Blip2(nn.Module):
 
     def head(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed loss of the supervised tokens and each one's own loss (detached), in stream order."""
-        # Flan-T5's hidden() gives the decoder's rows alone, so its targets are those rows' too.
-        targets = self.language_model.targets(batch)
-        rows = (targets != IGNORE_INDEX).nonzero()[:, 0]
-        # Only supervised rows reach the norm and the vocabulary: (T, C) -> (rows, C).
-        x = self.language_model.norm(x[rows])
-        return parallel.vocab_cross_entropy(x, self.language_model.head_weight, targets[rows])
+        # Only supervised rows reach the norm and the vocabulary: (T, C) -> (R, C).
+        x = self.language_model.norm(x[self.language_model.supervised_rows(batch)])
+        targets = batch.targets[batch.supervised]
+        return parallel.vocab_cross_entropy(x, self.language_model.head_weight, targets)
 
     def forward(self, batch: Batch, output: str = "loss", x: Tensor | None = None, blocks=None):
         # Where T5's result lies is not where the stream's segments end: it has the decoder's rows alone.

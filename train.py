@@ -119,11 +119,7 @@ def losses_by_dataset(batch: Batch, losses: Tensor, num_datasets: int) -> Tensor
     `losses`: each supervised token's own (K = 1), or (S, K, 2) sums and counts of the segments.
     """
     if losses.ndim == 1:
-        # Row -> segment -> entry: right=True, since a row at a border begins the next segment.
-        segments = torch.bucketize(
-            batch.supervised, batch.cu_seqlens[1:].to(batch.supervised.device), right=True
-        )
-        index = batch.dataset_ids[segments]
+        index = batch.row_datasets
         losses = torch.stack((losses.double(), torch.ones_like(losses).double()), dim=1)[:, None]
     else:
         index, losses = batch.dataset_ids, losses.double()

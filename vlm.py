@@ -47,7 +47,9 @@ class Sample(TypedDict, total=False):
 class Batch:
     """A micro-batch: one stream of T tokens in S segments with N images. data.collate fills it.
 
-    "host" tensors stay on the CPU: they decide shapes, and a device would have to be waited for.
+    "host" tensors stay on the CPU: they decide shapes, and a device would have to be waited for. It is a
+    dataclass because fully_shard moves every tensor in the tuples, lists and dicts that a module is given to
+    the device, and leaves objects alone.
     """
 
     input_ids: Tensor  # (T,) int64
@@ -55,7 +57,8 @@ class Batch:
     cu_seqlens: Tensor  # (S+1,) int32, host: segment s is rows cu_seqlens[s] to cu_seqlens[s + 1]
     max_len: int  # of the longest segment
     targets: Tensor | None = None  # (T,) int64: the token that follows where it is learned, else -100
-    supervised: Tensor | None = None  # (number of them,) int64: the rows that have one; made from targets
+    supervised: Tensor | None = None  # (R,) int64: the rows that have one; made from targets
+    row_datasets: Tensor | None = None  # (R,) int64: the dataset_ids of these rows' segments; made
     pixel_values: Tensor | None = None  # (N, 3, H, W) fp32
     image_features: Tensor | None = None  # (N, Q, C) instead of pixel_values: cached features
     image_positions: Tensor | None = None  # (N, Q) int64: the rows that the features of an image take
@@ -68,10 +71,15 @@ class Batch:
     bad: list[tuple[str, str]] = field(default_factory=list)  # (where, reason) of samples left out
     rope_lengths: Tensor | None = None  # (S,) int64, host; decoding: the prompt's length (see Qwen-VL's NTK)
     cache: Any = None  # decoding: keys and values of what the segments have seen before
+    on_host: "Batch | None" = None  # of a batch on a device: what it was before, whose values cost no waiting
 
     def __post_init__(self):
+        # Made on the host: on a device their number would have to be waited for.
         if self.supervised is None and self.targets is not None:
             self.supervised = (self.targets != IGNORE_INDEX).nonzero()[:, 0]
+        if self.row_datasets is None and self.supervised is not None and self.dataset_ids is not None:
+            segments = torch.bucketize(self.supervised, self.cu_seqlens[1:], right=True)
+            self.row_datasets = self.dataset_ids[segments]
 
     @classmethod
     def of_images(cls, pixel_values: Tensor) -> "Batch":
@@ -87,15 +95,43 @@ class Batch:
     def has_images(self) -> bool:
         return self.pixel_values is not None or self.image_features is not None
 
+    @property
+    def host(self) -> "Batch":
+        """The same on the host."""
+        return self if self.on_host is None else self.on_host
+
     def to(self, device: torch.device) -> "Batch":
         """The same on a device, but for host tensors."""
-        host = ("cu_seqlens", "prefix_lens", "rope_lengths")
-        moved = {
-            f.name: getattr(self, f.name).to(device, non_blocking=True)
+        moving = {
+            f.name: getattr(self, f.name)
             for f in fields(self)
-            if isinstance(getattr(self, f.name), Tensor) and f.name not in host
+            if isinstance(getattr(self, f.name), Tensor)
+            and f.name not in HOST_FIELDS
+            and getattr(self, f.name).device != device
         }
-        return replace(self, **moved)
+        return replace(self, **move(moving, device), on_host=self.host) if moving else self
+
+
+HOST_FIELDS = ("cu_seqlens", "prefix_lens", "rope_lengths")
+ALIGNED = 128  # bytes: kernels that are compiled for aligned pointers must find them so in every batch
+
+
+def move(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Host tensors on a device, in one copy a dtype, that the host does not wait for."""
+    moved = {}
+    for dtype in {t.dtype: None for t in tensors.values()}:
+        names = [name for name, t in tensors.items() if t.dtype == dtype]
+        step = ALIGNED // dtype.itemsize
+        room = [-(-tensors[name].numel() // step) * step for name in names]
+        # Pinned: else the device could not read it by itself, and the copy would hold up the host.
+        staged = torch.empty(sum(room), dtype=dtype, pin_memory=device.type == "cuda")
+        places = [part[: tensors[n].numel()] for n, part in zip(names, staged.split(room), strict=True)]
+        for name, place in zip(names, places, strict=True):
+            place.copy_(tensors[name].flatten())
+        parts = staged.to(device, non_blocking=True).split(room)
+        for name, part in zip(names, parts, strict=True):
+            moved[name] = part[: tensors[name].numel()].view(tensors[name].shape)
+    return moved
 
 
 # --------------------------------------------------------------------------------------------------
