@@ -123,6 +123,11 @@ class Meeting:
                 "no RANK: the other processes would "
                 "never meet this one; start all of them with torchrun, or unset it"
             )
+        elif int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:
+            raise ValueError(
+                f"SLURM has {os.environ['SLURM_NTASKS']} tasks for this job, and srun has not started this "
+                "process: start all with srun, or torchrun with srun; for one alone unset SLURM_NTASKS"
+            )
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.over, self.lost, self.beats = False, None, {}
         self.on_loss: Callable[[str], None] | None = None  # what a rank does that can't get away by itself

@@ -94,8 +94,8 @@ def init_world(
     """Joins the ranks that torchrun started, or makes a world of one.
     NCCL where there are GPUs, else gloo."""
     sizes = layout(int(os.environ.get("WORLD_SIZE", 1)), tp, pp, sharding, sharding_degree)
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    device = own_device()
+    cuda = device.type == "cuda"
     if cuda:
         # Before the process group: NCCL binds itself to the current device.
         torch.cuda.set_device(device)
@@ -114,6 +114,21 @@ def init_world(
     place = {f"{axis}_rank": axes[axis].get_local_rank() for axis in ("dp", "tp", "pp")}
     place |= {f"{axis}_size": axes[axis].size() for axis in ("dp", "tp", "pp")}
     return World(dist.get_rank(), dist.get_world_size(), device, mesh=mesh, **place)
+
+
+def own_device() -> torch.device:
+    """Of this rank. ValueError where it has none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local, visible = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if visible == 1:  # SLURM shows each task its own GPU alone (--gpus-per-task=1)
+        local = 0
+    if local >= visible:
+        raise ValueError(
+            f"LOCAL_RANK={local}, but {visible} GPUs are visible here: start as many ranks on a machine as "
+            f"it has GPUs (torchrun --nproc_per_node {visible})"
+        )
+    return torch.device("cuda", local)
 
 
 def leave_world() -> None:

@@ -212,6 +212,7 @@ def prepare(
         print(f"settings | {differences(cfg) or 'all as by default'}")
     start = run_dir.start = Start(**json.loads(meeting.share("start", decided)))
     # Before the data is read, which takes minutes for a large set.
+    run_dir.check_seen(meeting)
     check_stage(cfg, definition)
     processor = definition.processor(directory, cfg.stage)
     plan = read_plan(cfg, "train", processor, meeting)

@@ -26,7 +26,7 @@ import loggers
 import schema
 import terminal
 from config import Config
-from meeting import restart_count
+from meeting import Meeting, restart_count
 
 # Settings that change no trained value: a finished run with others of them is the same finished run.
 HARMLESS = {
@@ -61,6 +61,7 @@ RESTARTED_WITH = HARMLESS | {
 }
 RESTARTED_WITH |= {"per_device_eval_batch_size", "eval_accumulation_steps", "num_train_epochs"}
 RESTARTED_WITH |= {"early_stopping_patience"}
+SEEN = 60  # seconds after which a file of another machine must be seen: NFS keeps what it knows so long
 PUBLISHED = ("*model*.safetensors*", "adapter_config.json", "loss.png")
 
 
@@ -188,6 +189,23 @@ class RunDir:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.rename(final)
+
+    def check_seen(self, meeting: Meeting) -> None:  # all ranks
+        """ValueError where this rank's output directory is another one than rank 0's: on a machine without
+        the file system that the others share, its part of a checkpoint would be lost."""
+        lock = self.path / ".lock"
+        holder = meeting.share("holder", lock.read_text(encoding="utf-8") if meeting.main else None)
+        end, seen = time.monotonic() + SEEN, None
+        while seen != holder:
+            with contextlib.suppress(OSError):
+                seen = lock.read_text(encoding="utf-8")
+            if seen != holder and time.monotonic() > end:
+                raise ValueError(
+                    f"output_dir={self.path.absolute()} on {socket.gethostname()} is not the one of rank 0 "
+                    f"({holder}): all ranks write there; give a directory on a file system that all machines "
+                    "share, under the same path"
+                )
+            time.sleep(0 if seen == holder else 0.2)
 
     def unlock(self) -> None:
         if self.file is not None:

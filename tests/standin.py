@@ -34,6 +34,8 @@ WAITS = {  # operations whose result's shape, or whose caller, needs a value
 class OnDevice(torch.Tensor):
     """A tensor of the device; `held` has its values."""
 
+    is_meta = False  # it has values
+
     @staticmethod
     def __new__(cls, real: torch.Tensor):
         return torch.Tensor._make_wrapper_subclass(

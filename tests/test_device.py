@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import test_blip2_train as blip2_train
 import torch
+from cells import slow
 from standin import META, Device, OnDevice, move
 from torch.distributed.utils import _to_kwargs
 
@@ -78,7 +79,10 @@ def t5(tmp_path_factory):
     return blip2_train.write_checkpoint(tmp_path_factory.mktemp("t5") / "t5", blip2_train.T5)
 
 
-@pytest.mark.parametrize("case", [*CASES, "t5 sft"])
+QUICK = ("qwen sft", "blip2 lora", "glm ptuning")
+
+
+@pytest.mark.parametrize("case", [c if c in QUICK else slow(c) for c in [*CASES, "t5 sft"]])
 def test_a_step_on_a_device(case, request):
     """Gradients and evaluation as on the CPU; no wait, no mixing of devices, a copy a dtype and micro-batch
     beside one for the step."""

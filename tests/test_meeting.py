@@ -6,14 +6,19 @@ import signal
 import socket
 import subprocess
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from ranks import Replaced, run
 from test_train import arguments
 
 import checkpoint
 import meeting
+import parallel
+import run_dir
+import terminal
 import train
 
 
@@ -169,3 +174,86 @@ def test_a_rank_that_hangs_is_noticed(base, dataset, tmp_path, capfd):
     assert re.match(
         r"error: \[rank 0\] another rank is gone \(rank 1 has not been heard of .*checkpoint-2$", line
     )
+
+
+class Elsewhere:
+    """train.main of which rank 1 works in another directory: what a machine without the shared one sees."""
+
+    def __call__(self, argv: list[str]) -> int:
+        run_dir.SEEN = 0.5
+        Path(f"machine {os.environ['RANK']}").mkdir()
+        os.chdir(f"machine {os.environ['RANK']}")
+        return train.main(argv)
+
+
+def test_ranks_without_a_shared_directory_are_refused(base, dataset, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AssertionError, match=r"exit codes \[1, 1\]"):
+        run(arguments(base, dataset, Path("out"), max_steps=2), 2, Elsewhere())
+    lines = sorted(s for s in capfd.readouterr().err.splitlines() if s.startswith("error"))
+    assert len(lines) == 2 and "stopped, since another rank did: rank 1: output_dir=" in lines[0]
+    assert re.match(r"error: \[rank 1\] output_dir=.*/machine 1/out on .* is not the one of rank 0", lines[1])
+    assert not [*tmp_path.glob("machine ?/out/*checkpoint*")]
+
+
+# ---- who started the ranks
+
+SRUN = {
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "8",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_ID": "1234",
+    "SLURM_STEP_ID": "0",
+}
+RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def slurm(monkeypatch):
+    """slurm(name=value): the environment of a task, from which os.environ recovers."""
+    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k not in RANKS})
+    return lambda **more: os.environ.update(more)
+
+
+@pytest.mark.parametrize(
+    "nodes, first",
+    [("gpu[07-09,12]", "gpu07"), ("a1,a2", "a1"), ("rack3-[1,4]-ib,login", "rack3-1-ib"), ("one", "one")],
+)
+def test_tasks_of_srun_are_ranks(slurm, nodes, first):
+    slurm(**SRUN, SLURM_STEP_NODELIST=nodes)
+    terminal.check_environment()
+    assert [os.environ[name] for name in RANKS[:4]] == ["5", "8", "1", first]
+    assert 20000 <= int(os.environ["MASTER_PORT"]) < 40000
+
+
+def test_what_torchrun_says_stands(slurm):
+    slurm(**SRUN, RANK="1", WORLD_SIZE="2")
+    terminal.check_environment()
+    assert os.environ["RANK"] == "1" and os.environ["WORLD_SIZE"] == "2"
+
+
+def test_one_task_is_one_process(slurm):
+    slurm(**SRUN | {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"})
+    terminal.check_environment()
+    assert "RANK" not in os.environ and meeting.Meeting().size == 1
+
+
+def test_a_batch_script_that_forgot_srun_is_refused(slurm):
+    slurm(SLURM_PROCID="0", SLURM_NTASKS="4")
+    terminal.check_environment()
+    with pytest.raises(ValueError, match="SLURM has 4 tasks.*start all with srun"):
+        meeting.Meeting()
+
+
+@pytest.mark.parametrize("visible, local, index", [(8, "3", 3), (1, "3", 0), (2, "3", None), (1, "0", 0)])
+def test_the_gpu_of_a_rank(monkeypatch, visible, local, index):
+    """With one visible GPU a task it is that one, whatever LOCAL_RANK says."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setenv("LOCAL_RANK", local)
+    if index is None:
+        with pytest.raises(ValueError, match="LOCAL_RANK=3, but 2 GPUs are visible.*--nproc_per_node 2"):
+            parallel.own_device()
+    else:
+        assert parallel.own_device() == torch.device("cuda", index)
