@@ -394,10 +394,11 @@ def load_init_from(path: str, definition: vlm.Model, parameters: dict, shapes: d
             )
         if not other.dtype(name).is_floating_point:
             raise ValueError(f"init_from={path}: {name} is {other.dtype(name)}, expected floating point")
-        if name in parameters:
-            full = other.read(name)
-            checkpoint.largest(full, f"init_from={path}: {name}")
-            checkpoint.copy_full_(parameters[name], full)
+    here = {name: parameters[name] for name in common if name in parameters}
+    try:
+        checkpoint.load_into(here, other, skip=other.names - here.keys())
+    except ValueError as e:
+        raise ValueError(f"init_from={path}: {e}") from None
     return len(common)
 
 

@@ -3,7 +3,7 @@
     weights = open_weights("qwen-vl-chat")                        # .safetensors or .bin, one file or shards
     load_into(dict(model.named_parameters()), weights)  # a strict copy: no missing, no unexpected names
     with atomic_dir("output/checkpoint-500", rank) as directory:  # whole, or not there at all
-        named = ((name, full_tensor(p)) for name, p in model.named_parameters())
+        named = ((name, gathered(p)) for name, p in model.named_parameters())
         save_weights(directory, named, write=rank == 0)
 
 A parameter here is a plain tensor (the same on every rank that has its name) or a DTensor (each rank holds a
@@ -34,7 +34,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 import parallel
 import terminal
@@ -349,12 +350,16 @@ class Weights:
     def dtype(self, name: str) -> torch.dtype:
         return self._entries[name][3]
 
-    def read(self, name: str, scratch: torch.Tensor | None = None) -> torch.Tensor:
-        """One tensor in memory of its own, or in what `scratch()`
-        gave: then it is valid until the next read."""
+    def read(self, name: str, scratch: torch.Tensor | None = None, rows: list | None = None) -> torch.Tensor:
+        """One tensor in memory of its own, or in what `scratch()` gave: then it is valid until the next read.
+        rows [(first, end), ...]: only these of the first dimension, one behind the other."""
         path, key, shape, dtype, offset = self._entries[name]
+        if rows is not None:
+            shape = torch.Size((sum(b - a for a, b in rows), *shape[1:]))
         if offset is None:
             tensor = self._open_bin(path)[key]
+            if rows is not None:
+                return torch.cat([tensor[a:b] for a, b in rows])
             return tensor.clone(memory_format=torch.contiguous_format) if scratch is None else tensor
         # not memory-mapped: mapped pages would count beside the model's own copy and double the memory
         if scratch is None:
@@ -362,8 +367,13 @@ class Weights:
         else:
             tensor = scratch[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
         with open(path, "rb", buffering=0) as f:
-            f.seek(offset)
-            fill(tensor.reshape(-1).view(torch.uint8).numpy(), f, name)
+            places, row = [(0, 1)] if rows is None else rows, math.prod(shape[1:]) * dtype.itemsize
+            begun, values = 0, tensor.reshape(-1).view(torch.uint8).numpy()
+            for first, end in places:
+                count = len(values) if rows is None else (end - first) * row
+                f.seek(offset + first * row)
+                fill(values[begun : begun + count], f, name)
+                begun += count
         return tensor
 
     def in_place(self, name: str, param: torch.Tensor) -> bool:
@@ -584,19 +594,35 @@ def largest(tensor: torch.Tensor, name: str) -> float:
 def copy_full_(param: torch.Tensor, full: torch.Tensor) -> None:
     """Copy a full tensor into a parameter, casting; this rank takes
     what it holds of it (no communication)."""
-    # Cut before sharded: a rank's slice of the whole, then its shard of the slice.
-    if hasattr(param, "cut"):
-        full = param.cut.take(full)
+    ranges = rows_held(param)
+    rows = full if ranges is None else torch.cat([full[a:b] for a, b in ranges])
+    copy_rows_(param, rows)
+
+
+def rows_held(param: torch.Tensor) -> list[tuple[int, int]] | None:
+    """Which rows of the whole tensor this rank's part is made from; None for all of them. A part of the
+    columns is taken from whole rows, as they lie in a file."""
+    cut = getattr(param, "cut", None)
+    by_rows = cut is not None and cut.dim == 0
+    if not isinstance(param, DTensor) and not by_rows:
+        return None
+    start, end = 0, len(param)  # of the tensor-parallel part
     if isinstance(param, DTensor):
-        # src_data_rank=None: every rank has read the file, nothing is sent.
-        shard = distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None)
-        param.to_local().copy_(shard.to_local())
-    else:
-        param.copy_(full)
+        shape, first = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+        start, end = first[0], first[0] + shape[0] if math.prod(shape) else first[0]
+    return cut.rows(start, end, len(param)) if by_rows else [(start, end)]
+
+
+@torch.no_grad()
+def copy_rows_(param: torch.Tensor, rows: torch.Tensor) -> None:
+    """Copy what rows_held() names into a parameter, casting."""
+    if hasattr(param, "cut") and param.cut.dim:
+        rows = param.cut.take(rows)
+    (param.to_local() if isinstance(param, DTensor) else param).copy_(rows)
 
 
 def full_tensor(param: torch.Tensor) -> torch.Tensor:
-    """The whole parameter on the CPU. all ranks: gathers."""
+    """The whole parameter on every rank's CPU. all ranks: gathers."""
     full = param.detach()
     # all ranks of the shards
     full = full.full_tensor() if isinstance(full, DTensor) else full
@@ -606,6 +632,44 @@ def full_tensor(param: torch.Tensor) -> torch.Tensor:
         dist.all_gather(parts, full.contiguous(), parallel.groups["tp"])
         full = param.cut.join(parts)
     return full.cpu()
+
+
+def gathered(param: torch.Tensor) -> torch.Tensor | None:
+    """The whole parameter on the CPU of rank 0 (of a pipeline stage's first one); None elsewhere. all ranks:
+    each sends what it holds, once, and none has more than one parameter whole."""
+    full = param.detach()
+    if isinstance(full, DTensor):
+        full = _gathered_rows(full)
+    if full is not None and hasattr(param, "cut"):
+        # of the tensor-parallel groups only that of the first data-parallel ranks has something
+        parts = _gather(full.contiguous(), parallel.groups["tp"])
+        full = parts and param.cut.join(parts)
+    elif "tp" in parallel.groups and dist.get_rank(parallel.groups["tp"]):
+        full = None
+    return None if full is None else full.cpu()
+
+
+def _gathered_rows(x: DTensor) -> torch.Tensor | None:
+    (dim,) = [i for i, place in enumerate(x.placements) if place.is_shard(0)]
+    if any(place for i, place in enumerate(x.device_mesh.get_coordinate()) if i != dim):
+        return None  # a replica: its twin on the first one sends
+    local, rows = (
+        x.to_local(),
+        -(-len(x) // x.device_mesh.size(dim)),
+    )  # ranks hold `rows`, the last ones fewer
+    if len(local) < rows:
+        local = torch.cat((local, local.new_zeros(rows - len(local), *x.shape[1:])))
+    parts = _gather(local.contiguous(), x.device_mesh.get_group(dim))
+    return parts and torch.cat(parts)[: len(x)]
+
+
+def _gather(part: torch.Tensor, group) -> list[torch.Tensor] | None:  # all ranks of a group
+    """All ranks' parts on the group's first one, None elsewhere."""
+    parts = None
+    if dist.get_rank(group) == 0:
+        parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
+    dist.gather(part, parts, group=group, group_dst=0)
+    return parts
 
 
 def in_threads(call, items: list) -> Iterator:
@@ -618,42 +682,53 @@ def in_threads(call, items: list) -> Iterator:
         pool.shutdown(cancel_futures=True)
 
 
-def load_into(params: dict, weights: Weights, dtype: torch.dtype | None = None, skip=()) -> None:
-    """Strict copy of the weights into {name: parameter}, one tensor at a time.
+def load_into(params: dict, weights: Weights, dtype: torch.dtype | None = None, skip=()) -> None:  # all ranks
+    """Strict copy of the weights into {name: parameter}, one tensor at a time. Each rank reads the rows that
+    it holds a part of; what is wrong with any of them is said on all.
 
     dtype: round to this first (None: only the parameter's own dtype counts). skip: names left alone on both
     sides.
     """
     check_names({name: parallel.whole_shape(p) for name, p in params.items()}, weights, ignore=skip)
+    problem, peak = None, 0.0
+    try:
+        peak = _load(params, weights, dtype, [name for name in weights if name not in set(skip)])
+    except ValueError as e:
+        problem = str(e)
+    found = parallel.from_all((problem, peak))
+    if problem := next((said for said, _ in found if said), None):
+        raise ValueError(problem)
+    # A file that was allocated and never filled is all zeros, with a good header.
+    if params and not any(peak for _, peak in found):
+        raise ValueError("every weight is zero; the file was never written in full: fetch it again")
+
+
+def _load(params: dict, weights: Weights, dtype: torch.dtype | None, names: list[str]) -> float:
+    """-> the largest value that was read."""
     # One tensor at a time: a model as large as the memory has no room for a second copy.
-    skip, scratch, peak = set(skip), None, 0.0
 
     def as_it_is(param) -> bool:
         return not isinstance(param, DTensor) and not hasattr(param, "cut") and dtype in (None, param.dtype)
 
-    names = [name for name in weights if name not in skip]
     straight = [n for n in names if as_it_is(params[n]) and weights.in_place(n, params[n])]
     # reading and looking at what was read take as long as each other: threads do both at a time
     with contextlib.closing(in_threads(lambda n: weights.read_into(n, params[n]), straight)) as found:
         highs = dict(zip(straight, found, strict=True))
+    scratch = weights.scratch() if len(highs) < len(names) else None
     for name in names:
-        param, full = params[name], None
+        param, read = params[name], None
         if name not in highs:
-            scratch = weights.scratch() if scratch is None else scratch
-            full = weights.read(name, scratch)
-            highs[name] = largest(full, name)
+            read = weights.read(name, scratch, rows_held(param))
+            highs[name] = largest(read, name)
         # A cast to fp16 makes infinity of what is above 65,504.
         for kind in (dtype, param.dtype):
             if kind is not None and highs[name] > torch.finfo(kind).max:
                 raise ValueError(
                     f"{name} has a value of {highs[name]:.3g}, too large for {kind}; use bfloat16 or float32"
                 )
-        peak = max(peak, highs[name])
-        if full is not None:
-            copy_full_(param, full if dtype is None else full.to(dtype))
-    # A file that was allocated and never filled is all zeros, with a good header.
-    if params and not peak:
-        raise ValueError("every weight is zero; the file was never written in full: fetch it again")
+        if read is not None:
+            copy_rows_(param, read if dtype is None else read.to(dtype))
+    return max(highs.values(), default=0.0)
 
 
 # ---- weights out
@@ -674,11 +749,13 @@ def save_tensors(tensors: dict, path, metadata: dict[str, str]) -> None:
         file.write(ordered)
 
 
-def save_weights(directory, named_tensors, max_shard_bytes: int = 5 * 10**9, write: bool = True) -> None:
+def save_weights(
+    directory, named_tensors, max_shard_bytes: int = 5 * 10**9, write: bool = True, convert=None
+) -> None:
     """Write model.safetensors, or shards with an index, holding one shard in memory at most.
 
     The iterable may gather (collectives), so every rank consumes all of it, also after a failed write;
-    with write=False a rank keeps and writes nothing.
+    with write=False a rank keeps and writes nothing. convert(name, tensor): what is written of it.
     """
     # Shards are named when their number is known; until then by their turn.
     directory, shard, shard_bytes, files, names, error = Path(directory), {}, 0, [], {}, None
@@ -694,8 +771,9 @@ def save_weights(directory, named_tensors, max_shard_bytes: int = 5 * 10**9, wri
         if not write or error:
             continue
         assert name not in names, f"{name} is given twice"
-        size = names[name] = tensor.numel() * tensor.element_size()
         try:
+            tensor = convert(name, tensor) if convert else tensor
+            size = names[name] = tensor.numel() * tensor.element_size()
             if shard and shard_bytes + size > max_shard_bytes:
                 flush()
                 shard_bytes = 0
@@ -706,7 +784,7 @@ def save_weights(directory, named_tensors, max_shard_bytes: int = 5 * 10**9, wri
             shared = tensor.untyped_storage().data_ptr() in pointers
             shard[name] = tensor.clone() if shared else tensor  # safetensors refuses tied weights
             shard_bytes += size
-        except (OSError, SafetensorError) as e:
+        except (OSError, SafetensorError, ValueError) as e:
             error = e
             shard.clear()
     if error:

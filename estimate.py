@@ -216,7 +216,8 @@ def stage_memory(
     of one micro-batch over all its stages; `head`: rows, vocabulary and width of the projection if it is
     here."""
     L = layout
-    groups = [[*block.parameters()] for block in [*model.vision_blocks, *model.blocks]]
+    alone = parallel.tables(model) if L.fsdp else []
+    groups = [[*module.parameters()] for module in [*alone, *model.vision_blocks, *model.blocks]]
     grouped = {id(p) for group in groups for p in group}
     groups.append([p for p in model.parameters() if id(p) not in grouped])
 

@@ -19,7 +19,7 @@ import json
 import signal
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ import checkpoint
 import data
 import lora
 import metrics
+import parallel
 import terminal
 import vlm
 from config import Config, parse_config
@@ -99,6 +100,30 @@ def answer_all(
             bar.update(first + len(some))
     finally:
         bar.close()
+
+
+def answer_in_turn(
+    model: nn.Module,
+    processor,
+    conversations: list[Conversation],
+    batch_size: int,
+    how: Decoding,
+    turn: tuple[int, int],
+    after_each: Callable[[], None],
+) -> tuple[list[str | None], list[tuple[str, str]]]:  # all ranks
+    """Every rank's answers on all ranks, in order, and what was bad. turn (k, n): this rank answers the k-th
+    of each n questions, as others may too that share its part of the model. after_each: between answers, as
+    often on every rank."""
+    (k, n), bad = turn, []
+    mine = conversations[k::n]
+    given, answers = answer_all(model, processor, mine, batch_size, how, bad), []
+    for _ in range(-(-len(conversations) // n)):
+        if len(answers) < len(mine):
+            answers.append(next(given))
+        after_each()
+    by_turn = {k: (answers, bad) for k, answers, bad in parallel.from_all((k, answers, bad))}
+    whole = [by_turn[i % n][0][i // n] for i in range(len(conversations))]
+    return whole, [pair for k in range(n) for pair in by_turn[k][1]]
 
 
 def answered(conversations: list[Conversation], answers: list[str | None]) -> tuple[list, list[str]]:

@@ -40,6 +40,16 @@ from terminal import one_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+DTYPE_HELP = (
+    "of the weights; default: the checkpoint's on a GPU, float32 on a CPU, which is slow with 16 bits"
+)
+
+
+def default_dtype(directory: str, device: str) -> str:
+    config = checkpoint.read_config(directory)
+    own = config.get("torch_dtype") or config.get("dtype")
+    return own if own in DTYPES and torch.device(device).type != "cpu" else "float32"
+
 
 def option(default, help: str | None = None, choices: tuple | None = None):
     return field(default=default, metadata={"help": help or " ", "choices": choices})
@@ -486,7 +496,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--batch_size", type=int, default=8)
     share = "share of --requests that may be unusable (named and left out) before the command fails"
     add("--max_bad_samples", type=float, default=0.01, help=share)
-    add("--dtype", default="float32", choices=DTYPES)
+    add("--dtype", default=None, choices=DTYPES, help=DTYPE_HELP)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     degree = "processes (torchrun --nproc_per_node N) that hold the model together"
     add("--tensor_parallel_degree", type=int, default=1, help=degree)
@@ -586,6 +596,7 @@ def run(args, how: Decoding, world: parallel.World | None = None) -> int:
     conversations, bad = ([], []) if args.chat else read_requests(args)
     total = len(conversations) + len(bad)
     lora.say_base(args.lora_path, args.quantize)
+    args.dtype = args.dtype or default_dtype(directory, args.device)
     if args.quantize:
         model = load_quantized(directory, processor, args.dtype, args.device, args.quantize, args.lora_path)
     else:

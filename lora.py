@@ -296,8 +296,8 @@ def save_adapter(
     extra_trained: names of other parameters that were trained. Leaf modules are saved with all their
     parameters and listed in modules_to_save, as PEFT expects; it loads the others too. Tied weights are saved
     under all their names, since PEFT unties what it saves, and an adapted layer's own weight or bias under
-    its name in PEFT. tensors(name) gives a full CPU tensor; it may gather, so all ranks call this, and those
-    with write=True write.
+    its name in PEFT. tensors(name) gives a full CPU tensor where write is True; it may gather, so all ranks
+    call this.
     """
     rank_pattern, alpha_pattern, state = {}, {}, {}
     for name in module_names:

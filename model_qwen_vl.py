@@ -387,7 +387,8 @@ class QwenVL(nn.Module):
         self.config = config
         # Bare modules give the names of the published files: transformer.h.0.attn.c_attn.weight, ...
         self.transformer = nn.Module()
-        self.transformer.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        embedding = nn.Embedding if config.tie_word_embeddings else vlm.TokenEmbedding
+        self.transformer.wte = embedding(config.vocab_size, config.hidden_size)
         self.transformer.visual = Visual(config.visual)
         self.transformer.h = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.transformer.ln_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)

@@ -512,7 +512,7 @@ class VisualGLM(nn.Module):
         # Names are the Hugging Face files'.
         self.image_encoder = ImageEncoder(config)
         self.transformer = nn.Module()
-        self.transformer.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.transformer.word_embeddings = vlm.TokenEmbedding(config.vocab_size, config.hidden_size)
         self.transformer.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.transformer.final_layernorm = nn.LayerNorm(config.hidden_size, config.layernorm_epsilon)
         if config.pre_seq_len:

@@ -14,6 +14,7 @@ where a layer's input enters the cut part, the sum where it leaves. All else, gr
 ranks of a group, bit for bit.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -111,6 +112,8 @@ def init_world(
     # an axis of one rank has no group, so that every helper below is an identity there
     groups.clear()
     groups.update({axis: part.get_group() for axis, part in axes.items() if part.size() > 1})
+    if cuda and meeting.size > 1:
+        groups["facts"] = dist.new_group(backend="nccl")  # see sum_of_all
     place = {f"{axis}_rank": axes[axis].get_local_rank() for axis in ("dp", "tp", "pp")}
     place |= {f"{axis}_size": axes[axis].size() for axis in ("dp", "tp", "pp")}
     return World(dist.get_rank(), dist.get_world_size(), device, mesh=mesh, **place)
@@ -140,8 +143,7 @@ def leave_world() -> None:
 def compare(facts: dict) -> None:  # all ranks
     """ValueError on every rank unless all have the same facts {name: value}."""
     # before the first collective of the loop: a difference would hang there, without a word
-    found: list = [None] * dist.get_world_size()
-    dist.all_gather_object(found, facts)
+    found = from_all(facts)
     # Key by key, in everyone's order: all ranks say the same one.
     for key in facts:
         for rank, other in enumerate(found):
@@ -153,6 +155,16 @@ def compare(facts: dict) -> None:  # all ranks
                 )
 
 
+def from_all(value) -> list:  # all ranks
+    """What each rank gives, by rank. Over the CPU: nobody waits for a device, and a rank that dies is noticed
+    at once."""
+    if not dist.is_initialized():
+        return [value]
+    found: list = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
 def shard(model: nn.Module, mesh: DeviceMesh, stage: str | None, dtype: torch.dtype | None) -> None:
     """Shards (or only replicates) in place, one group per block. `dtype`: what the forward and backward
     compute in; the sharded parameters keep theirs and act as its master copy, gradients are reduced in fp32.
@@ -161,15 +173,17 @@ def shard(model: nn.Module, mesh: DeviceMesh, stage: str | None, dtype: torch.dt
     mesh = mesh["dp_shard"] if mesh["dp_replicate"].size() == 1 else mesh["dp_replicate", "dp_shard"]
     # inputs are not cast: rotary angles must stay fp32, and the towers cast their pixels themselves
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    # inner modules first: what no block took belongs to the root, which stays whole between forward and
-    # backward (its head and embedding are used at both ends)
-    for module in [*model.vision_blocks, *model.blocks, model]:
-        fully_shard(
-            module,
-            mesh=mesh,
-            mp_policy=policy,
-            reshard_after_forward=stage == "stage3" and module is not model,
-        )
+    # inner modules first: what none of them took belongs to the root, which stays whole between forward and
+    # backward; so does the head, whose backward follows at once
+    for module in [*tables(model), *model.vision_blocks, *model.blocks, model]:
+        freed = module is not model and not isinstance(module, nn.Linear)
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=stage == "stage3" and freed)
+
+
+def tables(model: nn.Module) -> list[nn.Module]:
+    """The token embedding and the vocabulary projection, where each has a weight of its own: of a 7B model
+    they are 2.3 GiB in 16 bits that need not be whole while the blocks compute."""
+    return [m for m in model.modules() if getattr(m, "is_table", False) and any(True for _ in m.parameters())]
 
 
 class _Halved(torch.autograd.Function):
@@ -231,6 +245,14 @@ def _with_halved(forward: Callable, places: list[tuple[nn.Module, str]], dtype: 
             owner._parameters[key] = master
 
 
+def hold(model: nn.Module) -> None:  # all ranks
+    """Gathers the weights of a model that keeps them between its layers' use (not stage3): from here to
+    reshard() ranks may make forward passes of their own."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+
+
 def reshard(model: nn.Module) -> None:
     """After forward passes without a backward, which leave whole parameters: other objects than the optimiser
     has."""
@@ -277,6 +299,17 @@ class Cut:
         slices = whole.unflatten(self.dim, (self.parts, self.size, -1))
         # (parts, size, n) -> (parts, n) -> (parts * n)
         return slices.select(self.dim + 1, self.rank).flatten(self.dim, self.dim + 1)
+
+    def rows(self, start: int, end: int, length: int) -> list[tuple[int, int]]:
+        """Where rows (entries of `dim`) start to end of this part, which has `length`, lie in the whole."""
+        block, ranges = length // self.parts, []
+        while start < end:
+            part, within = divmod(start, block)
+            count = min(block - within, end - start)
+            place = part * block * self.size + self.rank * block + within
+            ranges.append((place, place + count))
+            start += count
+        return ranges
 
     def join(self, parts: list[Tensor]) -> Tensor:
         """The whole from what all ranks have."""
@@ -515,6 +548,21 @@ def all_sum(values: Tensor) -> Tensor:  # all ranks
     if "dp" in groups:
         dist.all_reduce(values, group=groups["dp"])
     return values
+
+
+def sum_of_all(sums: list[int], flags: list[bool], world: World) -> tuple[list[int], list[int]]:  # all ranks
+    """In one message: numbers summed over the data-parallel ranks, and on how many ranks a flag is up. Over
+    the device's backend, but beside its work: reading the result waits for this message alone."""
+    if world.size == 1:
+        return sums, [int(up) for up in flags]
+    cuda = world.device.type == "cuda"
+    with torch.cuda.stream(torch.cuda.Stream(world.device)) if cuda else contextlib.nullcontext():
+        values = torch.tensor([*sums, *map(int, flags)], dtype=torch.int64, device=world.device)
+        # a group of its own, since one group's collectives wait for each other
+        dist.all_reduce(values, group=groups.get("facts"))
+        values = values.tolist()
+    same = world.tp_size * world.pp_size  # so many ranks gave the same numbers
+    return [value // same for value in values[: len(sums)]], values[len(sums) :]
 
 
 def all_max(values: Tensor, world: World) -> Tensor:  # all ranks

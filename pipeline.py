@@ -246,17 +246,17 @@ class Pipeline:
 
     def whole_tensor(
         self, name: str, parameters: dict[str, nn.Parameter], like: Tensor
-    ) -> Tensor:  # all ranks
-        """A parameter of any stage, whole, on rank 0's CPU; other ranks return something without meaning.
-        `like`: of its shape and dtype."""
-        owner, w = self.ranks[name][0], self.world
+    ) -> Tensor | None:  # all ranks
+        """A parameter of any stage, whole, on rank 0's CPU; None elsewhere. `like`: of its shape and
+        dtype."""
+        owner, w, full = self.ranks[name][0], self.world, None
         if w.pp_rank == owner:
-            full = checkpoint.full_tensor(parameters[name])
-            if owner and w.dp_rank == 0 and w.tp_rank == 0:
-                dist.send(full.contiguous(), dst=0)
-            return full
-        full = torch.empty(like.shape if w.main else 0, dtype=like.dtype)
-        if w.main:
+            full = checkpoint.gathered(parameters[name])
+        if owner and full is not None:
+            dist.send(full.contiguous(), dst=0)
+            return None
+        if owner and w.main:
+            full = torch.empty(like.shape, dtype=like.dtype)
             # ranks of a pipeline lie world.size / pp_size apart: pp is the mesh's first axis
             dist.recv(full, src=owner * w.size // w.pp_size)
         return full

@@ -64,12 +64,14 @@ import records
 import terminal
 from chat_body import DECODING, Refused, Wanted, read_wanted
 from generate import (
+    DTYPE_HELP,
     DTYPES,
     Decoding,
     Shown,
     check_degree,
     check_device,
     cut_at_stop,
+    default_dtype,
     load_model,
     load_quantized,
 )
@@ -819,7 +821,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     Decoding.add_arguments(parser)
     degree = "processes (torchrun --nproc_per_node N) that hold the model together; the first one serves"
     add("--tensor_parallel_degree", type=int, default=1, help=degree)
-    add("--dtype", default="float32", choices=DTYPES)
+    add("--dtype", default=None, choices=DTYPES, help=DTYPE_HELP)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     bits = "weights of the language model's blocks in 8 or 4 bits"
     add("--quantize", default=None, choices=KINDS, help=bits)
@@ -901,6 +903,7 @@ def open_service(args, world: parallel.World | None = None) -> Service:
     if name in args.adapters:
         raise ValueError(f"{name!r} is the name of the model and of an adapter; give --served_model_name")
     processor = data.load_processor(directory)
+    args.dtype = args.dtype or default_dtype(directory, args.device)
     if args.quantize:
         model = load_quantized(directory, processor, args.dtype, args.device, args.quantize)
     else:

@@ -67,6 +67,9 @@ from vlm import Batch
 # One step: facts that all ranks share, gradients, update
 
 
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+
+
 @dataclass
 class Facts:
     """Of one step, summed over its micro-batches and all ranks before the first forward pass: so every rank
@@ -84,7 +87,7 @@ class Facts:
 def step_facts(
     model: nn.Module, micro_batches: list[Batch], signalled: int, world: parallel.World
 ) -> Facts:  # all ranks
-    # all ranks: two small messages a step, instead of one a micro-batch
+    # all ranks: one small message a step; a flag is up where its sum is not zero
     # By each of the model's losses: images, pairs, tokens.
     counts = [sum(column) for column in zip(*(model.loss_counts(b) for b in micro_batches), strict=True)]
     sizes = zip(
@@ -92,12 +95,12 @@ def step_facts(
         strict=True,
     )
     sums = [*counts, *(sum(column) for column in sizes)]
-    # A signal is sent to ranks at different moments: the largest number makes all of them stop at one step.
-    maxima = [signalled, *(b.pixel_values is not None for b in micro_batches)]
-    if world.size > 1:
-        sums = parallel.all_sum(torch.tensor(sums)).tolist()
-        maxima = parallel.all_max(torch.tensor(maxima, dtype=torch.int64), world).tolist()
-    return Facts(sums[:-4], *sums[-4:], maxima[0], [bool(x) for x in maxima[1:]])
+    # A signal is sent to ranks at different moments: what one has makes all of them stop at one step.
+    flags = [signalled == s for s in SIGNALS] + [b.pixel_values is not None for b in micro_batches]
+    sums, flags = parallel.sum_of_all(sums, flags, world)
+    signals, has_images = flags[: len(SIGNALS)], flags[len(SIGNALS) :]
+    stop = max((int(s) for s, up in zip(SIGNALS, signals, strict=True) if up), default=0)
+    return Facts(sums[:-4], *sums[-4:], stop, [up > 0 for up in has_images])
 
 
 def to_device(batch: Batch, device: torch.device, blank_image: bool, image_size) -> Batch:
@@ -323,10 +326,10 @@ def evaluate_loss(run: "Run", plan: data.Plan) -> dict[str, float]:  # all ranks
     return result
 
 
-def generation_scores(run: "Run", plan: data.Plan, after_each=None) -> dict[str, float]:
+def generation_scores(run: "Run", plan: data.Plan, after_each=None) -> dict[str, float]:  # all ranks
     """The eval entries' own metrics (eval_cider, eval_vqa_accuracy, eval_accuracy, ...) of greedy answers.
-    all ranks answer all questions: a sharded model is entered together. Questions whose image cannot be read
-    are named and left out; ValueError for more than max_bad_samples."""
+    Data-parallel ranks take the questions in turn. Questions whose image cannot be read are named and left
+    out; ValueError for more than max_bad_samples."""
     import evaluate  # it imports generate.py, which training alone needs not
 
     cfg, index = run.cfg, plan.index
@@ -334,13 +337,15 @@ def generation_scores(run: "Run", plan: data.Plan, after_each=None) -> dict[str,
         [index.conversation(n) for n in range(len(index))], index.entry.tolist()
     )
     # Greedy and short: it compares checkpoints, and says so with the same answer each time.
-    how, bad, answers = evaluate.Decoding(max_new_tokens=32), [], []
-    size = cfg.per_device_eval_batch_size
+    how, size = evaluate.Decoding(max_new_tokens=32), cfg.per_device_eval_batch_size
+    # stage3 gathers weights in every forward pass: its ranks make the same passes, so all answer all
+    turn = (0, 1) if cfg.sharding == "stage3" else (run.world.dp_rank, run.world.dp_size)
+    if turn[1] > 1:
+        parallel.hold(run.model)
     with autocast(cfg, run.world):  # its weights may be held in 16 bits
-        for text in evaluate.answer_all(run.model, run.processor, questions, size, how, bad):
-            answers.append(text)
-            if after_each:
-                after_each()
+        answers, bad = evaluate.answer_in_turn(
+            run.model, run.processor, questions, size, how, turn, after_each or (lambda: None)
+        )
     evaluate.check_bad(bad, len(questions), cfg.max_bad_samples, "questions of the evaluation")
     # Those that could not be answered are in `bad`, and count against max_bad_samples.
     questions, answers = evaluate.answered(questions, answers)
@@ -357,11 +362,11 @@ def save_checkpoint(path: Path, run: "Run") -> None:  # all ranks
     # `everything` has names and shapes of the whole model, a pipeline rank's `parameters` only its own.
     parameters, everything = dict(built.model.named_parameters()), dict(built.whole.named_parameters())
 
-    def full_tensor(name: str) -> Tensor:
-        # all ranks: gathers from shards, slices and stages; rank 0 keeps it.
+    def on_rank_0(name: str) -> Tensor | None:
+        # all ranks: each sends its part; rank 0 keeps what they make.
         if built.stages is not None:
             return built.stages.whole_tensor(name, parameters, everything[name])
-        return checkpoint.full_tensor(parameters[name])
+        return checkpoint.gathered(parameters[name])
 
     # Under another name until everything is written: a kill leaves the last checkpoint as it was.
     with checkpoint.atomic_dir(path, run.world.rank) as temporary:
@@ -370,7 +375,7 @@ def save_checkpoint(path: Path, run: "Run") -> None:  # all ranks
             made = lora.LoraConfig(run.directory, *sizes, base_in=cfg.quantize)
             # What trained beside the adapter (freeze_exclude): whole, in the same file.
             others = [n for n, p in everything.items() if p.requires_grad and ".lora_" not in n]
-            lora.save_adapter(temporary, built.whole, made, built.lora_modules, others, full_tensor, write)
+            lora.save_adapter(temporary, built.whole, made, built.lora_modules, others, on_rank_0, write)
         else:
             # In the precision in which the next run or the server will hold it; the fp32 originals are in
             # train_state/.
@@ -378,8 +383,10 @@ def save_checkpoint(path: Path, run: "Run") -> None:  # all ranks
             if cfg.fp16_opt_level == "O2" and (cfg.bf16 or cfg.fp16):
                 dtype = torch.bfloat16 if cfg.bf16 else torch.float16
             # A generator: one tensor in memory at a time.
-            named = ((n, rounded(n, full_tensor(n), dtype)) for n in everything)
-            checkpoint.save_weights(temporary, named, write=write)
+            named = ((n, on_rank_0(n)) for n in everything)
+            checkpoint.save_weights(
+                temporary, named, write=write, convert=lambda n, tensor: rounded(n, tensor, dtype)
+            )
             if write:
                 config = {**built.model.config.raw, "torch_dtype": str(dtype).removeprefix("torch.")}
                 checkpoint.write_json(temporary / "config.json", config)

@@ -189,15 +189,12 @@ class Pieces(torch.Tensor):
             )[1]
         self.local = local
         self.pieces: dict[tuple, torch.Tensor] = {}
-        block = tensor.shape[cut.dim] // cut.parts  # of each packed block, the rank has so many rows
-        start, end = first[cut.dim], first[cut.dim] + local.shape[cut.dim]
-        while start < end and local.numel():
-            part, within = divmod(start, block)
-            length = min(block - within, end - start)
+        start, end, at = first[cut.dim], first[cut.dim] + local.shape[cut.dim], 0
+        for begin, stop in cut.rows(start, end, tensor.shape[cut.dim]) if local.numel() else ():
             place = list(first)
-            place[cut.dim] = part * block * cut.size + cut.rank * block + within
-            self.pieces[tuple(place)] = local.narrow(cut.dim, start - first[cut.dim], length)
-            start += length
+            place[cut.dim] = begin
+            self.pieces[tuple(place)] = local.narrow(cut.dim, at, stop - begin)
+            at += stop - begin
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):

@@ -78,6 +78,7 @@ class Batch:
         if self.supervised is None and self.targets is not None:
             self.supervised = (self.targets != IGNORE_INDEX).nonzero()[:, 0]
         if self.row_datasets is None and self.supervised is not None and self.dataset_ids is not None:
+            # Row -> segment -> entry: right=True, since a row at a border begins the next segment.
             segments = torch.bucketize(self.supervised, self.cu_seqlens[1:], right=True)
             self.row_datasets = self.dataset_ids[segments]
 
@@ -385,8 +386,16 @@ def splice_images(x: Tensor, batch: Batch, encode: Callable[[Tensor, Tensor | No
     return x
 
 
+class TokenEmbedding(nn.Embedding):
+    """The tokens' embedding, of which nobody uses the weight but its forward."""
+
+    is_table = True  # so ranks that shard it gather it where it is entered (parallel.tables)
+
+
 class LMHead(nn.Linear):
     """The vocabulary projection: logits, or with targets their cross entropy without a stream's logits."""
+
+    is_table = True
 
     def forward(self, x: Tensor, targets: Tensor | None = None):
         if targets is None:

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import checkpoint as ck
+import parallel
 import train_state
 import vlm
 
@@ -313,7 +314,7 @@ def ranks_save(rank, directory):
     before = everything(params, optimizer)
     with ck.atomic_dir(directory / "checkpoint-3", rank) as d:
         train_state.save_train_state(d, params, optimizer, {"step": 3})
-        ck.save_weights(d, ((n, ck.full_tensor(p)) for n, p in params.items()), write=rank == 0)
+        ck.save_weights(d, ((n, ck.gathered(p)) for n, p in params.items()), write=rank == 0)
     if rank == 0:
         torch.save(before, directory / "expected.pt")
 
@@ -344,12 +345,91 @@ def ranks_fail(rank, directory):
     model, params, optimizer = toy(sharded=True)
     try:  # rank 0 can't write, but keeps up with the gathering of the others
         ck.save_weights(
-            directory / "nowhere", ((n, ck.full_tensor(p)) for n, p in params.items()), 10, rank == 0
+            directory / "nowhere", ((n, ck.gathered(p)) for n, p in params.items()), 10, rank == 0
         )
     except Exception as e:
         failed.append(str(e))
     assert len(failed) == 2 - rank
     assert dist.get_world_size() == 2 and not (directory / "checkpoint-5").exists()
+
+
+class Counted:
+    """`place` ("module.name") that counts bytes on the way: count(*arguments) of each call."""
+
+    def __init__(self, owner, name: str, count):
+        self.bytes, original = 0, getattr(owner, name)
+
+        def counting(*args, **options):
+            self.bytes += count(*args)
+            return original(*args, **options)
+
+        setattr(owner, name, counting)
+
+
+def ranks_count(rank, directory):
+    """-> bytes that this rank reads, sends and keeps of 5 tensors, two of an odd number of rows."""
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(40, 33), "b": torch.nn.Linear(33, 64, bias=False)})
+    model["c"] = torch.nn.Embedding(7, 16)
+    expected = {n: p.detach().clone() for n, p in model.named_parameters()}
+    if rank == 0:
+        ck.save_weights(directory, expected.items())
+    dist.barrier()
+    for module in model.values():
+        fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+    params = dict(model.named_parameters())
+    read = Counted(ck, "fill", lambda values, *_: values.nbytes)
+    sent = Counted(dist, "gather", lambda part, parts, *_: part.nbytes)
+    ck.load_into(params, ck.open_weights(directory))
+    assert all(same(p.to_local(), expected[n].chunk(2)[rank]) for n, p in params.items())
+    DTensor.full_tensor = None  # which gathers on every rank
+    gathered = {n: ck.gathered(p) for n, p in params.items()}
+    if rank == 0:
+        assert all(same(gathered[n], expected[n]) for n in expected)
+    return read.bytes, sent.bytes, sum(t.nbytes for t in gathered.values() if t is not None)
+
+
+def test_each_rank_reads_and_sends_its_own_rows(tmp_path):
+    total = 4 * (40 * 33 + 33 + 33 * 64 + 7 * 16)
+    (read, sent, kept), (read1, sent1, kept1) = together(ranks_count, tmp_path)
+    assert read + read1 == total and max(read, read1) < 0.53 * total
+    assert max(sent, sent1) < 0.53 * total  # once, padded to the rows that rank 0 has
+    assert kept == total and kept1 == 0
+
+
+def ranks_meet_a_bad_file(rank, directory):
+    mesh, rows = init_device_mesh("cpu", (2,)), torch.ones(4, 3)
+    if rank == 0:
+        rows[3, 1] = float("nan")  # of rank 1's half
+        (directory / "nan").mkdir(), (directory / "half").mkdir()
+        ck.save_weights(directory / "nan", [("weight", rows)])
+        ck.save_weights(directory / "half", [("weight", torch.cat((torch.zeros(2, 3), torch.ones(2, 3))))])
+    dist.barrier()
+    model = torch.nn.Linear(3, 4, bias=False)
+    fully_shard(model, mesh=mesh)
+    params = dict(model.named_parameters())
+    ck.load_into(params, ck.open_weights(directory / "half"))  # zeros here, but not everywhere
+    try:
+        ck.load_into(params, ck.open_weights(directory / "nan"))
+    except ValueError as e:
+        return str(e)
+
+
+def test_what_one_rank_reads_is_said_on_all(tmp_path):
+    first, second = together(ranks_meet_a_bad_file, tmp_path)
+    assert first == second and "weight holds NaN" in first
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_rows_of_a_part(parts):
+    """Of packed blocks each rank has a slice: the rows that it reads are those that it takes."""
+    whole = torch.arange(24)
+    for rank in range(2):
+        cut = parallel.Cut(0, parts, rank, 2)
+        part = cut.take(whole)
+        for start, end in ((0, 12), (0, 5), (3, 11), (4, 4)):
+            found = [whole[a:b] for a, b in cut.rows(start, end, 12)]
+            assert torch.equal(torch.cat([whole[:0], *found]), part[start:end])
 
 
 def test_two_ranks_save_one_process_loads(tmp_path):

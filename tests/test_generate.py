@@ -443,3 +443,18 @@ def test_command_line_answers_requests(tmp_path):
     alone = [*command, "--prompt", lines[0]["prompt"], "--image", picture]
     streamed = subprocess.run(alone, cwd=root, check=True, capture_output=True, text=True).stdout
     assert streamed.strip() == answers["a"] != ""
+
+
+@pytest.mark.parametrize(
+    "named, device, dtype",
+    [
+        ({"torch_dtype": "bfloat16"}, "cuda", "bfloat16"),
+        ({"dtype": "float16"}, "cuda:1", "float16"),
+        ({"torch_dtype": "auto"}, "cuda", "float32"),
+        ({}, "cuda", "float32"),
+        ({"torch_dtype": "bfloat16"}, "cpu", "float32"),
+    ],
+)
+def test_the_type_of_weights_is_the_checkpoints_on_a_gpu(tmp_path, named, device, dtype):
+    (tmp_path / "config.json").write_text(json.dumps(named))
+    assert g.default_dtype(str(tmp_path), device) == dtype

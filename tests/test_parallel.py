@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import test_blip2_train as blip2_train
@@ -22,7 +23,9 @@ import torch.distributed as dist
 from cells import diagonal, slow, thinned
 from ranks import Replaced, run
 from test_train import ROOT, arguments, assert_same_run, losses, wait_for_step, weights
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import checkpoint
 import generate
@@ -294,6 +297,36 @@ def test_evaluation_and_generation_in_training(train_run):
     assert_close(records(out, "eval_loss"), records(reference, "eval_loss"), 1e-5)
 
 
+def says_how_many(original, model, processor, conversations, *args, **options):
+    print(f"rank {os.environ['RANK']} answers {len(conversations)}", flush=True)
+    return original(model, processor, conversations, *args, **options)
+
+
+@pytest.mark.parametrize("sharding", ["stage2", slow(None), slow("stage1")])
+def test_questions_of_an_evaluation_are_shared(bases, train_run, tmp_path, capfd, sharding):
+    """Each data-parallel rank answers its share, and the scores are those of one process."""
+    options = {"evaluation_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 1}
+    options |= {"eval_with_do_generation": True, "metric_for_best_model": "eval_loss"}
+    reference, out = train_run("qwen sft", **options), tmp_path / "out"
+    capfd.readouterr()
+    main = Replaced("evaluate.answer_all", says_how_many)
+    start(bases, "qwen sft", out, 2, 4, main, sharding=sharding, **options)
+    shares = [int(n) for n in re.findall(r"rank \d answers (\d+)", capfd.readouterr().out)]
+    assert shares == [5, 5]  # of ten chats
+    (ours,), (theirs,) = (
+        [
+            r
+            for line in (path / "log.jsonl").read_text().splitlines()
+            if "eval_loss" in (r := json.loads(line))
+        ]
+        for path in (out, reference)
+    )
+    assert ours.keys() == theirs.keys() and len(ours) > 3
+    for key in ours.keys() - {"eval_loss", *(k for k in ours if "/" in k)}:
+        assert ours[key] == theirs[key], key
+    assert abs(ours["eval_loss"] - theirs["eval_loss"]) < 1e-5
+
+
 @pytest.mark.parametrize("world, options", [(2, {"recompute": True}), (4, {"sharding": "stage2"})])
 def test_bf16(train_run, world, options):
     """Computed in 16 bits with fp32 master weights, adapters in fp32."""
@@ -344,6 +377,37 @@ def test_full_size_is_cut(model, preset, degree):
     parallel.tensor_parallel(part, model.tp_plan(part.config, degree), world)
     mine = sum(p.numel() for p in part.parameters())
     assert whole / degree < mine < whole / degree + 0.02 * whole + 3e8 / 2, (mine, whole / degree)
+
+
+@pytest.mark.parametrize("world", [8, 64])
+def test_layout_of_many_ranks(monkeypatch, base, world):
+    """Over torch's process group of ranks that are not there: each has its place, its groups hold those that
+    share all other places, and the two tables of a sharded model are groups of their own."""
+    init = dist.init_process_group
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    for rank in (0, 5, world - 2):
+        place = SimpleNamespace(rank=rank, size=world, store=None)
+        fake = partial(init, "fake", rank=rank, world_size=world, store=FakeStore())
+        monkeypatch.setattr(dist, "init_process_group", lambda *_, fake=fake, **__: fake())
+        try:
+            here = parallel.init_world(2, 2, "stage3", 2, place)
+            half, replicas = world // 2, world // 8
+            assert (here.rank, here.size, here.tp_rank, here.pp_rank) == (rank, world, rank % 2, rank // half)
+            assert here.dp_rank == rank % half // 2 and here.dp_size == world // 4
+            members = {axis: dist.get_process_group_ranks(g) for axis, g in parallel.groups.items()}
+            assert members["tp"] == [rank - rank % 2, rank - rank % 2 + 1]
+            assert members["pp"] == [rank % half, rank % half + half]
+            assert members["dp"] == [
+                r for r in range(world) if r % 2 == rank % 2 and r // half == rank // half
+            ]
+            assert members["dp_shard"] == [r for r in members["dp"] if r // 4 == rank // 4]
+            assert len(members.get("dp_replicate", [rank])) == replicas
+            model = qwen.MODEL.network(checkpoint.read_config(base))
+            parallel.shard(model, here.mesh, "stage3", None)
+            alone = [n for n, m in model.named_modules() if isinstance(m, FSDPModule)]
+            assert {"", "transformer.wte", "lm_head", "transformer.h.0"} <= {*alone}
+        finally:
+            parallel.leave_world()
 
 
 def test_cut_and_join():
@@ -570,7 +634,7 @@ def test_zero_moves_no_more_than_it_must(bases, tmp_path, sharding, batch):
         moved[name] += int(count) / options["max_steps"]
     sizes = {n: t.numel() for n, t in weights(bases["qwen"][0]).items()}
     whole, rounds = sum(sizes.values()), 4 // batch
-    blocks = sum(count for n, count in sizes.items() if re.search(r"\.(h|resblocks)\.\d", n))
+    blocks = sum(count for n, count in sizes.items() if re.search(r"\.(h|resblocks)\.\d|wte", n))
     gathered = {"stage1": whole, "stage2": whole, "stage3": rounds * (whole + blocks)}[sharding]
     reduced = whole * (1 if sharding == "stage1" else rounds)
     assert moved["all_gather_single"] == pytest.approx(gathered, rel=0.05)
