@@ -25,7 +25,8 @@ from torch.distributed.rendezvous import rendezvous
 MEET = timedelta(minutes=10)  # that the ranks of a run have to come
 TIMEOUT = timedelta(hours=2)  # of a collective: as long as rank 0 may write a large checkpoint
 SILENT = timedelta(minutes=5)  # after which a rank that was heard of is taken for dead
-GRACE = timedelta(seconds=20)  # that this rank has to end by itself when another one has failed
+PRESSED = timedelta(seconds=8)  # the same once this rank was told to end: torchrun kills it 30 seconds later
+GRACE = timedelta(seconds=15)  # that this rank has to end by itself when another one has failed
 HOW = "torchrun --master_addr, --master_port or --rdzv_endpoint"
 
 
@@ -130,6 +131,7 @@ class Meeting:
             )
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.over, self.lost, self.beats = False, None, {}
+        self.pressed: Callable[[], bool] = lambda: False  # whether this rank was told to end
         self.on_loss: Callable[[str], None] | None = None  # what a rank does that can't get away by itself
         if self.size > 1:
             # a thread, since a rank may read data for minutes before it waits for anybody
@@ -177,13 +179,14 @@ class Meeting:
 
     def look(self, store: dist.Store, now: float) -> str | None:
         """Which rank has not been heard of for too long."""
+        limit = PRESSED if self.pressed() else SILENT
         for rank in range(1, self.size) if self.main else [0]:
             beat = store.get(f"beat-{rank}") if store.check([f"beat-{rank}"]) else b""
             known, since = self.beats.get(rank, (None, now))
             if beat != known:
                 self.beats[rank] = beat, now
-            elif now - since > SILENT.total_seconds():
-                return f"rank {rank} has not been heard of for {SILENT.total_seconds() / 60:g} minutes"
+            elif now - since > limit.total_seconds():
+                return f"rank {rank} has not been heard of for {limit.total_seconds():g} seconds"
         return None
 
     def failure(self, store: dist.Store) -> str | None:

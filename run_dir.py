@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -82,8 +83,14 @@ class Signals:
 
     def __init__(self):
         self.number, self.time, self.breaking, self.before = 0, 0.0, False, {}
+        self.pipe = self.pipe_before = -1
 
     def __enter__(self):
+        # Python runs a handler when the main thread is back from C, which may be a collective without an end;
+        # a byte in this pipe comes at once, for other threads to see.
+        self.pipe, end = os.pipe()
+        os.set_blocking(end, False)
+        self.pipe_before = signal.set_wakeup_fd(end, warn_on_full_buffer=False)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 self.before[number] = signal.signal(number, self.handle)
@@ -92,6 +99,13 @@ class Signals:
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        os.close(signal.set_wakeup_fd(self.pipe_before))
+        os.close(self.pipe)
+        self.pipe = -1
+
+    def came(self) -> bool:
+        """Whether this process was told to end, handled or not. Any thread may ask."""
+        return bool(self.number) or self.pipe >= 0 and bool(select.select([self.pipe], [], [], 0)[0])
 
     def handle(self, number: int, _frame) -> None:
         if not self.number:

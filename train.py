@@ -928,6 +928,7 @@ def main(argv: list[str] | None = None) -> int:
         return dry_run(cfg, config, definition, directory)
     with Signals() as signals:
         meeting = Meeting()
+        meeting.pressed = signals.came
         meeting.on_loss = lambda reason: end_now(f"another rank is gone ({reason}); {goes_on(cfg)}")
         try:
             return run(cfg, definition, directory, meeting, signals)

@@ -103,14 +103,11 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same on a device, but for host tensors."""
-        moving = {
-            f.name: getattr(self, f.name)
-            for f in fields(self)
-            if isinstance(getattr(self, f.name), Tensor)
-            and f.name not in HOST_FIELDS
-            and getattr(self, f.name).device != device
-        }
-        return replace(self, **move(moving, device), on_host=self.host) if moving else self
+        ours = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in HOST_FIELDS}
+        ours = {name: value for name, value in ours.items() if isinstance(value, Tensor)}
+        coming = {name: t for name, t in ours.items() if t.device.type == "cpu" != device.type}
+        others = {name: t.to(device) for name, t in ours.items() if name not in coming}
+        return replace(self, **move(coming, device), **others, on_host=self.host)
 
 
 HOST_FIELDS = ("cu_seqlens", "prefix_lens", "rope_lengths")

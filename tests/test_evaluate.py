@@ -297,3 +297,28 @@ def test_every_text_file_is_opened_with_an_encoding():
                 mode = node.args[1] if len(node.args) > 1 else keys.get("mode", ast.Constant("r"))
                 binary = isinstance(mode, ast.Constant) and "b" in mode.value
                 assert binary or "encoding" in keys, f"{path.name}:{node.lineno}"
+
+
+def answers_of_ranks(rank, numbers):
+    """What answer_in_turn gives on a rank, and how often it asked between answers."""
+
+    def answer_all(model, processor, conversations, batch_size, how, bad):
+        for number in conversations:
+            if number % 4 == 1:
+                bad.append((f"record {number}", "no image"))
+            yield None if number % 4 == 1 else f"answer {number}"
+
+    asked = []
+    with mock.patch.object(evaluate, "answer_all", answer_all):
+        turn = rank, 2
+        return evaluate.answer_in_turn(None, None, numbers, 3, None, turn, lambda: asked.append(1)), len(asked)
+
+
+@pytest.mark.parametrize("count", [7, 1])
+def test_answers_in_turn_are_in_order(count):
+    """Whoever gave them; and ranks with fewer questions ask about signals as often as the others."""
+    first, second = together(answers_of_ranks, list(range(count)))
+    assert first == second
+    (answers, bad), asked = first
+    assert answers == [None if n % 4 == 1 else f"answer {n}" for n in range(count)]
+    assert bad == [(f"record {n}", "no image") for n in range(count) if n % 4 == 1] and asked == -(-count // 2)

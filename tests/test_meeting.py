@@ -155,21 +155,33 @@ def suspended_at_3(original, *args, **options):
     """Rank 1 is there, and never enters the collectives of step 3: as NCCL waits for a rank that is dead."""
     where = args[0]
     if where.state["step"] == 2 and os.environ["RANK"] == "1":
-        subprocess.Popen(["sh", "-c", f"sleep 9; kill -9 {os.getpid()}"])
+        subprocess.Popen(["sh", "-c", f"sleep 12; kill -9 {os.getpid()}"])
         os.kill(os.getpid(), signal.SIGSTOP)
     elif where.state["step"] == 2:
         meeting.SILENT, meeting.GRACE = timedelta(seconds=4), timedelta(seconds=1)
     return original(*args, **options)
 
 
+def told_to_end_at_3(original, *args, **options):
+    """As torchrun does when a rank has died; here long before its silence would be noticed."""
+    where = args[0]
+    if where.state["step"] == 2 and os.environ["RANK"] == "0":
+        subprocess.Popen(["sh", "-c", f"sleep 1; kill -TERM {os.getpid()}"])
+        meeting.PRESSED, meeting.GRACE = timedelta(seconds=4), timedelta(seconds=1)
+        return original(*args, **options)
+    return suspended_at_3(original, *args, **options)
+
+
 @pytest.mark.slow
-def test_a_rank_that_hangs_is_noticed(base, dataset, tmp_path, capfd):
+@pytest.mark.parametrize("how", [suspended_at_3, told_to_end_at_3])
+def test_a_rank_that_hangs_is_noticed(base, dataset, tmp_path, capfd, how):
     """gloo notices a connection that ends, NCCL not even that: the ranks' beats say it, and the line names
     the checkpoint."""
     out = tmp_path / "out"
     with pytest.raises(AssertionError, match=r"exit codes \[1, -9\]"):
-        main = Replaced("train.Run.train_step", suspended_at_3)
-        run(arguments(base, dataset, out, max_steps=4, save_steps=1), 2, main)
+        run(
+            arguments(base, dataset, out, max_steps=4, save_steps=1), 2, Replaced("train.Run.train_step", how)
+        )
     (line,) = [s for s in capfd.readouterr().err.splitlines() if s.startswith("error")]
     assert re.match(
         r"error: \[rank 0\] another rank is gone \(rank 1 has not been heard of .*checkpoint-2$", line
