@@ -6,11 +6,13 @@ import json
 import signal
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from PIL import Image
 from ranks import run as train_run
+from ranks import together
 
 import checkpoint
 import evaluate
@@ -311,7 +313,8 @@ def answers_of_ranks(rank, numbers):
     asked = []
     with mock.patch.object(evaluate, "answer_all", answer_all):
         turn = rank, 2
-        return evaluate.answer_in_turn(None, None, numbers, 3, None, turn, lambda: asked.append(1)), len(asked)
+        found = evaluate.answer_in_turn(None, None, numbers, 3, None, turn, lambda: asked.append(1))
+    return found, len(asked)
 
 
 @pytest.mark.parametrize("count", [7, 1])
@@ -321,4 +324,5 @@ def test_answers_in_turn_are_in_order(count):
     assert first == second
     (answers, bad), asked = first
     assert answers == [None if n % 4 == 1 else f"answer {n}" for n in range(count)]
-    assert bad == [(f"record {n}", "no image") for n in range(count) if n % 4 == 1] and asked == -(-count // 2)
+    assert bad == [(f"record {n}", "no image") for n in range(count) if n % 4 == 1]
+    assert asked == -(-count // 2)
