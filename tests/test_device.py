@@ -1,6 +1,7 @@
 """What a GPU would stumble over, shown on a stand-in (standin.py): a step waits for nothing that the device
 computes, mixes no tensor of the host with its own, and its batches are one copy a dtype."""
 
+import contextlib
 from dataclasses import fields
 from types import SimpleNamespace
 from unittest import mock
@@ -46,17 +47,9 @@ class Started:
         self.built = build(cfg, directory, one, train.stream_sizes(plan, cfg))
         self.model, self.world = self.built.model, parallel.World(0, 1, META)
         self.scaler, self.images_only = train.LossScaler(False), False
-        loader = data.TrainLoader(
-            plan,
-            self.processor,
-            start_step=0,
-            total_steps=1,
-            dp_rank=0,
-            dp_size=1,
-            per_device_batch=3,
-            grad_accum=2,
-            num_workers=0,
-        )
+        self.autocast = contextlib.nullcontext()
+        deal = data.Deal(per_device_batch=3, grad_accum=2)
+        loader = data.TrainLoader(plan, self.processor, range(1), deal)
         self.micro_batches = next(iter(loader))[2]
         assert any(batch.has_images for batch in self.micro_batches)
         self.facts = train.step_facts(self.model, self.micro_batches, 0, one)
