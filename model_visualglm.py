@@ -238,11 +238,8 @@ class Attention(nn.Module):
         # Grouped by head, so that a tensor-parallel cut of the rows keeps heads whole.
         # (T, 3C) -> (T, H, 3, D) -> three of (T, H, D).
         q, k, v = self.query_key_value(x).unflatten(-1, (-1, 3, self.head_dim)).unbind(2)  # 3 x (T, H, D)
-        q, k = (
-            # 2-D rotary: half of a head turns by the place in the context, half by that in the answer.
-            torch.cat([rotary(half, ctx.cos[i], ctx.sin[i]) for i, half in enumerate(t.chunk(2, -1))], -1)
-            for t in (q, k)
-        )
+        # 2-D rotary: half of a head turns by the place in the context, half by that in the answer.
+        q, k = rotary(q, ctx.cos, ctx.sin), rotary(k, ctx.cos, ctx.sin)
         # HF divides the scores by layer + 1 and multiplies them again (fp16 range): nothing is left of that
         tuned = None if ctx.tuned is None else ctx.tuned[self.layer]
         # P-tuning's rows are not turned: they stand at no place, and every token sees them.

@@ -277,7 +277,7 @@ def recompute(model: nn.Module) -> None:
         forward = block.forward
         # The rows that adapters saw are put back too: the backward pass draws the same dropout.
         block.forward = lambda *args, forward=forward: checkpoint(
-            with_rows_of_now(forward), *args, use_reentrant=False
+            with_rows_of_now(forward), *args, use_reentrant=False, preserve_rng_state=False
         )
 
 

@@ -240,7 +240,7 @@ def _forward_step(
     return acc, new_m, total
 
 
-@jit
+@jit(do_not_specialize=["num_q"])  # another one in every step
 def _attention_forward(
     blocks,
     q,
@@ -361,7 +361,7 @@ def _dq_step(
     return tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
 
 
-@jit
+@jit(do_not_specialize=["num_q"])  # another one in every step
 def _attention_dq(
     blocks,
     q,
@@ -497,7 +497,7 @@ def _dkdv_step(
     return dk, dv
 
 
-@jit
+@jit(do_not_specialize=["num_q"])  # another one in every step
 def _attention_dkdv(
     blocks,
     q,

@@ -10,6 +10,7 @@ the start.
 """
 
 import contextlib
+import functools
 import types
 
 import torch
@@ -36,6 +37,11 @@ IMPLS = ("auto", "triton", "ref")
 default = "auto"
 
 
+@functools.cache  # asked in every operation
+def capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
 def problem(device: torch.device) -> str | None:
     """Why Triton cannot run on tensors of this device; None where it can."""
     if triton is None:
@@ -44,7 +50,7 @@ def problem(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return f"there is no GPU (the device is {device.type})"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+    if torch.version.hip is None and capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     return None
 
@@ -53,6 +59,8 @@ def use(impl: str, device: torch.device) -> str:
     """Sets what impl="auto" means from now on; returns what runs, in words. Raises ValueError where it
     cannot."""
     global default
+    # fp32 means fp32: cuDNN's convolutions would be TF32 by default, with 10 bits of the mantissa
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r}; expected one of {', '.join(IMPLS)}")
     reason = problem(device)
@@ -98,9 +106,5 @@ def without_autocast(device: torch.device):
 def architecture(device: torch.device) -> str:
     """The family of tile sizes: "sm_90" (228 KB of shared memory), or "sm_80", which fits sm_86 and sm_89
     too."""
-    hopper = (
-        device.type == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(device)[0] >= 9
-    )
+    hopper = device.type == "cuda" and torch.version.hip is None and capability(device)[0] >= 9
     return "sm_90" if hopper else "sm_80"

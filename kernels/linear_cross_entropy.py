@@ -158,7 +158,7 @@ def _logits(
     return acc
 
 
-@jit
+@jit(do_not_specialize=["num_rows"])  # another one in every step
 def _ce_forward(
     x,
     w,
@@ -201,7 +201,7 @@ def _ce_forward(
     tl.store(log_z + place, m + tl.log(tl.sum(tl.exp(logits - m[:, None]), 1)), mask=inside)
 
 
-@jit
+@jit(do_not_specialize=["num_rows"])  # another one in every step
 def _ce_gradient(
     x,
     w,

@@ -17,7 +17,7 @@ def rotary_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-@jit
+@jit(do_not_specialize=["T"])  # another one in every step
 def _rotary(
     x,
     cos,
@@ -53,16 +53,31 @@ def _rotary(
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, turn) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin, 1.0)
+        ctx.turn = turn
+        return turn(x, cos, sin, 1.0)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        return _turn(dy, *ctx.saved_tensors, -1.0), None, None
+        return ctx.turn(dy, *ctx.saved_tensors, -1.0), None, None, None
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+def _turn_plain(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+    """In three passes and one new tensor; rotary_ref makes seven, and autograd twice as many behind it."""
+    if cos.dim() == 2:
+        cos, sin = cos[None], sin[None]
+    # (P, T, D/2P) -> (T, 1, P, D/2P), beside (T, H, P, 2, D/2P): the two halves that turn together
+    cos, sin = (angles.transpose(0, 1)[:, None] for angles in (cos, sin))
+    halves = x.unflatten(-1, (cos.shape[2], 2, -1))
+    y = torch.mul(halves, cos[..., None, :], out=torch.empty(halves.shape, dtype=cos.dtype, device=x.device))
+    a, b = halves.unbind(-2)
+    y[..., 0, :].addcmul_(b, sin, value=-direction)
+    y[..., 1, :].addcmul_(a, sin, value=direction)
+    return y.view(x.shape).to(x.dtype)
+
+
+def _turn_triton(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
     T, H, D = x.shape
     if x.stride(2) != 1 or x.stride(1) % 8 or D % 8:
         x = x.contiguous()
@@ -93,4 +108,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, impl: str = "auto") -> Tensor:
 
     With cos and sin (2, T, D/4) each half of a head is turned by its own position (ChatGLM's 2-D positions).
     """
-    return _Rotary.apply(x, cos, sin) if use_triton(impl, x) else rotary_ref(x, cos, sin)
+    if use_triton(impl, x):
+        return _Rotary.apply(x, cos, sin, _turn_triton)
+    if impl == "ref" or torch.compiler.is_compiling():  # the compiler fuses the definition by itself
+        return rotary_ref(x, cos, sin)
+    return _Rotary.apply(x, cos, sin, _turn_plain)

@@ -720,6 +720,62 @@ def test_interpreter(results, name):
     assert results[name] == []
 
 
+@pytest.mark.parametrize("name", ["rms_norm", "rms_norm, 16 bits", "rotary", "rotary, 2-D"])
+def test_without_triton_the_definitions_values_and_gradients(name):
+    """What runs on a CPU is written for few passes, with a backward of its own."""
+    import torch
+
+    from kernels.norm import rms_norm, rms_norm_ref
+    from kernels.rotary import rotary, rotary_ref
+
+    torch.manual_seed(0)
+    dy = torch.randn(7, 3, 40)
+    x = torch.randn(7, 3, 3, 40)[:, 1].requires_grad_()  # rows with a gap between them
+    if "rms_norm" in name:
+        w = (1 + torch.randn(40)).requires_grad_()
+        if "16" in name:
+            x, dy = x.detach().bfloat16().requires_grad_(), dy.bfloat16()
+            w = w.detach().bfloat16().requires_grad_()
+        inputs, functions = (x, w), (lambda x, w: rms_norm(x, w, 1e-6), lambda x, w: rms_norm_ref(x, w, 1e-6))
+    else:
+        angles = torch.randn(2, 7, 10) if "2-D" in name else torch.randn(7, 20)
+        pair = angles.cos(), angles.sin()
+        inputs, functions = (x,), (lambda x: rotary(x, *pair), lambda x: rotary_ref(x, *pair))
+    results = [(y := function(*inputs), *torch.autograd.grad(y, inputs, dy)) for function in functions]
+    near = {"atol": 0.1, "rtol": 0.1} if "16" in name else {"atol": 1e-4, "rtol": 1e-4}
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference, **near)
+
+
+def test_fp32_means_fp32():
+    import torch
+
+    from kernels import dispatch
+
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    dispatch.use("auto", torch.device("cpu"))
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_what_changes_in_every_step_compiles_nothing_anew():
+    """The number of a stream's tokens is specialised neither on 1 nor on being a multiple of 16."""
+    from kernels import attention, dispatch, dropout, linear_cross_entropy, norm, rotary
+
+    if dispatch.triton is None:
+        pytest.skip("triton is not made for this platform")
+    for fn, names in (
+        (attention._attention_forward, {"num_q"}),
+        (attention._attention_dq, {"num_q"}),
+        (attention._attention_dkdv, {"num_q"}),
+        (linear_cross_entropy._ce_forward, {"num_rows"}),
+        (linear_cross_entropy._ce_gradient, {"num_rows"}),
+        (norm._rms_norm_backward, {"num_rows", "rows_each"}),
+        (rotary._rotary, {"T"}),
+        (dropout._drop, {"seed", "first_channel", "threshold", "count"}),
+    ):
+        assert names <= {p.name for p in fn.params if p.do_not_specialize}, fn
+
+
 def test_triton_is_refused_without_gpu():
     import torch
 
