@@ -41,6 +41,7 @@ from records import READERS, BadRecord, Conversation, conversations_of, one_reco
 from terminal import cut, nearest, one_line
 
 ROOT = Path(__file__).resolve().parent
+# What a command without a dataset trains on: it should run before anything is downloaded.
 DEFAULT_DATASET = {
     split: [
         {"name": "coco_vqa", "data_files": f"{ROOT}/samples/flags_zh/{file}", "image_root": f"{ROOT}/samples"}
@@ -48,17 +49,7 @@ DEFAULT_DATASET = {
     for split, file in (("train", "train.jsonl"), ("eval", "val.jsonl"))
 }
 # Every key that an entry may have. Another one is refused: it would be a setting that nothing reads.
-ENTRY_KEYS = (
-    "name",
-    "data_files",
-    "image_root",
-    "weight",
-    "max_samples",
-    "chat_template",
-    "splits",
-    "eval_split",
-    "eval_part",
-)
+ENTRY_KEYS = "name data_files image_root weight max_samples chat_template splits eval_split eval_part".split()
 # torch's cross entropy knows it as "no target".
 IGNORE = -100
 
@@ -72,59 +63,52 @@ class Entry:
     read."""
 
     def __init__(self, settings: dict):
-        if not isinstance(settings, dict):
-            raise ValueError(f"a dataset entry must be an object with data_files, got {cut(settings)}")
+        demand(
+            isinstance(settings, dict),
+            f"a dataset entry must be an object with data_files, got {cut(settings)}",
+        )
         # Checked before a file is opened: a large one takes a while.
         for key in settings:
-            if key not in ENTRY_KEYS:
-                raise ValueError(f"unknown key {cut(key)} in a dataset entry{nearest(key, ENTRY_KEYS)}")
+            known = nearest(key, ENTRY_KEYS)
+            demand(key in ENTRY_KEYS, f"unknown key {cut(key)} in a dataset entry{known}")
         # PaddleMIX's files name the reader; others leave it to the records' own keys.
-        self.name = settings.get("name")
-        if self.name is not None and (not isinstance(self.name, str) or self.name not in READERS):
-            known = ", ".join(READERS)
+        name = self.name = settings.get("name")
+        if name is not None and (not isinstance(name, str) or name not in READERS):
             raise ValueError(
-                f"unknown dataset name {cut(self.name)}; known: "
-                f"{known}{nearest(self.name, READERS)}; without a name "
-                "records are recognised by their keys"
+                f"unknown dataset name {cut(name)}; known: {', '.join(READERS)}{nearest(name, READERS)}; "
+                "without a name records are recognised by their keys"
             )
         # Several files are one sequence: VQAv2 has its questions in one and its answers in another.
         files = settings.get("data_files")
-        self.paths = [files] if isinstance(files, str) else files
-        if (
-            not isinstance(self.paths, list)
-            or not self.paths
-            or not all(isinstance(p, str) for p in self.paths)
-        ):
-            raise ValueError(f"data_files must be a path or a list of paths, got {cut(files)}")
-        for path in self.paths:
-            if "\0" in path or not os.path.isfile(path) and not os.path.isdir(path):
-                raise ValueError(f"data_files: no file {cut(path, 300)} (working directory {os.getcwd()})")
+        self.paths = paths = [files] if isinstance(files, str) else files
+        listed = isinstance(paths, list) and paths and all(isinstance(p, str) for p in paths)
+        demand(listed, f"data_files must be a path or a list of paths, got {cut(files)}")
+        for path in paths:
+            there = "\0" not in path and (os.path.isfile(path) or os.path.isdir(path))
+            demand(there, f"data_files: no file {cut(path, 300)} (working directory {os.getcwd()})")
         # What messages call the entry by.
-        what = self.name or self.paths[0]
+        what = name or paths[0]
         self.settings, self.image_root = settings, settings.get("image_root")
         self.weight, self.max_samples = settings.get("weight"), settings.get("max_samples")
-        if self.image_root is not None and not (
-            isinstance(self.image_root, str) and os.path.isdir(self.image_root)
-        ):
-            raise ValueError(f"image_root {cut(self.image_root)} of {what} is no directory")
-        if self.weight is not None and not is_number(self.weight, 0):
-            raise ValueError(f"weight={cut(self.weight)} of {what} must be a number >= 0")
+        root, most = self.image_root, self.max_samples
+        folder = root is None or isinstance(root, str) and os.path.isdir(root)
+        demand(folder, f"image_root {cut(root)} of {what} is no directory")
+        number = self.weight is None or is_number(self.weight, 0)
+        demand(number, f"weight={cut(self.weight)} of {what} must be a number >= 0")
         # true is an int in Python, and no number here (is_number).
-        whole = isinstance(self.max_samples, int) and is_number(self.max_samples, 1)
-        if self.max_samples is not None and not whole:
-            raise ValueError(f"max_samples={cut(self.max_samples)} of {what} must be an integer >= 1")
+        whole = most is None or isinstance(most, int) and is_number(most, 1)
+        demand(whole, f"max_samples={cut(most)} of {what} must be an integer >= 1")
         splits = settings.get("splits")
         self.splits = [splits] if isinstance(splits, str) else splits
-        if self.splits is not None and not (
-            isinstance(self.splits, list) and self.splits and all(isinstance(s, str) for s in self.splits)
-        ):
-            raise ValueError(f"splits={cut(splits)} of {what} must be a name or a list of names")
+        names = isinstance(self.splits, list) and self.splits and all(isinstance(s, str) for s in self.splits)
+        demand(
+            self.splits is None or names, f"splits={cut(splits)} of {what} must be a name or a list of names"
+        )
         # hold_out() sets both: the entry stands twice, once for each part.
         self.eval_split, self.eval_part = settings.get("eval_split") or 0.0, bool(settings.get("eval_part"))
-        if not is_number(self.eval_split, 0) or self.eval_split >= 1:
-            raise ValueError(
-                f"eval_split={cut(self.eval_split)} of {what} must be a share from 0 up to, not including, 1"
-            )
+        share = is_number(self.eval_split, 0) and self.eval_split < 1
+        said = f"eval_split={cut(self.eval_split)} of {what}"
+        demand(share, f"{said} must be a share from 0 up to, not including, 1")
         self.system = read_system(settings.get("chat_template"))
         try:
             # Lines of JSONL are found here, and read when they are needed.
@@ -156,9 +140,11 @@ class Entry:
     def conversations(self, i: int) -> list[Conversation]:
         """Record i as conversations; none if "splits" or "eval_split" leave it out. BadRecord if it is
         unusable."""
+        # The place is known before the record is read: a line that is no JSON has one too.
         (source, n), where = self.locate(i), self.where(i)
         with one_record(where):
             try:
+                # Read from the file each time: an epoch over a large set holds no records in memory.
                 record = source[n]
             except ValueError:
                 if self.eval_part:  # the training part names it
@@ -174,18 +160,20 @@ class Entry:
             # file.
             if self.eval_split and (share_of(record) < self.eval_split) != self.eval_part:
                 return []
+            # One record may be several samples: a list of captions is one for each.
             return conversations_of(
                 record, where, os.path.dirname(source.path), i, self.name, self.image_root, self.system
             )
 
 
+def demand(holds, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
 def is_number(value, least: float) -> bool:
-    return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and value >= least
-    )
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value >= least
 
 
 def share_of(record) -> float:
@@ -222,6 +210,7 @@ def open_entries(entries: list[dict]) -> list[Entry]:
     if not isinstance(entries, list) or not entries:
         raise ValueError("the dataset has no entry; expected a list of objects with data_files")
     entries = [entry if isinstance(entry, Entry) else Entry(entry) for entry in entries]
+    # Two entries of one file have the same name: the second one becomes name#2.
     seen: Counter = Counter()
     for entry in entries:  # losses and scores are logged by label: each its own
         seen[entry.base_label] += 1
@@ -234,6 +223,7 @@ def say_unused_keys(entries: list[Entry], first: int = 100) -> None:
     """Names the keys of each entry's first records that nothing reads."""
     for entry in entries:
         found: set[str] = set()
+        # The first hundred: what a file's records have, they have from the start.
         for i in range(min(first, len(entry))):
             source, n = entry.locate(i)
             with contextlib.suppress(ValueError):  # named elsewhere
@@ -278,6 +268,7 @@ class Index:
     """What is known of every usable sample before any is loaded. A sample's number is its row."""
 
     entries: list[Entry]
+    # Numbers alone, no texts: what plans and estimates need of a sample.
     rows: np.ndarray  # (N, 7) int64, columns as in COLUMNS
     problems: list[tuple[str, str]]  # (where, reason) of the records left out
 
@@ -296,6 +287,7 @@ class Index:
         return self.entries[self.entry[number]].where(int(self.record[number]))
 
     def conversation(self, number: int) -> Conversation:
+        # Read anew: the row says which record, and which of its samples.
         return self.entries[self.entry[number]].conversations(int(self.record[number]))[self.part[number]]
 
 
@@ -323,6 +315,7 @@ class Measurer:
         entry, rows, problems = self.entries[number], [], []
         for record in range(first, end):
             try:
+                # The door: whatever reading or encoding raises is this record's problem, with its place.
                 with one_record(entry.where(record)):
                     rows += [
                         (number, record, part, *sizes) for part, sizes in enumerate(self.sizes(entry, record))
@@ -337,6 +330,7 @@ class Measurer:
         for conversation in entry.conversations(record):
             # The same function that training calls: what it measures here it gives there.
             sample = self.processor.encode(conversation, self.max_length)
+            # Only `check` decodes: an index looks whether files are there.
             for source in sample["images"] if self.decode else ():
                 self.decode_image(source)
             length = len(sample["input_ids"])
@@ -368,6 +362,7 @@ def ends_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+# What a forked process finds in its copy of the memory: nothing is pickled.
 _measurer = None  # in a forked worker of measure_all: the parent's Measurer
 
 
@@ -402,6 +397,7 @@ def measure_all(measurer: Measurer, num_workers: int, progress: bool):
         # In order, whoever is ready first: the index is the same for any number of workers.
         results = pool.map(_measure_in_worker, tasks) if pool else map(measurer, tasks)
         for (_, first, end), (task_rows, task_problems) in zip(tasks, results, strict=True):
+            # (n, 7) of each piece, in the order of the files.
             rows.append(task_rows)
             problems += task_problems
             done += end - first
@@ -444,6 +440,7 @@ def content_key(entries: list[Entry]) -> str:
         # Read once: a large file takes seconds.
         if not hasattr(entry, "digests"):
             entry.digests = [digest(path) for path in entry.paths]
+        # Paths are left out: data may be moved. What shapes the samples stays.
         settings = {
             k: v for k, v in entry.settings.items() if k not in ("data_files", "image_root", "chat_template")
         }
@@ -505,6 +502,7 @@ def build_index(
         # An image may have been added since: if a record has become good, measure anew.
         if any(not measurer((number, record, record + 1))[1] for number, record, *_ in problems):
             rows = None
+    # Written below only if it is new.
     fresh = rows is None
     if fresh:
         rows, problems = measure_all(measurer, num_workers, progress)
@@ -524,6 +522,7 @@ def build_index(
             raise ValueError(f"none of the {num_bad:,} records in {files} is usable; {where}: {reason}")
         raise ValueError(f"the dataset is empty: no sample in {files} (after splits and max_samples)")
     if path and fresh:
+        # Problems too: a restart names them again without reading the data.
         path.parent.mkdir(parents=True, exist_ok=True)
         listing = json.dumps(problems)
         # Whole or not at all: another rank may be waiting for it.
@@ -581,6 +580,7 @@ class Plan:
             raise ValueError(
                 f"{index.where(n)} has {index.num_images[n]} images, more than max_images={max_images}"
             )
+        # All entries or none: a missing one could mean 0 or 1.
         weights = [entry.weight for entry in index.entries]
         # An evaluation takes every sample once, whatever the weights.
         self.weighted = shuffle and any(w is not None for w in weights)
@@ -605,6 +605,7 @@ class Plan:
         if not self.weighted:
             return generator(self.seed, epoch).permutation(len(self.index))
         # Not drawn at random: after n samples each entry has its share of n, to within one sample.
+        # How many samples each entry has given so far.
         drawn, order = np.zeros(len(self.shares)), np.empty(len(self.index), np.int64)
         passes = [self.passes(epoch, e) for e in range(len(self.shares))]
         for n in range(len(order)):
@@ -629,6 +630,7 @@ class Plan:
         return self.cached[1]
 
     def pack(self, order: np.ndarray) -> list[np.ndarray]:
+        # Plain lists: a loop over NumPy numbers is slow.
         lengths, images = self.index.length[order].tolist(), self.index.num_images[order].tolist()
         borders, tokens, shown = [], 0, 0
         for n, (length, count) in enumerate(zip(lengths, images, strict=True)):
@@ -642,6 +644,7 @@ class Plan:
 
     def count(self, epoch: int) -> int:
         """Units of an epoch."""
+        # Without packs it is known without a shuffle.
         if not self.mixtoken:
             return len(self.index)
         if epoch not in self.num_units:
@@ -665,6 +668,7 @@ class Plan:
         """(epoch, how many of its units are trained on)"""
         # 0.5 epochs: half of its steps, rounded up to whole ones.
         whole, part = int(num_epochs), num_epochs % 1
+        # Whole epochs, then the part of one.
         ends = [(epoch, self.count(epoch)) for epoch in range(whole)]
         if part:
             steps = math.ceil(part * self.steps_per_epoch(global_batch, whole))
@@ -683,6 +687,7 @@ class Plan:
     def micro_batches(self, step: int, deal: Deal) -> tuple[int, list[list[np.ndarray]]]:
         """-> (epoch, one list of units per forward pass of this rank). All ranks get equally many lists, some
         empty."""
+        # One forward pass of all ranks together.
         round_size = deal.per_device_batch * deal.dp_size
         epoch, first = self.locate(step, round_size * deal.grad_accum)
         # The units of the whole step, of all ranks: every rank knows them, and takes its own.
@@ -723,6 +728,7 @@ def jitter(image: torch.Tensor, fraction: float, rng: np.random.Generator) -> to
     """
     # One draw of the sample's own generator: the same in every epoch that has this key.
     dx, dy, scale, angle = rng.uniform(-fraction, fraction, 4)
+    # Rotation and scale in one matrix; the image is sampled at where each pixel comes from.
     cos, sin = (1 + scale) * np.cos(angle), (1 + scale) * np.sin(angle)
     # in grid_sample's units, an image is 2 wide
     matrix = torch.tensor([[[cos, -sin, 2 * dx], [sin, cos, 2 * dy]]], dtype=image.dtype)
@@ -736,6 +742,7 @@ def attach_images(
 ) -> dict:
     """Add what collate needs of the sample's images: pixel_values, or image_features from
     `features.get(path)`."""
+    # collate knows samples, not processors.
     sample["num_image_tokens"] = processor.num_image_tokens
     # Cached: the image itself is not opened at all.
     if features is not None:
@@ -757,6 +764,7 @@ def attach_images(
 def load_sample(plan: Plan, number: int, epoch: int, processor, image_jitter=0.0, features=None) -> dict:
     """Sample `number`, ready for collate. Raises BadRecord if it can't be read or an image can't be
     decoded."""
+    # The record is read and encoded here, in a worker, when its step is near.
     entry, conversation = int(plan.index.entry[number]), plan.index.conversation(number)
     key = (plan.seed, epoch, int(number))  # all that is random in this sample is a function of it
     # Whatever a record does wrong, here or in its images, is that record's fault and has its name.
@@ -795,6 +803,7 @@ def collate(samples: list[vlm.Sample], bad=(), num_image_tokens: int = 0, blank_
         # Places in the sample -> rows of the stream.
         positions += [(start + first + places)[None] for first in sample["image_starts"]]
 
+    # int64: what embeddings and index_copy take.
     def joined(arrays, axis=0):
         return torch.from_numpy(np.concatenate(arrays, axis).astype(np.int64))
 
@@ -881,6 +890,7 @@ class TrainLoader:
 
     # A step's number is all that a worker gets: it reads, encodes and decodes by itself.
     def __getitem__(self, k: int):
+        # k counts from 0 in this run, the step from the run's beginning.
         step = self.steps[k]
         epoch, rounds = self.plan.micro_batches(step, self.deal)
         return step, epoch, [self.load(epoch, units) for units in rounds]
