@@ -81,6 +81,7 @@ def choose_trainable(model: nn.Module, definition, cfg: Config) -> None:
     for key in ("freeze_include", "freeze_exclude"):
         for pattern in getattr(cfg, key) or ():
             if not fnmatch.filter(names, pattern):
+                # With a remedy: the nearest names, since the pattern was meant for one of them.
                 near = difflib.get_close_matches(pattern.strip("*"), names, n=2, cutoff=0)
                 raise ValueError(f"{key}: {pattern!r} matches no parameter; near names: {', '.join(near)}")
     # First match wins: an adapter trains even where its layer is frozen by name.
@@ -103,6 +104,7 @@ def choose_trainable(model: nn.Module, definition, cfg: Config) -> None:
 
 
 def parameter_table(model: nn.Module, parts: dict[str, str]) -> str:
+    # The table of what trains, printed at the start: a wrong freeze is seen before it costs a day.
     rows = {part: [0, 0] for part in [*parts, "adapter"]}
 
     def part_of(name: str) -> str:
@@ -143,6 +145,7 @@ def with_prefix(config: dict, definition, cfg: Config) -> dict:
 
 def lora_parts(model: nn.Module, definition, cfg: Config) -> dict:
     """The packed weights that lora_split adapts part by part."""
+    # SAT adapts q, k and v of one packed matrix apart, PEFT the matrix as one.
     if cfg.lora_split and definition.lora_parts is None:
         raise ValueError("lora_split=true: this model has no packed weight whose parts are adapted apart")
     return definition.lora_parts(model.config) if cfg.lora_split else {}
@@ -176,6 +179,7 @@ def pipeline_blocks(model: nn.Module, definition, cfg: Config, sizes: StreamSize
     # Adapters are small beside the products of the layers that they stand at.
     trained = {n for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n}
     prefix, N = definition.pipeline["blocks"] + ".", len(model.blocks)
+    # A tower with something to train is gone back through; a frozen one is not.
     image = any(matches(n, definition.image_parameters) for n in trained)
     head = any(matches(n, definition.pipeline["last"]) for n in trained)
     # A stage is as slow as its FLOPs, forward and backward; the slowest one sets the pace of all.
@@ -185,6 +189,7 @@ def pipeline_blocks(model: nn.Module, definition, cfg: Config, sizes: StreamSize
     last = flops.pop("head") * (2 + head)
     # What is neither block nor head is the first stage's: tower, resampler, embedding.
     first = sum(flops.values()) * (3 + cfg.recompute if image else 1)
+    # Interleaved schedules give a rank several stages.
     stages = pipeline.num_stages(cfg.pipeline_parallel_degree, cfg.pipeline_schedule)
     try:
         return pipeline.cut([block] * N, first, last, stages)
@@ -214,6 +219,7 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
     # Prefix: its parameters belong to the model, so they must exist before anything looks at names.
     config = with_prefix(config, definition, cfg)
     weights = checkpoint.open_model(directory, definition)
+    # Shapes alone, on the meta device.
     model = definition.network(config)
     tuned = [definition.prefix_tuning] if cfg.pre_seq_len else None
     # A prefix is new unless an earlier run has trained it: then the checkpoint has it.
@@ -266,6 +272,7 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
 
     # Memory, then the weights, one tensor at a time: the host never holds the model twice.
     model.to_empty(device=world.device)
+    # The marks go onto the real tensors, which loading cuts by.
     parallel.mark_cuts(model)
     # A pipeline rank has a part of them: the others' names are skipped, not missed.
     parameters = dict(model.named_parameters())

@@ -32,6 +32,7 @@ from run_dir import HARMLESS, RunDir, Start, read_state, shown
 class Prepared:
     """What all ranks know before they are a process group."""
 
+    # In the order in which they are found out.
     processor: object
     plan: data.Plan
     eval_plan: data.Plan | None
@@ -57,6 +58,7 @@ def read_plan(cfg: Config, split: str, processor, meeting: Meeting, **options) -
     if meeting.main:
         meeting.share(f"{split} index", "made")
         data.say_unused_keys(index.entries)
+        # Ten are enough to see the kind; `data.py check` lists all.
         for where, reason in index.problems[:10]:
             print(f"warning: left out {where}: {reason}", file=sys.stderr)
         if cut := int(index.truncated.sum()):
@@ -73,6 +75,7 @@ def check_metric(cfg: Config, eval_plan: data.Plan) -> None:
     kinds = {
         eval_plan.index.conversation(n).kind for n in np.unique(eval_plan.index.entry, return_index=True)[1]
     }
+    # What an evaluation of these entries will put into the log.
     have = [f"eval_{name}" for name in metrics.scores_of_kinds(kinds)]
     # Now: an unknown name would show only behind the first evaluation.
     if cfg.metric_for_best_model not in ("eval_loss", *have):
@@ -119,6 +122,7 @@ def run_facts(
     # gigabytes.
     base = [checkpoint.open_model(path, definition).sample() for path in (directory, cfg.init_from) if path]
     return {
+        # Each of these changes which sample a step is, or which model it updates.
         "seed": cfg.seed,
         "mixtoken": cfg.mixtoken,
         "max_length": cfg.max_length,
@@ -153,6 +157,7 @@ def check_facts(facts: dict, state: dict, cfg: Config, resume: str) -> None:
     of_data = ["data", "samples"]
     of_data += [k for k in ("eval_data", "probe_data") if saved.get(k) and facts[k]]
     changed = [k for k in keys + of_data if k in saved and saved[k] != facts[k]]
+    # In a person's words where the fact is a hash.
     words = {
         "data": "the training data's key",
         "eval_data": "the eval data's key",
@@ -210,6 +215,7 @@ def prepare(
         run_dir.lock()
         decided = json.dumps(asdict(run_dir.decide()))
         print(f"settings | {differences(cfg) or 'all as by default'}")
+    # What rank 0 found, the same object on every rank.
     start = run_dir.start = Start(**json.loads(meeting.share("start", decided)))
     # Before the data is read, which takes minutes for a large set.
     run_dir.check_seen(meeting)
@@ -224,6 +230,7 @@ def prepare(
         read_plan(cfg, split, processor, meeting, shuffle=False) if wanted else None
         for split, wanted in reads.items()
     )
+    # Before the process group: still one line and the end.
     if evaluating:
         check_metric(cfg, eval_plan)
     # The layout as it will be; there is no process group yet.
@@ -239,6 +246,7 @@ def prepare(
     global_batch = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps * replicas * shards
     facts = run_facts(cfg, definition, directory, plan, eval_plan, meeting.size, global_batch)
     facts["probe_data"] = data.content_key(probe_plan.index.entries) if probe_plan else None
+    # A run that begins: nothing seen, nothing evaluated, so nothing to evaluate again.
     state = {"step": 0, "best_metric": None, "best_step": None, "bad": 0, "samples": 0, "evaluated": True}
     state |= {"since_best": 0, "probe": None}
     if start.resume:
