@@ -592,6 +592,39 @@ def _attention_dkdv(
     _store(dv + tl.program_id(1) * head_dk, n0, n_end, stride_dk, acc_v, D, BLOCK_N, BLOCK_D)
 
 
+@jit
+def _combine_pieces(
+    parts,
+    lse,
+    o,
+    num_parts,
+    pieces,
+    stride_part,
+    stride_o,
+    head_part,
+    head_o,
+    D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """o (S, H, D) of the answers `parts` (S * pieces, H, D) that the pieces of each segment's keys give, by
+    their weight: the sums of their exponentials, lse (H, S * pieces) in log 2; inf where a piece is empty."""
+    piece, channels = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_D)
+    rows = tl.cast(tl.program_id(0), tl.int64) * pieces + piece
+    weights = tl.load(lse + tl.program_id(1) * num_parts + rows, mask=piece < pieces, other=float("inf"))
+    weights = tl.where(weights == float("inf"), float("-inf"), weights)
+    largest = tl.max(weights, 0)
+    weights = tl.exp2(weights - tl.where(largest == float("-inf"), 0.0, largest))
+    inside = (piece < pieces)[:, None] & (channels < D)[None, :]
+    values = tl.load(
+        _head(parts, head_part) + rows[:, None] * stride_part + channels[None, :], mask=inside, other=0.0
+    )
+    total = tl.sum(weights, 0)
+    out = tl.sum(values * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
+    pointers = _head(o, head_o) + tl.cast(tl.program_id(0), tl.int64) * stride_o + channels
+    tl.store(pointers, out.to(o.dtype.element_ty), mask=channels < D)
+
+
 # (bytes of an element, largest head size) -> (rows of queries, rows of keys, warps, stages);
 # dev/report.py checks them. sm_80's fit the 99 KB of shared memory of sm_86 and sm_89 too.
 TILES = {
@@ -813,6 +846,48 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv, None, None, None
 
 
+def pieces_of(longest: int, programs: int, device: torch.device) -> int:
+    """Into how many the keys of a decoding step are split: a few long sequences leave processors idle, where
+    one program walks all keys of a head. A piece has at least 512 keys: it must be worth a second launch."""
+    processors = (
+        torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    )
+    return max(1, min(-(-2 * processors // max(programs, 1)), longest // 512, 64))
+
+
+def decode_split(q: Tensor, k: Tensor, v: Tensor, keys: tuple[tuple[int, int], ...], pieces: int) -> Tensor:
+    """Single queries q (S, H, D) over their ranges of k and v, each in so many pieces side by side, which are
+    then put together ("Flash-Decoding", Dao et al. 2023). Without gradients."""
+    q, k, v = _loadable(q), _loadable(k), _loadable(v)
+    S, H, D = q.shape
+    steps = [(first, end, max(1, -(-(end - first) // pieces))) for first, end in keys]
+    parts = [
+        (min(first + n * step, end), min(first + (n + 1) * step, end))
+        for first, end, step in steps
+        for n in range(pieces)
+    ]
+    queries = q.repeat_interleave(pieces, dim=0)  # a query for each piece
+    found = torch.empty(queries.shape, dtype=torch.float32, device=q.device)
+    lse = torch.empty(H, len(parts), dtype=torch.float32, device=q.device)
+    segments = tuple(range(len(parts) + 1)), tuple(parts), None
+    tensors, scale = (queries, k, v, found), LOG2E / math.sqrt(D)
+    args = *tensors, lse, len(parts), *strides(*tensors), scale
+    _launch("forward", _attention_forward, query_blocks, segments, q, *args)
+    o = torch.empty_like(q)
+    _combine_pieces[(S, H)](
+        found,
+        lse,
+        o,
+        len(parts),
+        pieces,
+        *strides(found, o),
+        D=D,
+        BLOCK_P=triton.next_power_of_2(pieces),
+        BLOCK_D=max(16, triton.next_power_of_2(D)),
+    )
+    return o
+
+
 @torch.compiler.disable
 def attention_triton(q, k, v, cu_seqlens_q, cu_seqlens_k, causal: bool, prefix_lens=None) -> Tensor:
     rows = cu_seqlens_k.tolist()
@@ -837,6 +912,10 @@ def attention_ranges_triton(q, k, v, cu_seqlens_q, keys, causal: bool, prefix_le
         prefixes = (0,) * len(keys) if prefix_lens is None else tuple(prefix_lens.tolist())
     if torch.is_autocast_enabled(q.device.type):  # as scaled_dot_product_attention does
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    longest = max((end - first for first, end in keys), default=0)
+    if bounds_q[-1] == len(keys) and bounds_q == tuple(range(len(keys) + 1)) and not torch.is_grad_enabled():
+        if (pieces := pieces_of(longest, len(keys) * q.shape[1], q.device)) > 1:
+            return decode_split(q, k, v, keys, pieces)
     return _Attention.apply(q, k, v, bounds_q, keys, prefixes)
 
 

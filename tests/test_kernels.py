@@ -94,6 +94,7 @@ EXTRA = (
     "plan_is_shared",
     "key_ranges",
     "even_ranges",
+    "split_keys",
     "refusals",
     "autocast",
     "vocab_parallel",
@@ -463,6 +464,43 @@ def even_ranges() -> list[str]:
         runs = runs_of(tuple(bounds.tolist()), tuple(keys), 200, 32, True, q.device)
         if len(runs) != calls:
             problems.append(f"{counts}, {step}: {len(runs)} calls")
+    return problems
+
+
+def split_keys() -> list[str]:
+    """A decoding step whose keys are taken in pieces, some of them empty, gives what it gives in one."""
+    import torch
+
+    from kernels import attention
+
+    small_tiles()
+    problems = []
+    for D, counts, pieces in ((64, [1, 40, 77], 3), (80, [200], 5), (40, [2, 3], 4)):
+        q, pool = torch.randn(len(counts), 2, D), torch.randn(2, 300, 2, D)
+        first, keys = 5, []
+        for count in counts:
+            keys.append((first, first + count))
+            first += count + 3
+        bounds, calls = torch.arange(len(counts) + 1, dtype=torch.int32), []
+        for dtype in (torch.float32, torch.float16):
+            x, (k, v) = q.to(dtype), pool.to(dtype)
+            one = attention.attention_ranges(x, k, v, bounds, keys, True, impl="triton")
+            split = attention.decode_split(x, k, v, tuple(keys), pieces)
+            exact = attention.attention_ranges(
+                *(t.double() for t in (x, k, v)), bounds, keys, True, impl="ref"
+            )
+            error, bound = (float((o - exact).abs().max()) for o in (split, one))
+            if split.dtype != dtype or not error <= 1.5 * bound + 1e-6:
+                problems.append(f"{counts} in {pieces}, {dtype}: off by {error}, in one piece by {bound}")
+        original = attention.pieces_of
+        attention.pieces_of = lambda *args, calls=calls, pieces=pieces: calls.append(args) or pieces
+        with torch.no_grad():  # the way of a decoding step
+            whole = attention.attention_ranges(q, *pool, bounds, keys, True, impl="triton")
+        attention.pieces_of = original
+        if len(calls) != 1 or not torch.equal(whole, attention.decode_split(q, *pool, tuple(keys), pieces)):
+            problems.append(f"{counts}: a decoding step is not split")
+    if [attention.pieces_of(*x, torch.device("cpu")) for x in ((511, 1), (9999, 1), (9999, 2))] != [1, 2, 1]:
+        problems.append("pieces_of")
     return problems
 
 
