@@ -458,8 +458,11 @@ def generate_command(folder: Path, args) -> list[Row]:
 
         def we(requests=requests, beams=beams):
             if beams == 1:
-                return generate.generate(ours, requests, new, [])
-            return [b[0][1] for b in generate.beam_search(ours, requests, new, [], beams)]
+                return generate.generate(ours, requests, generate.Decoding(new), [])
+            return [
+                b[0][1]
+                for b in generate.beam_search(ours, requests, generate.Decoding(new, num_beams=beams), [])
+            ]
 
         def they(inputs=inputs, beams=beams):
             options = {"max_new_tokens": new, "do_sample": False, "num_beams": beams, "pad_token_id": pad}

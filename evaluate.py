@@ -38,7 +38,7 @@ from engine import Engine
 from generate import (
     DTYPES,
     Decoding,
-    answer,
+    answers,
     base_of,
     check_bad,
     check_device,
@@ -91,13 +91,14 @@ def answer_all(
     """
     bar = terminal.Progress(len(conversations), "answered", progress)
     engine = Engine(model, processor, cache_tokens=0)  # it keeps the features of images asked about again
+    named, done = len(bad), 0
     try:
-        for first in range(0, len(conversations), batch_size):
-            some, named = conversations[first : first + batch_size], len(bad)
-            texts = answer(model, processor, some, processor.stop_words, how, bad=bad, engine=engine)
+        options = {"bad": bad, "engine": engine, "at_once": batch_size}
+        for text in answers(model, processor, conversations, processor.stop_words, how, **options):
             name_bad(bad[named:])
-            yield from texts
-            bar.update(first + len(some))
+            named, done = len(bad), done + 1
+            bar.update(done)
+            yield text
     finally:
         bar.close()
 

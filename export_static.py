@@ -303,7 +303,7 @@ def main(argv: list[str] | None = None) -> int:
     def eager(on_token) -> list[int]:
         request = processor.prompt(conversation)
         request["pixel_values"] = [processor.load_image(image) for image in request["images"]]
-        given = [request], args.max_new_tokens, never
+        given = [request], generate.Decoding(args.max_new_tokens), never
         return generate.generate(model, *given, on_token=lambda _, token: on_token(token))[0]
 
     def static(on_token) -> list[int]:

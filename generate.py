@@ -17,8 +17,9 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ import records
 import terminal
 import vlm
 from draw import draw_boxes
-from engine import Engine, Request, Sequence, cut_at_stop, room_for
+from engine import Engine, Request, cut_at_stop, room_for
 from kernels import dispatch
 from quantize import KINDS, quantize
 from records import BadRecord, Conversation, one_record
@@ -140,109 +141,95 @@ class Decoding:
 def generate(
     model: nn.Module,
     requests: list[dict],
-    max_new_tokens: int,
+    how: Decoding,
     stop_words: list[list[int]],
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    repetition_penalty: float = 1.0,
-    seed: int = 0,
     on_token: Callable[[int, int], None] | None = None,
-    min_new_tokens: int = 0,
-    min_length: int = 0,
-    penalty_rule: str = "hf",
     stopped: Callable[[list[int]], bool] | None = None,
     engine: Engine | None = None,
 ) -> list[list[int]]:
-    """New token ids of each request, a stop word included as it came.
+    """New token ids of each request, a stop word included as it came; with beams those of the best answer.
 
     A request: input_ids (T,), image_starts (positions of the images' first slots), pixel_values (list of
-    (3, H, W)), and what data.collate takes besides. temperature 0 is greedy. A sequence ends where all its
-    ids, prompt included, end with one of `stop_words`, or where `stopped` says so of the ids of its answer.
-    Stop words of one token can't come before min_length ids, those of the prompt (of an encoder-decoder: of
-    the decoder's prompt) included. Draws of a request depend on (seed, its "id") alone: a batch gives what
-    its requests give alone. penalty_rule: whose repetition penalty. "hf": of the prompt's tokens (`seen`, by
-    default those outside images) and the answer's; "sat": of the answer's alone, always divided.
-    `on_token(request, token)` sees each token as it comes. `engine`: one of this model with these stop words,
-    which keeps what it computed for the next call.
+    (3, H, W)), and what data.collate takes besides. A sequence ends where all its ids, prompt included, end
+    with one of `stop_words`, or where `stopped` says so of the ids of its answer. Stop words of one token
+    can't come before min_length ids, those of the prompt (of an encoder-decoder: of the decoder's prompt)
+    included. Draws of a request depend on (seed, its "id") alone: a batch gives what its requests give alone.
+    penalty_rule: whose repetition penalty. "hf": of the prompt's tokens (`seen`, by default those outside
+    images) and the answer's; "sat": of the answer's alone, always divided. `on_token(request, token)` sees
+    each token as it comes. `engine`: one of this model with these stop words, which keeps what it computed
+    for the next call.
     """
-    how = Decoding(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        penalty_rule=penalty_rule,
-        min_new_tokens=min_new_tokens,
-        min_length=min_length,
-        seed=seed,
-    )
     engine = engine or Engine(model, stop_words=stop_words, cache_tokens=0, max_running=len(requests))
     wanted = [Request(r.get("id", ""), r, how, logprobs=-1, stopped=stopped) for r in requests]
-    sequences = [engine.sequence(request) for request in wanted]
-    return answers_of(engine, sequences, on_token)
+    outputs: list[list[int]] = [[] for _ in wanted]
+    numbers = {request: i for i, request in enumerate(wanted)}
+    for request, ids in run_all(engine, iter(wanted), len(wanted), numbers, on_token):
+        outputs[numbers[request]] = ids
+    return outputs
 
 
-def answers_of(
-    engine: Engine, sequences: list[Sequence], on_token: Callable[[int, int], None] | None = None
-) -> list[list[int]]:
-    """New token ids of each; the engine's pool has room for all of them."""
-    engine.pool.grow(sum(s.rows for s in sequences))
-    for sequence in sequences:
-        engine.enqueue(sequence)
-    outputs: list[list[int]] = [[] for _ in sequences]
-    numbers = {sequence.request: i for i, sequence in enumerate(sequences)}
-    while engine.has_work():
+def run_all(
+    engine: Engine,
+    wanted: Iterator[Request],
+    at_once: int,
+    numbers: dict[Request, int],
+    on_token: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[Request, list[int]]]:
+    """(request, its new token ids) as the answers end; where one ends, the next request begins. The engine's
+    pool grows to the room that `at_once` of them need."""
+    running: dict[Request, list[int]] = {}
+    while True:
+        new = [engine.sequence(request) for request in islice(wanted, at_once - len(running))]
+        engine.pool.grow(sum(s.rows for s in [*new, *engine.active, *engine.queue]))
+        for sequence in new:
+            running[sequence.request] = []
+            engine.enqueue(sequence)
+        if not running:
+            return
         for event in engine.step():
             if event.error:
                 raise ValueError(event.error)
-            i = numbers[event.request]
-            outputs[i].append(event.token)
+            ids = running[event.request]
+            ids.append(event.token)
             if on_token:
-                on_token(i, event.token)
-            if event.finish == "length" and len(outputs[i]) < event.request.how.max_new_tokens:
+                on_token(numbers[event.request], event.token)
+            if not event.finish:
+                continue
+            if event.finish == "length" and len(ids) < event.request.how.max_new_tokens:
                 print(
-                    f"warning: an answer ends after {len(outputs[i])} tokens, at the model's last position",
+                    f"warning: an answer ends after {len(ids)} tokens, at the model's last position",
                     file=sys.stderr,
                 )
-    return outputs
+            del running[event.request]
+            yield event.request, ids
 
 
 def beam_search(
     model: nn.Module,
     requests: list[dict],
-    max_new_tokens: int,
+    how: Decoding,
     stop_words: list[list[int]],
-    num_beams: int,
-    length_penalty: float = 1.0,
-    repetition_penalty: float = 1.0,
-    min_new_tokens: int = 0,
-    rule: str = "transformers",
-    min_length: int = 0,
     stopped: Callable[[list[int]], bool] | None = None,
 ) -> list[list[tuple[float, list[int]]]]:
     """The num_beams best answers of each request as (score, new token ids), best first.
 
     A score is the sum of log-probabilities (after the repetition penalty, which acts on them) / number of
     tokens ** length_penalty. An answer ends with one of the one-token `stop_words`, where `stopped` says so
-    of its ids, or at max_new_tokens. `rule`: when a request is closed, and how an answer that the limit cuts
-    is scored: "transformers" (5.x) or "lavis" (transformers 4.x fed with embeddings: it counts the start
+    of its ids, or at max_new_tokens. `beam_rule`: when a request is closed, and how an answer that the limit
+    cuts is scored: "transformers" (5.x) or "lavis" (transformers 4.x fed with embeddings: it counts the start
     token as one more, and knows that token alone of the prompt, also for the repetition penalty and
     min_length).
     """
-    how = Decoding(
-        max_new_tokens=max_new_tokens,
-        num_beams=num_beams,
-        length_penalty=length_penalty,
-        repetition_penalty=repetition_penalty,
-        min_new_tokens=min_new_tokens,
-        beam_rule=rule,
-        min_length=min_length,
-    )
     engine = Engine(model, stop_words=stop_words, cache_tokens=0, max_running=len(requests))
     wanted = [Request(r.get("id", ""), r, how, logprobs=-1, stopped=stopped) for r in requests]
     sequences = [engine.sequence(request) for request in wanted]
-    answers_of(engine, sequences)
+    engine.pool.grow(sum(s.rows for s in sequences))
+    for sequence in sequences:
+        engine.enqueue(sequence)
+    while engine.has_work():
+        for event in engine.step():
+            if event.error:
+                raise ValueError(event.error)
     return [sequence.beams.finished for sequence in sequences]
 
 
@@ -357,7 +344,12 @@ class Printer(Shown):
         print("\n" + text if rest is None else rest, flush=True)
 
 
-def answer(
+def answer(model: nn.Module, processor, conversations: list[Conversation], *args, **options) -> list:
+    """The answers, all computed side by side; more as answers() takes it."""
+    return list(answers(model, processor, conversations, *args, **options))
+
+
+def answers(
     model: nn.Module,
     processor,
     conversations: list[Conversation],
@@ -367,65 +359,48 @@ def answer(
     stop_texts: list[str] = (),
     bad: list[tuple[str, str]] | None = None,
     engine: Engine | None = None,
-) -> list[str | None]:
-    """The answers, searched for as `how` says, each up to the first of `stop_texts`.
+    at_once: int | None = None,
+) -> Iterator[str | None]:
+    """The answers in order, searched for as `how` says, each up to the first of `stop_texts`. `at_once` are
+    computed side by side; where one ends, the next begins.
 
     A conversation whose prompt or images cannot be read is listed in `bad` as (where, reason) and has the
     answer None; without that list it raises its ValueError. `engine` as generate() takes it.
     """
-    d, dtype = how, next(p.dtype for p in model.parameters())
-    requests = {}
-    for n, c in enumerate(conversations):
-        try:
-            with one_record(c.where):
-                request = {**processor.prompt(c), "id": c.id}
-                room_for(model, request["input_ids"], d.max_new_tokens)
-                request["pixel_values"] = [
-                    processor.load_image(image).to(dtype) for image in request["images"]
-                ]
-                requests[n] = request
-        except BadRecord as e:
-            if bad is None:
-                raise
-            bad.append((e.where, e.reason))
+    dtype = next(p.dtype for p in model.parameters())
     stopped = (lambda ids: cut_at_stop(processor, ids, stop_texts)[1]) if stop_texts else None
-    if not requests:
-        found = []
-    elif d.num_beams > 1:
-        beams = beam_search(
-            model,
-            list(requests.values()),
-            d.max_new_tokens,
-            stop_words,
-            d.num_beams,
-            d.length_penalty,
-            d.repetition_penalty,
-            d.min_new_tokens,
-            d.beam_rule,
-            d.min_length,
-            stopped,
-        )
-        found = [ids for ((_, ids), *_) in beams]
-    else:
-        found = generate(
-            model,
-            list(requests.values()),
-            d.max_new_tokens,
-            stop_words,
-            d.temperature,
-            d.top_k,
-            d.top_p,
-            d.repetition_penalty,
-            d.seed,
-            on_token,
-            d.min_new_tokens,
-            d.min_length,
-            d.penalty_rule,
-            stopped,
-            engine,
-        )
-    texts = dict(zip(requests, (cut_at_stop(processor, ids, stop_texts)[0] for ids in found), strict=True))
-    return [texts.get(n) for n in range(len(conversations))]
+    at_once = at_once or max(1, len(conversations))
+    engine = engine or Engine(model, stop_words=stop_words, cache_tokens=0, max_running=at_once)
+    numbers: dict[Request, int] = {}
+    texts: dict[int, str | None] = {}  # of those that wait for one before them
+
+    def wanted() -> Iterator[Request]:
+        for n, c in enumerate(conversations):
+            try:
+                with one_record(c.where):
+                    prompt = {**processor.prompt(c), "id": c.id}
+                    room_for(model, prompt["input_ids"], how.max_new_tokens)
+                    pixels = [processor.load_image(image).to(dtype) for image in prompt["images"]]
+                    prompt["pixel_values"] = pixels
+            except BadRecord as e:
+                if bad is None:
+                    raise
+                bad.append((e.where, e.reason))
+                texts[n] = None
+                continue
+            request = Request(c.id, prompt, how, logprobs=-1, stopped=stopped)
+            numbers[request] = n
+            yield request
+
+    given = 0
+    for request, ids in run_all(engine, wanted(), at_once, numbers, on_token):
+        texts[numbers.pop(request)] = cut_at_stop(processor, ids, stop_texts)[0]
+        while given in texts:
+            yield texts.pop(given)
+            given += 1
+    while given in texts:
+        yield texts.pop(given)
+        given += 1
 
 
 def name_bad(bad: list[tuple[str, str]]) -> None:
@@ -609,35 +584,29 @@ def run(args, how: Decoding, world: parallel.World | None = None) -> int:
         return 0
     printer = Printer(processor, args.stop) if len(conversations) == 1 and args.output is None else None
     name_bad(bad)
-    drawn = 0
+    named, drawn = len(bad), 0
     with answer_file(args.output) as sink:
-        for first in range(0, len(conversations), args.batch_size):
-            some, named = conversations[first : first + args.batch_size], len(bad)
-            left_out = bad if args.requests else None  # a single prompt that fails is an error
-            texts = answer(model, processor, some, processor.stop_words, how, printer, args.stop, left_out)
+        left_out = bad if args.requests else None  # a single prompt that fails is an error
+        options = processor.stop_words, how, printer, args.stop, left_out
+        texts = answers(model, processor, conversations, *options, at_once=args.batch_size)
+        for conversation, text in zip(conversations, texts, strict=True):
             name_bad(bad[named:])
-            for conversation, text in zip(some, texts, strict=True):
-                if text is None:
-                    continue
-                if printer:
-                    printer.end(text)
-                elif sink is None:
-                    print(f"{conversation.id}: {text}")
-                else:
-                    record = {"id": conversation.id, "answer": text}
-                    print(json.dumps(record, ensure_ascii=False), file=sink, flush=True)
-                out = (
-                    Path(args.draw)
-                    if drawn == 0
-                    else Path(args.draw).with_stem(f"{Path(args.draw).stem}-{drawn}")
-                )
-                if (
-                    main_rank
-                    and conversation.images
-                    and (boxes := draw_boxes(conversation.images[-1], text, out))
-                ):
-                    print(f"{boxes} boxes drawn: {out}", file=sys.stderr)
-                    drawn += 1
+            named = len(bad)
+            if text is None:
+                continue
+            if printer:
+                printer.end(text)
+            elif sink is None:
+                print(f"{conversation.id}: {text}")
+            else:
+                record = {"id": conversation.id, "answer": text}
+                print(json.dumps(record, ensure_ascii=False), file=sink, flush=True)
+            out = Path(args.draw)
+            out = out.with_stem(f"{out.stem}-{drawn}") if drawn else out
+            shown = conversation.images[-1:] if main_rank else []
+            if shown and (boxes := draw_boxes(shown[0], text, out)):
+                print(f"{boxes} boxes drawn: {out}", file=sys.stderr)
+                drawn += 1
     check_bad(bad, total, args.max_bad_samples, "requests")
     return 0
 

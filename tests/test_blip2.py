@@ -23,7 +23,7 @@ import parallel
 import train as loop
 import vlm
 from convert import lavis
-from generate import beam_search, generate
+from generate import Decoding, beam_search, generate
 
 
 def close(a, b, atol=1e-4, rtol=1e-4):
@@ -320,11 +320,13 @@ def check_generation(model, requests, expected, eos, new, beams=1, **options):
     """`expected`: tokens (and scores) of each request, best first; alone, a request gives what it gives in a
     batch."""
     if beams == 1:
-        out = [[row] for row in generate(model, requests, new, [[eos]], **options)]
-        alone = [[generate(model, [r], new, [[eos]], **options)[0]] for r in requests]
+        out = [[row] for row in generate(model, requests, Decoding(new, **options), [[eos]])]
+        alone = [[generate(model, [r], Decoding(new, **options), [[eos]])[0]] for r in requests]
     else:
-        out = beam_search(model, requests, new, [[eos]], beams, **options)
-        alone = [beam_search(model, [r], new, [[eos]], beams, **options)[0] for r in requests]
+        out = beam_search(model, requests, Decoding(new, num_beams=beams, **options), [[eos]])
+        alone = [
+            beam_search(model, [r], Decoding(new, num_beams=beams, **options), [[eos]])[0] for r in requests
+        ]
         for o, a in zip(out, alone, strict=True):
             close(torch.tensor([s for s, _ in o]), torch.tensor([s for s, _ in a]))
         out, scores = [[t for _, t in o] for o in out], [[s for s, _ in o] for o in out]
@@ -560,7 +562,7 @@ def test_golden_stage2_generation(blip2_stage2):
             new, minimum = args["max_length"] - (0 if t5 else 1), args["min_length"]
         options = {k: args[k] for k in ("repetition_penalty", "length_penalty") if k in args}
         if beams > 1:
-            options["rule"] = "lavis"
+            options["beam_rule"] = "lavis"
         expected = [[new_tokens(s, 1, eos)] for s in case["sequences"]]
         # the original's minimum counts the start token: as min_length does without a prompt before the
         # decoder

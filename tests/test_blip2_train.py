@@ -333,7 +333,7 @@ def test_four_captions_by_heart(bases, tmp_path, kind):
     requests = [processor.prompt(c) for c in questions]
     for request in requests:
         request["pixel_values"] = [processor.load_image(p) for p in request["images"]]
-    ids = generate.generate(model, requests, 20, processor.stop_words)
+    ids = generate.generate(model, requests, generate.Decoding(20), processor.stop_words)
     assert [processor.decode(i) for i in ids] == CAPTIONS and all(i[-1] == processor.eos for i in ids)
     how = generate.Decoding(max_new_tokens=20, num_beams=3)
     assert generate.answer(model, processor, questions, processor.stop_words, how) == CAPTIONS
@@ -393,9 +393,11 @@ def test_min_length_of_t5_counts_the_decoders_tokens(bases, beams):
     model, request = generate.load_model(bases["t5"]), our_request("t5", torch.zeros(1, 3, 28, 28))
     ends = [[t] for t in range(model.config.text.vocab_size - 8)]
     if beams == 1:
-        (ids,) = generate.generate(model, [request], 9, ends, min_length=4)
+        (ids,) = generate.generate(model, [request], generate.Decoding(9, min_length=4), ends)
     else:
-        (((_, ids), *_),) = generate.beam_search(model, [request], 9, ends, beams, min_length=4)
+        (((_, ids), *_),) = generate.beam_search(
+            model, [request], generate.Decoding(9, num_beams=beams, min_length=4), ends
+        )
     assert len(request["input_ids"]) > 4 and len(ids) >= 4  # the start token, and three that don't end
     assert all([t] not in ends for t in ids[:3])
 
@@ -462,9 +464,9 @@ def same_answers(theirs, ours, kind, pixels):
         expected = expected[1 if kind == "t5" else ids.shape[1] :]
         expected = expected[: expected.index(eos) + 1] if eos in expected else expected
         if options:
-            found = generate.beam_search(ours, [request], 8, [[eos]], **options)[0][0][1]
+            found = generate.beam_search(ours, [request], generate.Decoding(8, **options), [[eos]])[0][0][1]
         else:
-            found = generate.generate(ours, [request], 8, [[eos]])[0]
+            found = generate.generate(ours, [request], generate.Decoding(8), [[eos]])[0]
         assert found == expected, options
     return found
 

@@ -103,15 +103,13 @@ def decoding_of(rng) -> Decoding:
 
 
 def alone(model, processor, request: Request) -> list[int]:
-    how = dataclasses.asdict(request.how)
-    beams, rule, penalty = (how.pop(name) for name in ("num_beams", "beam_rule", "length_penalty"))
     pixels = [processor.load_image(image) for image in request.prompt["images"]]
     prompt = {**request.prompt, "pixel_values": pixels, "id": request.id}
-    if beams > 1:
-        options = {"rule": rule, "length_penalty": penalty}
-        new = how["max_new_tokens"]
-        return generate.beam_search(model, [prompt], new, processor.stop_words, beams, **options)[0][0][1]
-    (ids,) = generate.generate(model, [prompt], stop_words=processor.stop_words, **how)
+    if request.how.num_beams > 1:  # nothing else of it acts on beams
+        how = {name: getattr(request.how, name) for name in ("num_beams", "beam_rule", "length_penalty")}
+        how = Decoding(request.how.max_new_tokens, **how)
+        return generate.beam_search(model, [prompt], how, processor.stop_words)[0][0][1]
+    (ids,) = generate.generate(model, [prompt], request.how, processor.stop_words)
     return ids
 
 
@@ -299,7 +297,7 @@ def test_an_engine_goes_on_with_a_larger_pool(loaded, images, kind):
             for p in (prompt, other)
         ]
         how = {"temperature": 1.0, "min_new_tokens": new}
-        found = generate.generate(model, asked, new, processor.stop_words, **how, engine=e)
+        found = generate.generate(model, asked, generate.Decoding(new, **how), processor.stop_words, engine=e)
         assert found[0] == alone(model, processor, request) and e.pool.size > size
         size = e.pool.size
     assert_whole(e)

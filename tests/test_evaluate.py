@@ -39,10 +39,10 @@ def says(monkeypatch, base):
     def stub(texts: dict):
         tokenizer = qwen.load_processor(base).tokenizer
 
-        def tokens(model, requests, *_args, **_options):
-            return [tokenizer.encode(texts[r["id"]]) for r in requests]
+        def tokens(engine, wanted, *_args):
+            return ((request, tokenizer.encode(texts[request.id])) for request in wanted)
 
-        monkeypatch.setattr(generate, "generate", tokens)
+        monkeypatch.setattr(generate, "run_all", tokens)
 
     return stub
 
@@ -230,15 +230,16 @@ def test_a_stopped_evaluation_keeps_its_answers(base, says, tmp_path, capsys, mo
         records.append({"question_id": i, "image": f"{i}.png", "question": "q?", "answers": [f"a{i}"]})
     path, out = write(tmp_path / "d.json", records), tmp_path / "r.json"
     says({str(i): f"a{i}" for i in range(4)})
-    calls, stub = [], generate.generate
+    done, stub = [], generate.run_all
 
-    def stopped(model, requests, *args, **options):
-        calls.append(len(requests))
-        if len(calls) == 2:
-            signal.raise_signal(number)
-        return stub(model, requests, *args, **options)
+    def stopped(*args):
+        for answer in stub(*args):
+            done.append(answer)
+            if len(done) == 3:
+                signal.raise_signal(number)
+            yield answer
 
-    monkeypatch.setattr(generate, "generate", stopped)
+    monkeypatch.setattr(generate, "run_all", stopped)
     before = signal.signal(number, signal.default_int_handler)  # a background job's SIGINT is ignored
     argv = [
         "--model_name_or_path",

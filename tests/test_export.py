@@ -68,7 +68,7 @@ def assert_same_model(model, request, processor, theirs, their_processor, image:
     extra = {"decoder_input_ids": torch.tensor([[ids[-1]]])} if t5 else {}
     found = theirs(**batch, **extra).logits[0, -1]
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max().clamp(min=1)
-    answer = generate.generate(model, [request], 12, processor.stop_words)[0]
+    answer = generate.generate(model, [request], generate.Decoding(12), processor.stop_words)[0]
     tokens = theirs.generate(**batch, max_new_tokens=12, do_sample=False)[0].tolist()
     assert tokens[1 if t5 else len(ids) :] == answer
     text = their_processor.decode(tokens[1 if t5 else len(ids) :], skip_special_tokens=True)
@@ -113,8 +113,8 @@ def test_transformers_loads_blip2(case, tmp_path, image):
     assert index.exists() == ("shards" in how)
     again, _ = request_of(tmp_path / "out", image)  # the export is a model_name_or_path of ours
     back = generate.load_model(tmp_path / "out")
-    same = generate.generate(back, [again], 12, processor.stop_words)
-    assert same == generate.generate(model, [request], 12, processor.stop_words)
+    same = generate.generate(back, [again], generate.Decoding(12), processor.stop_words)
+    assert same == generate.generate(model, [request], generate.Decoding(12), processor.stop_words)
 
 
 def untied_copy(base, directory):
@@ -206,7 +206,7 @@ def test_a_release_is_read_back(kind, tmp_path, image, capsys):
     for directory in (base, out):
         request, processor = request_of(directory, image, "What is it?")
         model = generate.load_model(directory)
-        answers.append(generate.generate(model, [request], 8, processor.stop_words))
+        answers.append(generate.generate(model, [request], generate.Decoding(8), processor.stop_words))
     assert answers[0] == answers[1]
     capsys.readouterr()
     run(base, tmp_path / "bare", "original")
@@ -288,7 +288,7 @@ def answer_ids(directory, prompt: str, images: list[str], quantized: str | None 
         quantize(model, quantized)
     request = processor.prompt(records.request([("user", prompt)], images, "a test"))
     request["pixel_values"] = [processor.load_image(path) for path in request["images"]]
-    return generate.generate(model, [request], 12, processor.stop_words)[0]
+    return generate.generate(model, [request], generate.Decoding(12), processor.stop_words)[0]
 
 
 ASK = """

@@ -64,18 +64,20 @@ SETTINGS = [
 def test_a_batch_is_its_requests_alone(model, requests, settings):
     """Past the trained length too: some prompts are near seq_length=64, so they cross it while decoding."""
     streamed = [[] for _ in requests]
-    batch = g.generate(model, requests, 40, [], on_token=lambda i, t: streamed[i].append(t), **settings)
+    batch = g.generate(
+        model, requests, g.Decoding(40, **settings), [], on_token=lambda i, t: streamed[i].append(t)
+    )
     assert batch == streamed and all(len(ids) == 40 for ids in batch)
-    assert batch == [g.generate(model, [r], 40, [], **settings)[0] for r in requests]
+    assert batch == [g.generate(model, [r], g.Decoding(40, **settings), [])[0] for r in requests]
     if settings:
-        assert batch != g.generate(model, requests, 40, [], **{**settings, "seed": 99})
+        assert batch != g.generate(model, requests, g.Decoding(40, **{**settings, "seed": 99}), [])
 
 
 def test_cached_decoding_equals_forward_passes_over_everything(model, requests):
     """Below the trained length the whole sequence at once must choose the same tokens."""
     request = requests[0]
     ids = [int(t) for t in request["input_ids"]]
-    new = g.generate(model, [request], 12, [])[0]
+    new = g.generate(model, [request], g.Decoding(12), [])[0]
     for i, token in enumerate(new):
         sample = {**request, "input_ids": np.array(ids + new[:i]), "labels": np.zeros(len(ids) + i)}
         batch = data.collate([sample], num_image_tokens=4)
@@ -84,9 +86,9 @@ def test_cached_decoding_equals_forward_passes_over_everything(model, requests):
 
 
 def test_stop_words_end_a_sequence_and_only_that(model, requests):
-    free = g.generate(model, requests, 12, [])
+    free = g.generate(model, requests, g.Decoding(12), [])
     word = free[0][4:6]
-    stopped = g.generate(model, requests, 12, [word])
+    stopped = g.generate(model, requests, g.Decoding(12), [word])
     for a, b in zip(free, stopped, strict=True):
         end = next((i for i in range(2, len(a) + 1) if a[i - 2 : i] == word), len(a))
         assert b == a[:end]
@@ -137,9 +139,9 @@ def test_merged_answers_as_base_and_adapter_do(base, adapter, model, requests, t
     argv = ["--lora_path", str(adapter), "--merge_model_path", str(merged)]
     assert checkpoint.cli(lambda: merge.main(argv)) == 0, capsys.readouterr().err
     assert "largest logit difference" in capsys.readouterr().out
-    with_adapter = g.generate(g.load_model(base, lora_path=adapter), requests, 20, [])
-    assert g.generate(g.load_model(merged), requests, 20, []) == with_adapter
-    assert with_adapter != g.generate(model, requests, 20, [])
+    with_adapter = g.generate(g.load_model(base, lora_path=adapter), requests, g.Decoding(20), [])
+    assert g.generate(g.load_model(merged), requests, g.Decoding(20), []) == with_adapter
+    assert with_adapter != g.generate(model, requests, g.Decoding(20), [])
     saved = lora.read_adapter(adapter)[1]
     assert any("attn_pool" in name for name in saved)
     changed = checkpoint.open_weights(merged)
@@ -179,10 +181,10 @@ def test_draws_depend_on_seed_and_id_alone(model, requests):
     """Equal requests with different ids differ, equal ids are equal, and a batch is its requests alone."""
     six = [{**requests[0], "id": str(i)} for i in range(6)]
     hot = {"temperature": 5.0, "seed": 1}
-    batch = g.generate(model, six, 10, [], **hot)
+    batch = g.generate(model, six, g.Decoding(10, **hot), [])
     assert len({tuple(ids) for ids in batch}) == 6
-    assert batch == [g.generate(model, [r], 10, [], **hot)[0] for r in six]
-    assert batch[::-1] == g.generate(model, six[::-1], 10, [], **hot)
+    assert batch == [g.generate(model, [r], g.Decoding(10, **hot), [])[0] for r in six]
+    assert batch[::-1] == g.generate(model, six[::-1], g.Decoding(10, **hot), [])
 
 
 class Letters:
@@ -253,24 +255,57 @@ def test_stop_text_of_an_answer(model, processor, dataset, beams):
         assert text == free[: free.index(stop)].strip() != ""
 
 
+def test_where_an_answer_ends_the_next_begins(model, requests):
+    """A long answer does not keep the others waiting, and none of them changes."""
+    lengths = [10, 2, 2, 2, 2]
+    wanted = [
+        engine.Request(
+            str(n), requests[n % len(requests)], g.Decoding(length, min_new_tokens=length), logprobs=-1
+        )
+        for n, length in enumerate(lengths)
+    ]
+    e = engine.Engine(model, stop_words=[], cache_tokens=0, max_running=2)
+    running, step = [], e.step
+    e.step = lambda: (step(), running.append(e.running))[0]
+    found = dict(g.run_all(e, iter(wanted), 2, {}))
+    assert list(found) == [*wanted[1:], wanted[0]]  # as they end
+    assert len(running) == 10  # batch after batch: 10 + 2 + 2
+    for request, ids in found.items():
+        assert ids == g.generate(model, [request.prompt], request.how, [])[0]
+
+
+def test_answers_come_in_order_past_bad_records(model, processor, tmp_path):
+    (tmp_path / "no.png").write_text("no image")
+    bad_ones = [[str(tmp_path / "no.png")] * (n in (0, 3, 5)) for n in range(6)]
+    questions = [records.request([("user", f"w{n}")], images, "test") for n, images in enumerate(bad_ones)]
+    bad, options = [], (processor.stop_words, g.Decoding(max_new_tokens=5))
+    found = list(g.answers(model, processor, questions, *options, bad=bad, at_once=2))
+    assert [n for n, text in enumerate(found) if text is None] == [0, 3, 5] and len(bad) == 3
+    good = [n for n in range(6) if n not in (0, 3, 5)]
+    assert [found[n] for n in good] == [g.answer(model, processor, [questions[n]], *options)[0] for n in good]
+
+
 @pytest.mark.parametrize("rule", ["transformers", "lavis"])
 def test_beams_end_where_the_text_does(model, requests, rule):
     """Every beam ends where `stopped` says so, and the search with them."""
-    found = g.beam_search(model, requests, 6, [], 3, rule=rule, stopped=lambda ids: len(ids) == 2)
+    found = g.beam_search(
+        model, requests, g.Decoding(6, num_beams=3, beam_rule=rule), [], stopped=lambda ids: len(ids) == 2
+    )
     assert all(len(ids) == 2 for beams in found for _, ids in beams)
 
 
 def test_lavis_rule_penalises_no_token_of_the_prompt_but_the_first(model, requests):
     prompt = [int(t) for t in requests[0]["input_ids"]]
-    free = g.beam_search(model, requests[:1], 8, [], 2)[0][0][1]
+    free = g.beam_search(model, requests[:1], g.Decoding(8, num_beams=2), [])[0][0][1]
     seen = {
         "all": [prompt[0], *free],
         "first": prompt[:1],
     }  # what the answer would hold counts as said before
     for rule, same in (("lavis", True), ("transformers", False)):
-        options = {"repetition_penalty": 3.0, "rule": rule}
+        options = {"repetition_penalty": 3.0, "beam_rule": rule}
         one, other = (
-            g.beam_search(model, [{**requests[0], "seen": s}], 8, [], 2, **options) for s in seen.values()
+            g.beam_search(model, [{**requests[0], "seen": s}], g.Decoding(8, num_beams=2, **options), [])
+            for s in seen.values()
         )
         assert (one == other) == same
 
@@ -292,9 +327,11 @@ def test_min_length_counts_the_prompt(model, requests, beams):
     length = len(request["input_ids"])
     for more in (1, 4):
         if beams == 1:
-            (ids,) = g.generate(model, [request], 9, ends, min_length=length + more - 1)
+            (ids,) = g.generate(model, [request], g.Decoding(9, min_length=length + more - 1), ends)
         else:
-            (((_, ids), *_),) = g.beam_search(model, [request], 9, ends, beams, min_length=length + more - 1)
+            (((_, ids), *_),) = g.beam_search(
+                model, [request], g.Decoding(9, num_beams=beams, min_length=length + more - 1), ends
+            )
         assert len(ids) >= more and all([t] not in ends for t in ids[: more - 1])
 
 
@@ -345,14 +382,14 @@ def test_options_without_effect_are_said():
 def test_a_minimum_that_cannot_be_reached_is_refused(model, requests, beams):
     with pytest.raises(ValueError, match="min_length=999 cannot be reached"):
         if beams == 1:
-            g.generate(model, requests, 3, [], min_length=999)
+            g.generate(model, requests, g.Decoding(3, min_length=999), [])
         else:
-            g.beam_search(model, requests, 3, [], beams, min_length=999)
+            g.beam_search(model, requests, g.Decoding(3, num_beams=beams, min_length=999), [])
 
 
 def test_beams_beyond_the_vocabulary_are_refused(model, requests):
     with pytest.raises(ValueError, match="half of the vocabulary"):
-        g.beam_search(model, requests[:1], 2, [], model.config.vocab_size // 2 + 1)
+        g.beam_search(model, requests[:1], g.Decoding(2, num_beams=model.config.vocab_size // 2 + 1), [])
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_greedy_tokens_equal_transformers(llava_base, theirs, prompts):
     for c in conversations:
         request = processor.prompt(c)
         requests.append({**request, "pixel_values": [processor.load_image(i) for i in request["images"]]})
-    answers = generate.generate(model, requests, 12, [])
+    answers = generate.generate(model, requests, generate.Decoding(12), [])
     for request, answer in zip(requests, answers, strict=True):
         ids = torch.from_numpy(request["input_ids"]).long()[None]
         expected = theirs.generate(

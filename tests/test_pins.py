@@ -17,7 +17,7 @@ import records
 import train
 import vlm
 from config import Config
-from generate import generate
+from generate import Decoding, generate
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
@@ -146,7 +146,7 @@ def test_min_length_counts_the_prompt_as_transformers_does(least):
         with torch.no_grad():
             expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), **options)[0].tolist()
         request = {"input_ids": prompt, "image_starts": [], "pixel_values": []}
-        (found,) = generate(ours, [request], 14, [[end]], min_length=least)
+        (found,) = generate(ours, [request], Decoding(14, min_length=least), [[end]])
         assert [*prompt, *found] == expected
 
 

@@ -67,7 +67,7 @@ def test_printed_error_and_answers(bases, tmp_path, capsys, name, kind):
     plain = records.request([("user", "what is it?")], [str(tmp_path / "a.png")], "test")
     request = processor.prompt(plain)
     request["pixel_values"] = [processor.load_image(p) for p in request["images"]]
-    ids = generate.generate(model, [request], 12, processor.stop_words)[0]
+    ids = generate.generate(model, [request], generate.Decoding(12), processor.stop_words)[0]
     assert processor.decode(ids).strip() == answer
 
 
@@ -94,7 +94,7 @@ def test_an_adapter_stands_beside_quantized_weights(bases, tmp_path, capsys):
         few.fill(module.weight)
         module.weight.copy_(few.weight(torch.float32))
     request = processor.prompt(records.request([("user", "hello")], [], "test"))
-    ids = generate.generate(model, [request], 9, processor.stop_words)[0]
+    ids = generate.generate(model, [request], generate.Decoding(9), processor.stop_words)[0]
     assert processor.decode(ids).strip() == answer
     probe = vlm.find(model.config.raw).probe_batch(processor)
     with lora.adapted([("a", None)]):

@@ -16,7 +16,7 @@ import model_qwen_vl as qwen
 import tokenizer_qwen_vl
 import vlm
 from engine import sampling_probs
-from generate import generate
+from generate import Decoding, generate
 
 IMAGES = {
     "image1": [0],
@@ -248,10 +248,10 @@ def test_golden_greedy(variant):
             expected = [row[:-1] for row in expected]
             assert all(row[-1] == variant.golden["special_ids"]["eos"] for row in case["new_ids"])
         requests = requests_of(variant, name)
-        out = generate(model, requests, max_new_tokens=16, stop_words=stop)
+        out = generate(model, requests, Decoding(16), stop)
         assert out == expected, name
         for request, row in zip(requests, expected, strict=True):
-            assert generate(model, [request], max_new_tokens=16, stop_words=stop) == [row]
+            assert generate(model, [request], Decoding(16), stop) == [row]
 
 
 def test_golden_sampling(variant):

@@ -285,9 +285,11 @@ def test_four_samples_by_heart(glm_base, tmp_path, capsys):
     requests = [processor.prompt(c) for c in questions]
     for request in requests:
         request["pixel_values"] = [processor.load_image(p) for p in request["images"]]
-    answers = generate.generate(model, requests, 40, processor.stop_words)
+    answers = generate.generate(model, requests, generate.Decoding(40), processor.stop_words)
     assert [processor.decode(a) for a in answers] == ANSWERS and all(a[-1] == processor.eos for a in answers)
-    assert answers == [generate.generate(model, [r], 40, processor.stop_words)[0] for r in requests]
+    assert answers == [
+        generate.generate(model, [r], generate.Decoding(40), processor.stop_words)[0] for r in requests
+    ]
     argv = ["--model_name_or_path", str(tmp_path / "out"), "--batch_size", "2"]
     evaluate.main([*argv, "--name", "visualglm_dataset", "--data_files", str(tmp_path / "four.json")])
     out, err = capsys.readouterr()
@@ -387,13 +389,14 @@ def test_chat_at_the_command_line(glm_base, tmp_path, monkeypatch, capsys, langu
         base / "config.json", {**checkpoint.read_config(glm_base), "prompt_language": language}
     )
     Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
-    asked, plain = [], generate.generate
+    asked, plain = [], generate.run_all
 
-    def watch(model, requests, *rest):
-        asked.append([int(t) for t in requests[0]["input_ids"]])
-        return plain(model, requests, *rest)
+    def watch(engine, wanted, *rest):
+        wanted = list(wanted)
+        asked.extend(request.prompt["input_ids"].tolist() for request in wanted)
+        return plain(engine, iter(wanted), *rest)
 
-    monkeypatch.setattr(generate, "generate", watch)
+    monkeypatch.setattr(generate, "run_all", watch)
     questions = {"zh": ["这是什么？", "它是什么颜色？", "很亮"], "en": ["what is it?", "name it", "two"]}[
         language
     ]

@@ -22,7 +22,7 @@ import tokenizer_visualglm
 import vlm
 from convert import sat
 from engine import penalise_repetition, sampling_probs, seen_mask
-from generate import generate
+from generate import Decoding, generate
 from quantize import quantize
 
 
@@ -283,9 +283,9 @@ def test_golden_greedy(variant, case):
     expected = [row[: row.index(eos) + 1] if eos in row else row for row in variant.cases[case]["new_tokens"]]
     options = {"repetition_penalty": 1.2 if case.endswith("_rp12") else 1.0}
     steps = variant.io[f"{case}.scores"].shape[1]
-    assert generate(model, requests, steps, [[eos]], **options) == expected
+    assert generate(model, requests, Decoding(steps, **options), [[eos]]) == expected
     for request, row in zip(requests, expected, strict=True):
-        assert generate(model, [request], steps, [[eos]], **options) == [row]
+        assert generate(model, [request], Decoding(steps, **options), [[eos]]) == [row]
 
 
 @torch.no_grad()
@@ -303,7 +303,7 @@ def test_golden_scores_of_every_step(variant, case):
         return result
 
     model.forward = watch
-    generate(model, requests_of(variant, case), scores.shape[1], [[eos]])
+    generate(model, requests_of(variant, case), Decoding(scores.shape[1]), [[eos]])
     for rows, expected in zip(seen.values(), scores, strict=True):
         close(torch.stack(rows), expected[: len(rows)])
 
@@ -313,8 +313,8 @@ def test_generation_with_ptuning_equals_the_whole_text_at_once(visualglm_variant
     variant = Variant(visualglm_variant)
     model, requests = variant.model(pre_seq_len=3), requests_of(variant, "generate_leftpad")
     model.transformer.prefix_encoder.embedding.weight.normal_(generator=torch.Generator().manual_seed(0))
-    answers = generate(model, requests, 6, [])
-    plain = generate(variant.model(), requests, 6, [])
+    answers = generate(model, requests, Decoding(6), [])
+    plain = generate(variant.model(), requests, Decoding(6), [])
     assert answers != plain
     for request, answer in zip(requests, answers, strict=True):
         ids = torch.tensor([*request["input_ids"], *answer])
@@ -362,8 +362,8 @@ def test_answers_are_not_shorter_than_asked(variant):
         [t] for t in {row[0] for row in variant.cases["generate_leftpad"]["new_tokens"]}
     ]  # every one stops at once
     shortest = min(len(r["input_ids"]) for r in requests)
-    assert [len(a) for a in generate(model, requests, 5, stop)] == [1] * len(requests)
-    answers = generate(model, requests, 12, stop, min_length=shortest + 8)
+    assert [len(a) for a in generate(model, requests, Decoding(5), stop)] == [1] * len(requests)
+    answers = generate(model, requests, Decoding(12, min_length=shortest + 8), stop)
     lengths = [len(a) + len(r["input_ids"]) for a, r in zip(answers, requests, strict=True)]
     assert min(lengths) > shortest + 8 or max(map(len, answers)) == 12
     assert all(n >= shortest + 8 for n in lengths)

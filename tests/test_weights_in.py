@@ -656,13 +656,15 @@ def test_answers_end_at_the_last_position(tmp_path, capsys, beams):
     room = 40 - len(request["input_ids"])
     assert 0 < room < 30
     if beams == 1:
-        (answer,) = generate.generate(model, [request], 100, stop_words=[])
+        (answer,) = generate.generate(model, [request], generate.Decoding(100), [])
         assert "last position" in capsys.readouterr().err
     else:
-        (((_, answer), *_),) = generate.beam_search(model, [request], 100, [[999]], beams)
+        (((_, answer), *_),) = generate.beam_search(
+            model, [request], generate.Decoding(100, num_beams=beams), [[999]]
+        )
     assert len(answer) == room
     model.config.text.max_position_embeddings = len(request["input_ids"])
-    refused("positions", generate.generate, model, [request], 5, [])
+    refused("positions", generate.generate, model, [request], generate.Decoding(5), [])
 
 
 def test_positions_of_each_model():
