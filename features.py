@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ from config import Config
 from dropout import Dropout
 from lora import LoraLinear
 from run_dir import Signals, Stopped
+
+IMAGES = 16  # that the tower encodes at a time on a rank
 
 
 class ImageFeatures:
@@ -81,12 +84,19 @@ def features_key(model, definition, processor, cfg: Config, paths: list[str]) ->
     return key.hexdigest()[:24]
 
 
+def readable_image(processor, path: str) -> Tensor | None:
+    try:
+        return processor.load_image(path)
+    except ValueError:  # the loader reports it
+        return None
+
+
 @torch.no_grad()
 def cache_features(
     model, definition, plan, processor, cfg: Config, world, signals: Signals
 ) -> ImageFeatures:  # all ranks
-    """Encodes every readable image of the training set once, ranks in turn; a later run with the same
-    files, weights and precision reads them."""
+    """Encodes every readable image of the training set once, in batches that ranks take in turn; a later run
+    with the same files, weights and precision reads them."""
     refuse_feature_cache(model, definition, cfg)
     paths = sorted({path for n in range(len(plan.index)) for path in plan.index.conversation(n).images})
     key = features_key(model, definition, processor, cfg, paths)
@@ -102,18 +112,30 @@ def cache_features(
     parallel.barrier(world)
     features = ImageFeatures(paths, temporary, shape, "r+")
     model.eval()
-    for first in range(0, len(paths), world.dp_size):  # all ranks: a sharded tower is entered together
-        if stop := int(parallel.all_max(torch.tensor([signals.number]), world)):
-            raise Stopped(stop)
-        path, readable = paths[min(first + world.dp_rank, len(paths) - 1)], True
-        try:
-            pixels = processor.load_image(path)
-        except ValueError:  # the loader reports it
-            pixels, readable = vlm.blank_image(processor.image_size), False
-        batch = vlm.Batch.of_images(pixels[None].to(world.device))
-        with autocast(cfg, world):
-            encoded = model(batch, output="features")
-        features.array[features.rows[path]] = encoded[0].float().cpu() if readable else math.nan
+    with ThreadPoolExecutor(cfg.num_workers or 1) as pool:
+
+        def begin(start: int) -> tuple[list[str], list[Future]]:
+            """This rank's images of those from `start` on."""
+            first = start + IMAGES * world.dp_rank
+            own = paths[first : first + IMAGES]
+            return own, [pool.submit(readable_image, processor, path) for path in own]
+
+        coming = begin(0)
+        for start in range(
+            0, len(paths), IMAGES * world.dp_size
+        ):  # all ranks: a sharded tower is entered together
+            if stop := int(parallel.all_max(torch.tensor([signals.number]), world)):
+                raise Stopped(stop)
+            # The next images are read while the tower computes these.
+            (own, images), coming = coming, begin(start + IMAGES * world.dp_size)
+            images = [image.result() for image in images]
+            blank = vlm.blank_image(processor.image_size)  # also for a rank that has none left
+            pixels = torch.stack([blank if image is None else image for image in images or [None]])
+            with autocast(cfg, world):
+                encoded = model(vlm.Batch.of_images(pixels.to(world.device)), output="features")
+            encoded = encoded.float().cpu().numpy()
+            for n, (path, image) in enumerate(zip(own, images, strict=True)):
+                features.array[features.rows[path]] = math.nan if image is None else encoded[n]
     parallel.reshard(model)
     features.array.flush()
     parallel.barrier(world)
