@@ -219,7 +219,6 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
     # Prefix: its parameters belong to the model, so they must exist before anything looks at names.
     config = with_prefix(config, definition, cfg)
     weights = checkpoint.open_model(directory, definition)
-    # Shapes alone, on the meta device.
     model = definition.network(config)
     tuned = [definition.prefix_tuning] if cfg.pre_seq_len else None
     # A prefix is new unless an earlier run has trained it: then the checkpoint has it.
@@ -272,7 +271,6 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
 
     # Memory, then the weights, one tensor at a time: the host never holds the model twice.
     model.to_empty(device=world.device)
-    # The marks go onto the real tensors, which loading cuts by.
     parallel.mark_cuts(model)
     # A pipeline rank has a part of them: the others' names are skipped, not missed.
     parameters = dict(model.named_parameters())
