@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -94,6 +95,26 @@ def check_jitter(cfg: Config, plan: data.Plan) -> None:
                 f"image_jitter={cfg.image_jitter:g} moves images, but not the boxes in {conversation.where}; "
                 "leave image_jitter out"
             )
+
+
+def check_eval_use(cfg: Config) -> None:
+    """Says that evaluation data stand unused; an unused file that is not there is refused like a used one."""
+    entries = (cfg.dataset or {}).get("eval") or []
+    if not entries or cfg.do_eval or cfg.evaluation_strategy != "no":
+        return
+    for entry in entries:
+        files = entry["data_files"]
+        for path in [files] if isinstance(files, str) else files:
+            if not os.path.exists(path):
+                raise ValueError(
+                    f"data_files: no file {path} (working directory {os.getcwd()}), in the eval entries"
+                )
+    if os.environ.get("RANK", "0") == "0":
+        held = "the records that eval_split holds back" if entries[0].get("eval_part") else "the eval entries"
+        print(
+            f"warning: {held} are not evaluated in this run; --evaluate epoch or --do_eval true does so",
+            file=sys.stderr,
+        )
 
 
 def check_contrast(cfg: Config, definition, dp_size: int, evaluating: bool) -> None:

@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -27,7 +28,8 @@ import loggers
 import schema
 import terminal
 from config import Config
-from meeting import Meeting, restart_count
+from meeting import Meeting, between_ranks, restart_count
+from terminal import one_line
 
 # Settings that change no trained value: a finished run with others of them is the same finished run.
 HARMLESS = {
@@ -525,3 +527,28 @@ class Log:
         self.file.close()
         for other in self.others:
             other.close()
+
+
+# ---- what ended a run
+
+
+def goes_on(cfg: Config) -> str:
+    last = checkpoint.last_checkpoint(cfg.output_dir)
+    return f"the same command {f'continues from {last}' if last else 'begins anew: no checkpoint yet'}"
+
+
+def explained(error: BaseException, cfg: Config) -> Exception | None:
+    """What a dead rank, a dead data worker or a full memory means to the user; None for another error."""
+    text, then = one_line(error), goes_on(cfg)
+    if worker := re.search(r"DataLoader worker [^;]*?(killed by signal: \w+|exited unexpectedly)", text):
+        return ValueError(f"a data worker died (out of memory?): {worker[0]}; lower num_workers; {then}")
+    if isinstance(error, ValueError | OSError):
+        return None
+    if (said := between_ranks(error)) is not None:
+        return ConnectionError(f"{said}; {then}")
+    if isinstance(error, MemoryError) or "out of memory" in str(error):
+        return ValueError(
+            f"out of memory ({text[:200]}); lower per_device_train_batch_size or max_length, or set "
+            f"recompute=true or sharding=stage3; {then}"
+        )
+    return None

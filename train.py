@@ -17,7 +17,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import resource
 import shlex
 import signal
@@ -56,10 +55,10 @@ from draw import draw_loss
 from features import cache_features
 from kernels import dispatch
 from loss_scale import LossScaler
-from meeting import Meeting, between_ranks
+from meeting import Meeting
 from rates import learning_rate_at
-from resume import Prepared, is_finished, prepare
-from run_dir import HARMLESS, Log, RunDir, Signals, Stopped, shown
+from resume import Prepared, check_eval_use, is_finished, prepare
+from run_dir import HARMLESS, Log, RunDir, Signals, Stopped, explained, goes_on, shown
 from terminal import one_line
 from vlm import Batch
 
@@ -959,52 +958,10 @@ def dry_run(cfg: Config, config: dict, definition: vlm.Model, directory: Path | 
     return 0
 
 
-def check_eval_use(cfg: Config) -> None:
-    """Says that evaluation data stand unused; an unused file that is not there is refused like a used one."""
-    entries = (cfg.dataset or {}).get("eval") or []
-    if not entries or cfg.do_eval or cfg.evaluation_strategy != "no":
-        return
-    for entry in entries:
-        files = entry["data_files"]
-        for path in [files] if isinstance(files, str) else files:
-            if not os.path.exists(path):
-                raise ValueError(
-                    f"data_files: no file {path} (working directory {os.getcwd()}), in the eval entries"
-                )
-    if os.environ.get("RANK", "0") == "0":
-        held = "the records that eval_split holds back" if entries[0].get("eval_part") else "the eval entries"
-        print(
-            f"warning: {held} are not evaluated in this run; --evaluate epoch or --do_eval true does so",
-            file=sys.stderr,
-        )
-
-
 def end_now(reason: str) -> None:
     """From a thread, where the main one waits for ever in a collective."""
     os.write(2, f"error: [rank {os.environ.get('RANK', 0)}] {one_line(reason)}\n".encode())
     os._exit(1)
-
-
-def goes_on(cfg: Config) -> str:
-    last = checkpoint.last_checkpoint(cfg.output_dir)
-    return f"the same command {f'continues from {last}' if last else 'begins anew: no checkpoint yet'}"
-
-
-def explained(error: BaseException, cfg: Config) -> Exception | None:
-    """What a dead rank, a dead data worker or a full memory means to the user; None for another error."""
-    text, then = one_line(error), goes_on(cfg)
-    if worker := re.search(r"DataLoader worker [^;]*?(killed by signal: \w+|exited unexpectedly)", text):
-        return ValueError(f"a data worker died (out of memory?): {worker[0]}; lower num_workers; {then}")
-    if isinstance(error, ValueError | OSError):
-        return None
-    if (said := between_ranks(error)) is not None:
-        return ConnectionError(f"{said}; {then}")
-    if isinstance(error, MemoryError) or "out of memory" in str(error):
-        return ValueError(
-            f"out of memory ({text[:200]}); lower per_device_train_batch_size or max_length, or set "
-            f"recompute=true or sharding=stage3; {then}"
-        )
-    return None
 
 
 if __name__ == "__main__":

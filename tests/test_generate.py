@@ -21,6 +21,7 @@ import lora
 import merge
 import model_qwen_vl as qwen
 import records
+import sampling
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +110,8 @@ def test_sampling_follows_transformers(temperature, top_k, top_p, penalty):
         expected = hf.TopKLogitsWarper(top_k)(seen, expected)
     if top_p < 1:
         expected = hf.TopPLogitsWarper(top_p)(seen, expected)
-    ours = engine.penalise_repetition(logits, engine.seen_mask(seen[0].tolist(), 300), penalty)
-    torch.testing.assert_close(engine.sampling_probs(ours, temperature, top_k, top_p), expected.softmax(-1))
+    ours = sampling.penalise_repetition(logits, sampling.seen_mask(seen[0].tolist(), 300), penalty)
+    torch.testing.assert_close(sampling.sampling_probs(ours, temperature, top_k, top_p), expected.softmax(-1))
 
 
 def test_lora_targets_the_language_model_unless_named(base):

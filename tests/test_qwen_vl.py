@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 import model_qwen_vl as qwen
 import tokenizer_qwen_vl
 import vlm
-from engine import sampling_probs
 from generate import Decoding, generate
+from sampling import sampling_probs
 
 IMAGES = {
     "image1": [0],

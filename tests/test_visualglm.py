@@ -21,9 +21,9 @@ import model_visualglm as glm
 import tokenizer_visualglm
 import vlm
 from convert import sat
-from engine import penalise_repetition, sampling_probs, seen_mask
 from generate import Decoding, generate
 from quantize import quantize
+from sampling import penalise_repetition, sampling_probs, seen_mask
 
 
 class Variant:
