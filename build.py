@@ -11,6 +11,7 @@ import copy
 import difflib
 import fnmatch
 import hashlib
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -304,7 +305,8 @@ def add_adapter(model: nn.Module, definition: vlm.Model, cfg: Config) -> list[st
         model,
         lora_targets(cfg, definition),
         cfg.lora_rank,
-        cfg.lora_alpha,
+        # inject divides by the rank, rank-stabilised LoRA by its root (arXiv:2312.03732)
+        cfg.lora_alpha * (math.sqrt(cfg.lora_rank) if cfg.use_rslora else 1),
         cfg.lora_dropout,
         lora_parts(model, definition, cfg),
         definition.image_parameters,

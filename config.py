@@ -236,6 +236,15 @@ class Config:
     lora_alpha: float = key(
         ADAPTER, 16, "their update is scaled by lora_alpha / lora_rank", above=0, high=100_000
     )
+    use_rslora: bool = key(ADAPTER, False, "scale by lora_alpha / sqrt(lora_rank) (rank-stabilised LoRA)")
+    neftune_noise_alpha: float = key(
+        OPTIMISER,
+        0.0,
+        "training adds uniform noise of up to this / sqrt(tokens of the sample x hidden size) to the tokens' "
+        "embeddings (NEFTune)",
+        low=0,
+        high=1000,
+    )
     lora_dropout: float = key(ADAPTER, 0.05, "share of an adapter's inputs that is dropped", low=0, below=1)
     lora_target_modules: list[str] | None = key(
         ADAPTER,
@@ -718,10 +727,15 @@ def validate(cfg: Config) -> None:
         )
     check_rates(cfg)
     check_quantize(cfg)
+    if cfg.neftune_noise_alpha and cfg.stage == "pretrain1":
+        raise ValueError(
+            f"neftune_noise_alpha={cfg.neftune_noise_alpha} with stage=pretrain1: noise is for a language "
+            "model's embeddings, and stage 1 has none; leave it out"
+        )
     loggers.check(cfg.report_to or [])
     for names, has_effect, needs in (
         (
-            "lora_rank lora_alpha lora_dropout lora_target_modules lora_split loraplus_lr_ratio",
+            "lora_rank lora_alpha use_rslora lora_dropout lora_target_modules lora_split loraplus_lr_ratio",
             cfg.lora or cfg.lora_path,
             "lora=true",
         ),

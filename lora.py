@@ -278,6 +278,11 @@ class LoraConfig:
     alpha: float
     dropout: float = 0.0
     base_in: str | None = None  # the kind of few bits that the base's weights were in (quantize.py)
+    rslora: bool = False  # updates are scaled by alpha / sqrt(rank), not alpha / rank
+
+    def alpha_of(self, module: "LoraLinear") -> float:
+        """What a module's scaling makes of its rank."""
+        return module.scaling * (math.sqrt(module.rank) if self.rslora else module.rank)
 
 
 @functools.cache
@@ -304,8 +309,8 @@ def save_adapter(
         module = model.get_submodule(name)
         if module.rank != made.rank:  # an adapter from PEFT, trained further, may vary by module
             rank_pattern["^" + name] = module.rank  # PEFT would take a name for the end of a longer one
-        if not math.isclose(module.scaling * module.rank, made.alpha):
-            alpha_pattern["^" + name] = module.scaling * module.rank
+        if not math.isclose(alpha := made.alpha_of(module), made.alpha):
+            alpha_pattern["^" + name] = alpha
     owners = sorted({name.rpartition(".")[0] for name in extra_trained} - {*module_names})
     owners = [name for name in owners if not list(model.get_submodule(name).children())]
     names = [f"{name}.lora_{side}.weight" for name in module_names for side in "AB"]
@@ -339,6 +344,7 @@ def save_adapter(
         "r": made.rank,
         "lora_alpha": made.alpha,
         "lora_dropout": made.dropout,
+        "use_rslora": made.rslora,
         "target_modules": targets,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -354,6 +360,52 @@ def save_adapter(
     )
     checkpoint.save_tensors(state, Path(directory) / "adapter_model.safetensors", metadata)
     checkpoint.write_json(Path(directory) / "adapter_config.json", config)
+
+
+def combine(directories: list, weights: list[float], output) -> None:
+    """Writes the adapter whose updates are the weighted sum of several adapters' updates, exactly: it has
+    their A and B side by side, so its rank is the sum of theirs."""
+    configs, held = zip(*(read_adapter(d) for d in directories), strict=True)
+    metadata = [_open_adapter(d).metadata for d in directories]
+    for other, said in zip(directories[1:], metadata[1:], strict=True):
+        if {"base"} <= said.keys() & metadata[0].keys() and said["base"] != metadata[0]["base"]:
+            raise ValueError(f"{other} and {directories[0]} were trained on different bases")
+    sides: dict[str, list[list[torch.Tensor]]] = {}
+    for directory, config, tensors, weight in zip(directories, configs, held, weights, strict=True):
+        if whole := [name for name in tensors if ".lora_" not in name]:
+            raise ValueError(
+                f"{directory} holds {whole[0]} whole, which is no update that could be added; merge it alone"
+            )
+        for name in dict.fromkeys(name.partition(".lora_")[0] for name in tensors):
+            A, B = (tensors[f"{name}.lora_{side}.weight"].float() for side in "AB")
+            pair = sides.setdefault(name, [[], []])
+            pair[0].append(A)
+            pair[1].append(B * (weight * rank_and_scaling(config, name)[1]))
+    state = {
+        f"{PREFIX}{name}.lora_{side}.weight": torch.cat(parts, 1 - "BA".index(side))
+        for name, pair in sides.items()
+        for side, parts in zip("AB", pair, strict=True)
+    }
+    # each scaling is 1: alpha is the rank
+    ranks = {name: sum(len(A) for A in pair[0]) for name, pair in sides.items()}
+    rank = max(ranks.values())
+    others = {"^" + re.escape(name): r for name, r in ranks.items() if r != rank}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": configs[0].get("base_model_name_or_path"),
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "target_modules": "|".join(map(re.escape, sides)),
+        "bias": "none",
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "inference_mode": True,
+    }
+    common = {k: v for k, v in metadata[0].items() if all(said.get(k) == v for said in metadata)}
+    checkpoint.save_tensors(state, Path(output) / "adapter_model.safetensors", {"format": "pt"} | common)
+    checkpoint.write_json(Path(output) / "adapter_config.json", config)
 
 
 def read_adapter_config(directory) -> dict:

@@ -13,6 +13,7 @@ import python_version  # noqa: F401  (first: it says which Python is needed)
 import contextlib
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from checkpoint import Weights, open_weights
 from lora import (
     adapter_updates,
     base_in,
+    combine,
     contents,
     find_base,
     load_adapter,
@@ -36,7 +38,9 @@ from lora import (
 )
 
 
-def merge(base: Path | None, adapter: Path, output: Path, dtype: torch.dtype | None = None) -> dict:
+def merge(
+    base: Path | None, adapter: Path, output: Path, dtype: torch.dtype | None = None, says: dict | None = None
+) -> dict:
     """Merge `adapter` into `base` (None: the one the adapter names) and write `output`; returns
     merge_info.json."""
     adapter, output = Path(adapter), Path(output)
@@ -85,6 +89,7 @@ def merge(base: Path | None, adapter: Path, output: Path, dtype: torch.dtype | N
         "dtype": str(dtype or "as the base"),
         "modules": len(scalings),
         "replaced": replaced,
+        **(says or {}),
     }
     with checkpoint.atomic_dir(output) as directory:
         tensors = ((name, merged_tensor(name, weights, scalings, lora, dtype)) for name in weights)
@@ -98,6 +103,37 @@ def merge(base: Path | None, adapter: Path, output: Path, dtype: torch.dtype | N
         info |= check_logits(definition, base, adapter, directory)
         checkpoint.write_json(directory / "merge_info.json", info)
     return info
+
+
+def average(directories: list[Path], output: Path) -> None:
+    """Writes the mean of several checkpoints of one model, in fp32 and rounded once, one tensor at a time."""
+    configs = [checkpoint.read_config(d) for d in directories]
+    kept_apart = {"torch_dtype", "dtype", "transformers_version", "_name_or_path"}
+    for directory, config in zip(directories, configs, strict=True):
+        for key in (config.keys() | configs[0].keys()) - kept_apart:
+            if config.get(key) != configs[0].get(key):
+                raise ValueError(
+                    f"{directory} has {key}={config.get(key)!r}, {directories[0]} {configs[0].get(key)!r}: "
+                    "checkpoints of different models have no mean"
+                )
+    if Path(output).exists():
+        raise ValueError(f"--merge_model_path {output} exists; choose another directory")
+    definition = vlm.find(configs[0])
+    held = [checkpoint.open_model(d, definition) for d in directories]
+    shapes = {name: p.shape for name, p in definition.network(configs[0]).named_parameters()}
+    for weights in held:
+        checkpoint.check_names(shapes, weights)
+
+    def mean(name: str) -> torch.Tensor:
+        total = sum(weights.read(name).float() for weights in held) / len(held)
+        checkpoint.largest(total, f"the mean of {name}")
+        return total.to(held[0].dtype(name))
+
+    with checkpoint.atomic_dir(output) as directory:
+        checkpoint.save_weights(directory, ((name, mean(name)) for name in held[0]))
+        checkpoint.write_json(directory / "config.json", configs[0])
+        checkpoint.copy_side_files(directories[0], directory)
+    print(f"{len(held[0].names)} tensors, each the mean of {len(held)}")
 
 
 def is_changed(name: str, weights: Weights, scalings: dict, lora: dict) -> bool:
@@ -260,13 +296,39 @@ def example(adapter: Path, merged: str) -> str:
     return "--prompt Hello"
 
 
+def merge_average(args) -> int:
+    for key in ("model_name_or_path", "weights"):
+        if getattr(args, key):
+            raise ValueError(f"--{key} and --average are both given: --average takes checkpoints alone")
+    if args.lora_path != ["output"] or args.dtype != "keep":
+        raise ValueError(
+            "--average with --lora_path or --dtype: it takes checkpoints alone, in their precision"
+        )
+    for directory in args.average:
+        if not (Path(directory) / "config.json").is_file():
+            raise ValueError(
+                f"--average: {directory} is no checkpoint (config.json); adapters are added with --weights"
+            )
+    average([Path(directory) for directory in args.average], args.merge_model_path)
+    print(f"mean of the checkpoints: {args.merge_model_path}")
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = terminal.Parser(description=__doc__)
     parser.add_argument(
         "--model_name_or_path", help="base checkpoint directory (default: the one the adapter names)"
     )
-    parser.add_argument("--lora_path", default="output", help="directory of the adapter")
+    parser.add_argument(
+        "--lora_path", nargs="+", default=["output"], help="directory of the adapter; several with --weights"
+    )
+    parser.add_argument(
+        "--weights", nargs="+", type=float, help="of several adapters: their updates times these are added"
+    )
+    parser.add_argument(
+        "--average", nargs="+", metavar="DIR", help="no adapter: the mean of the weights of these checkpoints"
+    )
     parser.add_argument("--merge_model_path", default="merged", help="directory to write")
     parser.add_argument(
         "--dtype",
@@ -275,14 +337,29 @@ def main(argv: list[str] | None = None) -> int:
         help="of the merged weights",
     )
     args = parser.parse_args(argv)
-    if not argv and not (Path(args.lora_path) / "adapter_config.json").is_file():
+    paths, count = args.lora_path, len(args.lora_path)
+    if not argv and not (Path(paths[0]) / "adapter_config.json").is_file():
         parser.print_help()
-        raise ValueError(f"{args.lora_path} holds no adapter: name one with --lora_path")
+        raise ValueError(f"{paths[0]} holds no adapter: name one with --lora_path")
     dtype = None if args.dtype == "keep" else getattr(torch, args.dtype)
-    merge(args.model_name_or_path, args.lora_path, args.merge_model_path, dtype)
+    if args.average:
+        return merge_average(args)
+    if len(args.weights or [1.0]) != count:
+        raise ValueError(
+            f"--weights {args.weights} for {count} adapters; expected a number for each of --lora_path"
+        )
+    if args.weights is None:
+        merge(args.model_name_or_path, paths[0], args.merge_model_path, dtype)
+    else:
+        with tempfile.TemporaryDirectory() as directory:
+            base = args.model_name_or_path or find_base(paths[0])
+            combine(paths, args.weights, directory)
+            print("adapters: " + " + ".join(f"{w:g} x {p}" for w, p in zip(args.weights, paths, strict=True)))
+            info = {"adapter": dict(zip(paths, args.weights, strict=True))}
+            merge(base, directory, args.merge_model_path, dtype, info)
     print(f"merged model: {args.merge_model_path}")
     place = shlex.quote(args.merge_model_path)
-    asking = example(Path(args.lora_path), args.merge_model_path)
+    asking = example(Path(paths[0]), args.merge_model_path)
     print(f"next: {terminal.script('generate.py')} --model_name_or_path {place} {asking}")
     return 0
 

@@ -169,7 +169,9 @@ def layers(model: nn.Module) -> dict[str, nn.Linear]:
     return {
         names[id(m)]: m
         for m in found
-        if m.weight is not None and not m.weight.requires_grad and ".lora_" not in names[id(m)]
+        if m.weight is not None
+        and not any(p.requires_grad for p in m.parameters(recurse=False))
+        and ".lora_" not in names[id(m)]
     }
 
 

@@ -175,6 +175,8 @@ class Passes:
         # Late: the device holds the micro-batches under way, not all of a step.
         if i not in self.on_device:
             batch, size = self.micro_batches[i], run.processor.image_size
+            noise = run.cfg.neftune_noise_alpha if run.model.training else 0.0
+            batch = replace(batch, embedding_noise=noise)
             self.on_device[i] = to_device(batch, run.world.device, self.has_images[i], size)
         batch = self.on_device[i]
         # O1 computes in 16 bits from fp32 weights; O2 has 16-bit weights, so autocast does nothing.
@@ -371,7 +373,7 @@ def save_checkpoint(path: Path, run: "Run") -> None:  # all ranks
     with checkpoint.atomic_dir(path, run.world.rank) as temporary:
         if cfg.lora:
             sizes = cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout
-            made = lora.LoraConfig(run.directory, *sizes, base_in=cfg.quantize)
+            made = lora.LoraConfig(run.directory, *sizes, base_in=cfg.quantize, rslora=cfg.use_rslora)
             # What trained beside the adapter (freeze_exclude): whole, in the same file.
             others = [n for n, p in everything.items() if p.requires_grad and ".lora_" not in n]
             lora.save_adapter(temporary, built.whole, made, built.lora_modules, others, on_rank_0, write)

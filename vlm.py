@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import parallel
 from dropout import dropout_rows
+from kernels.dropout import uniform
 from kernels.linear_cross_entropy import IGNORE_INDEX
 
 # --------------------------------------------------------------------------------------------------
@@ -65,6 +66,7 @@ class Batch:
     prefix_lens: Tensor | None = None  # (S,) int64, host: leading tokens that the whole segment sees
     dropout_keys: Tensor | None = None  # (T,) int64: a hash of (seed, epoch, sample, position)
     image_dropout_keys: Tensor | None = None  # (N,) int64
+    embedding_noise: float = 0.0  # NEFTune's alpha, in training
     image_ids: Tensor | None = None  # (S,) int64: equal where segments show the same image (contrast)
     dataset_ids: Tensor | None = None  # (S,) int64: the entry of `dataset` that a segment comes from
     sample_ids: list[str] = field(default_factory=list)  # "file:line#id" of each segment, for messages
@@ -363,12 +365,21 @@ def even_segments(num_segments: int, length: int) -> Tensor:
     return torch.arange(num_segments + 1, dtype=torch.int32) * length
 
 
+NOISE_SEED = 0x4EF7  # no place of a model has it: their seeds are hashes of names
+
+
 def splice_images(x: Tensor, batch: Batch, encode: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
     """Embeddings x (T, C) with the images' features at their places, in order.
 
     There may be more images than places: a rank of a sharded run that has none encodes a blank one, because
     the tower's weights are gathered by all ranks together. It counts nothing.
     """
+    if batch.embedding_noise:
+        lengths = batch.cu_seqlens.diff()
+        # arXiv:2310.05914, by each token's own key: the same in any stream
+        largest = batch.embedding_noise * (lengths * x.shape[-1]).rsqrt().repeat_interleave(lengths)
+        noise = uniform(batch.dropout_keys, x.shape[-1], NOISE_SEED)
+        x = x + (largest.to(x.device)[:, None] * noise).to(x.dtype)
     features = batch.image_features
     if features is None and batch.pixel_values is not None:
         with dropout_rows(batch.image_dropout_keys, batch.pixel_values.shape[0]):

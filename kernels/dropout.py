@@ -49,13 +49,22 @@ def dropout_mask(x: Tensor, mask: Mask) -> Tensor:
     if mask.images:
         keys = keys_of_rows(keys, rows_each(x, mask))
     rows_each(x, mask)
+    return (random_bits(keys, C, mask.seed, mask.first_channel) >= threshold(mask) - 32768).view(x.shape)
+
+
+def random_bits(keys: Tensor, C: int, seed: int, first: int = 0) -> Tensor:
+    """(rows, C) int16: a hash of each row's key, channels from `first` on, and the place in the model."""
     low, high = keys.contiguous().view(torch.int32).view(-1, 2).unbind(1)  # int64 -> two halves
-    row = mix(mix(low + mix(torch.full_like(low, mask.seed))) ^ high)
+    row = mix(mix(low + mix(torch.full_like(low, seed))) ^ high)
     # two channels share one 32-bit hash, 16 bits each: half the work, and p is exact to 1/65536
-    first, end = mask.first_channel, mask.first_channel + C
-    pairs = torch.arange(first // 2, (end + 1) // 2, device=x.device, dtype=torch.int32)
+    pairs = torch.arange(first // 2, (first + C + 1) // 2, device=keys.device, dtype=torch.int32)
     bits = mix(row[:, None] ^ mix(pairs + 1)).view(torch.int16)[:, first % 2 :]  # (rows, C or C + 1)
-    return (bits[:, :C] >= threshold(mask) - 32768).view(x.shape)
+    return bits[:, :C]
+
+
+def uniform(keys: Tensor, C: int, seed: int) -> Tensor:
+    """(rows, C) fp32, evenly between -1 and 1."""
+    return (random_bits(keys, C, seed).float() + 0.5) / 32768
 
 
 def threshold(mask: Mask) -> int:

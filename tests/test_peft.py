@@ -37,6 +37,8 @@ def recipes():
             keys = ("lora_target_modules", "lora_rank", "lora_alpha", "lora_split", "freeze_exclude")
             found.append((path.parent.name, {k: settings[k] for k in keys if k in settings}))
     found.append(("visualglm", {"lora_split": True}))
+    found.append(("visualglm", {"lora_split": True, "use_rslora": True}))
+    found.append(("qwen_vl", {"use_rslora": True, "lora_alpha": 4}))
     # an adapted layer's own weight and bias trained too, and a parameter without a module of its own
     found.append(
         ("qwen_vl", {"freeze_exclude": ["transformer.h.0.attn.c_attn.*", "transformer.visual.proj"]})
@@ -97,15 +99,7 @@ def trained_adapter(directory: Path, out: Path, settings: dict) -> nn.Module:
     module = MODULES[vlm.kind_of(checkpoint.read_config(directory))]
     cfg = train.Config(lora=True, **settings)
     build.check_stage(cfg, module.MODEL)
-    names = lora.inject(
-        model,
-        build.lora_targets(cfg, module.MODEL),
-        cfg.lora_rank,
-        cfg.lora_alpha,
-        0.0,
-        build.lora_parts(model, module.MODEL, cfg),
-        module.MODEL.image_parameters,
-    )
+    names = build.add_adapter(model, module.MODEL, cfg)
     build.choose_trainable(model, module.MODEL, cfg)
     extra = [n for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n]
     generator = torch.Generator().manual_seed(0)
@@ -123,7 +117,7 @@ def trained_adapter(directory: Path, out: Path, settings: dict) -> nn.Module:
     lora.save_adapter(
         out,
         model,
-        lora.LoraConfig(directory, cfg.lora_rank, cfg.lora_alpha),
+        lora.LoraConfig(directory, cfg.lora_rank, cfg.lora_alpha, rslora=cfg.use_rslora),
         names,
         extra,
         params.__getitem__,
@@ -230,6 +224,70 @@ def test_a_merge_has_the_weights_of_one_block_at_a_time(base, tmp_path, kind, se
         expected = logits_of(generate.load_model(directory, lora_path=path), batch)
         assert torch.equal(logits_of(model, batch), expected)
         assert most == [1, 0] * len(blocks)
+
+
+def test_weighted_adapters_are_one(base, tmp_path, capsys):
+    """W plus each update times its weight; the adapter that they make is PEFT's too."""
+    directory, targets = base("qwen_vl"), qwen.MODEL.lora_targets
+    settings = {"a": {}, "b": {"lora_rank": 3, "use_rslora": True, "lora_target_modules": targets[:1]}}
+    expected = dict(generate.load_model(directory).named_parameters())
+    for (name, own), weight in zip(settings.items(), (0.07, -0.03), strict=True):
+        trained = trained_adapter(directory, tmp_path / name, own)
+        for layer, module in trained.named_modules():
+            if isinstance(module, lora.LoraLinear):
+                update = module.lora_B.weight.double() @ module.lora_A.weight.double() * module.scaling
+                expected[f"{layer}.weight"] = expected[f"{layer}.weight"].double() + weight * update
+    paths, weights = [str(tmp_path / name) for name in settings], ["0.07", "-0.03"]
+    argv = ["--lora_path", *paths, "--weights", *weights, "--merge_model_path", str(tmp_path / "merged")]
+    assert merge.main([*argv, "--dtype", "float32"]) == 0
+    assert f"adapters: 0.07 x {paths[0]} + -0.03 x {paths[1]}" in capsys.readouterr().out
+    merged = generate.load_model(tmp_path / "merged")
+    for name, p in merged.named_parameters():
+        torch.testing.assert_close(p.double(), expected[name].double(), atol=1e-5, rtol=1e-5)
+    lora.combine(paths, [0.07, -0.03], tmp_path)
+    theirs = peft.PeftModel.from_pretrained(their_base(directory, "qwen_vl", 0), str(tmp_path)).eval()
+    batch = qwen.probe_batch(qwen.load_processor(directory))
+    got, want = logits_of(theirs.base_model.model, batch), logits_of(merged, batch)
+    torch.testing.assert_close(got, want, atol=1e-3 * float(want.abs().max()), rtol=0)
+
+
+def test_what_combining_refuses(base, tmp_path, capsys):
+    directory = base("qwen_vl")
+    trained_adapter(directory, tmp_path / "a", {})
+    trained_adapter(directory, tmp_path / "whole", PARTLY)
+    a, whole = str(tmp_path / "a"), str(tmp_path / "whole")
+    for argv, words in (
+        (["--lora_path", a, a, "--weights", "1"], "for 2 adapters; expected a number for each"),
+        (["--lora_path", a, a], "for 2 adapters"),
+        (["--lora_path", a, "--weights", "nan"], "--weights"),
+        (["--lora_path", a, whole, "--weights", "1", "1"], "whole, which is no update"),
+        (["--average", a, str(directory)], "is no checkpoint"),
+        (["--average", str(directory), "--weights", "1"], "--average takes checkpoints alone"),
+        (["--average", str(directory), str(ROOT / "samples/tiny_visualglm")], "different models"),
+    ):
+        argv += ["--merge_model_path", str(tmp_path / "merged")]
+        assert checkpoint.cli(lambda argv=argv: merge.main(argv)) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and words in error and error.count("\n") == 1, error
+    assert not (tmp_path / "merged").exists()
+
+
+def test_mean_of_checkpoints(base, tmp_path):
+    directory = base("visualglm")
+    held = checkpoint.open_model(directory, glm.MODEL)
+    shutil.copytree(directory, tmp_path / "other")
+    checkpoint.save_weights(tmp_path / "other", ((name, held.read(name) * 3) for name in held))
+    assert (
+        merge.main(
+            ["--average", str(directory), str(tmp_path / "other"), "--merge_model_path", str(tmp_path / "m")]
+        )
+        == 0
+    )
+    mean = checkpoint.open_model(tmp_path / "m", glm.MODEL)
+    assert mean.names == held.names
+    for name in held:
+        assert mean.dtype(name) == held.dtype(name)
+        torch.testing.assert_close(mean.read(name).float(), held.read(name).float() * 2, rtol=1e-2, atol=1e-6)
 
 
 # ---- what PEFT saves

@@ -251,3 +251,44 @@ def test_what_is_refused(base, dataset, tmp_path, capsys, options, words):
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("error: ") and words in error
     assert not (tmp_path / "out").exists()
+
+
+def test_noise_is_of_each_token_in_any_stream():
+    """NEFTune (arXiv:2310.05914): evenly within alpha / sqrt(L d), L the sample's tokens; packed as alone."""
+    lengths, width, alpha = [3, 200, 41], 64, 5.0
+    keys = torch.randint(-(2**63), 2**63 - 1, (sum(lengths),), generator=torch.Generator().manual_seed(0))
+
+    def noise(lengths, keys):
+        starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        ids = torch.zeros(len(keys), dtype=torch.int64)
+        batch = vlm.Batch(ids, ids, starts, max(lengths), dropout_keys=keys, embedding_noise=alpha)
+        return vlm.splice_images(torch.zeros(len(keys), width), batch, None)
+
+    packed, first = noise(lengths, keys), 0
+    for length in lengths:
+        own, limit = packed[first : first + length], alpha / (length * width) ** 0.5
+        assert torch.equal(own, noise([length], keys[first : first + length]))
+        assert own.abs().max() <= limit and abs(float(own.mean())) < 0.2 * limit
+        assert float(own.std()) == pytest.approx(limit / 3**0.5, rel=0.15)
+        first += length
+    assert len(packed.unique()) > 0.9 * packed.numel()  # all tokens and channels have their own
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["qwen lora", "glm lora", "opt lora", "t5 lora"])
+def test_noise_and_rslora_on_other_layouts(bases, tmp_path, mode):  # noqa: F811
+    """Packed = one by one, two ranks = one, resumed = in one go."""
+    name, settings = MODES[mode]
+    options = {**settings, "neftune_noise_alpha": 5.0, "use_rslora": True, "lr_scheduler_type": "constant"}
+    options |= {"per_device_train_batch_size": 8, "max_steps": 4}
+    split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+    ranks = {"per_device_train_batch_size": 4, "sharding": "stage2"}
+    run(arguments(*bases[name], tmp_path / "reference", **options))
+    run(arguments(*bases[name], tmp_path / "split", **{**options, **split}))
+    run(arguments(*bases[name], tmp_path / "ranks", **{**options, **ranks}), 2)
+    run(arguments(*bases[name], tmp_path / "resumed", **{**options, "max_steps": 2}))
+    run(arguments(*bases[name], tmp_path / "resumed", **options))
+    run(arguments(*bases[name], tmp_path / "quiet", **{**options, "neftune_noise_alpha": 0.0}))
+    for out in ("split", "ranks", "resumed"):
+        assert_same_run(tmp_path / out, tmp_path / "reference")
+    assert abs(losses(tmp_path / "quiet")[0] - losses(tmp_path / "reference")[0]) > 1e-4
