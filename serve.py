@@ -2,6 +2,7 @@
 
     python serve.py --model qwen_vl                                # the tiny model at http://127.0.0.1:8000
     python serve.py --model_name_or_path qwen-vl-7b --lora_paths flags=output --dtype bfloat16
+    torchrun --nproc_per_node 2 serve.py --tensor_parallel_degree 2 --model_name_or_path qwen-vl-7b
     python serve.py bench http://127.0.0.1:8000 --concurrency 8    # what it gives, also any other server
 
     POST /v1/chat/completions   GET /v1/models   GET /health   GET /metrics (Prometheus, vLLM's names)
