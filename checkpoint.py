@@ -621,19 +621,6 @@ def copy_rows_(param: torch.Tensor, rows: torch.Tensor) -> None:
     (param.to_local() if isinstance(param, DTensor) else param).copy_(rows)
 
 
-def full_tensor(param: torch.Tensor) -> torch.Tensor:
-    """The whole parameter on every rank's CPU. all ranks: gathers."""
-    full = param.detach()
-    # all ranks of the shards
-    full = full.full_tensor() if isinstance(full, DTensor) else full
-    if hasattr(param, "cut"):
-        parts = [torch.empty_like(full) for _ in range(param.cut.size)]
-        # all ranks of the tensor-parallel group
-        dist.all_gather(parts, full.contiguous(), parallel.groups["tp"])
-        full = param.cut.join(parts)
-    return full.cpu()
-
-
 def gathered(param: torch.Tensor) -> torch.Tensor | None:
     """The whole parameter on the CPU of rank 0 (of a pipeline stage's first one); None elsewhere. all ranks:
     each sends what it holds, once, and none has more than one parameter whole."""
@@ -690,10 +677,10 @@ def load_into(params: dict, weights: Weights, dtype: torch.dtype | None = None, 
     sides.
     """
     check_names({name: parallel.whole_shape(p) for name, p in params.items()}, weights, ignore=skip)
-    problem, peak = None, 0.0
+    problem, peak, skip = None, 0.0, set(skip)
     try:
-        peak = _load(params, weights, dtype, [name for name in weights if name not in set(skip)])
-    except ValueError as e:
+        peak = _load(params, weights, dtype, [name for name in weights if name not in skip])
+    except (ValueError, OSError) as e:
         problem = str(e)
     found = parallel.from_all((problem, peak))
     if problem := next((said for said, _ in found if said), None):
@@ -704,8 +691,8 @@ def load_into(params: dict, weights: Weights, dtype: torch.dtype | None = None, 
 
 
 def _load(params: dict, weights: Weights, dtype: torch.dtype | None, names: list[str]) -> float:
-    """-> the largest value that was read."""
-    # One tensor at a time: a model as large as the memory has no room for a second copy.
+    """-> the largest value that was read. One tensor at a time: a model as large as the memory has no room
+    for a second copy."""
 
     def as_it_is(param) -> bool:
         return not isinstance(param, DTensor) and not hasattr(param, "cut") and dtype in (None, param.dtype)

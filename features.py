@@ -63,14 +63,17 @@ def refuse_feature_cache(model, definition, cfg: Config) -> None:
             )
 
 
-def features_key(model, definition, processor, cfg: Config, paths: list[str]) -> str:  # all ranks
-    """Of all that features depend on: the tower's values, whatever they come from, images, precision."""
+def features_key(model, definition, processor, cfg: Config, paths: list[str], main: bool) -> str:  # all ranks
+    """Of all that features depend on: the tower's values, whatever they come from, images, precision. Rank 0
+    (`main`) makes it; the others send it what they hold of the tower."""
     key = hashlib.sha256()
     for name, p in sorted(model.named_parameters()):
         if matches(name, definition.image_parameters):
-            values = checkpoint.full_tensor(p).contiguous().flatten().view(torch.uint8).numpy()
-            key.update(name.encode() + values.tobytes())
-    for path in paths:
+            whole = checkpoint.gathered(p)
+            if main:
+                values = whole.contiguous().flatten().view(torch.uint8).numpy()
+                key.update(name.encode() + values.tobytes())
+    for path in paths if main else ():
         key.update((path if path.startswith("data:") else checkpoint.file_digest(path)).encode())
     facts = [
         model.config.raw,
@@ -81,7 +84,7 @@ def features_key(model, definition, processor, cfg: Config, paths: list[str]) ->
         cfg.max_length,
     ]
     key.update(json.dumps(facts, sort_keys=True, default=str).encode())
-    return key.hexdigest()[:24]
+    return parallel.from_all(key.hexdigest()[:24])[0]
 
 
 def readable_image(processor, path: str) -> Tensor | None:
@@ -99,7 +102,7 @@ def cache_features(
     with the same files, weights and precision reads them."""
     refuse_feature_cache(model, definition, cfg)
     paths = sorted({path for n in range(len(plan.index)) for path in plan.index.conversation(n).images})
-    key = features_key(model, definition, processor, cfg, paths)
+    key = features_key(model, definition, processor, cfg, paths, world.main)
     file = Path(cfg.output_dir) / "index" / f"features-{key}.f32"
     shape = (processor.num_image_tokens, model.config.hidden_size)
     size = 4 * len(paths) * math.prod(shape)

@@ -22,7 +22,7 @@ import lora
 import merge
 import model_visualglm
 import vlm
-from checkpoint import cli, copy_full_, full_tensor, load_into, open_weights
+from checkpoint import cli, copy_full_, gathered, load_into, open_weights
 from kernels.dropout import Mask, drop, dropout_mask, dropout_ref
 
 
@@ -84,7 +84,7 @@ def save(directory, model, names, extra=()):
         lora.LoraConfig("base", 2, 6, 0.1),
         names,
         extra,
-        lambda name: full_tensor(params[name]),
+        lambda name: gathered(params[name]),
     )
 
 
@@ -360,7 +360,7 @@ def two_ranks(rank, directory):
         lora.LoraConfig("base", 2, 6, 0.5),
         names,
         [],
-        lambda n: full_tensor(params[n]),
+        lambda n: gathered(params[n]),
         rank == 0,
     )
     torch.distributed.barrier()

@@ -7,11 +7,13 @@ import socket
 import subprocess
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Replaced, run
+from ranks import Replaced, run, together
 from test_train import arguments
 
 import checkpoint
@@ -269,3 +271,28 @@ def test_the_gpu_of_a_rank(monkeypatch, visible, local, index):
             parallel.own_device()
     else:
         assert parallel.own_device() == torch.device("cuda", index)
+
+
+def facts_of(rank):
+    """-> what two ranks with other batches and signals are told, and in how many messages."""
+    batches = [
+        SimpleNamespace(
+            num_supervised=3 + rank + i,
+            input_ids=range(10 * (1 + rank)),
+            sample_ids=["a"] * (1 + i),
+            bad=[("x", "y")] * rank,
+            pixel_values=1 if rank == i == 1 else None,
+        )
+        for i in range(2)
+    ]
+    model = SimpleNamespace(loss_counts=lambda b: [b.num_supervised, 7])
+    world = parallel.World(rank, 2, torch.device("cpu"), dp_rank=rank, dp_size=2)
+    with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as sent:
+        facts = train.step_facts(model, batches, (signal.SIGINT, signal.SIGTERM)[rank], world)
+    return facts, sent.call_count
+
+
+def test_the_facts_of_a_step_are_one_message():
+    (first, one), (second, other) = together(facts_of)
+    assert first == second and one == other == 1
+    assert first == train.Facts([16, 28], 60, 16, 6, 2, signal.SIGTERM, [False, True])
