@@ -39,6 +39,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 import parallel
 import terminal
+from meeting import between_ranks
 from schema import Pixels, check, read_json, require
 from terminal import printable
 
@@ -102,7 +103,11 @@ def cli(main) -> int:
             file=sys.stderr,
         )
         return 1
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, RuntimeError) as e:
+        # What torch raises otherwise is a fault of ours, and its traceback is wanted.
+        between = between_ranks(e) if isinstance(e, RuntimeError) else None
+        if isinstance(e, RuntimeError) and between is None:
+            raise
         # Of many ranks each says who it is: which one failed first is what matters.
         many = "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1"
         rank = f"[rank {os.environ['RANK'][:9]}] " if many else ""
@@ -110,6 +115,7 @@ def cli(main) -> int:
         said = (
             f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename and e.strerror else str(e)
         )
+        said = between or said
         print(f"error: {rank}{printable(' '.join(said.splitlines()))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -149,6 +149,17 @@ def test_each_cause_has_its_own_words(text, said):
     assert said in line and (": " in line) and ("gone" in line) == ("gone" in said) and "\n" not in line
 
 
+def test_every_script_says_it_in_one_line(capsys):
+    def lost():
+        raise dist.DistBackendError("Connection closed by peer [127.0.0.1]:19")
+
+    assert checkpoint.cli(lost) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "another rank is gone (Connection closed by peer" in line
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        checkpoint.cli(lambda: exec("raise RuntimeError('a fault of ours')"))
+
+
 def test_other_errors_are_not_the_ranks():
     assert meeting.between_ranks(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
