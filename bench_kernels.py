@@ -26,7 +26,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import build
@@ -407,8 +406,8 @@ def full_width(kind: str, small: bool) -> dict:
     return shallow(values)
 
 
-def predicted_peak(values: dict, cfg: config.Config, batch: vlm.Batch) -> float:
-    """What --dry_run says of this micro-batch, in bytes."""
+def predicted(values: dict, cfg: config.Config, batch: vlm.Batch) -> tuple[float, float]:
+    """What --dry_run says of this micro-batch: bytes at the peak, FLOPs."""
     definition = vlm.find(values)
     model = definition.network(values)
     if cfg.lora:
@@ -417,8 +416,10 @@ def predicted_peak(values: dict, cfg: config.Config, batch: vlm.Batch) -> float:
     lengths = batch.cu_seqlens.diff().tolist()
     stream = estimate.Stream(sum(lengths), batch.num_supervised, len(lengths), lengths)
     layout, blocks = estimate.layout_of(cfg, 1), [range(len(model.blocks))]
+    flops = estimate.step_flops(model, stream, layout)
+    build.halve(model, cfg, {})
     dtype = torch.bfloat16 if layout.master else torch.float32
-    return estimate.devices(model, definition, blocks, stream, layout, dtype)[0].total
+    return estimate.devices(model, definition, blocks, stream, layout, dtype)[0].total, flops
 
 
 def product_rate(device, dtype, small: bool) -> float:
@@ -443,11 +444,8 @@ def steps_part(kind: str, lora: bool) -> Callable:
             step()  # the optimiser's state
             times = on(device, {"step": step}, 5)
             T = len(batch.input_ids)
-            with FlopCounterMode(display=False) as counter:
-                step()
-            flops = counter.get_total_flops()  # those of Triton's attention apart
+            expected, flops = predicted(values, cfg, batch)
             seconds = median(times, "step", wall=True)
-            expected = predicted_peak(values, cfg, batch)
             before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
             found = {
                 "ms": 1e3 * seconds,

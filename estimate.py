@@ -12,9 +12,13 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode
 
 import parallel
 import pipeline
@@ -33,6 +37,7 @@ from build import (
     with_prefix,
 )
 from config import Config
+from kernels import dispatch
 from kernels.linear_cross_entropy import CHUNK_BYTES
 
 # H100 SXM (https://resources.nvidia.com/en-us-tensor-core, data sheet): dense bf16, NVLink in one direction
@@ -40,32 +45,97 @@ PEAK_FLOPS, LINK_BYTES = 989e12, 450e9
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Keeps what a fused attention keeps: its inputs, its output, one number a row."""
+    """Keeps what a fused attention keeps: its inputs, its output, one number a row. Its FLOPs, and in the
+    backward pass, which computes the scores once more, two and a half times as many, go to `count`."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, *mask: Tensor) -> Tensor:
+    def forward(ctx, count: Callable, flops: float, q: Tensor, k: Tensor, v: Tensor, *mask: Tensor) -> Tensor:
         out = torch.empty_like(q)
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32), *mask)
+        ctx.count, ctx.flops = count, flops
+        count(flops)
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        raise AssertionError("for shapes only")
+        ctx.count(2.5 * ctx.flops)
+        q, k, v, _, _, *mask = ctx.saved_tensors
+        return None, None, *(torch.empty_like(x) for x in (q, k, v)), *(None for _ in mask)
+
+
+CAUSAL = 0.5  # of a segment's scores are computed
+PRODUCTS = {F.linear, F.conv2d, torch.matmul, torch.bmm, torch.mm, Tensor.matmul, Tensor.__matmul__}
 
 
 class _Fused(TorchFunctionMode):
-    """scaled_dot_product_attention on the meta device would be the unfused one, with all scores."""
+    """What computes on the meta device otherwise than on a real one: scaled_dot_product_attention would be
+    the unfused one, with all scores, and autocast would not cast. `flops`: of attention."""
+
+    def __init__(self, autocast: torch.dtype | None = None):
+        super().__init__()
+        self.autocast, self.flops, self.copies = autocast, 0.0, {}
+
+    def __enter__(self):
+        # put into its place: a mode is not seen by what a backward pass computes anew, in its own thread
+        self.plain, F.scaled_dot_product_attention = F.scaled_dot_product_attention, self.attention
+        dispatch.pretended = self.autocast
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        F.scaled_dot_product_attention, dispatch.pretended = self.plain, None
+        return super().__exit__(*error)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, attn_mask=None, is_causal=False) -> Tensor:
+        flops = 4 * q.numel() * k.shape[-2] * (CAUSAL if is_causal else 1.0)
+        return _FusedAttention.apply(self.count, flops, q, k, v, *(() if attn_mask is None else (attn_mask,)))
+
+    def count(self, flops: float) -> None:
+        self.flops += flops
+
+    def cast(self, x):
+        if not isinstance(x, Tensor) or x.dtype != torch.float32:
+            return x
+        if not isinstance(x, nn.Parameter):
+            return x.to(self.autocast)
+        if x not in self.copies:  # autocast too makes one copy of a weight
+            self.copies[x] = x.to(self.autocast)
+        return self.copies[x]
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function is torch.nn.functional.scaled_dot_product_attention:
-            mask = kwargs.get("attn_mask")
-            return _FusedAttention.apply(*args[:3], *(() if mask is None else (mask,)))
+        if self.autocast and function in PRODUCTS:
+            args, kwargs = tree_map(self.cast, (args, kwargs))
         return function(*args, **kwargs)
 
 
+def product_flops() -> FlopCounterMode:
+    """Counts matrix products and convolutions, also those in place, which torch's counter leaves out."""
+
+    def in_place(into, a, b, out_shape=None, **options) -> int:
+        return 2 * a[0] * a[1] * b[1]
+
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place})
+
+
+def step_flops(model: nn.Module, stream: "Stream", layout: "Layout") -> float:
+    """FLOPs of a micro-batch's forward and backward pass, of one on the meta device: what is frozen has no
+    gradient, what is recomputed runs twice, and causal attention computes half of the scores."""
+    model = copy.deepcopy(model).train()
+    if layout.recompute:
+        parallel.recompute(model)
+    batch = meta_batch(stream, model)
+    rows = {"device": "meta", "dtype": torch.int64}
+    batch.targets = torch.empty(stream.tokens, **rows)
+    batch.supervised = torch.empty(stream.supervised, **rows)
+    with product_flops() as products, _Fused() as attention:
+        loss, _ = model(batch)
+        if loss.requires_grad:
+            loss.sum().backward()
+    return products.get_total_flops() + attention.flops
+
+
 def saved_bytes(
-    model: nn.Module, forward: Callable, received: Tensor | None, recompute: bool
+    model: nn.Module, forward: Callable, received: Tensor | None, layout: "Layout"
 ) -> tuple[float, float]:
     """Bytes that `forward()` of a model on the meta device leaves for its backward pass, weights and
     `received` apart; bytes of the block that leaves most.
@@ -96,14 +166,15 @@ def saved_bytes(
             block.register_forward_pre_hook(enter),
             block.register_forward_hook(lambda *_: inside.pop() and None),
         ]
+    autocast = _Fused(torch.bfloat16 if layout.autocast else None)
     try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _Fused():
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
             forward()
     finally:
         for hook in hooks:
             hook.remove()
     outside, largest = bytes_of.pop(None), max(bytes_of.values(), default=0)
-    if not recompute or not bytes_of:
+    if not layout.recompute or not bytes_of:
         return outside + sum(bytes_of.values()), largest
     return outside + sum(inputs[block] for block, kept in bytes_of.items() if kept) + largest, largest
 
@@ -238,8 +309,6 @@ def stage_memory(
     elif L.master:  # 16-bit copies of what trains; a block that is recomputed makes its own anew
         *blocks, root = (size(g, True, L.compute_bytes) for g in groups)
         gathered = root + (max(blocks, default=0) if L.recompute else sum(blocks))
-    if L.autocast:
-        weights += trained / 2  # autocast's copies
     n, alive = L.micro_batches, alive_micro_batches(L, stages)
     activations = alive * kept
     if L.pp > 1:
@@ -299,6 +368,21 @@ def heaviest_stream(plan, batch_size: int, steps: int = 10_000) -> Stream:
     return Stream(tokens, supervised, images, index.length[numbers].tolist())
 
 
+def streams(plan, cfg: Config) -> tuple[StreamSizes, Stream, Stream]:
+    """Means of a micro-batch, the one with most tokens, and samples of lengths as they come for FLOPs, which
+    go by the squares of lengths too."""
+    if plan is None:  # no tokenizer, so no data: full samples with one image each
+        T, n = cfg.max_length, cfg.per_device_train_batch_size
+        full = Stream(T * n, int(0.3 * T * n), n, [T] * n)
+        return StreamSizes(T * n, 0.3 * T * n, float(n), T), full, full
+    sizes, index = stream_sizes(plan, cfg), plan.index
+    places = np.linspace(0, len(index) - 1, min(64, len(index))).round().astype(int)
+    lengths = np.sort(index.length)[places].tolist()
+    share = sum(lengths) / sizes.tokens
+    typical = Stream(sum(lengths), round(share * sizes.supervised), round(share * sizes.images), lengths)
+    return sizes, heaviest_stream(plan, cfg.per_device_train_batch_size), typical
+
+
 def devices(
     model: nn.Module, definition, blocks: list[range], stream: Stream, layout: Layout, dtype
 ) -> list[Device]:
@@ -320,7 +404,9 @@ def devices(
             V, C = config.vocab_size // L.tp, config.hidden_size
             trains = any(p.requires_grad and p.shape == (V, C) for p in part.parameters())
             head = {"rows": stream.supervised, "vocabulary": V, "width": C, "gradient": 4 * V * C * trains}
-        computed = copy.deepcopy(part).to(dtype).train()
+        computed = copy.deepcopy(part).train()
+        if not L.autocast:  # which casts on the way
+            computed.to(dtype)
         kept, block_bytes = 0.0, 0.0
         for stage in stages:
             x = None
@@ -328,7 +414,7 @@ def devices(
                 options = {"dtype": dtype, "device": "meta", "requires_grad": first_trained < stage}
                 x = torch.empty(stream.tokens, config.hidden_size, **options)
             own = [block for n, block in numbered(computed, definition, L.pp) if n in blocks[stage]]
-            left, largest = activation_bytes(computed, stream, x, own, L.recompute)
+            left, largest = activation_bytes(computed, stream, x, own, L)
             kept, block_bytes = kept + left, max(block_bytes, largest)
         found.append(stage_memory(part, stages, len(blocks), hidden, kept, block_bytes, head, L))
     return found
@@ -343,14 +429,14 @@ def numbered(model: nn.Module, definition, pp: int) -> list[tuple[int, nn.Module
 
 
 def activation_bytes(
-    model: nn.Module, stream: Stream, x: Tensor | None, blocks: list, recompute: bool
+    model: nn.Module, stream: Stream, x: Tensor | None, blocks: list, layout: Layout
 ) -> tuple[float, float]:
     """saved_bytes of one micro-batch through `blocks`."""
     config = model.config
     if model.pipeline_obstacle:  # its passes depend on the data: by a formula
         inner = 11 * config.hidden_size + 4 * config.mlp_width
         N = config.num_hidden_layers
-        layers = config.hidden_size * N + inner if recompute else inner * N
+        layers = config.hidden_size * N + inner if layout.recompute else inner * N
         width = stream.tokens * next(model.parameters()).element_size()
         return width * layers, width * inner
     batch = meta_batch(stream, model)
@@ -358,7 +444,7 @@ def activation_bytes(
     def forward() -> Tensor:
         return model(batch, "hidden", x, blocks)
 
-    return saved_bytes(model, forward, x, recompute)
+    return saved_bytes(model, forward, x, layout)
 
 
 def communication(model: nn.Module, tokens: float, layout: Layout) -> dict[str, float]:
@@ -412,27 +498,24 @@ def dry_run(cfg: Config, config: dict, definition, plan, world_size: int) -> str
     if cfg.lora:
         add_adapter(model, definition, cfg)
     choose_trainable(model, definition, cfg)
+    layout = layout_of(cfg, world_size)
+    sizes, heaviest, typical = streams(plan, cfg)
+    forward = definition.forward_flops(
+        model.config, sizes.tokens, sizes.supervised, sizes.images, sizes.segment
+    )
+    flops = 3 * sum(forward.values()) if not cfg.lora else 2 * sum(forward.values()) + forward["head"]
+    if not model.pipeline_obstacle:  # else its passes depend on the data
+        flops = step_flops(model, typical, layout) * sizes.tokens / typical.tokens
     halve(model, cfg, {})
     if cfg.quantize:
         quantize.prepare(model, cfg.quantize)
-    layout = layout_of(cfg, world_size)
     pp, dp, tp, micro_batches = layout.pp, layout.dp, layout.tp, layout.micro_batches
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     o2 = layout.master
-    if plan is not None:
-        sizes, heaviest = stream_sizes(plan, cfg), heaviest_stream(plan, cfg.per_device_train_batch_size)
-    else:  # no tokenizer, so no data: full streams with one image each
-        tokens = cfg.max_length * cfg.per_device_train_batch_size
-        sizes = StreamSizes(tokens, 0.3 * tokens, 1.0, tokens)
-        heaviest = Stream(tokens, int(0.3 * tokens), 1, [tokens])
     blocks = pipeline_blocks(model, definition, cfg, sizes) if pp > 1 else [range(len(model.blocks))]
-    forward = definition.forward_flops(
-        model.config, sizes.tokens, sizes.supervised, sizes.images, sizes.segment
-    )
     found = devices(model, definition, blocks, heaviest, layout, torch.bfloat16 if o2 else torch.float32)
     fullest = max(found, key=lambda device: device.total)
-    flops = 3 * sum(forward.values()) if not cfg.lora else 2 * sum(forward.values()) + forward["head"]
     micro = micro_batches * dp
     shares = ", ".join(f"{part} {value / sum(forward.values()):.0%}" for part, value in forward.items())
     where = f" (pipeline rank {found.index(fullest)} of {pp})" if pp > 1 else ""

@@ -32,7 +32,7 @@ import quantize
 import schema
 import vlm
 from dropout import Rows
-from kernels.dispatch import without_autocast
+from kernels.dispatch import autocast_dtype, without_autocast
 from kernels.dropout import Mask, drop, dropout
 
 PREFIX = "base_model.model."  # PEFT puts it before every name
@@ -62,8 +62,7 @@ class LoraLinear(nn.Linear):
             scaling /= 1 - self.dropout
         A, B = parallel.shared_weight(self.lora_A), parallel.shared_weight(self.lora_B)
         # the adapter may be fp32 beside 16-bit weights
-        cast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-        x, A, B = (t.to(torch.get_autocast_dtype(x.device.type) if cast else A.dtype) for t in (x, A, B))
+        x, A, B = (t.to(autocast_dtype(x.device) or A.dtype) for t in (x, A, B))
         if self.parts is None and not torch.compiler.is_compiling():
             return _LowRank.apply(y, x, A, B, scaling, mask)
         z = F.linear(x if mask is None else dropout(x, mask), A) * scaling

@@ -22,6 +22,8 @@ from kernels.dispatch import FP32_DOTS, architecture, jit, tl, triton, use_trito
 LOG2E = 1 / math.log(2)
 # 16-bit dots do not read it
 PRECISION = {torch.float32: FP32_DOTS, torch.float16: "tf32", torch.bfloat16: "tf32"}
+# torch's CPU kernels have no fast 16-bit backward: 5 times the time of fp32
+CPU_IN_FP32 = (torch.bfloat16, torch.float16)
 
 
 def attention_ref(
@@ -35,8 +37,7 @@ def attention_ref(
     prefix_lens: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
-        # torch's CPU kernels have no fast 16-bit backward: 5 times the time of fp32
+    if q.device.type == "cpu" and q.dtype in CPU_IN_FP32:
         with torch.autocast("cpu", enabled=False):
             fp32, bias = [x.float() for x in (q, k, v)], bias if bias is None else bias.float()
             return attention_ref(*fp32, cu_seqlens_q, cu_seqlens_k, max_len, causal, prefix_lens, bias).to(

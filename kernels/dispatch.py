@@ -96,6 +96,16 @@ def use_triton(impl: str, x: Tensor) -> bool:
     return True
 
 
+pretended: torch.dtype | None = None  # what estimate.py has tensors without memory computed in
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast computes products in, None outside of it."""
+    if device.type == "meta":  # which torch's own knows not
+        return pretended
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
 def without_autocast(device: torch.device):
     """A context in which operations take their operands as they are; shapes alone have no autocast to end."""
     if device.type == "meta":

@@ -15,15 +15,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.dispatch import FP32_DOTS, architecture, jit, tl, triton, use_triton, without_autocast
+from kernels.dispatch import (
+    FP32_DOTS,
+    architecture,
+    autocast_dtype,
+    jit,
+    tl,
+    triton,
+    use_triton,
+    without_autocast,
+)
 
 IGNORE_INDEX = -100
 CHUNK_BYTES = 256 << 20  # fp32 logits held at a time, or 16-bit gradients of logits in the Triton version
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    device_type = x.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+    return autocast_dtype(x.device) or x.dtype
 
 
 def _across(
