@@ -98,6 +98,12 @@ class Config:
     max_bad_samples: float = key(
         DATA, 0.01, "share of unusable records above which the run stops", low=0, high=1
     )
+    evaluation: dict | None = key(
+        DATA,
+        None,
+        "for evaluate.py (configs/*/eval_*.json): prompt, decoding, metric, score of a published evaluation",
+        shown="RECIPE",
+    )
     image_jitter: float = key(
         DATA,
         0.0,

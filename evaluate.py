@@ -30,9 +30,10 @@ import data
 import lora
 import metrics
 import parallel
+import recipes
 import terminal
 import vlm
-from config import Config, parse_config
+from config import Config, parse_config, read_file
 from draw import draw_boxes
 from engine import Engine
 from generate import (
@@ -309,6 +310,8 @@ def main(argv: list[str] | None = None) -> int:
         choices=names,
         help="instead of the format's own; may be repeated",
     )
+    own = "instead of the model's own wording of a question: a text in which {} is what the record asks"
+    add("--prompt", default=None, help=own)
     add("--stage", default=None, help="of training, for its prompt format; default: the configuration's")
     add("--boxes", default=None, help="folder for copies of the images with the boxes of the answers drawn")
     add("--output", default=None, help="write answers, scores and settings as JSON here")
@@ -332,6 +335,10 @@ def main(argv: list[str] | None = None) -> int:
         help="Triton kernels; auto: where there is a GPU",
     )
     args = parser.parse_args(argv)
+    if args.config and (recipe := recipes.recipe_of(read_file(args.config).get("evaluation"))):
+        parser.set_defaults(prompt=recipe.prompt, **recipe.decoding)  # what the command line gives, wins
+        args = parser.parse_args(argv)
+        args.metric = args.metric or [recipe.metric]
     how = Decoding.of(args)
     for key in ("name", "image_root"):
         if getattr(args, key) and not args.data_files:
@@ -428,14 +435,21 @@ def run(args, how: Decoding) -> int:
         print(f"retrieval among {similarity.shape[0]} images and {similarity.shape[1]} captions: ", end="")
     else:
         conversations = merge_references(conversations, numbers)
-        batches = answer_all(model, processor, conversations, batch_size, how, bad, progress=True)
-        found, stop = scored_answers(processor, conversations, batches, args.metric)
+        asked = [recipes.asked(c, args.prompt) for c in conversations]
+        batches = answer_all(model, processor, asked, batch_size, how, bad, progress=True)
+        found, stop = scored_answers(processor, conversations, asked, batches, args.metric)
         if args.boxes:
             draw_answers(found["answers"], Path(args.boxes))
         result |= {**found, "decoding": dataclasses.asdict(how)}
         scores = result["scores"]
     result["left_out"] = [{"where": where, "reason": reason} for where, reason in bad]
     print_scores(scores)
+    if (recipe := recipes.recipe_of(cfg.evaluation)) and not retrieving:
+        options = {"metric": args.metric, "prompt": args.prompt, **result["decoding"]}
+        changed = {"lora_path": adapter, "quantize": kind}
+        found = recipes.deviations(recipe, model_config, changed, len(result["answers"]), options)
+        result["published"] = {"score": recipe.score, "expected": recipe.expected, "deviations": found}
+        print(recipes.verdict(recipe, scores, found))
     if args.output:
         checkpoint.write_json(args.output, result)
         print(f"results: {args.output}", flush=True)
@@ -456,11 +470,12 @@ def print_scores(scores: dict[str, float]) -> None:
 
 
 def scored_answers(
-    processor, conversations: list, batches, asked_for: list[str] | None
+    processor, conversations: list, asked: list, batches, asked_for: list[str] | None
 ) -> tuple[dict, BaseException | None]:
     """Takes the answers as they come -> (what the result file says of them, what broke them off). What is
-    answered by then is scored and written; with no answer at all the error is raised."""
-    answers, stop, asked = [], None, len(conversations)
+    answered by then is scored and written; with no answer at all the error is raised. `asked` are the
+    conversations in the wording that they were asked in."""
+    answers, stop, total = [], None, len(conversations)
     try:
         for text in batches:
             answers.append(text)
@@ -468,9 +483,10 @@ def scored_answers(
         if not any(text is not None for text in answers):
             raise
         stop = e
+    asked, _ = answered(asked[: len(answers)], answers)
     conversations, answers = answered(conversations[: len(answers)], answers)
     scores, each = score(conversations, answers, asked_for)
-    prompts = [processor.tokenizer.decode(processor.prompt(c)["input_ids"].tolist()) for c in conversations]
+    prompts = [processor.tokenizer.decode(processor.prompt(c)["input_ids"].tolist()) for c in asked]
     result = {
         "metrics": asked_for or sorted({name for c in conversations for name in metrics.OF_KIND[c.kind]}),
         "scores": scores,
@@ -489,9 +505,9 @@ def scored_answers(
         ],
     }
     if stop is not None:
-        result |= {"complete": False, "asked": asked}
+        result |= {"complete": False, "asked": total}
         print(
-            f"stopped ({type(stop).__name__}) with {len(answers):,} of {asked:,} questions answered; ", end=""
+            f"stopped ({type(stop).__name__}) with {len(answers):,} of {total:,} questions answered; ", end=""
         )
     print(f"scores of {len(answers)} answers: ", end="")
     return result, stop

@@ -17,16 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 SAMPLES = Path(__file__).resolve().parent.parent / "samples"
-CLASSES = {
-    "2764-fe0f": "red heart",
-    "1f535": "blue circle",
-    "1f34f": "green apple",
-    "1f695": "taxi",
-    "1f438": "frog",
-    "1f437": "pig",
-    "1f7e4": "brown circle",
-    "1f7e9": "green square",
-}
+CLASSES = {"2764-fe0f": "red heart", "1f535": "blue circle", "1f7e9": "green square", "1f695": "taxi"}
 SIDE, THINGS = 64, 3  # pixels of a canvas, the sample model's own; drawings on it
 SIZE, STEP = 32, 32  # pixels of a drawing, and of the grid that it stands on
 

@@ -11,7 +11,7 @@ from runs import make_grounding
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("blip2", "qwen_vl", "visualglm")
 CONFIGS = sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("configs/*/*.json"))
-CONFIGS = [name for name in CONFIGS if "/shapes/" not in name]
+CONFIGS = [name for name in CONFIGS if "/shapes/" not in name and "/eval_" not in name]
 SHAPES = {
     "configs/blip2/pretrain1.json": "blip2-stage1",
     "configs/blip2": "blip2-opt-2.7b",

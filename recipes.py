@@ -1,0 +1,95 @@
+"""Recipes: how a published score was measured, so that whoever has the weights checks us with one command.
+
+    python evaluate.py configs/qwen_vl/eval_refcoco_val.json --model_name_or_path Qwen-VL  # expected 0.8936
+
+A recipe is a configuration with the key "evaluation": the prompt's template ({} is what the record asks), the
+decoding, the metric, and the score that the published weights give on all of the data. Options of the command
+line win, and whatever is then not the published measurement is said; a score is compared only where the
+weights have the published size, no adapter, and every record of the set was answered.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import metrics
+import schema
+from generate import Decoding
+from records import Conversation, ImageRef, text_of
+from terminal import nearest
+
+WITHIN = 0.005  # of the published score: differences of kernels and library versions
+
+
+@dataclass
+class Recipe:
+    """The key "evaluation" of a configuration."""
+
+    metric: str  # of metrics.METRICS
+    score: str  # the one that was published
+    expected: float
+    records: int  # of the whole set, as evaluate.py counts them (a caption's images)
+    source: str  # where prompt, decoding and score are from
+    decoding: dict  # options of generate.Decoding
+    weights: dict  # "text_config.num_layers": 24, ...: what the published config.json says of the size
+    prompt: str | None = None  # None: the processor's own
+    note: str | None = None
+
+
+def recipe_of(value: dict | None) -> Recipe | None:
+    """ValueError for a recipe that lacks something, or says more than is understood."""
+    if value is None:
+        return None
+    known = {f.name for f in fields(Recipe)}
+    for key in value:
+        if key not in known:
+            raise ValueError(f"evaluation has the unknown key {key!r}{nearest(key, known)}")
+    recipe = schema.from_json(Recipe, value, "evaluation")
+    if recipe.score not in metrics.SCORES.get(recipe.metric, ()):
+        raise ValueError(f"evaluation: metric={recipe.metric} has no score {recipe.score}")
+    if wrong := set(recipe.decoding) - {f.name for f in fields(Decoding)}:
+        raise ValueError(f"evaluation: decoding has the unknown option {sorted(wrong)[0]}")
+    return recipe
+
+
+def asked(conversation: Conversation, prompt: str | None) -> Conversation:
+    """The question in the recipe's wording: a chat, whose text every processor takes as it is."""
+    if prompt is None:
+        return conversation
+    content = next(content for role, content in conversation.turns if role == "user")
+    text = prompt.replace("{}", text_of(content).strip())
+    parts = [ImageRef(part.source) for part in content if isinstance(part, ImageRef)]
+    return replace(conversation, turns=[("user", [*parts, text])], kind="chat")
+
+
+def deviations(recipe: Recipe, config: dict, changed: dict, answered: int, options: dict) -> list[str]:
+    """Why a score is not the published measurement. `changed`: what else the weights are than the published
+    ones (an adapter, few bits); `options`: the metric, prompt and decoding in use."""
+    found = []
+    for path, value in recipe.weights.items():
+        have = config
+        for key in path.split("."):
+            have = have.get(key) if isinstance(have, dict) else None
+        if have != value:
+            found.append(f"config.json has {path}={have} instead of {value}")
+    found += [f"{key}={value}" for key, value in changed.items() if value]
+    if answered != recipe.records:
+        found.append(f"{answered:,} records instead of {recipe.records:,}")
+    meant = {"metric": [recipe.metric], "prompt": recipe.prompt, **recipe.decoding}
+    found += [
+        f"{key}={options[key]} instead of {value}" for key, value in meant.items() if options[key] != value
+    ]
+    return found
+
+
+def verdict(recipe: Recipe, scores: dict[str, float], found: list[str]) -> str:
+    """A line: expected beside got, or why they are not compared."""
+    got = scores[recipe.score]
+    if found:
+        return (
+            f"{recipe.score} {got:.4f}; published with full weights and data: {recipe.expected:.4f} "
+            f"({recipe.source}), not compared: {'; '.join(found)}"
+        )
+    near = abs(got - recipe.expected) <= WITHIN
+    return (
+        f"{recipe.score}: expected {recipe.expected:.4f} ({recipe.source}), got {got:.4f}: "
+        f"{'reproduced' if near else 'NOT reproduced'} (within {WITHIN:g})"
+    )
