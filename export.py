@@ -265,7 +265,9 @@ class Release:
 def qwen_config(source: Source) -> dict:
     code = {"AutoConfig": "configuration_qwen.QWenConfig"}
     code["AutoModelForCausalLM"] = "modeling_qwen.QWenLMHeadModel"
-    return {"architectures": ["QWenLMHeadModel"], "auto_map": code, "tokenizer_type": "QWenTokenizer"}
+    tied = source.model.config.tie_word_embeddings
+    named = {"architectures": ["QWenLMHeadModel"], "tokenizer_type": "QWenTokenizer", "auto_map": code}
+    return {**named, "tie_word_embeddings": tied}
 
 
 def qwen_generation(source: Source, processor) -> dict:
@@ -286,7 +288,9 @@ def visualglm_config(source: Source) -> dict:
     model = "modeling_chatglm.ChatGLMForConditionalGenerationWithImage"
     code = {"AutoConfig": "configuration_chatglm.ChatGLMConfig"}
     code |= dict.fromkeys(("AutoModel", "AutoModelForSeq2SeqLM"), model)
-    return {"architectures": ["ChatGLMModel"], "auto_map": code, "use_cache": True, **parts}
+    # Without the key transformers ties the vocabulary projection to the embedding, whatever the files hold.
+    own = {"architectures": ["ChatGLMModel"], "auto_map": code, "use_cache": True}
+    return {**own, "tie_word_embeddings": False, **parts}
 
 
 def visualglm_buffers(source: Source) -> dict[str, Tensor]:

@@ -202,6 +202,7 @@ def test_a_release_is_read_back(kind, tmp_path, image, capsys):
     assert {f"{name.split('.')[0]}.py" for name in named} <= {*release.code}
     assert all((out / name).read_text() == f"# {name}\n" for name in release.code)
     assert config["torch_dtype"] == "bfloat16"
+    assert config["tie_word_embeddings"] is False  # its default, True, would drop the vocabulary projection
     answers = []
     for directory in (base, out):
         request, processor = request_of(directory, image, "What is it?")
