@@ -4,13 +4,15 @@
     python package/run_static.py --image image.png --prompt "What is this?"
     python export_static.py --package package --model_name_or_path merged --image image.png  # both in turns
 
-`vision` (images -> features), `prefill` (a prompt -> logits and rows of the cache) and `decode` (a token and
-the rows before it -> logits and its row) are written once over the contract of vlm.py. Their lengths and the
-number of images stay open. A row of the cache is what a token leaves in all layers, so that the rows of a
-prompt lie side by side and a program takes the first P of them without a copy.
+`vision` (image -> features), `prefill` (a prompt -> logits and rows of the cache) and `decode` (a token and
+the rows before it -> logits and its row) are written once over the contract of vlm.py. Lengths and the number
+of images stay open. A row of the cache is what a token leaves in all layers, so that the rows of a prompt lie
+side by side and a program takes the first P of them without a copy.
 """
 
+import base64
 import importlib.util
+import io
 import shutil
 import statistics
 import sys
@@ -19,6 +21,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
@@ -32,8 +35,6 @@ import terminal
 import vlm
 from kernels.attention import attention_even
 from vlm import Batch, even_segments
-
-MAX_IMAGES = 1024
 
 
 class Rows:
@@ -83,7 +84,7 @@ class Vision(nn.Module):
         self.model = model
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, Q, C)"""
+        """(1, 3, H, W) -> (1, Q, C)"""
         return self.model.encode_images(pixel_values)
 
 
@@ -91,10 +92,9 @@ class Prefill(Vision):
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, features: Tensor, places: Tensor, prefix: Tensor
     ) -> tuple[Tensor, ...]:
-        """(T,), (T,) or (n, T), (N, Q, C), (N, Q), (1,) -> logits (V,), rows, an encoder's rows.
-
-        A row more than the prompt takes features that stand nowhere: a prompt without image has those of one
-        whose places are all T.
+        """(T,), (T,) or (n, T), the images' features (R, C), their places (R,), (1,) -> logits (V,), rows, an
+        encoder's rows. A row more than the prompt takes features that stand nowhere: those of a prompt
+        without image have the place T.
         """
         T = input_ids.shape[0]
         grown = Batch(
@@ -102,8 +102,8 @@ class Prefill(Vision):
             torch.cat((position_ids, position_ids[..., :1]), -1),
             even_segments(1, T + 1),
             T + 1,
-            image_features=features,
-            image_positions=places,
+            image_features=features[None],
+            image_positions=places[None],
         )
         x = self.model.embed(grown)[:T]
         cache = Rows()
@@ -134,27 +134,23 @@ class Decode(Vision):
 
 @torch.no_grad()
 def programs(model: nn.Module) -> dict[str, ExportedProgram]:
-    """The three graphs. Example sizes say nothing: 0 and 1 would be taken for constants."""
-    height, width = model.image_size
-    device = next(model.parameters()).device
-    N, T, Q = 2, 7 + 2 * model.num_image_tokens, model.num_image_tokens
-    count, tokens = Dim("images", min=1, max=MAX_IMAGES), Dim("tokens", min=3)
-    rows, encoded = Dim("rows", min=1), Dim("encoded", min=2)
-    pixels = torch.zeros(N, 3, height, width, device=device)
-    vision = torch.export.export(Vision(model), (pixels,), dynamic_shapes=({0: count},))
-    features = model.encode_images(pixels)
-    ids, axes = torch.full((T,), 5, device=device), model.position_axes
-    positions = torch.arange(T, device=device)
-    positions = positions if axes == 1 else positions.expand(axes, T).contiguous()
-    places = torch.arange(N * Q, device=device).view(N, Q)
-    example = (ids, positions, features, places, torch.tensor([T - 1]))
-    shapes = ({0: tokens}, {axes - 1: tokens}, {0: count}, {0: count}, {})
+    """The three graphs. An example's sizes say nothing, but for 0 and 1, which are taken for constants. Its
+    tensors are contiguous, as all that the runner gives: compiled programs rely on the strides."""
+    axes, Q = model.position_axes, model.num_image_tokens
+    pixels = torch.zeros(1, 3, *model.image_size)
+    vision = torch.export.export(Vision(model), (pixels,))
+    T, open_size = 7 + 2 * Q, Dim("tokens", min=3)
+    ids, positions = torch.full((T,), 5), torch.arange(T).expand(axes, T).contiguous()
+    positions = positions if axes > 1 else positions[0]
+    features = torch.cat([model.encode_images(pixels).flatten(0, 1)] * 2)
+    example = ids, positions, features, torch.arange(2 * Q), torch.tensor([T - 1])
+    images = {0: Dim("image_rows", min=2)}
+    shapes = {0: open_size}, {axes - 1: open_size}, images, images, {}
     prefill = torch.export.export(Prefill(model), example, dynamic_shapes=shapes)
     _, past, *memory = Prefill(model)(*example)
-    if past.shape[0] < 2:
-        past = past.expand(3, *past.shape[1:]).contiguous()
-    example = (ids[:1], positions[..., :1], torch.tensor([T]), past, *(memory or [None]))
-    shapes = ({}, {}, {}, {0: rows}, {0: encoded} if memory else None)
+    past = past if past.shape[0] > 1 else torch.cat((past, past, past))
+    example = ids[:1], positions[..., :1].contiguous(), torch.tensor([T]), past, *(memory or [None])
+    shapes = {}, {}, {}, {0: Dim("rows", min=1)}, {0: Dim("encoded", min=2)} if memory else None
     decode = torch.export.export(Decode(model), example, dynamic_shapes=shapes)
     return {"vision": vision, "prefill": prefill, "decode": decode}
 
@@ -204,6 +200,7 @@ def write(
     for file in (run_static.__file__, images.__file__):
         shutil.copyfile(file, directory / Path(file).name)
     check_wording(spec, processor, directory)
+    check_programs(model, directory)
 
 
 def has_compiler() -> bool:
@@ -277,6 +274,35 @@ def check_wording(spec: dict, processor, directory: Path) -> None:
                 )
 
 
+def check_programs(model: nn.Module, directory: Path) -> None:
+    """ValueError unless the programs give the logits of the modules that they were made of, step by step."""
+    package, found = run_static.Package(directory), []
+    file = io.BytesIO()
+    Image.radial_gradient("L").convert("RGB").save(file, "PNG")
+    picture = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    package.spec["stop_words"] = [[-1]]
+
+    def ask() -> list[Tensor]:
+        """The first question's own tokens are the second one's too."""
+        logits, tokens = [], list(found)
+        found.clear()
+
+        def choose(row: Tensor) -> int:
+            logits.append(row.float())
+            found.append(tokens.pop(0) if tokens else int(row.argmax()))
+            return found[-1]
+
+        package.generate(QUESTIONS[0], [picture], 4, choose)
+        return logits
+
+    now, limit = ask(), 1e-3 if package.spec["dtype"] == "float32" else 5e-2
+    package.vision, package.prefill, package.decode = (kind(model) for kind in (Vision, Prefill, Decode))
+    for step, (row, expected) in enumerate(zip(now, ask(), strict=True)):
+        error, scale = float((row - expected).abs().max()), float(expected.abs().max())
+        if not error <= limit * max(scale, 1):
+            raise ValueError(f"self-check failed: logits of step {step} are off by {error:.2g}; report this")
+
+
 # --------------------------------------------------------------------------------------------------
 # How fast it is
 
@@ -307,7 +333,11 @@ def main(argv: list[str] | None = None) -> int:
         return generate.generate(model, *given, on_token=lambda _, token: on_token(token))[0]
 
     def static(on_token) -> list[int]:
-        return package.generate(args.prompt, [args.image], args.max_new_tokens, on_token)
+        def greedy(logits: Tensor) -> int:
+            on_token(token := int(logits.argmax()))
+            return token
+
+        return package.generate(args.prompt, [args.image], args.max_new_tokens, greedy)
 
     times, answers = {"eager": [], "static": []}, {}
     for _ in range(args.rounds + 1):

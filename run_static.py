@@ -85,9 +85,9 @@ class Package:
         prompt: str,
         images: list[str],
         max_new_tokens: int,
-        on_token: Callable[[int], None] = lambda token: None,
+        choose: Callable[[torch.Tensor], int] = lambda logits: int(logits.argmax()),
     ) -> list[int]:
-        """The answer's ids, an end mark included."""
+        """The answer's ids, an end mark included; `choose` takes a token by its logits (V,)."""
         spec, dtype = self.spec, getattr(torch, self.spec["dtype"])
         ids, positions, places, seen = self.inputs(prompt, len(images))
         T, Q = len(ids), spec["num_image_tokens"]
@@ -95,24 +95,22 @@ class Package:
             if T >= limit:
                 raise ValueError(f"the prompt has {T} tokens, but the model {limit} positions; shorten it")
             max_new_tokens = min(max_new_tokens, limit - T)
-        if images:
-            features = self.vision(torch.stack([self.load_image(image) for image in images]))
-        else:
-            features = torch.zeros(1, Q, spec["hidden_size"], dtype=dtype)
-        logits, rows, *memory = self.prefill(ids, positions, features, places, seen)
+        # one image a call, then all their rows; without an image rows that stand nowhere
+        features = [self.vision(self.load_image(image)[None]).flatten(0, 1) for image in images]
+        features = torch.cat(features or [torch.zeros(Q, spec["hidden_size"], dtype=dtype)])
+        logits, rows, *memory = self.prefill(ids, positions, features, places.flatten(), seen)
         # all rows that there will be, side by side: a step takes the first of them as they are
         pool = torch.empty(len(rows) + max_new_tokens, *rows.shape[1:], dtype=rows.dtype)
         pool[: len(rows)] = rows
         length, answer = len(rows), []
         position, step, T = positions[..., -1:], torch.tensor(spec["position_step"]), torch.tensor([T])
         while True:
-            token = int(logits.argmax())
+            token = choose(logits)
             answer.append(token)
-            on_token(token)
             if len(answer) == max_new_tokens or self.ended(ids, answer):
                 return answer
             position = position + step
-            past = (pool[:length], *(memory or [None]))
+            past = (pool[:length], *(x.contiguous() for x in memory)) if memory else (pool[:length], None)
             logits, row = self.decode(torch.tensor([token]), position, T, *past)
             pool[length] = row[0]
             length += 1
@@ -190,9 +188,12 @@ def main(argv: list[str] | None = None) -> int:
     if not 1 <= args.max_new_tokens <= 1 << 16:
         raise ValueError(f"max_new_tokens={args.max_new_tokens}; expected 1 to {1 << 16}")
     package, times = Package(args.package), [time.perf_counter()]
-    ids = package.generate(
-        args.prompt, args.image, args.max_new_tokens, lambda token: times.append(time.perf_counter())
-    )
+
+    def greedy(logits: torch.Tensor) -> int:
+        times.append(time.perf_counter())
+        return int(logits.argmax())
+
+    ids = package.generate(args.prompt, args.image, args.max_new_tokens, greedy)
     print(package.text(ids))
     rate = f", then {(len(ids) - 1) / (times[-1] - times[1]):,.0f} tokens/s" if len(ids) > 1 else ""
     print(f"first token after {1000 * (times[1] - times[0]):,.0f} ms{rate}", file=sys.stderr)
