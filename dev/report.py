@@ -36,7 +36,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import attention, linear_cross_entropy, nf4, norm, rotary, swiglu
+from kernels import attention, dropout, linear_cross_entropy, nf4, norm, rotary, swiglu
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 BUDGET = Path(__file__).with_name("budget.json")
@@ -175,6 +175,12 @@ def elementwise_cases(architecture: str):
             )
         for way, fn in (("forward", swiglu._swiglu_forward), ("backward", swiglu._swiglu_backward)):
             yield Case(f"swiglu_{way}", fn, dtype, {"BLOCK": swiglu.BLOCK}, 4, 3)
+        types = {"keys": "*i64", "divisor": "fp32"}
+        odd = ("seed", "first_channel", "threshold", "count")
+        for images in (False, True):
+            constants = {"STEP": dropout.KEY_STEP, "IMAGES": images, "BLOCK": 4096}
+            name = f"dropout{' of images' if images else ''}"
+            yield Case(name, dropout._drop, dtype, constants, num_warps, 3, types=types, unaligned=odd)
         types = {"codes": "*u8", "scales": "*u8", "out": f"*{dtype}"}
         types |= dict.fromkeys(("coarse", "middle", "levels", "bytes_"), "*fp32")
         yield Case("nf4_unpack", nf4._unpack, dtype, {"COUNT": 1024}, 4, 3, types=types)
