@@ -180,7 +180,8 @@ def run_all(
     running: dict[Request, list[int]] = {}
     while True:
         new = [engine.sequence(request) for request in islice(wanted, at_once - len(running))]
-        engine.pool.grow(sum(s.rows for s in [*new, *engine.active, *engine.queue]))
+        # and room for the last answer that has ended: a round of a chat goes on from the one before
+        engine.pool.grow(sum(s.rows for s in [*new, *engine.active, *engine.queue, *engine.kept[-1:]]))
         for sequence in new:
             running[sequence.request] = []
             engine.enqueue(sequence)

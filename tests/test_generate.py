@@ -275,6 +275,27 @@ def test_where_an_answer_ends_the_next_begins(model, requests):
         assert ids == g.generate(model, [request.prompt], request.how, [])[0]
 
 
+def test_a_round_of_a_chat_computes_what_is_new(model, processor):
+    """What generate.py --chat does: an engine whose pool has no rows of its own."""
+    e, turns, counts, known = engine.Engine(model, processor, cache_tokens=0), [], [], 0
+    step, words, how = e.step, processor.stop_words, g.Decoding(5, min_new_tokens=5)
+
+    def watch():
+        events = step()
+        counts.extend(event.cached_tokens for event in events[:1])
+        return events
+
+    e.step = watch
+    for question in ("hello", "and?"):  # longer prompts than seq_length=64 have another rotary base
+        conversation = records.request([*turns, ("user", question)], [], "test")
+        del counts[:]
+        (text,) = g.answer(model, processor, [conversation], words, how, engine=e)
+        assert text == g.answer(model, processor, [conversation], words, how)[0]
+        assert counts[0] >= known
+        known = len(processor.prompt(conversation)["input_ids"]) - 5  # its end changes where an answer begins
+        turns = [*conversation.turns, ("assistant", [text])]
+
+
 def test_answers_come_in_order_past_bad_records(model, processor, tmp_path):
     (tmp_path / "no.png").write_text("no image")
     bad_ones = [[str(tmp_path / "no.png")] * (n in (0, 3, 5)) for n in range(6)]
