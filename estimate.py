@@ -273,6 +273,13 @@ def size(parameters, trainable: bool | None = None, width: int | None = None) ->
     return sum(p.numel() * (width or p.element_size()) for p in chosen)
 
 
+def groups_of(model: nn.Module, modules: list[nn.Module]) -> list[list[nn.Parameter]]:
+    """Parameters of each module, and at the end those of none."""
+    groups = [[*module.parameters()] for module in modules]
+    grouped = {id(p) for group in groups for p in group}
+    return [*groups, [p for p in model.parameters() if id(p) not in grouped]]
+
+
 def stage_memory(
     model: nn.Module,
     stages: list[int],
@@ -288,10 +295,7 @@ def stage_memory(
     here."""
     L = layout
     alone = parallel.tables(model) if L.fsdp else []
-    groups = [[*module.parameters()] for module in [*alone, *model.vision_blocks, *model.blocks]]
-    grouped = {id(p) for group in groups for p in group}
-    groups.append([p for p in model.parameters() if id(p) not in grouped])
-
+    groups = groups_of(model, [*alone, *model.vision_blocks, *model.blocks])
     everything = [*model.parameters()]
     trained, frozen = size(everything, True), size(everything, False)
     few = [*quantize.weights_of(model).values()]  # whole on each rank, expanded one at a time

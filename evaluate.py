@@ -371,6 +371,14 @@ def ranks_or_answers(args, cfg: Config, model_config: dict, directory) -> tuple[
     return retrieving, stage if stage and not args.stage else cfg.stage
 
 
+def load(directory: str, processor, dtype: str, device: str, kind: str | None, adapter: str | None):
+    """The model, in few bits if a kind of them is given. An adapter that was trained on others is named."""
+    lora.say_base(adapter, kind)
+    if kind:
+        return load_quantized(directory, processor, dtype, device, kind, adapter)
+    return load_model(directory, DTYPES[dtype], device, adapter)
+
+
 @torch.inference_mode()
 def run(args, how: Decoding) -> int:
     cfg, source = settings(args)
@@ -407,11 +415,7 @@ def run(args, how: Decoding) -> int:
     if args.output and Path(args.output).is_file():
         say_again(args.output)
     kind = args.quantize or cfg.quantize
-    lora.say_base(adapter, kind)
-    if kind:
-        model = load_quantized(directory, processor, dtype, args.device, kind, adapter)
-    else:
-        model = load_model(directory, DTYPES[dtype], args.device, adapter)
+    model = load(directory, processor, dtype, args.device, kind, adapter)
     print(f"device {args.device}, kernels: {kernels}", file=sys.stderr)
     result = {
         "model_name_or_path": str(directory),

@@ -225,6 +225,36 @@ def place_plan(plan: data.Plan, state: dict, facts: dict, resume: str) -> None:
         )
 
 
+def check_end(cfg: Config, start: Start, step: int, total: int, main: bool) -> None:
+    """Refuses a run that ends before it begins, or that can't go on from where it stands."""
+    if not cfg.do_train:
+        return
+    if total < 1:
+        raise ValueError(
+            f"num_train_epochs={cfg.num_train_epochs:g} gives no step; raise it, or set do_train=false"
+        )
+    if start.resume and total < step:
+        key = "max_steps" if cfg.max_steps is not None else "num_train_epochs"
+        # A finished run with changed settings is is_finished()'s to name.
+        if start.finished is None or not start.changed.keys() - HARMLESS:
+            raise ValueError(
+                f"{start.resume} is at step {step}, and "
+                f"{key}={getattr(cfg, key):g} ends at step {total}; "
+                f"raise {key}, or give an earlier checkpoint as resume_from_checkpoint"
+            )
+    if not start.anew and start.resume is None:
+        # Finished, and its last checkpoint was deleted: the final model has no moments to go on with.
+        if start.finished is not None and total > start.finished:
+            raise ValueError(
+                f"{cfg.output_dir} holds a finished run of {start.finished} steps "
+                "without its checkpoint: it can't "
+                f"go on to step {total}; choose another output_dir, or set "
+                "overwrite_output_dir=true to train anew"
+            )
+        if start.finished is None and main:
+            print(f"{cfg.output_dir} has no complete checkpoint of its run: it begins at step 0")
+
+
 def prepare(
     cfg: Config, definition, directory: Path, meeting: Meeting, run_dir: RunDir
 ) -> Prepared:  # all ranks
@@ -279,30 +309,7 @@ def prepare(
     state |= {"facts": facts, "run": start.id}
     # After the place is known: with another batch the rest of an epoch has another number of steps.
     total = total_steps(cfg, plan, global_batch)
-    if cfg.do_train and total < 1:
-        raise ValueError(
-            f"num_train_epochs={cfg.num_train_epochs:g} gives no step; raise it, or set do_train=false"
-        )
-    if cfg.do_train and start.resume and total < state["step"]:
-        key = "max_steps" if cfg.max_steps is not None else "num_train_epochs"
-        # A finished run with changed settings is is_finished()'s to name.
-        if start.finished is None or not start.changed.keys() - HARMLESS:
-            raise ValueError(
-                f"{start.resume} is at step {state['step']}, and "
-                f"{key}={getattr(cfg, key):g} ends at step {total}; "
-                f"raise {key}, or give an earlier checkpoint as resume_from_checkpoint"
-            )
-    if cfg.do_train and not start.anew and start.resume is None:
-        # Finished, and its last checkpoint was deleted: the final model has no moments to go on with.
-        if start.finished is not None and total > start.finished:
-            raise ValueError(
-                f"{cfg.output_dir} holds a finished run of {start.finished} steps "
-                "without its checkpoint: it can't "
-                f"go on to step {total}; choose another output_dir, or set "
-                "overwrite_output_dir=true to train anew"
-            )
-        if start.finished is None and meeting.main:
-            print(f"{cfg.output_dir} has no complete checkpoint of its run: it begins at step 0")
+    check_end(cfg, start, state["step"], total, meeting.main)
     # Whoever found a mistake has said so by now; the process group comes next.
     meeting.wait_for_all("prepared")
     return Prepared(processor, plan, eval_plan, probe_plan, run_dir, state, total)
