@@ -156,7 +156,8 @@ def read_bandwidth(num_bytes: int, repeats: int = 5) -> float:
 
 
 def status(key: str) -> int:
-    return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(re.search(rf"{key}:\s+(\d+) kB", status)[1]) * 1024
 
 
 def peak_memory(prepare: Callable[[], Callable]) -> int:
