@@ -212,6 +212,7 @@ def place_plan(plan: data.Plan, state: dict, facts: dict, resume: str) -> None:
         return
     # The checkpoint counts in units of the epoch, not in steps: a unit is the same under any batch.
     global_batch, was = facts["global_batch"], (state.get("facts") or {}).get("global_batch")
+    # Fewer units than before, if packs have become longer: then the epoch is over.
     place = state["epoch"], min(state["units"], plan.count(state["epoch"]))
     # Where the step count alone would put us; if that is the place, the batch has not changed.
     found = plan.locate(state["step"], global_batch)
@@ -301,6 +302,7 @@ def prepare(
     state = {"step": 0, "best_metric": None, "best_step": None, "bad": 0, "samples": 0, "evaluated": True}
     state |= {"since_best": 0, "probe": None}
     if start.resume:
+        # The checkpoint's own, over the beginning's.
         state |= read_state(start.resume)
         # Every rank comes to the same verdict; one says it.
         with contextlib.redirect_stdout(sys.stdout if meeting.main else io.StringIO()):
@@ -322,6 +324,7 @@ def is_finished(ready: Prepared, cfg: Config) -> bool:
     early = start.finished == ready.state["step"] and watch.out_of_patience(ready.state, cfg)
     if not cfg.do_train or start.finished is None or ready.total > start.finished and not early:
         return False
+    # A finished run is never taken for another one's.
     if changed := {k: v for k, v in start.changed.items() if k not in HARMLESS}:
         raise ValueError(
             f"{out} holds a finished run of {start.finished} steps that was trained with other settings: "

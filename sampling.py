@@ -76,7 +76,8 @@ class Sampler:
         self.counts: Tensor | None = None  # how often a token is in the answer
         self.bias: Tensor | None = None
 
-    def join(self, slot: int, sequence: "Sequence", seen: list[int], minimum: int, logits: Tensor) -> None:  # noqa: F821
+    def join(self, slot: int, sequence, seen: list[int], minimum: int, logits: Tensor) -> None:
+        """The slot is an engine.Sequence's from now on."""
         request, how, V = sequence.request, sequence.request.how, logits.shape[-1]
         sat = how.penalty_rule == "sat"
         penalties = how.repetition_penalty, sat, request.presence_penalty, request.frequency_penalty

@@ -458,6 +458,7 @@ class Run:
         signals: Signals,
         kernels: str,
     ):
+        # What a run is made of, in the order in which it came to be known.
         self.cfg, self.world, self.signals, self.directory = cfg, world, signals, directory
         self.autocast = autocast(cfg, world)  # what a forward pass runs in
         self.plan, self.eval_plan, self.probe_plan = ready.plan, ready.eval_plan, ready.probe_plan
@@ -466,6 +467,7 @@ class Run:
         # Rank 0 speaks for all.
         self.say = print if world.main else (lambda *_a, **_k: None)
         self.out, self.entries = Path(cfg.output_dir), self.plan.index.entries
+        # Units (samples or packs) of one update, on all ranks together.
         self.global_batch = self.state["facts"]["global_batch"]
         # Weights are loaded here; a mistake in keys or data has been said before.
         self.built = build(cfg, directory, world, stream_sizes(self.plan, cfg))
@@ -475,6 +477,7 @@ class Run:
             self.say(table)
         if self.built.stages is not None:
             self.say(f"pipeline stages, {cfg.pipeline_schedule}: {self.built.stages.describe()}")
+        # Said at the start: a run on the wrong device or on plain kernels is seen in its first lines.
         threads = torch.get_num_threads()
         self.say(
             f"device {world.device.type} x {world.size}, kernels: {kernels}, {threads} threads", flush=True
@@ -557,6 +560,7 @@ class Run:
         name_bad(micro_batches, self.named_bad, world)
         state["bad"] += facts.bad  # a record that is bad comes back in each epoch
         check_bad(state["bad"], max(len(self.plan.index), state["samples"]), cfg, "samples")
+        # For messages: "file:line#id" of each sample of this rank.
         ids = [i for batch in micro_batches for i in batch.sample_ids]
         lr = self.learning_rate(step, epoch)
         # Bad records are counted and named; a step that has only such ones is no fault of the run.
@@ -663,6 +667,7 @@ class Run:
 
     def due(self, strategy: str, every: int) -> bool:
         """Whether to save or evaluate behind the step that the run stands at."""
+        # Behind the update: the run stands at the next step already.
         step = self.state["step"]
         if strategy == "epoch":
             # By units of data, not by steps: another batch size ends the epoch at the same sample.
@@ -731,6 +736,7 @@ class Run:
 
     def judge(self, value: float) -> None:
         """Takes the step for the best one if its score is; its checkpoint learns of the evaluation."""
+        # A loss is better when it is lower, every score when it is higher.
         state, lower = self.state, self.cfg.metric_for_best_model == "eval_loss"
         best = state["best_metric"]
         if not math.isfinite(value):
@@ -800,6 +806,7 @@ class Run:
         self.settle()
         if cfg.save_strategy != "no" and cfg.do_train and self.saved_at != step:
             self.save()
+        # SIGTERM, SIGINT, ...: a cluster's own words in the log.
         name = signal.Signals(number).name
         if cfg.save_strategy == "no" or not cfg.do_train:
             then = "nothing is saved (save_strategy=no)" if cfg.do_train else "nothing was trained"
