@@ -24,7 +24,7 @@ READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten
 
 
 class Counted(TorchDispatchMode):
-    """Names of the operations, and where the reads come from."""
+    """Names of the operations that launch something, and of those that read."""
 
     def __init__(self):
         super().__init__()
@@ -70,8 +70,6 @@ def test_launches_and_reads(bases, captions, tmp_path, model):  # noqa: F811
         out.mkdir()
         found[name] = counts(bases, captions, model, out, **options)
     sft, lora = (sum(found[name]["launches"].values()) for name in ("sft", "lora"))
+    print(f"{model}: {sft} launches in a step of sft, {lora} of lora")
     assert lora < 1.5 * sft
-    assert not {"aten::_local_scalar_dense", "aten::equal"} & {
-        *found["sft"]["reads"],
-        *found["lora"]["reads"],
-    }
+    assert found["sft"]["reads"] == found["lora"]["reads"] == {}
