@@ -506,9 +506,16 @@ def open_weights(directory, ignore=(), aliases: dict | None = None) -> Weights:
     return Weights(directory, ignore, aliases)
 
 
-def open_model(directory, definition) -> Weights:
-    """The weights of a checkpoint directory under the names that its model file (vlm.Model) has for them."""
-    return Weights(directory, definition.ignored_weights, definition.aliases(read_config(directory)))
+def open_model(directory, definition, few_bits: bool = False) -> Weights:
+    """The weights of a checkpoint directory under the names that its model file (vlm.Model) has for them.
+    ValueError for weights in few bits (quantize.py), unless they can be used."""
+    config = read_config(directory)
+    if (kind := config.get("quantize")) and not few_bits:
+        raise ValueError(
+            f"{directory} holds weights in {kind}, which only generate, evaluate and serve use, without an "
+            f"adapter; give the checkpoint that it was made of (with --quantize {kind} for few bits)"
+        )
+    return Weights(directory, definition.ignored_weights, definition.aliases(config))
 
 
 def _matches(name: str, patterns) -> bool:

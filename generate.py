@@ -29,13 +29,13 @@ import checkpoint
 import data
 import lora
 import parallel
+import quantize
 import records
 import terminal
 import vlm
 from draw import draw_boxes
 from engine import Engine, Request, cut_at_stop, room_for
 from kernels import dispatch
-from quantize import KINDS, quantize
 from records import BadRecord, Conversation, one_record
 from terminal import one_line
 
@@ -262,22 +262,40 @@ def load_model(
         lora.load_adapter(model, lora_path)
     if world is not None:
         parallel.tensor_parallel(model, definition.tp_plan(model.config, world.tp_size), world)
-    model = model.to(dtype).to_empty(device=device)
+    model = model.to(dtype)
+    if kind := config.get("quantize"):  # written by quantize.py
+        few_bits_alone(directory, kind, world)
+        quantize.prepare(model.requires_grad_(False), kind)
+    model = model.to_empty(device=device)
     parallel.mark_cuts(model)
     parameters = dict(model.named_parameters())
-    weights = weights or checkpoint.open_model(directory, definition)
-    checkpoint.load_into({name: parameters[name] for name in base_names}, weights)
+    weights = weights or checkpoint.open_model(directory, definition, few_bits=True)
+    few = quantize.tensors_of(model)
+    quantize.load(few, weights)
+    whole = {name: parameters[name] for name in base_names if name in parameters}
+    checkpoint.load_into(whole, weights, skip=few.keys())
     if lora_path is not None:
         lora.load_adapter(model, lora_path, checkpoint.copy_full_, parallel.whole_shape)
     return model.eval()
 
 
+def few_bits_alone(directory, kind: str, world: parallel.World | None) -> None:
+    if kind not in quantize.KINDS:
+        raise ValueError(f"{directory}: quantize={kind!r}; expected one of {', '.join(quantize.KINDS)}")
+    if world is not None:
+        raise ValueError(
+            f"{directory} holds weights in {kind}, which tensor_parallel_degree can't cut; use 1"
+        )
+
+
 def load_quantized(directory, processor, dtype: str, device, kind: str, lora_path=None) -> nn.Module:
     """load_model with the blocks' weights in few bits; says what that costs. Rounded on the CPU, so that the
     device never holds the whole weights."""
+    if made := checkpoint.read_config(directory).get("quantize"):
+        raise ValueError(f"--quantize {kind}: {directory} holds weights in {made} already; leave it out")
     model = load_model(directory, DTYPES[dtype], "cpu", lora_path)
     probe = vlm.find(model.config.raw).probe_batch(processor)
-    print(f"{quantize(model, kind, probe)} (against {dtype})", file=sys.stderr)
+    print(f"{quantize.quantize(model, kind, probe)} (against {dtype})", file=sys.stderr)
     return model.to(device)
 
 
@@ -479,7 +497,7 @@ def main(argv: list[str] | None = None) -> int:
     add(
         "--quantize",
         default=None,
-        choices=KINDS,
+        choices=quantize.KINDS,
         help="weights of the language model's blocks in 8 or 4 bits; fast on a CPU: int8, int4 in bfloat16",
     )
     choices = ("auto", "true", "false")

@@ -6,12 +6,23 @@
 int8, int4: each output row has one scale, max|w| / (2^(bits-1) - 1), kept in fp16, and weights are rounded to
 it. With int4 two neighbouring columns share a byte, the even one in the low bits (an order of our own). nf4:
 see kernels/nf4.py. Embeddings, vocabulary head, norms, biases and the vision tower stay as they are.
+
+    python quantize.py --model_name_or_path base --quantize nf4 --output_dir base-nf4
+
+Such a directory holds for `x.weight` the buffers below (`x.weight.codes`, ...), and `"quantize"` in its
+config.json. generate.py, evaluate.py and serve.py read it; what trains, merges or exports takes the original.
 """
+
+import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import checkpoint
+import terminal
+import vlm
 from kernels import nf4
 
 KINDS = ("int8", "int4", "nf4")
@@ -190,6 +201,57 @@ def weights_of(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """What keeps weights in few bits, by its name in files."""
+    named = weights_of(model).items()
+    return {f"{name}.{key}": buffer for name, few in named for key, buffer in few.named_buffers()}
+
+
+@torch.no_grad()
+def load(tensors: dict[str, Tensor], weights: checkpoint.Weights) -> None:
+    """Fills what `tensors_of` gives from a file."""
+    for name, tensor in tensors.items():
+        if name not in weights.names:
+            raise ValueError(f"{weights.directory} lacks {name}, which its quantize in config.json needs")
+        if (weights.shape(name), weights.dtype(name)) != (tensor.shape, tensor.dtype):
+            raise ValueError(
+                f"{weights.directory}: {name} is {tuple(weights.shape(name))} {weights.dtype(name)}, "
+                f"expected {tuple(tensor.shape)} {tensor.dtype}"
+            )
+        full = weights.read(name)
+        if full.is_floating_point():
+            checkpoint.largest(full, name)
+        tensor.copy_(full)
+
+
+def write(base: Path, kind: str, output: Path) -> None:
+    """A checkpoint whose blocks' weights are in few bits; one whole weight in memory at a time."""
+    config = checkpoint.read_config(base)
+    definition = vlm.find(config)
+    weights, model = checkpoint.open_model(base, definition), definition.network(config)
+    checkpoint.check_names({name: p.shape for name, p in model.named_parameters()}, weights)
+    if output.exists():
+        raise ValueError(f"--output_dir {output} exists; choose another directory")
+    prepare(model.requires_grad_(False), kind)
+    small = weights_of(model)
+
+    def tensors():
+        for name in weights:
+            full = weights.read(name)
+            checkpoint.largest(full, name)
+            if name not in small:
+                yield name, full
+                continue
+            few = empty(kind, full.shape)
+            few.fill(full)
+            yield from ((f"{name}.{key}", buffer) for key, buffer in few.named_buffers())
+
+    with checkpoint.atomic_dir(output) as directory:
+        checkpoint.save_weights(directory, tensors())
+        checkpoint.write_json(directory / "config.json", {**config, "quantize": kind})
+        checkpoint.copy_side_files(base, directory)
+
+
 @torch.no_grad()
 def quantize(model: nn.Module, kind: str, probe: dict | None = None) -> str:
     """Rounds the weight of every linear layer inside `model.blocks`, one by one, and returns a line that says
@@ -220,3 +282,20 @@ def quantize(model: nn.Module, kind: str, probe: dict | None = None) -> str:
         same = (after.argmax(-1) == before.argmax(-1)).float().mean()
         line += f"; logits off by {difference:.2%}, same best token at {same:.0%} of {len(after)} positions"
     return line
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = terminal.Parser(description=__doc__)
+    parser.add_argument("--model_name_or_path", required=True, help="checkpoint directory")
+    parser.add_argument("--quantize", required=True, choices=KINDS)
+    parser.add_argument("--output_dir", required=True, help="directory to write")
+    args = parser.parse_args(argv)
+    if not (Path(args.model_name_or_path) / "config.json").is_file():
+        raise ValueError(f"{args.model_name_or_path} is no checkpoint directory (config.json)")
+    write(Path(args.model_name_or_path), args.quantize, Path(args.output_dir))
+    print(f"weights in {args.quantize}: {args.output_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(checkpoint.cli(main))

@@ -1,6 +1,7 @@
 """generate.py --quantize for every model: what it prints and answers,
 against weights rounded here in numpy."""
 
+import json
 import re
 
 import numpy as np
@@ -11,12 +12,15 @@ from test_blip2_train import OPT, T5, write_checkpoint
 from test_qlora import nf4_rounded
 from test_train_visualglm import glm_base  # noqa: F401 (a fixture)
 
+import checkpoint
 import data
 import generate
 import lora
 import records
+import train
 import vlm
 from quantize import NF4, RowScaled, empty, layers, quantize
+from quantize import main as write_quantized
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +123,36 @@ def test_a_cpu_computes_with_few_bits_as_they_are(kind, dtype, shape, monkeypatc
     found = few(x)
     assert found.dtype == x.dtype and found.shape == expected.shape
     assert (found - expected).norm() < {"float32": 1e-5}.get(dtype, 2e-2) * expected.norm()
+
+
+@pytest.mark.parametrize(
+    "name, kind", [("qwen_vl", "nf4"), ("visualglm", "int4"), ("opt", "int8"), ("t5", "nf4")]
+)
+def test_a_quantized_checkpoint_is_read_back(bases, tmp_path, capsys, name, kind):
+    """It answers as --quantize does; what can't use it says so."""
+    out = str(tmp_path / "small")
+    argv = ["--model_name_or_path", str(bases[name]), "--quantize", kind]
+    assert write_quantized([*argv, "--output_dir", out]) == 0
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
+    question = ["--image", str(tmp_path / "a.png"), "--prompt", "what is it?", "--max_new_tokens", "9"]
+    capsys.readouterr()
+    assert generate.main([*argv, *question]) == 0
+    answer = capsys.readouterr().out
+    assert generate.main(["--model_name_or_path", out, *question]) == 0
+    assert capsys.readouterr().out == answer
+    for main, more, words in (
+        (train.main, ["--dataset", str(tmp_path), "--max_steps", "1"], "holds weights in"),
+        (generate.main, [*question, "--quantize", kind], "already; leave it out"),
+        (write_quantized, ["--quantize", kind, "--output_dir", str(tmp_path / "again")], "holds weights in"),
+    ):
+        argv = ["--model_name_or_path", out, *more]
+        if main is train.main:
+            if name in ("opt", "t5"):  # these want an image in each record
+                continue
+            turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+            (tmp_path / "a.jsonl").write_text(json.dumps({"messages": turns}))
+            argv[3] = str(tmp_path / "a.jsonl")
+            argv += ["--output_dir", str(tmp_path / "trained")]
+        assert checkpoint.cli(lambda main=main, argv=argv: main(argv)) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ") and words in error
