@@ -209,8 +209,12 @@ class RunDir:
     def check_seen(self, meeting: Meeting) -> None:  # all ranks
         """ValueError where this rank's output directory is another one than rank 0's: on a machine without
         the file system that the others share, its part of a checkpoint would be lost."""
-        lock = self.path / ".lock"
-        holder = meeting.share("holder", lock.read_text(encoding="utf-8") if meeting.main else None)
+        if meeting.main:
+            # From the file that holds the lock: to open and close it once more would free it (fcntl).
+            self.file.seek(0)
+            meeting.share("holder", self.file.read())
+            return
+        lock, holder = self.path / ".lock", meeting.share("holder")
         end, seen = time.monotonic() + SEEN, None
         while seen != holder:
             with contextlib.suppress(OSError):
