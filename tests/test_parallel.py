@@ -307,7 +307,8 @@ def says_answers(original, conversations, answers, *args):
     return original(conversations, answers, *args)
 
 
-@pytest.mark.parametrize("sharding", ["stage2", slow(None), slow("stage1")])
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["stage2", None, "stage1"])
 def test_questions_of_an_evaluation_are_shared(bases, tmp_path, capfd, sharding):
     """Each data-parallel rank answers its share, and all have the answers of one process, in order."""
     options = {"evaluation_strategy": "steps", "eval_steps": 1, "save_strategy": "no", "max_steps": 1}
@@ -375,7 +376,7 @@ def test_full_size_is_cut(model, preset, degree):
     assert whole / degree < mine < whole / degree + 0.02 * whole + 3e8 / 2, (mine, whole / degree)
 
 
-@pytest.mark.parametrize("world", [8, 64])
+@pytest.mark.parametrize("world", [8, slow(64)])
 def test_layout_of_many_ranks(monkeypatch, base, world):
     """Over torch's process group of ranks that are not there: each has its place, its groups hold those that
     share all other places, and the two tables of a sharded model are groups of their own."""
