@@ -1,4 +1,4 @@
-"""A small grounding set from samples/: three emoji on one canvas, with their boxes in COCO's format.
+"""A small grounding set from samples/: where is the red heart among other emoji? Boxes in COCO's format.
 
     python runs/make_grounding.py grounding  # grounding/train.json, grounding/val.json and their images
     python train.py configs/qwen_vl/samples_grounding.json  # reads ./grounding
@@ -17,9 +17,18 @@ from pathlib import Path
 from PIL import Image
 
 SAMPLES = Path(__file__).resolve().parent.parent / "samples"
-CLASSES = {"2764-fe0f": "red heart", "1f535": "blue circle", "1f7e9": "green square", "1f695": "taxi"}
-SIDE, THINGS = 64, 3  # pixels of a canvas, the sample model's own; drawings on it
-SIZE, STEP = 32, 32  # pixels of a drawing, and of the grid that it stands on
+CLASSES = {  # the first one is on every canvas, and is what is asked for
+    "2764-fe0f": "red heart",
+    "1f535": "blue circle",
+    "1f34f": "green apple",
+    "1f695": "taxi",
+    "1f438": "frog",
+    "1f437": "pig",
+    "1f7e4": "brown circle",
+    "1f7e9": "green square",
+}
+SIDE, THINGS = 64, 4  # pixels of a canvas, the sample model's own; drawings on it
+SIZE, STEP = 20, 22  # pixels of a drawing, and of the grid that it stands on
 
 
 def drawings() -> dict[str, list[Image.Image]]:
@@ -38,7 +47,8 @@ def canvas(rng: random.Random, things: dict) -> tuple[Image.Image, list[tuple[st
     """An image and (code, [x, y, width, height]) of what is on it; nothing covers anything."""
     image = Image.new("RGB", (SIDE, SIDE), tuple(rng.randint(200, 255) for _ in range(3)))
     boxes: list[tuple[str, list[int]]] = []
-    for code in rng.sample(sorted(things), THINGS):
+    asked, *others = things
+    for code in [asked, *rng.sample(others, THINGS - 1)]:
         drawing, free = rng.choice(things[code]).resize((SIZE, SIZE), Image.Resampling.LANCZOS), []
         for x, y in itertools.product(range(0, SIDE - SIZE + 1, STEP), repeat=2):
             if all(abs(x - a) >= SIZE or abs(y - b) >= SIZE for _, (a, b, _, _) in boxes):
@@ -59,7 +69,7 @@ def make(out: Path, split: str, count: int, seed: int) -> None:
         name = f"{split}/{n:04d}.png"
         image.save(out / name)
         images.append({"id": n, "file_name": name, "width": SIDE, "height": SIDE})
-        for code, box in boxes:
+        for code, box in boxes[:1]:
             about = {"id": len(annotations), "image_id": n, "category_id": codes.index(code)}
             annotations.append({**about, "bbox": box, "area": box[2] * box[3], "iscrowd": 0})
     categories = [{"id": n, "name": name} for n, name in enumerate(CLASSES.values())]
