@@ -10,6 +10,8 @@ of images stay open. A row of the cache is what a token leaves in all layers, so
 side by side and a program takes the first P of them without a copy.
 """
 
+import python_version  # first: it says which Python is needed
+
 import base64
 import importlib.util
 import io
@@ -197,7 +199,7 @@ def write(
         "constants": constants,
     }
     checkpoint.write_json(directory / "package.json", spec)
-    for file in (run_static.__file__, images.__file__):
+    for file in (run_static.__file__, images.__file__, python_version.__file__):
         shutil.copyfile(file, directory / Path(file).name)
     check_wording(spec, processor, directory)
     check_programs(model, directory)

@@ -7,6 +7,8 @@ and three programs made by export.py: images -> features, prompt -> logits and r
 and row. It needs torch, numpy, pillow, safetensors and tokenizers. Decoding is greedy, one question a start.
 """
 
+import python_version  # noqa: F401  (first: it says which Python is needed)
+
 import argparse
 import importlib
 import json

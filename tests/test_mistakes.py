@@ -80,7 +80,7 @@ SETTINGS = [
     (["--resume_from_checkpoint", "true"], ["no complete checkpoint"]),
     (["--resume_from_checkpoint", "nowhere"], ["nowhere"]),
     (["--cache_image_features"], ["frozen vision tower"]),
-    (["--report_to", "wandb"], ["wandb", "tensorboard"]),
+    (["--report_to", "mlflow"], ["mlflow", "tensorboard"]),
     (["no_such_config.json"], ["no_such_config.json"]),
     (["--dataset", '{"trian": []}'], ["trian", "train"]),
     (["--dataset", '{"train": []}'], ["train"]),
