@@ -379,6 +379,15 @@ def load(directory: str, processor, dtype: str, device: str, kind: str | None, a
     return load_model(directory, DTYPES[dtype], device, adapter)
 
 
+def ranked(model, processor, conversations: list, batch_size: int, rerank: int, bad: list) -> dict:
+    """What the result file says of a retrieval."""
+    if not_captions := [c for c in conversations if c.kind != "caption"]:
+        raise ValueError(f"{not_captions[0].where}: metric=retrieval needs captions; use --name coco_caption")
+    scores, similarity, _ = retrieval(model, processor, conversations, batch_size, rerank, bad)
+    print(f"retrieval among {similarity.shape[0]} images and {similarity.shape[1]} captions: ", end="")
+    return {"metrics": ["retrieval"], "scores": scores, "rerank": rerank}
+
+
 @torch.inference_mode()
 def run(args, how: Decoding) -> int:
     cfg, source = settings(args)
@@ -430,13 +439,7 @@ def run(args, how: Decoding) -> int:
     }
     stop = None
     if retrieving:
-        if not_captions := [c for c in conversations if c.kind != "caption"]:
-            raise ValueError(
-                f"{not_captions[0].where}: metric=retrieval needs captions; use --name coco_caption"
-            )
-        scores, similarity, _ = retrieval(model, processor, conversations, batch_size, args.rerank, bad)
-        result |= {"metrics": ["retrieval"], "scores": scores, "rerank": args.rerank}
-        print(f"retrieval among {similarity.shape[0]} images and {similarity.shape[1]} captions: ", end="")
+        result |= ranked(model, processor, conversations, batch_size, args.rerank, bad)
     else:
         conversations = merge_references(conversations, numbers)
         asked = [recipes.asked(c, args.prompt) for c in conversations]
@@ -445,7 +448,7 @@ def run(args, how: Decoding) -> int:
         if args.boxes:
             draw_answers(found["answers"], Path(args.boxes))
         result |= {**found, "decoding": dataclasses.asdict(how)}
-        scores = result["scores"]
+    scores = result["scores"]
     result["left_out"] = [{"where": where, "reason": reason} for where, reason in bad]
     print_scores(scores)
     if (recipe := recipes.recipe_of(cfg.evaluation)) and not retrieving:
