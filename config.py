@@ -313,7 +313,11 @@ class Config:
     )
 
     logging_steps: int = key(
-        OUTPUT, 10, "updates between printed lines; log.jsonl has every one", low=1, high=COUNT
+        OUTPUT,
+        10,
+        "updates between reads of the loss, with a printed line; log.jsonl has every one",
+        low=1,
+        high=COUNT,
     )
     disable_tqdm: bool = key(OUTPUT, False, "no progress bar")
     report_to: list[str] | None = key(
