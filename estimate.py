@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import FlopCounterMode
 
 import parallel
 import pipeline
@@ -108,8 +107,9 @@ class _Fused(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def product_flops() -> FlopCounterMode:
+def product_flops():
     """Counts matrix products and convolutions, also those in place, which torch's counter leaves out."""
+    from torch.utils.flop_counter import FlopCounterMode  # which a training run needs not
 
     def in_place(into, a, b, out_shape=None, **options) -> int:
         return 2 * a[0] * a[1] * b[1]

@@ -16,7 +16,6 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.distributed.tensor import DTensor
 
 import checkpoint
@@ -175,6 +174,14 @@ class Pipeline:
             self.running.step(*args, index=index, target=index, return_outputs=False)
 
     def make_schedule(self, num_micro_batches: int, length: int, train: bool):
+        # here: it imports torch's compiler, a sixth of a start's time, which a run without a pipeline saves
+        from torch.distributed.pipelining import (
+            PipelineStage,
+            Schedule1F1B,
+            ScheduleGPipe,
+            ScheduleInterleaved1F1B,
+        )
+
         def hidden(stage: int) -> Tensor:
             """What enters `stage`."""
             # the first stage receives no hidden state: the schedule hands it the micro-batch's number

@@ -110,7 +110,18 @@ class QwenTokenizer:
             re.compile("(" + "|".join(map(re.escape, tokens)) + ")")
             for tokens in (SPECIAL_TOKENS, VISION_TAGS)
         )
+        self.known: dict[str, list[int]] = {}  # short texts, the first that come
         self.newline = self.encode("\n")
+
+    def words(self, piece: str) -> list[int]:
+        """Ids of text without special tokens. Every chat has the same roles, newlines and system text: these
+        are kept."""
+        ids = self.known.get(piece)
+        if ids is None:
+            ids = self.bpe.encode(piece, add_special_tokens=False).ids
+            if len(piece) <= 32 and len(self.known) < 1024:
+                self.known[piece] = ids
+        return ids
 
     def encode(self, text: str, special: str = "all", strict_paths: bool = True) -> list[int]:
         """Token ids. `special`: which special tokens inside the text are parsed, "all" or "vision" (the rest
@@ -128,7 +139,7 @@ class QwenTokenizer:
         while i < len(pieces):
             piece = pieces[i]
             if i % 2 == 0:  # ordinary text stands at even places
-                ids += self.bpe.encode(piece, add_special_tokens=False).ids if piece else []
+                ids += self.words(piece) if piece else []
             elif piece != "<img>":
                 ids.append(self.special[piece])
             else:
