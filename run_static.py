@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
@@ -54,7 +55,13 @@ class Package:
             raise ValueError(f"the package is made with torch {made['torch']}, here is {torch.__version__}")
         if spec["compiled"] and made["cpu"] != (here := torch.backends.cpu.get_cpu_capability()):
             raise ValueError(f"the programs are compiled for {made['cpu']}, this CPU has {here}; export here")
-        weights = load_file(directory / "weights.safetensors")
+        parts = ["weights.safetensors", *(f"{name}.pt2" for name in spec["constants"])]
+        if missing := [part for part in parts if not (directory / part).is_file()]:
+            raise ValueError(f"{directory} lacks {', '.join(missing)}; export it again")
+        try:
+            weights = load_file(directory / "weights.safetensors")
+        except SafetensorError as e:
+            raise ValueError(f"{directory}: weights.safetensors is damaged ({e}); export it again") from None
         self.vision, self.prefill, self.decode = (
             load_program(directory / f"{name}.pt2", spec["compiled"], spec["constants"], weights)
             for name in ("vision", "prefill", "decode")

@@ -413,5 +413,13 @@ def test_a_package_refuses(package, tmp_path, image):
         shutil.copy(directory / "tokenizer.json", tmp_path)
         with pytest.raises(ValueError, match=said):
             run_static.Package(tmp_path)
+    checkpoint.write_json(tmp_path / "package.json", spec)
+    with pytest.raises(ValueError, match="lacks weights.safetensors, vision.pt2, prefill.pt2, decode.pt2"):
+        run_static.Package(tmp_path)
+    for part in spec["constants"]:
+        shutil.copy(directory / f"{part}.pt2", tmp_path)
+    (tmp_path / "weights.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="weights.safetensors is damaged"):
+        run_static.Package(tmp_path)
     with pytest.raises(ValueError, match="has no package.json"):
         run_static.Package(tmp_path / "elsewhere")
