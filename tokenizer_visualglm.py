@@ -22,7 +22,6 @@ import numpy as np
 from tokenizers import Tokenizer, models
 
 import schema
-from kernels.linear_cross_entropy import IGNORE_INDEX
 
 SPACE = "\u2581"  # sentencepiece's visible blank
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # sentencepiece's piece types
@@ -350,6 +349,10 @@ def training_ids(
     """Ids and UNSHIFTED labels of one sample as the official finetune_visualglm.py makes them: `<sop>`, the
     answer and `<eop>` are supervised. max_source and max_target cut the context and the answer, each with its
     special tokens."""
+    from kernels.linear_cross_entropy import (
+        IGNORE_INDEX,
+    )  # here: a static package holds this file, no kernels
+
     tk = tokenizer
     # The official script cuts a long question at its end, the answer's mark with it.
     context = context if max_source is None else context[: max_source - 1]

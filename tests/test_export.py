@@ -1,5 +1,6 @@
 """What export.py writes, loaded by others: transformers' classes; the published names, orders and shards."""
 
+import ast
 import json
 import os
 import shutil
@@ -389,6 +390,17 @@ def test_a_compiled_package(glm_base, tmp_path, two_images):  # noqa: F811
         pytest.skip("no C++ compiler")
     run(glm_base, tmp_path / "out", "static", "--compile", "yes", "--quantize", "int8")
     assert_package_answers(tmp_path / "out", glm_base, questions_of("visualglm", two_images), "int8")
+
+
+def test_what_lies_in_a_package_imports_nothing_else_of_ours():
+    carried = {"run_static", "images", "tokenizer_visualglm", "schema"}
+    for name in carried:
+        tree = ast.parse((SAMPLES.parent / f"{name}.py").read_text(encoding="utf-8"))
+        names = {a.name for n in tree.body if isinstance(n, ast.Import) for a in n.names}
+        names |= {n.module for n in tree.body if isinstance(n, ast.ImportFrom)}
+        tops = {n.split(".")[0] for n in names}
+        ours = {n for n in tops if any((SAMPLES.parent / f).exists() for f in (f"{n}.py", f"{n}"))}
+        assert ours <= carried, name
 
 
 def test_a_package_refuses(package, tmp_path, image):
