@@ -393,7 +393,7 @@ def test_a_compiled_package(glm_base, tmp_path, two_images):  # noqa: F811
 
 
 def test_what_lies_in_a_package_imports_nothing_else_of_ours():
-    carried = {"run_static", "images", "tokenizer_visualglm", "schema"}
+    carried = {"run_static", "images", "python_version", "tokenizer_visualglm", "schema"}
     for name in carried:
         tree = ast.parse((SAMPLES.parent / f"{name}.py").read_text(encoding="utf-8"))
         names = {a.name for n in tree.body if isinstance(n, ast.Import) for a in n.names}
