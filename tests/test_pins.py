@@ -68,6 +68,23 @@ def test_a_step_is_torchs_clipping_and_adamw(max_grad_norm):
             torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("wrong", [None, "loss", "gradient"])
+def test_without_a_finite_loss_and_gradient_there_is_no_update(wrong):
+    """The host reads neither before the update, so the optimiser itself leaves it out."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(6, 5)
+    before, optimizer = copy.deepcopy(model), build.make_optimizer(model, Config(weight_decay=0.1))
+    loss = model(torch.randn(7, 6)).square().sum()
+    loss.backward()
+    if wrong == "gradient":
+        model.weight.grad[0, 0] = float("inf")
+    loss = loss.detach() * (float("nan") if wrong == "loss" else 1)
+    world, scaler = parallel.World(0, 1, torch.device("cpu")), train.LossScaler(False)
+    train.clip_and_step(dict(model.named_parameters()), optimizer, 1.0, scaler, world, loss=loss)
+    assert torch.equal(model.weight, before.weight) == (wrong is not None)
+    assert {float(state["step"]) for state in optimizer.state.values()} == {0.0 if wrong else 1.0}
+
+
 def tiny_opt() -> tuple:
     """The same random OPT as ours inside BLIP-2, and as transformers'."""
     text = {
