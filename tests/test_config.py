@@ -100,7 +100,7 @@ CASES = [  # a file's text, and what its line says
     ('{"eta_min": 1, "learning_rate": 0.1}', "eta_min=1.0 is above learning_rate"),
     ('{"do_train": false}', "nothing to do"),
     ('{"eval_split": 0.5, "do_eval": true}', "eval_split=0.5"),
-    ('{"report_to": "wandb"}', "report_to='wandb'; expected one of"),
+    ('{"report_to": "mlflow"}', "report_to='mlflow'; expected one of"),
     ('{"lr_scheduler_name": []}', "lr_scheduler_name="),
     *(
         (json.dumps({"dataset": {"train": [{**ENTRY, **more}]}}), f"dataset.train[0].{key}")
