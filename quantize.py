@@ -13,6 +13,8 @@ Such a directory holds for `x.weight` the buffers below (`x.weight.codes`, ...),
 config.json. generate.py, evaluate.py and serve.py read it; what trains, merges or exports takes the original.
 """
 
+import python_version  # noqa: F401  (first: it says which Python is needed)
+
 import sys
 from pathlib import Path
 

@@ -301,7 +301,11 @@ def open_files(paths: list[str]) -> list:
 def coco_captions(path: str, document: dict) -> list[dict]:
     """One record an image, with all its captions."""
     records = {
-        i["id"]: {"image": i.get("file_name") or i["image"], "image_id": i["id"], "caption": []}
+        i["id"]: {
+            "image": i["file_name" if "image" not in i else "image"],
+            "image_id": i["id"],
+            "caption": [],
+        }
         for i in document["images"]
     }
     if len(records) < len(document["images"]):

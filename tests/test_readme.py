@@ -23,6 +23,9 @@ COMMANDS = [
     for line in block.splitlines()
     if not re.match(r"pip |python -m pytest|\./runs/", line)
 ]
+COMMANDS += re.findall(
+    r"\| `((?:python|torchrun) .*?)` \|$", README, re.MULTILINE
+)  # of the tables, last cell
 
 
 @pytest.fixture(scope="module")
