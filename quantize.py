@@ -67,6 +67,8 @@ class RowScaled(nn.Module):
     def product(self, x: Tensor) -> Tensor:
         """x W^T. For few rows a CPU computes with int8 and int4 as they are: 16-bit weights would take longer
         to expand, or to read, than the product takes."""
+        if torch.compiler.is_compiling():  # a compiled program is for any number of rows
+            return F.linear(x, self.weight(x.dtype))
         rows = x.numel() // max(1, x.shape[-1])
         fits = self.shape[1] % 32 == 0 and (self.bits == 8 or self.shape[0] % 64 == 0)  # unchecked by torch
         if x.device.type != "cpu" or not fits or not 0 < rows <= CPU_ROWS.get((self.bits, x.dtype), 0):
