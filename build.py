@@ -237,6 +237,8 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
     learning_rates = rates.rates(model, definition, cfg)
     if cfg.lora_path:
         check_continued_adapter(model, cfg, weights)
+        if world.main:
+            lora.say_base(cfg.lora_path, cfg.quantize)
 
     # 16 bits after freezing: a frozen weight needs no fp32 master copy, a trained one does.
     compute_dtype = halve(model, cfg, {name: weights.dtype(name) for name in weights})

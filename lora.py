@@ -697,8 +697,8 @@ def load_adapter(
         elif module.rank != rank or not math.isclose(module.scaling, scaling):
             raise ValueError(
                 f"{directory}: {name} has rank {rank} and scaling {scaling:g}, "
-                "but lora_rank and lora_alpha give "
-                f"rank {module.rank} and scaling {module.scaling:g}; set them to the adapter's"
+                f"but lora_rank, lora_alpha and use_rslora give rank {module.rank} and scaling "
+                f"{module.scaling:g}; set them to the adapter's"
             )
     params = dict(model.named_parameters())
     for name, tensor in tensors.items():

@@ -88,6 +88,7 @@ def check_metric(cfg: Config, eval_plan: data.Plan) -> None:
 
 def check_jitter(cfg: Config, plan: data.Plan) -> None:
     """An image that moves takes its boxes away from what they are around."""
+    # One conversation of each entry: a file's records are of one kind.
     for n in np.unique(plan.index.entry, return_index=True)[1] if cfg.image_jitter else ():
         conversation = plan.index.conversation(n)
         if conversation.boxes or any("<box>" in text_of(content) for _, content in conversation.turns):
@@ -109,6 +110,7 @@ def check_eval_use(cfg: Config) -> None:
                 raise ValueError(
                     f"data_files: no file {path} (working directory {os.getcwd()}), in the eval entries"
                 )
+    # Before ranks have met, so by the environment: all would say the same.
     if os.environ.get("RANK", "0") == "0":
         held = "the records that eval_split holds back" if entries[0].get("eval_part") else "the eval entries"
         print(
@@ -158,6 +160,8 @@ def run_facts(
         "base": hashlib.sha256(json.dumps(base).encode()).hexdigest()[:16],
         "lora_alpha": cfg.lora_alpha,
         "lora_split": cfg.lora_split,
+        "use_rslora": cfg.use_rslora,
+        "quantize": cfg.quantize,
         "stage": cfg.stage,
         **rates.facts(cfg),
     }
@@ -172,7 +176,8 @@ def check_facts(facts: dict, state: dict, cfg: Config, resume: str) -> None:
         return
     # What would make the next step another one. Learning rates and such may change: they are said as a
     # warning.
-    keys = ["seed", "mixtoken", "base", "lora_alpha", "lora_split", "stage", *rates.KEYS]
+    keys = ["seed", "mixtoken", "base", "lora_alpha", "lora_split", "use_rslora", "quantize", "stage"]
+    keys += rates.KEYS
     # Packs depend on both; single samples do not: a longer limit cuts fewer of them.
     keys += ["max_length", "max_images"] if cfg.mixtoken else []
     of_data = ["data", "samples"]

@@ -60,6 +60,7 @@ import bench_serve
 import checkpoint
 import data
 import engine
+import lora
 import parallel
 import records
 import terminal
@@ -911,6 +912,8 @@ def open_service(args, world: parallel.World | None = None) -> Service:
         model = load_model(directory, DTYPES[args.dtype], args.device, world=world)
     if world is None or world.main:
         print(f"device {args.device}, kernels: {kernels}", file=sys.stderr)
+    for adapter in args.adapters.values():
+        lora.say_base(adapter, args.quantize)
     sizes = {name: getattr(args, name) for name in ("step_tokens", "cache_tokens", "max_running")}
     return Service(engine.Engine(model, processor, args.adapters, **sizes), processor, name, args)
 

@@ -175,6 +175,7 @@ class Passes:
         # Late: the device holds the micro-batches under way, not all of a step.
         if i not in self.on_device:
             batch, size = self.micro_batches[i], run.processor.image_size
+            # With the batch, not on a module: recomputation and other stages see the same noise.
             noise = run.cfg.neftune_noise_alpha if run.model.training else 0.0
             batch = replace(batch, embedding_noise=noise)
             self.on_device[i] = to_device(batch, run.world.device, self.has_images[i], size)
@@ -211,6 +212,7 @@ def forward_backward(run: "Run", micro_batches: list[Batch], facts: Facts) -> Te
     scales = [world.dp_size / max(n, 1) * run.scaler.scale for n in facts.counts]
     # One number for each of the model's losses, the same on all ranks.
     weights = torch.tensor(scales, device=world.device)
+    # Known to all ranks alike (facts), so they reduce gradients behind the same micro-batch.
     # If only the vision tower trains, a micro-batch without an image has no backward pass.
     with_gradient = [i for i in range(len(micro_batches)) if has_images[i] or not run.images_only]
 

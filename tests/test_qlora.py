@@ -18,6 +18,7 @@ import checkpoint
 import generate
 import merge
 import quantize
+import serve
 import train
 import vlm
 from kernels import nf4
@@ -231,11 +232,30 @@ def test_merging_says_the_difference(bases, tmp_path, capsys):  # noqa: F811
         quantize.quantize(model, "nf4")
         trained, now = (m.logits(m.hidden(probe)) for m in (model, generate.load_model(tmp_path / "merged")))
     assert abs(float(said[1]) / 100 - float((now - trained).norm() / trained.norm())) < 1e-3
-    assert (
-        generate.main(["--lora_path", str(tmp_path / "out"), "--prompt", "hello", "--max_new_tokens", "1"])
-        == 0
-    )
-    assert "was trained over weights in nf4, here they are whole" in capsys.readouterr().err
+    said_by_all(bases[name], tmp_path, settings, capsys)
+
+
+def said_by_all(base_and_data, tmp_path, settings, capsys):
+    """Each command that puts the adapter beside other weights says so, and none beside the same."""
+    base, _ = base_and_data
+    adapter = ["--lora_path", str(tmp_path / "out")]
+    ask = ["--prompt", "hello", "--max_new_tokens", "1"]
+    on = arguments(*base_and_data, tmp_path / "on", **settings, max_steps=1, lora_path=str(tmp_path / "out"))
+    serving = ["--model_name_or_path", str(base), "--lora_paths", f"a={tmp_path / 'out'}"]
+
+    def served(argv):
+        serve.open_service(serve.arguments(argv))
+        return 0
+
+    for main, argv, differs in (
+        (generate.main, [*adapter, *ask], True),
+        (generate.main, [*adapter, *ask, "--quantize", "nf4"], False),
+        (train.main, on, True),
+        (served, serving, True),
+        (served, [*serving, "--quantize", "nf4"], False),
+    ):
+        assert main(argv) == 0
+        assert ("was trained over weights in nf4, here they are whole" in capsys.readouterr().err) == differs
 
 
 @pytest.mark.parametrize(
