@@ -41,6 +41,7 @@ def test_loading(tmp_path, monkeypatch, capfd):
     refuses("loaded weights differ", "load", "--only", "float32")
 
 
+@pytest.mark.slow
 def test_kernels(tmp_path, monkeypatch):
     rows = rows_of(tmp_path, "kernels", "--only", "R")
     assert any("F.rms_norm, CPU" in row for row in rows.values())

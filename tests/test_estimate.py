@@ -222,7 +222,7 @@ linux = pytest.mark.skipif(
 
 
 @linux
-@pytest.mark.parametrize("layout", thinned(LAYOUTS, ["lora", "zero2"]))
+@pytest.mark.parametrize("layout", thinned(LAYOUTS, ["lora"]))
 def test_memory_is_within_a_tenth(large, tmp_path, monkeypatch, layout):
     world, settings = LAYOUTS[layout]
     options = {

@@ -240,7 +240,9 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
     save(tmp_path, model, names)
     other = Toy()
     lora.inject(other, TARGETS, 2, 8, 0)
-    with pytest.raises(ValueError, match="scaling 3, use_rslora give rank 2 and scaling 4"):
+    with pytest.raises(
+        ValueError, match="scaling 3, but lora_rank, lora_alpha and use_rslora give rank 2 and scaling 4"
+    ):
         lora.load_adapter(other, tmp_path)
     lora.inject(other := Toy(), [r"h\.\d\..*"], 2, 6, 0)
     with pytest.raises(ValueError, match="no tensors for h.0.c_proj"):

@@ -991,7 +991,8 @@ def test_sigterm_lets_answers_end_and_the_log_tells_nothing():
     assert sorted(statuses) == ["200", "400", "503"], err
 
 
-@pytest.mark.parametrize("model", ["qwen_vl", *(pytest.param(m, marks=pytest.mark.slow) for m in MODELS[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
 def test_two_ranks_serve_one_model(clients, model):
     """Greedy, sampled, beams and given up, as one process answers; SIGTERM ends both."""
     whole = clients(model)
