@@ -236,9 +236,7 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
     choose_trainable(model, definition, cfg)
     learning_rates = rates.rates(model, definition, cfg)
     if cfg.lora_path:
-        check_continued_adapter(model, cfg, weights)
-        if world.main:
-            lora.say_base(cfg.lora_path, cfg.quantize)
+        check_continued_adapter(model, cfg, weights, say=world.main)
 
     # 16 bits after freezing: a frozen weight needs no fp32 master copy, a trained one does.
     compute_dtype = halve(model, cfg, {name: weights.dtype(name) for name in weights})
@@ -315,8 +313,11 @@ def add_adapter(model: nn.Module, definition: vlm.Model, cfg: Config) -> list[st
     )
 
 
-def check_continued_adapter(model: nn.Module, cfg: Config, weights: checkpoint.Weights) -> None:
-    """ValueError for an adapter of another base, or one that would be saved only in part."""
+def check_continued_adapter(model: nn.Module, cfg: Config, weights: checkpoint.Weights, say: bool) -> None:
+    """ValueError for an adapter of another base, or one that would be saved only in part; `say`: also what is
+    no mistake, but no more what it was."""
+    if say:
+        lora.say_base(cfg.lora_path, cfg.quantize)
     # An adapter on other weights trains without a word of warning and means nothing.
     lora.check_base(cfg.lora_path, weights)
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
