@@ -46,18 +46,16 @@ def check_adapter(cfg: Config) -> None:
     # The adapter would be read and then trained as a part of the base: what is saved would be neither.
     if cfg.lora_path and not cfg.lora:
         raise ValueError(
-            f"lora_path={cfg.lora_path} without lora=true: add --lora to train "
-            "that adapter on, or fold it into its "
-            "base with merge.py and train the result"
+            f"lora_path={cfg.lora_path} without lora=true: add --lora to train that adapter on, or fold it "
+            "into its base with merge.py and train the result"
         )
     # Both change the base itself, and an adapter is saved without its base.
     for key in ("init_from", "pre_seq_len"):
         if cfg.lora and getattr(cfg, key):
             raise ValueError(
-                f"{key}={getattr(cfg, key)} with lora=true: an adapter is saved "
-                "without its base, so no other command "
-                f"could put that base together again; train with {key} first, "
-                "then lora=true on the checkpoint"
+                f"{key}={getattr(cfg, key)} with lora=true: an adapter is saved without its base, so no "
+                f"other command could put that base together again; train with {key} first, then lora=true "
+                "on the checkpoint"
             )
 
 
@@ -323,9 +321,8 @@ def check_continued_adapter(model: nn.Module, cfg: Config, weights: checkpoint.W
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     if lost := sorted(frozen.intersection(lora.contents(cfg.lora_path)[1])):
         raise ValueError(
-            f"lora_path={cfg.lora_path} holds {lost[0]} trained whole, which "
-            "is frozen here and would be left "
-            f"out of the new adapter; name it in freeze_exclude ({len(lost)} such parameters)"
+            f"lora_path={cfg.lora_path} holds {lost[0]} trained whole, which is frozen here and would be "
+            f"left out of the new adapter; name it in freeze_exclude ({len(lost)} such parameters)"
         )
 
 

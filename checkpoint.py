@@ -334,9 +334,8 @@ class Weights:
             # Both there: they must agree, or one of them would be lost without a word.
             elif not torch.equal(self.read(alias), self.read(name)):
                 raise ValueError(
-                    f"{directory}: {alias} and {name} are one tied tensor in this "
-                    "model, but their values differ; "
-                    "use weights whose two are equal"
+                    f"{directory}: {alias} and {name} are one tied tensor in this model, but their values "
+                    "differ; use weights whose two are equal"
                 )
             del self._entries[alias]
         self.names = set(self._entries)

@@ -400,9 +400,8 @@ def _other_scheduler(name) -> dict:
 # The keys of PaddleMIX's files that are not ours, by fnmatch pattern: None has no effect here, a function
 # translates.
 TOOLKIT = dict.fromkeys(
-    "src_length lazy task_name prefix_* neftune* device use_auto_parallel "
-    "amp_* do_predict zero_padding optim "
-    "scale_loss unified_checkpoint use_fused_* dataloader_* ignore_* text_model_name_or_path".split()
+    "src_length lazy task_name prefix_* neftune* device use_auto_parallel amp_* do_predict zero_padding "
+    "optim scale_loss unified_checkpoint use_fused_* dataloader_* ignore_* text_model_name_or_path".split()
 ) | {"lr_scheduler_name": _other_scheduler}
 
 # ---- one value
@@ -722,9 +721,8 @@ def validate(cfg: Config) -> None:
     eval_steps = cfg.eval_steps or cfg.save_steps
     if cfg.load_best_model_at_end and cfg.save_strategy == "steps" and eval_steps % cfg.save_steps:
         raise ValueError(
-            "load_best_model_at_end needs a checkpoint of every evaluation: "
-            f"eval_steps={eval_steps} must be a "
-            f"multiple of save_steps={cfg.save_steps}"
+            f"load_best_model_at_end needs a checkpoint of every evaluation: eval_steps={eval_steps} must be "
+            f"a multiple of save_steps={cfg.save_steps}"
         )
     if cfg.early_stopping_patience and cfg.evaluation_strategy == "no":
         raise ValueError(
@@ -823,9 +821,8 @@ def validate_pipeline(cfg: Config) -> None:
         )
     if cfg.pipeline_schedule == "interleaved" and micro_batches % rounds:
         raise ValueError(
-            f"gradient_accumulation_steps={micro_batches} with {pp} and "
-            "pipeline_schedule=interleaved; use a multiple "
-            f"of {cfg.pipeline_parallel_degree}"
+            f"gradient_accumulation_steps={micro_batches} with {pp} and pipeline_schedule=interleaved; use a "
+            f"multiple of {cfg.pipeline_parallel_degree}"
         )
     for key in ("cache_image_features", "eval_with_do_generation", "sample_steps"):
         if value := getattr(cfg, key):

@@ -950,9 +950,8 @@ def model_directory(model: str | None, name: str) -> str:
         return str(path)
     if not os.path.isdir(name):
         raise ValueError(
-            f"model_name_or_path={name!r} is no directory; download the "
-            "checkpoint (config.json, weights, tokenizer "
-            "files) and give the path of its directory"
+            f"model_name_or_path={name!r} is no directory; download the checkpoint (config.json, weights, "
+            "tokenizer files) and give the path of its directory"
         )
     return name
 

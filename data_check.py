@@ -54,11 +54,10 @@ def check(dataset: dict, processor, settings: dict) -> int:
         packs = len(Plan(index, settings["seed"], max_length, True, settings["max_images"]).units(0))
         print(
             f"{split}: {sum(map(len, entries)):,} records, {len(index):,} samples, "
-            f"{index.num_images.sum():,} images | "
-            f"tokens mean {index.length.mean():.1f} max {index.length.max():,}, "
-            f"{index.num_supervised.sum() / tokens:.1%} supervised | {index.truncated.sum():,} truncated | "
-            f"{packs:,} packs at max_length={max_length:,}, {tokens / packs / max_length:.1%} full | "
-            f"{len(index.problems):,} problems, {doubts:,} notes"
+            f"{index.num_images.sum():,} images | tokens mean {index.length.mean():.1f} max "
+            f"{index.length.max():,}, {index.num_supervised.sum() / tokens:.1%} supervised | "
+            f"{index.truncated.sum():,} truncated | {packs:,} packs at max_length={max_length:,}, "
+            f"{tokens / packs / max_length:.1%} full | {len(index.problems):,} problems, {doubts:,} notes"
         )
     return 1 if found else 0
 

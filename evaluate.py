@@ -255,9 +255,8 @@ def settings(args) -> tuple[Config, str | None]:
     source = args.config or (trained and run_config(trained))
     if args.lora_path and not source and not args.data_files:
         raise ValueError(
-            f"{args.lora_path} has no train_config.json, in it or above its "
-            "checkpoint-N, that says which data it was "
-            "trained with; give a configuration, or --data_files and --name"
+            f"{args.lora_path} has no train_config.json, in it or above its checkpoint-N, that says which "
+            "data it was trained with; give a configuration, or --data_files and --name"
         )
     argv = [source] if source else []
     if args.data_files:

@@ -57,9 +57,8 @@ def refuse_feature_cache(model, definition, cfg: Config) -> None:
         rate = part.dropout if isinstance(part, LoraLinear) else rate
         if rate and matches(f"{name}.x", definition.image_parameters):
             raise ValueError(
-                f"cache_image_features=true would leave out the dropout of {name} "
-                f"({rate:g}), which training has; turn "
-                "the cache off, or set that dropout to 0 in config.json"
+                f"cache_image_features=true would leave out the dropout of {name} ({rate:g}), which training "
+                "has; turn the cache off, or set that dropout to 0 in config.json"
             )
 
 

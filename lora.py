@@ -250,15 +250,13 @@ REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
 # those that must have the value of a plain adapter, since they compute something else;
 PLAIN = {"bias": "none"} | dict.fromkeys(("fan_in_fan_out", "use_dora", "use_qalora", "lora_bias"), False)
 PLAIN |= dict.fromkeys(
-    "megatron_config trainable_token_indices alora_invocation_tokens "
-    "layer_replication target_parameters use_bdlora "
-    "arrow_config kasa_config velora_config monteclora_config".split()
+    "megatron_config trainable_token_indices alora_invocation_tokens layer_replication target_parameters "
+    "use_bdlora arrow_config kasa_config velora_config monteclora_config".split()
 )
 # and those that say nothing about the result of a plain one. Any other key is refused.
 SAID = (
-    "task_type auto_mapping peft_version revision inference_mode runtime_config "
-    "megatron_core loftq_config eva_config "
-    "corda_config lora_ga_config qalora_group_size".split()
+    "task_type auto_mapping peft_version revision inference_mode runtime_config megatron_core loftq_config "
+    "eva_config corda_config lora_ga_config qalora_group_size".split()
 )
 
 
@@ -515,9 +513,8 @@ def check_base(directory, weights: checkpoint.Weights) -> None:
     sample = _open_adapter(directory).metadata.get("base")
     if sample is not None and not weights.fits_sample(sample):
         raise ValueError(
-            f"the adapter in {directory} was trained on other weights than those "
-            f"of {weights.directory}; give its own "
-            "base with --model_name_or_path"
+            f"the adapter in {directory} was trained on other weights than those of {weights.directory}; "
+            "give its own base with --model_name_or_path"
         )
 
 
@@ -559,9 +556,8 @@ def find_base(directory) -> str:
         if name and "\0" not in name and (place / "config.json").is_file():
             return str(place)
     raise ValueError(
-        f"the adapter in {directory} names the base model {name!r}, which is no "
-        "checkpoint directory here; give the "
-        "path of its base with --model_name_or_path"
+        f"the adapter in {directory} names the base model {name!r}, which is no checkpoint directory here; "
+        "give the path of its base with --model_name_or_path"
     )
 
 

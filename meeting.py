@@ -120,9 +120,8 @@ class Meeting:
             self.introduce()
         elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError(
-                f"the environment has WORLD_SIZE={os.environ['WORLD_SIZE']} but "
-                "no RANK: the other processes would "
-                "never meet this one; start all of them with torchrun, or unset it"
+                f"the environment has WORLD_SIZE={os.environ['WORLD_SIZE']} but no RANK: the other processes "
+                "would never meet this one; start all of them with torchrun, or unset it"
             )
         elif int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:
             raise ValueError(

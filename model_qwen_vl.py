@@ -720,11 +720,9 @@ class QwenVLProcessor:
         # A tokenizer of another Qwen has other ids behind the same words: the model would see another text.
         if config.visual.image_start_id != expected or tokenizer.vocab_size > config.vocab_size:
             raise ValueError(
-                "tokenizer and config.json do not belong together: <img> is token "
-                f"{expected}, visual.image_start_id "
-                f"is {config.visual.image_start_id}; the tokenizer has "
-                f"{tokenizer.vocab_size} tokens, vocab_size is "
-                f"{config.vocab_size}"
+                f"tokenizer and config.json do not belong together: <img> is token {expected}, "
+                f"visual.image_start_id is {config.visual.image_start_id}; the tokenizer has "
+                f"{tokenizer.vocab_size} tokens, vocab_size is {config.vocab_size}"
             )
         self.config, self.tokenizer, self.stage = config, tokenizer, stage
         self.image_size, self.num_image_tokens = config.visual.image_size, config.visual.n_queries

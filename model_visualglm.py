@@ -737,9 +737,8 @@ class VisualGLMProcessor:
         for token, expected in ids.items():
             if tokenizer.ids[token] != expected:
                 raise ValueError(
-                    f"tokenizer and config.json do not belong together: {token} "
-                    f"is token {tokenizer.ids[token]}, "
-                    f"config.json says {expected}"
+                    f"tokenizer and config.json do not belong together: {token} is token "
+                    f"{tokenizer.ids[token]}, config.json says {expected}"
                 )
         if tokenizer.vocab_size > config.vocab_size:
             raise ValueError(

@@ -70,9 +70,8 @@ def layout(size: int, tp: int, pp: int, sharding: str | None, sharding_degree: i
     tp, pp = max(tp, 1), max(pp, 1)
     if size % (tp * pp):
         raise ValueError(
-            f"tensor_parallel_degree={tp} x pipeline_parallel_degree={pp} = "
-            f"{tp * pp} does not divide the {size} "
-            f"processes; start a multiple of {tp * pp}, or lower a degree"
+            f"tensor_parallel_degree={tp} x pipeline_parallel_degree={pp} = {tp * pp} does not divide the "
+            f"{size} processes; start a multiple of {tp * pp}, or lower a degree"
         )
     # What is left is data parallel; sharding may take all of it or groups of it (hybrid).
     dp = size // (tp * pp)
@@ -149,9 +148,8 @@ def compare(facts: dict) -> None:  # all ranks
         for rank, other in enumerate(found):
             if other.get(key) != found[0].get(key):
                 raise ValueError(
-                    f"the ranks differ in {key}: rank 0 has {found[0].get(key)}, "
-                    f"rank {rank} has {other.get(key)}; "
-                    "start all with the same command on the same files"
+                    f"the ranks differ in {key}: rank 0 has {found[0].get(key)}, rank {rank} has "
+                    f"{other.get(key)}; start all with the same command on the same files"
                 )
 
 

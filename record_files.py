@@ -291,9 +291,8 @@ def open_files(paths: list[str]) -> list:
     asked = {record["question_id"] for source in joined for record in source.records}
     if lost := [key for key in annotations if key not in asked]:
         raise ValueError(
-            f"{', '.join(paths)}: {len(lost):,} annotations have no question, the "
-            f"first is question_id={cut(lost[0])}; "
-            "list the files that belong together"
+            f"{', '.join(paths)}: {len(lost):,} annotations have no question, the first is "
+            f"question_id={cut(lost[0])}; list the files that belong together"
         )
     return sources + joined
 

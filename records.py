@@ -323,9 +323,8 @@ def check_keys(record: dict, known: set[str]) -> None:
         )
         if named or (file and no_image and key not in ("id", "source")):
             raise ValueError(
-                f"the key {cut(key)} looks like media and is not "
-                f"known{nearest(key, IMAGE_KEYS)}; images belong into "
-                "'images', other media are not supported"
+                f"the key {cut(key)} looks like media and is not known{nearest(key, IMAGE_KEYS)}; images "
+                "belong into 'images', other media are not supported"
             )
 
 
@@ -702,10 +701,9 @@ def reader_of(record: dict):
     if have & {"caption", "captions"} or "text" in have and have & set(IMAGE_KEYS):
         return read_caption
     raise ValueError(
-        f"no known kind of record among the keys {cut(sorted(have))}; "
-        "expected 'messages', 'conversations', "
-        "'query' and 'response', 'instruction' and 'output', 'question' and "
-        "'answer', 'ref' and 'bbox', or 'image' and 'caption'"
+        f"no known kind of record among the keys {cut(sorted(have))}; expected 'messages', 'conversations', "
+        "'query' and 'response', 'instruction' and 'output', 'question' and 'answer', 'ref' and 'bbox', or "
+        "'image' and 'caption'"
     )
 
 

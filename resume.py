@@ -130,9 +130,8 @@ def check_contrast(cfg: Config, definition, dp_size: int, evaluating: bool) -> N
     ):
         if used and getattr(cfg, key) * dp_size < 2:
             raise ValueError(
-                f"{key}={getattr(cfg, key)} on {dp_size} data-parallel rank: "
-                f"stage={cfg.stage} contrasts the pairs of "
-                "a micro-batch, and one pair alone is its own negative; use at least 2"
+                f"{key}={getattr(cfg, key)} on {dp_size} data-parallel rank: stage={cfg.stage} contrasts the "
+                "pairs of a micro-batch, and one pair alone is its own negative; use at least 2"
             )
 
 
@@ -225,9 +224,8 @@ def place_plan(plan: data.Plan, state: dict, facts: dict, resume: str) -> None:
         plan.origin = state["step"], *place
         unit = "packs" if plan.mixtoken else "samples"
         print(
-            f"{resume} stands behind {place[1]:,} {unit} of epoch "
-            f"{place[0] + 1}, trained {was} a step; from here "
-            f"{global_batch} a step, the learning rate by the share of the data seen"
+            f"{resume} stands behind {place[1]:,} {unit} of epoch {place[0] + 1}, trained {was} a step; from "
+            f"here {global_batch} a step, the learning rate by the share of the data seen"
         )
 
 
@@ -244,18 +242,16 @@ def check_end(cfg: Config, start: Start, step: int, total: int, main: bool) -> N
         # A finished run with changed settings is is_finished()'s to name.
         if start.finished is None or not start.changed.keys() - HARMLESS:
             raise ValueError(
-                f"{start.resume} is at step {step}, and "
-                f"{key}={getattr(cfg, key):g} ends at step {total}; "
+                f"{start.resume} is at step {step}, and {key}={getattr(cfg, key):g} ends at step {total}; "
                 f"raise {key}, or give an earlier checkpoint as resume_from_checkpoint"
             )
     if not start.anew and start.resume is None:
         # Finished, and its last checkpoint was deleted: the final model has no moments to go on with.
         if start.finished is not None and total > start.finished:
             raise ValueError(
-                f"{cfg.output_dir} holds a finished run of {start.finished} steps "
-                "without its checkpoint: it can't "
-                f"go on to step {total}; choose another output_dir, or set "
-                "overwrite_output_dir=true to train anew"
+                f"{cfg.output_dir} holds a finished run of {start.finished} steps without its checkpoint: it "
+                f"can't go on to step {total}; choose another output_dir, or set overwrite_output_dir=true "
+                "to train anew"
             )
         if start.finished is None and main:
             print(f"{cfg.output_dir} has no complete checkpoint of its run: it begins at step 0")

@@ -170,9 +170,8 @@ class RunDir:
             n not in own and not n.endswith(".tmp") and "log.jsonl" not in n for n in foreign
         ):
             raise ValueError(
-                f"output_dir={out} is not empty and holds no earlier run (no "
-                "train_config.json); choose another "
-                "directory"
+                f"output_dir={out} is not empty and holds no earlier run (no train_config.json); choose "
+                "another directory"
             )
         while self.file is None:
             try:
@@ -360,9 +359,8 @@ class RunDir:
         self.waiting = bool(self.start.anew and left)
         if self.waiting and self.cfg.save_strategy == "no" and self.cfg.do_train:
             raise ValueError(
-                f"output_dir={self.path} holds a trained model, and "
-                "save_strategy=no would save none in its place; "
-                "choose another output_dir"
+                f"output_dir={self.path} holds a trained model, and save_strategy=no would save none in its "
+                "place; choose another output_dir"
             )
         if not self.waiting and self.cfg.do_train:
             self.write_record()
@@ -518,10 +516,9 @@ class Log:
         if r["step"] % self.cfg.logging_steps == 0 or r["step"] in (1, self.total):
             sets = "".join(f" | {name} {loss:.4f}" for name, loss in r.get("loss_by_dataset", {}).items())
             print(
-                f"step {r['step']:05d}/{self.total:05d} | loss {r['loss']:.4f} | lr {r['lr']:.1e} | "
-                f"gnorm {r['grad_norm']:.2f} | {r['ms']:.0f} ms | {r['tokens_per_s']:,.0f} tok/s "
-                f"({r['supervised']:.0%} supervised) | data {r['data']:.0%} | "
-                f"mem {r['mem_gib']:.1f}G{sets}",
+                f"step {r['step']:05d}/{self.total:05d} | loss {r['loss']:.4f} | lr {r['lr']:.1e} | gnorm "
+                f"{r['grad_norm']:.2f} | {r['ms']:.0f} ms | {r['tokens_per_s']:,.0f} tok/s "
+                f"({r['supervised']:.0%} supervised) | data {r['data']:.0%} | mem {r['mem_gib']:.1f}G{sets}",
                 flush=True,
             )
         self.progress.update(r["step"], f"loss {r['loss']:.4f}")

@@ -418,9 +418,8 @@ def check_finite(parameters: dict[str, nn.Parameter], step: int, world: parallel
     if int(parallel.all_max(torch.tensor([len(wrong)]), world)):
         where = f" (first of them: {wrong[0]})" if wrong else ""
         raise ValueError(
-            "parameters are NaN, infinite or beyond 1e18 after step "
-            f"{step}{where}; nothing is saved of them, "
-            "the last checkpoint stands; lower learning_rate or set max_grad_norm"
+            f"parameters are NaN, infinite or beyond 1e18 after step {step}{where}; nothing is saved of "
+            "them, the last checkpoint stands; lower learning_rate or set max_grad_norm"
         )
 
 
@@ -682,9 +681,8 @@ class Run:
         state, cfg = self.state, self.cfg
         if not state["samples"]:
             raise ValueError(
-                f"no sample could be loaded in {state['step']} steps (listed "
-                "above): nothing was learned, nothing is "
-                "saved"
+                f"no sample could be loaded in {state['step']} steps (listed above): nothing was learned, "
+                "nothing is saved"
             )
         # all ranks: NaN must not replace a checkpoint that is good
         check_finite(self.trainable, state["step"], self.world)
@@ -852,10 +850,9 @@ class Run:
         if cfg.benchmark and measured["seconds"]:
             s = measured["seconds"]
             self.say(
-                f"benchmark | {measured['samples'] / s:.2f} samples/s | "
-                f"{measured['tokens'] / s:,.0f} tokens/s | "
-                f"{measured['supervised'] / s:,.0f} supervised tokens/s | "
-                f"peak memory {peak_memory_gib(self.world.device):.2f} GiB"
+                f"benchmark | {measured['samples'] / s:.2f} samples/s | {measured['tokens'] / s:,.0f} "
+                f"tokens/s | {measured['supervised'] / s:,.0f} supervised tokens/s | peak memory "
+                f"{peak_memory_gib(self.world.device):.2f} GiB"
             )
         elif not cfg.skip_memory_metrics:
             self.say(f"peak memory {peak_memory_gib(self.world.device):.2f} GiB")

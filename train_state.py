@@ -147,9 +147,8 @@ def load_train_state(directory, params: dict, optimizer: torch.optim.Optimizer) 
         if problems:
             more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
             raise ValueError(
-                f"{directory} is another run's training state: "
-                f"{'; '.join(problems[:8])}{more}; resume with the "
-                "model, precision and trainable parameters it was saved with, or set overwrite_output_dir"
+                f"{directory} is another run's training state: {'; '.join(problems[:8])}{more}; resume with "
+                "the model, precision and trainable parameters it was saved with, or set overwrite_output_dir"
             )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")

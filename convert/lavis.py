@@ -216,9 +216,8 @@ def write_model(
     if missing or unknown:
         raise ValueError(
             f"{len(missing)} tensors are missing ({', '.join(missing[:3])}), {len(unknown)} have no place "
-            f"({', '.join(unknown[:3])}); give the other files too (eva_vit_g.pth, "
-            "--base with the language model) and "
-            "the config.json that belongs to them"
+            f"({', '.join(unknown[:3])}); give the other files too (eva_vit_g.pth, --base with the language "
+            "model) and the config.json that belongs to them"
         )
     wrong = [
         f"{n} is {tuple(state[n].shape)}, expected {tuple(s)}"
