@@ -107,9 +107,8 @@ class Context:
     keys: Tensor | None  # (T,) dropout keys of the rows
     cache: object | None = None  # engine.KVCache
     # T5 only
-    memory: Tensor | None = (
-        None  # (Te, C) encoder output; None in a decoding step: its keys and values are cached
-    )
+    # (Te, C) encoder output; None in a decoding step: its keys and values are cached
+    memory: Tensor | None = None
     memory_cu_seqlens: Tensor | None = None
     memory_keys: Tensor | None = None  # (Te,)
     # .bias (H, Lq, Lk), made by a stack's first block for all of them; fully_shard copies a dataclass, but

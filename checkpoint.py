@@ -95,9 +95,8 @@ def cli(main) -> int:
         return main()
     # `python data.py preview | head` is no error of anybody's.
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # or Python complains once more at its end
+        # or Python complains once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         print(
             "error: nobody reads the standard output any more (broken pipe); what is saved stands",
             file=sys.stderr,
@@ -459,9 +458,8 @@ class Weights:
                 except RuntimeError as e:
                     if "mmap can only be used" not in str(e):
                         raise
-                    tensors = torch.load(
-                        path, map_location="cpu", weights_only=True
-                    )  # format before torch 1.6
+                    # format before torch 1.6
+                    tensors = torch.load(path, map_location="cpu", weights_only=True)
             except Exception as e:  # damaged pickles raise all sorts of errors
                 raise ValueError(
                     f"{path} can't be read ({reason_of(e)}); it may be cut short: fetch it again"
@@ -652,10 +650,8 @@ def _gathered_rows(x: DTensor) -> torch.Tensor | None:
     (dim,) = [i for i, place in enumerate(x.placements) if place.is_shard(0)]
     if any(place for i, place in enumerate(x.device_mesh.get_coordinate()) if i != dim):
         return None  # a replica: its twin on the first one sends
-    local, rows = (
-        x.to_local(),
-        -(-len(x) // x.device_mesh.size(dim)),
-    )  # ranks hold `rows`, the last ones fewer
+    # ranks hold `rows`, the last ones fewer
+    local, rows = (x.to_local(), -(-len(x) // x.device_mesh.size(dim)))
     if len(local) < rows:
         local = torch.cat((local, local.new_zeros(rows - len(local), *x.shape[1:])))
     parts = _gather(local.contiguous(), x.device_mesh.get_group(dim))

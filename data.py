@@ -568,11 +568,8 @@ class Plan:
         self.mixtoken, self.max_images, self.shuffle = mixtoken, max_images, shuffle
         # One epoch's units are kept: steps ask for them one after the other.
         self.cached = None, None  # epoch, units
-        self.origin = (
-            0,
-            0,
-            0,
-        )  # the run stands behind (step, epoch, units of it); later steps count from there
+        # the run stands behind (step, epoch, units of it); later steps count from there
+        self.origin = (0, 0, 0)
         self.num_units = {}  # epoch -> number of units: packs differ a little from one shuffle to the next
         # It would fit into no pack.
         if mixtoken and max_images and index.num_images.max() > max_images:

@@ -348,9 +348,8 @@ def main(argv: list[str] | None = None) -> int:
     for key in ("batch_size", "rerank"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise ValueError(f"{key}={getattr(args, key)}; expected at least 1")
-    before = signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # like Ctrl-C: what is answered is kept
+    # like Ctrl-C: what is answered is kept
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return run(args, how)
     finally:

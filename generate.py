@@ -513,9 +513,8 @@ def main(argv: list[str] | None = None) -> int:
     degree = args.tensor_parallel_degree
     check_degree("generate.py", degree)
     if degree == 1:
-        before = signal.signal(
-            signal.SIGTERM, signal.default_int_handler
-        )  # like Ctrl-C: what is answered is kept
+        # like Ctrl-C: what is answered is kept
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             return run(args, how)
         finally:

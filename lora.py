@@ -46,9 +46,8 @@ class LoraLinear(nn.Linear):
     scaling: float
     dropout: float
     seed: int  # from the module's name: dropout masks differ between modules
-    parts: (
-        tuple[int, int] | None
-    )  # (G, P): output rows are G groups of P parts, each part with an A and a B of its own
+    # (G, P): output rows are G groups of P parts, each part with an A and a B of its own
+    parts: tuple[int, int] | None
     first_channel: int  # tensor parallelism sets it where a rank has a slice of the input channels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

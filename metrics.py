@@ -252,9 +252,8 @@ def vqa_punctuation(text: str) -> str:
     for mark in VQA_PUNCTUATION:
         beside_blank = f"{mark} " in text or f" {mark}" in text
         out = out.replace(mark, "" if beside_blank or in_number else " ")
-    return re.sub(
-        r"\.(?!\d)", "", out, count=32
-    )  # the official code stops at 32, by an argument in the wrong place
+    # the official code stops at 32, by an argument in the wrong place
+    return re.sub(r"\.(?!\d)", "", out, count=32)
 
 
 def vqa_words(text: str) -> str:

@@ -81,9 +81,7 @@ class QwenVLConfig:
     tie_word_embeddings: bool = False
     initializer_range: Scale = 0.02
     raw: dict = field(default_factory=dict)  # config.json as it was read, written back with the weights
-    max_positions: ClassVar[int | None] = (
-        None  # tokens of a sequence: rotary positions have no table that ends
-    )
+    max_positions: ClassVar[int | None] = None  # rotary positions have no table that ends
 
     @property
     def mlp_width(self) -> int:
@@ -332,9 +330,8 @@ class Resampler(nn.Module):
         k = kv + resize_positions(self.pos_embed, grid).to(kv.dtype).repeat(num_images, 1)
         # No residual around the attention: the queries themselves are not added to what they found.
         q = self.ln_q(self.query)
-        return self.attn(
-            q + self.pos_embed.to(q.dtype), k, kv, num_images
-        )  # positions on queries and keys, not on values
+        # Positions on queries and keys, not on values.
+        return self.attn(q + self.pos_embed.to(q.dtype), k, kv, num_images)
 
 
 class Visual(nn.Module):
@@ -457,9 +454,8 @@ class QwenVL(nn.Module):
             counts = lengths.to(positions.device)
             # the size is known: a device is not asked for it
             inv_freq = inv_freq.repeat_interleave(counts, dim=0, output_size=positions.shape[0])
-        angles = (
-            positions[:, None].float() * inv_freq
-        )  # (T, D/2), fp32: 16-bit angles lose the position past 256
+        # fp32: 16-bit angles lose the position past 256
+        angles = positions[:, None].float() * inv_freq  # (T, D/2)
         logn = None
         # log_2048(position + 1), 1 within the trained length. The position is the token's own, so a cached
         # and a whole computation agree.

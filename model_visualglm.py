@@ -103,9 +103,8 @@ class VisualGLMConfig:
     pad_token_id: TokenId = 3
     # HF rounds the rotary frequencies to half precision, whatever dtype follows; SAT >= 0.4.4 does not
     exact_inv_freq: bool = False
-    prompt_language: str = (
-        "zh"  # zh: 问/答, as the Hugging Face code always does; en: Q/A, SAT's English mode
-    )
+    # zh: 问/答, as the Hugging Face code always does; en: Q/A, SAT's English mode
+    prompt_language: str = "zh"
     # None of the published files has P-tuning: these two keys come with a training run.
     pre_seq_len: Size | None = None  # P-tuning: keys and values in front of every segment, in each layer
     prefix_projection: bool = False  # P-tuning: made by a two-layer network from embeddings
@@ -113,9 +112,7 @@ class VisualGLMConfig:
     max_sequence_length: Size = 2048  # of the original's chat; nothing is cut at it
     raw: dict = field(default_factory=dict)  # config.json as it was read, written back with the weights
 
-    max_positions: ClassVar[int | None] = (
-        None  # tokens of a sequence: rotary positions have no table that ends
-    )
+    max_positions: ClassVar[int | None] = None  # rotary positions have no table that ends
 
     @property
     def num_hidden_layers(self) -> int:
@@ -336,9 +333,8 @@ class VisionAttention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.head_dim = width // heads
-        self.query_key_value = nn.Linear(
-            width, 3 * width
-        )  # [q | k | v], each head-major: not as in the language model
+        # [q | k | v], each head-major: not as in the language model
+        self.query_key_value = nn.Linear(width, 3 * width)
         self.dense = nn.Linear(width, width)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
@@ -515,9 +511,8 @@ class VisualGLM(nn.Module):
         if config.pre_seq_len:
             # Beside the blocks, not in them: one table serves all layers.
             self.transformer.prefix_encoder = PrefixEncoder(config)
-        self.lm_head = LMHead(
-            config.hidden_size, config.vocab_size, bias=False
-        )  # not tied to word_embeddings
+        # not tied to word_embeddings
+        self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def num_image_tokens(self) -> int:

@@ -558,9 +558,8 @@ class Service:
         self.engine, self.processor, self.name, self.limits = made, processor, name, limits
         self.created = int(time.time())
         self.seats, self.metrics = Seats(limits.max_running, limits.max_queue), Metrics(name)
-        self.workers = concurrent.futures.ThreadPoolExecutor(
-            4
-        )  # a large image is a hundred MB while it opens
+        # a large image is a hundred MB while it opens
+        self.workers = concurrent.futures.ThreadPoolExecutor(4)
         self.thread, self.failure, self.server = None, None, None
         self.chats: set[Chat] = set()  # that are being answered
 

@@ -349,9 +349,8 @@ def training_ids(
     """Ids and UNSHIFTED labels of one sample as the official finetune_visualglm.py makes them: `<sop>`, the
     answer and `<eop>` are supervised. max_source and max_target cut the context and the answer, each with its
     special tokens."""
-    from kernels.linear_cross_entropy import (
-        IGNORE_INDEX,
-    )  # here: a static package holds this file, no kernels
+    # here: a static package holds this file, no kernels
+    from kernels.linear_cross_entropy import IGNORE_INDEX
 
     tk = tokenizer
     # The official script cuts a long question at its end, the answer's mark with it.

@@ -259,9 +259,7 @@ class Model:
     image_parameters: list[str] = REQUIRED  # what an image's features depend on
     stages: tuple[str, ...] = REQUIRED  # of training
     lora_targets: list[str] = REQUIRED  # regular expressions of the modules that are adapted by default
-    tp_plan: Callable[[Any, int], dict[str, tuple[str, int]]] = (
-        REQUIRED  # (config, degree) -> name: (cut, packed)
-    )
+    tp_plan: Callable[[Any, int], dict] = REQUIRED  # (config, degree) -> name: (cut, packed)
     pipeline: dict[str, Any] = REQUIRED  # "blocks": prefix; "first", "last": patterns of these stages
     vision_stem: list[str] = field(default_factory=list)  # of the vision tower, what stands before its blocks
     pretrain_freeze: dict[str, list[str]] = field(default_factory=dict)  # stage -> patterns that are frozen
@@ -274,9 +272,8 @@ class Model:
     # the stage of a checkpoint that ranks images and texts (a Retriever); None for one that answers
     retrieval_stage: Callable[[dict], str | None] = lambda config: None
     contrasted: tuple[str, ...] = ()  # stages that compare the samples of a micro-batch with each other
-    check_dtype: Callable[[dict, torch.dtype], None] = lambda config, dtype: (
-        None
-    )  # ValueError: not in that one
+    # ValueError for a dtype that the model can't be held in
+    check_dtype: Callable[[dict, torch.dtype], None] = lambda config, dtype: None
 
     def __post_init__(self):
         if missing := [f.name for f in fields(self) if getattr(self, f.name) is REQUIRED]:

@@ -484,9 +484,8 @@ def _dkdv_step(
 ):
     queries = _tile(q, m, end, stride_q, D, BLOCK_M, BLOCK_D, True)
     rows = m + tl.arange(0, BLOCK_M)
-    row_lse = tl.load(
-        lse + rows, mask=rows < end, other=float("inf")
-    )  # rows beyond the segment: probability 0
+    # rows beyond the segment: probability 0
+    row_lse = tl.load(lse + rows, mask=rows < end, other=float("inf"))
     p = tl.exp2(tl.dot(k, tl.trans(queries), input_precision=PRECISION) * scale - row_lse[None, :])
     if MASK:
         p = tl.where((cols[:, None] <= rows[None, :] + shift) | (cols < prefix_end)[:, None], p, 0.0)
