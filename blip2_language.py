@@ -421,9 +421,8 @@ class T5(nn.Module):
         cache = batch.cache
         if cache is not None and not cache.encode:  # a decoding step: decoder tokens only
             return self.decoder(x, Context(batch.cu_seqlens, batch.max_len, keys, cache))
-        if (
-            cache is not None and batch.cu_seqlens.shape[0] == 2
-        ):  # one prompt: its last token is the decoder's
+        # one prompt: its last token is the decoder's
+        if cache is not None and batch.cu_seqlens.shape[0] == 2:
             cu = even_segments(1, batch.max_len - 1), even_segments(1, 1)
             memory = self.encoder(x[:-1], Context(cu[0], batch.max_len - 1, None))
             return self.decoder(x[-1:], Context(cu[1], 1, None, cache, memory, cu[0]))

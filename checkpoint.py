@@ -84,10 +84,8 @@ class SaveError(OSError):
 
 def cli(main) -> int:
     """Run a script's main(): a user's mistake becomes one line on stderr and exit code 1."""
-    for stream in (
-        sys.stdout,
-        sys.stderr,
-    ):  # a terminal that lacks a character shows its code, and nothing is lost
+    # a terminal that lacks a character shows its code, and nothing is lost
+    for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -901,9 +899,8 @@ def reason_of(error: BaseException) -> str:
         cause = cause.__context__
     if cause is not None:
         return cause.strerror
-    if "inline_container.cc" in str(
-        error
-    ):  # torch.save's words when a write fails; from another rank without cause
+    # torch.save's words when a write fails; from another rank without cause
+    if "inline_container.cc" in str(error):
         return "a write failed (disk full?)"
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 

@@ -442,9 +442,8 @@ def bounds(rules) -> str:
 
 
 def check_number(name: str, value, rules) -> None:
-    if isinstance(value, float) and not math.isfinite(
-        value
-    ):  # an int of 400 digits is finite, and out of bounds
+    # an int of 400 digits is finite, and out of bounds
+    if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name}={value}; expected a finite number")
     inside = (
         rules.get("low", value) <= value <= rules.get("high", value)

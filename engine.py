@@ -297,9 +297,8 @@ def cut_at_stop(processor, ids: list[int], stop_texts: list[str]) -> tuple[str, 
     """The answer's text before the first stop text, and whether there was one, wherever the borders of tokens
     lie."""
     shown = processor.decode(ids)
-    for text in (
-        (shown, processor.tokenizer.decode(ids)) if stop_texts else ()
-    ):  # blanks at the ends are in the second
+    # blanks at the ends are in the second
+    for text in (shown, processor.tokenizer.decode(ids)) if stop_texts else ():
         if found := [text.index(stop) for stop in stop_texts if stop in text]:
             return text[: min(found)].strip(), True
     return shown, False
@@ -515,9 +514,8 @@ class Engine:
         self.active.remove(sequence)
         self.free_slots.append(sequence.slot)
         sequence.features, sequence.images = None, []
-        if (
-            sequence.beams
-        ):  # of its first place, the prompt's rows are what they were; the answer's are anyone's
+        # of its first place, the prompt's rows are what they were; the answer's are anyone's
+        if sequence.beams:
             rows = sequence.rows // sequence.request.how.num_beams
             self.pool.give_back(sequence.start + rows, sequence.rows - rows)
             sequence.rows, sequence.fed = rows, min(sequence.fed, sequence.given)

@@ -123,9 +123,8 @@ def cache_features(
             return own, [pool.submit(readable_image, processor, path) for path in own]
 
         coming = begin(0)
-        for start in range(
-            0, len(paths), IMAGES * world.dp_size
-        ):  # all ranks: a sharded tower is entered together
+        # all ranks: a sharded tower is entered together
+        for start in range(0, len(paths), IMAGES * world.dp_size):
             if stop := int(parallel.all_max(torch.tensor([signals.number]), world)):
                 raise Stopped(stop)
             # The next images are read while the tower computes these.

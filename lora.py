@@ -328,9 +328,8 @@ def save_adapter(
             owners.append(alias.rpartition(".")[0])
     targets = list(module_names)
     others = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding | nn.Conv2d)}
-    if any(
-        other.endswith("." + name) for other in others for name in targets
-    ):  # so a list would name those too
+    # so a list would name those too
+    if any(other.endswith("." + name) for other in others for name in targets):
         targets = "|".join(map(re.escape, targets))
     sample = base_sample(made.base)
     config = {

@@ -114,9 +114,8 @@ class Signals:
             self.number, self.time = number, time.monotonic()
             if self.breaking:
                 raise Stopped(number)
-        elif (
-            time.monotonic() - self.time > 0.3
-        ):  # torchrun passes on at once what its ranks had from the terminal
+        elif time.monotonic() - self.time > 0.3:
+            # torchrun passes on at once what its ranks had from the terminal
             os.write(2, b"error: ended at once by a second signal; the last checkpoint stands\n")
             os._exit(128 + number)
 

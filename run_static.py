@@ -80,9 +80,8 @@ class Package:
         ids, starts = prompt_ids(self.spec["template"], self.tokenizer, prompt, num_images)
         T, Q = len(ids), self.spec["num_image_tokens"]
         positions, seen = torch.arange(T), 0
-        if (
-            self.spec["position_axes"] == 2
-        ):  # the last token begins the answer, at the place of the one before
+        # the last token begins the answer, at the place of the one before
+        if self.spec["position_axes"] == 2:
             seen = T - 1
             positions = torch.stack((positions.clamp(max=T - 2), (positions == T - 1).long()))
         places = torch.tensor(starts or [T])[:, None] + torch.arange(Q) * bool(starts)

@@ -132,9 +132,8 @@ def load_train_state(directory, params: dict, optimizer: torch.optim.Optimizer) 
         reader = StateReader(directory / "train_state")
         saved = reader.read_metadata().state_dict_metadata
         here = {name: (tuple(t.shape), t.dtype) for name, t in state.items()}
-        if (
-            dist.is_initialized()
-        ):  # pipeline stages hold different names; all ranks must come to the same verdict
+        # pipeline stages hold different names; all ranks must come to the same verdict
+        if dist.is_initialized():
             gathered = [None] * dist.get_world_size()
             dist.all_gather_object(gathered, here)
             here = {name: value for part in gathered for name, value in part.items()}

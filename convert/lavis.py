@@ -81,9 +81,8 @@ def translate(name: str, table: dict[str, str]) -> str:
 def from_lavis(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A LAVIS checkpoint's "model" (or the bare eva_vit_g.pth) under our names. It holds what LAVIS trained,
     so stage-2 files lack the tower and the language model."""
-    if (
-        "cls_token" in state
-    ):  # bare tower; its own norm and head, and the block that BLIP-2 leaves out, belong to EVA-CLIP
+    # bare tower; its own norm and head, and the block that BLIP-2 leaves out, belong to EVA-CLIP
+    if "cls_token" in state:
         state = {
             f"visual_encoder.{n}": t
             for n, t in state.items()

@@ -439,9 +439,8 @@ def main() -> int:
     for architecture in args.arch:
         print(f"{architecture}: compiled and statically checked, not run on a GPU\n{line(HEADER)}")
         amd = architecture == "gfx942"
-        for case in cases(
-            "sm_80" if amd else architecture
-        ):  # the tiles that attention and cross entropy take there
+        # the tiles that attention and cross entropy take there
+        for case in cases("sm_80" if amd else architecture):
             if not re.search(args.only, f"{case.name} {case.dtype}"):
                 continue
             if amd and "PRECISION" in case.constants:
