@@ -26,12 +26,13 @@ class Recipe:
     metric: str  # of metrics.METRICS
     score: str  # the one that was published
     expected: float
-    records: int  # of the whole set, as evaluate.py counts them (a caption's images)
+    records: int | None  # of the whole set, as evaluate.py counts them (a caption's images); None: not known
     source: str  # where prompt, decoding and score are from
     decoding: dict  # options of generate.Decoding
     weights: dict  # "text_config.num_layers": 24, ...: what the published config.json says of the size
     prompt: str | None = None  # None: the processor's own
-    note: str | None = None
+    note: str | None = None  # said with the score
+    apart: str | None = None  # what else was done for the published score, or is not known of it
 
 
 def recipe_of(value: dict | None) -> Recipe | None:
@@ -71,13 +72,13 @@ def deviations(recipe: Recipe, config: dict, changed: dict, answered: int, optio
         if have != value:
             found.append(f"config.json has {path}={have} instead of {value}")
     found += [f"{key}={value}" for key, value in changed.items() if value]
-    if answered != recipe.records:
+    if recipe.records is not None and answered != recipe.records:
         found.append(f"{answered:,} records instead of {recipe.records:,}")
     meant = {"metric": [recipe.metric], "prompt": recipe.prompt, **recipe.decoding}
     found += [
         f"{key}={options[key]} instead of {value}" for key, value in meant.items() if options[key] != value
     ]
-    return found
+    return [*found, recipe.apart] if recipe.apart else found
 
 
 def verdict(recipe: Recipe, scores: dict[str, float], found: list[str]) -> str:
@@ -92,4 +93,5 @@ def verdict(recipe: Recipe, scores: dict[str, float], found: list[str]) -> str:
     return (
         f"{recipe.score}: expected {recipe.expected:.4f} ({recipe.source}), got {got:.4f}: "
         f"{'reproduced' if near else 'NOT reproduced'} (within {WITHIN:g})"
+        + (f"; {recipe.note}" if recipe.note else "")
     )
