@@ -403,6 +403,9 @@ def measure_all(measurer: Measurer, num_workers: int, progress: bool):
             done += end - first
             bar.update(done, f"{len(problems):,} bad")
     except BrokenProcessPool:
+        # They ignore SIGTERM, and may wait for ever for a lock that the dead one held.
+        for worker in list(pool._processes.values()):
+            worker.kill()
         raise ValueError("a worker that reads records died (out of memory?); try --num_workers 0") from None
     finally:
         bar.close()

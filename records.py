@@ -468,9 +468,12 @@ def message_of(n: int, message) -> tuple[object, object]:
     """(role, content) of one message in OpenAI's or ShareGPT's form, with its own images in place."""
     if not isinstance(message, dict):
         raise ValueError(f"turn {n} must be an object with role and content, got {cut(message)}")
-    role_key, text_key = (
-        ("role", "content") if "role" in message or "content" in message else ("from", "value")
-    )
+    given = [key for key in ("role", "content", "from", "value") if not is_empty(message.get(key))]
+    role_key, text_key = ("role", "content") if {"role", "content"} & {*given} else ("from", "value")
+    if other := next((key for key in given if key not in (role_key, text_key)), None):
+        raise ValueError(
+            f"turn {n} has {other!r} beside {role_key!r} and {text_key!r}; keep one of the pairs"
+        )
     # what is no answer is not learned anyway
     learned = ROLES.get(str(message.get(role_key))) == "assistant"
     try:

@@ -5,8 +5,10 @@ import dataclasses
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 import types
 import zlib
 from pathlib import Path
@@ -678,6 +680,24 @@ def test_dead_worker_is_a_clear_error(tmp_path):
     plan = data.Plan(index_of(chats(tmp_path, 4, images=lambda n: 1)), 0, 64)
     with pytest.raises(ValueError, match="a data worker died"):
         list(data.TrainLoader(plan, Fatal(), range(4), num_workers=1))
+
+
+def test_dead_reader_ends_the_others(tmp_path):
+    """Readers leave signals to their parent, and one may wait for what a dead one held."""
+    first, survived = tmp_path / "first", tmp_path / "survived"
+
+    class Fatal(Processor):
+        def encode(self, conversation, max_length):
+            try:
+                first.mkdir()
+            except FileExistsError:
+                time.sleep(30)
+                survived.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(ValueError, match="a worker that reads records died"):
+        data.build_index([chats(tmp_path, 1001)], Fatal(), 64, None, 2)
+    assert not survived.exists()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -283,6 +283,10 @@ BAD = {  # what is wrong -> (record, part of the reason)
         {**messages("q", "x"), "conversations": [["q", "x"]]},
         "both 'messages' and 'conversations'",
     ),
+    "two texts of a turn": (
+        {"conversations": [{"from": "human", "value": "q", "role": "user", "content": "other"}]},
+        "'from' beside 'role' and 'content'",
+    ),
     "two systems": (
         {
             "conversations": [{"from": "system", "value": "a"}, *llava("q", "x")["conversations"]],
