@@ -34,7 +34,7 @@ from config import Config
 def check_stage(cfg: Config, definition) -> None:
     """Refuses another model's stage, and gives patterns this model's names for the toolkit's."""
     # PaddleMIX's files name its own modules; their patterns mean ours.
-    for key in ("freeze_include", "freeze_exclude", "lora_target_modules"):
+    for key in ("freeze_include", "freeze_exclude", "lora_target_modules", "modules_to_save"):
         for theirs, ours in definition.legacy_names.items():
             if getattr(cfg, key):
                 setattr(cfg, key, [pattern.replace(theirs, ours) for pattern in getattr(cfg, key)])
@@ -73,8 +73,8 @@ def matches(name: str, patterns: list[str] | None) -> bool:
 
 
 def choose_trainable(model: nn.Module, definition, cfg: Config) -> None:
-    """Sets requires_grad: adapters and what freeze_exclude carves out train; what freeze_include matches, the
-    rest under `lora` and the language model in pre-training are frozen."""
+    """Sets requires_grad: adapters and what freeze_exclude and modules_to_save carve out train; what
+    freeze_include matches, the rest under `lora` and the language model in pre-training are frozen."""
     # A pattern that matches nothing is a misspelt one: it would train or freeze something else than meant.
     names = [name for name, _ in model.named_parameters()]
     for key in ("freeze_include", "freeze_exclude"):
@@ -83,6 +83,10 @@ def choose_trainable(model: nn.Module, definition, cfg: Config) -> None:
                 # With a remedy: the nearest names, since the pattern was meant for one of them.
                 near = difflib.get_close_matches(pattern.strip("*"), names, n=2, cutoff=0)
                 raise ValueError(f"{key}: {pattern!r} matches no parameter; near names: {', '.join(near)}")
+    carved = [
+        *(cfg.freeze_exclude or []),
+        *(f"{m}.*" for m in lora.whole_modules(model, cfg.modules_to_save)),
+    ]
     # First match wins: an adapter trains even where its layer is frozen by name.
     frozen = (cfg.freeze_include or []) + definition.pretrain_freeze.get(cfg.stage, [])
     for name, p in model.named_parameters():
@@ -90,12 +94,12 @@ def choose_trainable(model: nn.Module, definition, cfg: Config) -> None:
             p.requires_grad_(True)
         # freeze_exclude carves out of what is frozen: "all of the tower but its last norm".
         elif matches(name, frozen):
-            p.requires_grad_(matches(name, cfg.freeze_exclude))
+            p.requires_grad_(matches(name, carved))
         # P-tuning trains the prefix alone, LoRA its adapter and what is carved out.
         elif cfg.pre_seq_len:
             p.requires_grad_(matches(name, [definition.prefix_tuning]))
         elif cfg.lora:
-            p.requires_grad_(matches(name, cfg.freeze_exclude))
+            p.requires_grad_(matches(name, carved))
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
             "nothing is trainable: freeze_include matches every parameter; narrow it or set lora=true"
@@ -308,6 +312,7 @@ def add_adapter(model: nn.Module, definition: vlm.Model, cfg: Config) -> list[st
         cfg.lora_dropout,
         lora_parts(model, definition, cfg),
         definition.image_parameters,
+        lora.whole_modules(model, cfg.modules_to_save),
     )
 
 
@@ -321,8 +326,8 @@ def check_continued_adapter(model: nn.Module, cfg: Config, weights: checkpoint.W
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     if lost := sorted(frozen.intersection(lora.contents(cfg.lora_path)[1])):
         raise ValueError(
-            f"lora_path={cfg.lora_path} holds {lost[0]} trained whole, which is frozen here and would be "
-            f"left out of the new adapter; name it in freeze_exclude ({len(lost)} such parameters)"
+            f"lora_path={cfg.lora_path} holds {lost[0]} trained whole ({len(lost)} in all), which is frozen "
+            "here and would be left out of the new adapter; name it in modules_to_save or freeze_exclude"
         )
 
 

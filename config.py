@@ -258,6 +258,12 @@ class Config:
         "regular expressions, full match on module names; by default the model's own",
         filled=True,
     )
+    modules_to_save: list[str] | None = key(
+        ADAPTER,
+        None,
+        "modules that train whole beside the adapter, saved in its file: full names, or their last parts",
+        filled=True,
+    )
     quantize: str | None = key(
         ADAPTER,
         None,
@@ -742,7 +748,8 @@ def validate(cfg: Config) -> None:
     loggers.check(cfg.report_to or [])
     for names, has_effect, needs in (
         (
-            "lora_rank lora_alpha use_rslora lora_dropout lora_target_modules lora_split loraplus_lr_ratio",
+            "lora_rank lora_alpha use_rslora lora_dropout lora_target_modules lora_split loraplus_lr_ratio "
+            "modules_to_save",
             cfg.lora or cfg.lora_path,
             "lora=true",
         ),

@@ -162,13 +162,14 @@ def inject(
     dropout: float,
     parts: dict | None = None,
     tower: list[str] | None = None,
+    whole: list[str] = (),
 ) -> list[str]:
     """Turn each nn.Linear whose name fully matches a pattern into a LoraLinear; returns the names.
 
     Freezes nothing. Works on the meta device: fill the new parameters with `init_lora` then. parts {name
     pattern: (G, P)}: packed weights whose P parts get a pair of this rank each (see LoraLinear.split_B).
     tower (fnmatch on parameter names): a pattern that hits modules in and outside of it means those outside
-    alone.
+    alone. whole: modules that train whole, in which nothing is adapted.
     """
     if rank < 1:
         raise ValueError(f"lora_rank={rank}; expected at least 1")
@@ -176,6 +177,7 @@ def inject(
         raise ValueError(f"lora_dropout={dropout}; expected 0 <= lora_dropout < 1")
     # the exact type: a LoraLinear, and a vocabulary projection (a subclass), are not adapted
     linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    linears = [name for name in linears if not any(f"{name}.".startswith(f"{w}.") for w in whole)]
     names = set()
     for pattern in target_patterns:
         try:
@@ -210,6 +212,21 @@ def _to_lora(model: nn.Module, name: str, rank: int, scaling: float, dropout: fl
     module.rank, module.scaling, module.dropout, module.parts = rank, scaling, dropout, parts
     module.seed = zlib.crc32(name.encode()) >> 1  # fits int32
     module.first_channel = 0
+
+
+def whole_modules(model: nn.Module, names: list[str] | None) -> list[str]:
+    """The modules that modules_to_save means, by full names or their last parts; a tied weight's other name
+    means the one that this model has."""
+    here = {name: name for name, module in model.named_modules() if any(True for _ in module.parameters())}
+    here |= {alias.rpartition(".")[0]: name.rpartition(".")[0] for alias, name in aliases_of(model).items()}
+    found = []
+    for wanted in names or ():
+        hits = [module for name, module in here.items() if f".{name}".endswith(f".{wanted}")]
+        if not hits:
+            near = ", ".join(difflib.get_close_matches(wanted, here, 3, 0)) or "none"
+            raise ValueError(f"modules_to_save: {wanted!r} is no module with parameters; near names: {near}")
+        found += hits
+    return found
 
 
 def init_lora(name: str, tensor: torch.Tensor, generator: torch.Generator | None = None) -> None:
@@ -614,8 +631,8 @@ def adapter_updates(config: dict, tensors: dict, shapes: dict) -> tuple[dict, li
         if linear and module not in scalings and is_target(config, module):
             raise ValueError(f"the adapter lacks {module}.lora_A.weight, which its target_modules name")
     for saved in config.get("modules_to_save") or ():
-        meant = [n for n, m in owners.items() if m == saved] or [
-            n for n, m in owners.items() if m.endswith(saved)
+        meant = [n for n, m in owners.items() if f"{m}.".startswith(f"{saved}.")] or [
+            n for n, m in owners.items() if f".{saved}." in f".{m}."
         ]
         if lost := next((name for name in meant if name not in tensors), None):
             raise ValueError(f"the adapter lacks {lost}, which its modules_to_save name")

@@ -166,6 +166,7 @@ def test_peft_reads_ours(tmp_path, extra):
         {"target_modules": ["c_proj"], "use_rslora": True, "modules_to_save": ["lm_head"]},
         {"target_modules": "all-linear", "exclude_modules": ["lm_head"]},
         {"target_modules": ["c_attn"], "layers_to_transform": [1], "layers_pattern": "h"},
+        {"target_modules": ["c_attn"], "modules_to_save": ["h.1"]},
     ],
 )
 def test_we_read_pefts(tmp_path, kwargs):
@@ -188,7 +189,7 @@ def test_we_read_pefts(tmp_path, kwargs):
         ours,
         lora.LoraConfig("base", 4, 6, 0.0),
         names,
-        [n for n in params if n.startswith("lm_head")],
+        [n for n in params if n.startswith(tuple(kwargs.get("modules_to_save", ()))) and ".lora_" not in n],
         params.__getitem__,
     )
     again = Toy().eval()

@@ -44,6 +44,10 @@ def recipes():
         ("qwen_vl", {"freeze_exclude": ["transformer.h.0.attn.c_attn.*", "transformer.visual.proj"]})
     )
     found.append(("blip2", {"freeze_exclude": ["language_model.*.q_proj.bias", "query_tokens"]}))
+    # modules with adapted layers inside, tied names, last parts
+    found.append(("qwen_vl", {"modules_to_save": ["ln_f", "h.1.mlp"]}))
+    found.append(("blip2", {"modules_to_save": ["lm_head", "language_projection"]}))
+    found.append(("visualglm", {"modules_to_save": ["transformer.final_layernorm", "layers.0.attention"]}))
     return found
 
 

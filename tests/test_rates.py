@@ -205,6 +205,7 @@ def test_mistakes_are_one_line_before_anything_is_trained(base, dataset, tmp_pat
     for options, said in (
         ({"learning_rate_rules": {"*visul*": 1e-5}}, r"'\*visul\*' matches no parameter; near names"),
         ({"learning_rate_rules": {"*visual*": 1e-5}, "lora": True}, "'.*' matches .* all frozen"),
+        ({"modules_to_save": ["ln_g"], "lora": True}, "'ln_g' is no module with .*near names: .*ln_"),
         (
             {"learning_rate_rules": {"*visual*": 0}},
             r"learning_rate_rules\['\*visual\*'\]=0.0; expected above 0",
