@@ -112,8 +112,9 @@ def image_size(source: str | os.PathLike) -> tuple[int, int]:
         if is_data_url(source) or not os.path.isfile(source):
             return open_image(source).size
         with Image.open(source, formats=readable(FORMATS)) as image:
-            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF orientation: on its side
-            return image.size[::-1] if turned else image.size
+            # On its side by EXIF: of a TIFF, but of no other format, Pillow has turned the size already.
+            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            return open_image(source).size if turned else image.size
     except Exception:
         return open_image(source).size  # which says what is wrong
 

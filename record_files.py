@@ -7,6 +7,7 @@ What a record means is read in records.py.
 """
 
 import csv
+import io
 import json
 import os
 import sys
@@ -163,7 +164,10 @@ def read_table(path: str) -> Records:
     rows, places = [], []
     try:
         reader = csv.reader(
-            read_text(path).splitlines(keepends=True), delimiter="\t" if is_tsv(path) else ",", strict=True
+            # not splitlines(): a cell may hold U+2028 and other ends of lines that are none of a file
+            io.StringIO(read_text(path), newline=""),
+            delimiter="\t" if is_tsv(path) else ",",
+            strict=True,
         )
         header = [cell.strip() for cell in next(reader, [])]
         if repeated := [key for key, count in Counter(header).items() if count > 1]:
@@ -217,14 +221,14 @@ def read_folder(path: str) -> list:
     """A folder of images beside .txt files of the same name, each line of which is a caption of the image; or
     one that describes itself in metadata.jsonl or metadata.csv."""
     files = sorted(p for p in Path(path).rglob("*") if p.is_file() and not p.name.startswith("."))
-    for name in ("metadata.jsonl", "metadata.csv"):
-        if (Path(path) / name).is_file():
-            if unused := sum(p.suffix.lower() == ".txt" for p in files):
-                print(
-                    f"note: {path}: {name} has the captions; {unused:,} .txt files are not used",
-                    file=sys.stderr,
-                )
-            return open_files([str(Path(path) / name)])
+    described = [n for n in ("metadata.jsonl", "metadata.csv") if (Path(path) / n).is_file()]
+    if len(described) > 1:
+        raise ValueError(f"{path} has both {' and '.join(described)}; keep one")
+    for name in described:
+        if unused := sum(p.suffix.lower() == ".txt" for p in files):
+            what = f"{name} has the captions; {unused:,} .txt files are not used"
+            print(f"note: {path}: {what}", file=sys.stderr)
+        return open_files([str(Path(path) / name)])
     if annotations := [str(p) for p in files if p.suffix.lower() == ".xml"]:
         return [voc_boxes(annotations)]
     pictures = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
@@ -238,7 +242,7 @@ def read_folder(path: str) -> list:
         name = str(picture.relative_to(path))
         caption = picture.with_suffix(".txt")
         try:
-            lines = [line.strip() for line in read_text(str(caption)).splitlines() if line.strip()]
+            lines = [line.strip() for line in read_text(str(caption)).split("\n") if line.strip()]
             if not lines:
                 raise ValueError(f"{caption.name} is empty")
             records.append({"image": name, "caption": lines})
@@ -288,7 +292,9 @@ def open_files(paths: list[str]) -> list:
             f"{', '.join(paths)}: VQAv2 {have} without their {lack}; list both files in data_files"
         )
     joined = [Records(path, vqa_v2(path, document, annotations)) for path, document in questions]
-    asked = {record["question_id"] for source in joined for record in source.records}
+    asked = Counter(record["question_id"] for source in joined for record in source.records)
+    if twice := next((key for key, count in asked.items() if count > 1), None):
+        raise ValueError(f"{', '.join(paths)}: two questions have question_id={cut(twice)}")
     if lost := [key for key in annotations if key not in asked]:
         raise ValueError(
             f"{', '.join(paths)}: {len(lost):,} annotations have no question, the first is "
@@ -354,26 +360,35 @@ def coco_boxes(path: str, document: dict) -> list[dict]:
 def voc_boxes(paths: list[str]) -> Records:
     """PASCAL VOC's annotation files: one record for each class of an image. A corner's pixel counts from 1
     and is inside, so a box begins one pixel before it."""
-    records, places = [], []
+    records, places, bare = [], [], 0
+
+    def number(node, key: str) -> float:
+        if (text := node.findtext(key)) is None:
+            raise ValueError(f"no {key} in its <{node.tag}>")
+        return float(text)
+
     for path in paths:
         try:
             text = read_text(path)
             if "<!DOCTYPE" in text or "<!ENTITY" in text:
                 raise ValueError("an XML document type, which no annotation has")
             root = ElementTree.fromstring(text)
-            size = {key: int(float(root.findtext(f"size/{key}"))) for key in ("width", "height")}
+            size = {key: int(number(root, f"size/{key}")) for key in ("width", "height")}
             found: dict[str, dict] = {}
             for thing in root.iter("object"):
-                low, high = ([float(thing.findtext(f"bndbox/{c}{m}")) for c in "xy"] for m in ("min", "max"))
+                low, high = ([number(thing, f"bndbox/{c}{m}") for c in "xy"] for m in ("min", "max"))
                 name = thing.findtext("name")
                 about = {"image": root.findtext("filename"), "ref": name, "bbox": [], **size}
                 found.setdefault(name, about)["bbox"].append([low[0] - 1, low[1] - 1, *high])
-        except (ValueError, TypeError, ElementTree.ParseError) as e:
+        except (ValueError, OverflowError, ElementTree.ParseError) as e:
             found = {"": ValueError(f"not a VOC annotation: {one_line(e)}")}
+        bare += not found
         records += found.values()
         places += [os.path.basename(path)] * len(found)
     if not records:
         raise ValueError(f"{paths[0]}: no object is annotated in these {len(paths):,} files")
+    if bare:
+        print(f"note: {paths[0]}: {bare:,} of {len(paths):,} such files annotate no object", file=sys.stderr)
     # with a file's path: its records stand in its folder
     return Records(os.path.join(os.path.dirname(paths[0]), ""), records, places)
 

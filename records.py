@@ -394,7 +394,10 @@ def read_vqa(record: dict, answered: bool = True):
     """The answer learned is "answer", VQAv2's "multiple_choice_answer", or else the most frequent of
     "answers"."""
     check_keys(record, {"question", "answer", "answers", "multiple_choice_answer", *IMAGE_KEYS})
-    answer, answers = record.get("answer", record.get("multiple_choice_answer")), record.get("answers")
+    said = [v for k in ("answer", "multiple_choice_answer") if (v := record.get(k)) is not None]
+    if len(said) > 1 and said[0] != said[1]:
+        raise ValueError(f"'answer' is {cut(said[0])}, 'multiple_choice_answer' {cut(said[1])}; keep one")
+    answer, answers = said[0] if said else None, record.get("answers")
     if isinstance(answer, list):
         answer, answers = None, answer
     if answers is None:
@@ -613,6 +616,8 @@ def inside(box, size: tuple[int, int]) -> list[float]:
     )
     if not numbers or not all(map(math.isfinite, box)):
         raise ValueError(f"a box must be four numbers x1, y1, x2, y2, got {cut(box)}")
+    if max(box) <= 1 < min(size):
+        raise ValueError(f"box {cut(box)} has shares of the image's sides; expected pixels")
     slack = 0.5 if size != (1, 1) else 0.0
     cut_off = [min(max(v, 0), side) for v, side in zip(box, size * 2, strict=True)]
     far = any(abs(v - w) > slack for v, w in zip(box, cut_off, strict=True))

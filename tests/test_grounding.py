@@ -82,15 +82,17 @@ def test_coco_has_all_of_a_class_and_no_crowd(street, capsys):
     assert "1 boxes of crowds" in capsys.readouterr().err
 
 
-def test_a_folder_of_voc_files(street):
+def test_a_folder_of_voc_files(street, capsys):
     (street / "Annotations").mkdir()
     write(street / "Annotations/a.xml", VOC)
     write(street / "Annotations/b.xml", VOC.replace("<name>bus</name>", "<name>dog</name>"))
     write(street / "Annotations/c.xml", "<annotation>")
+    write(street / "Annotations/d.xml", VOC[: VOC.index("<object>")] + "</annotation>")
     found = data.Entry({"data_files": str(street / "Annotations"), "image_root": str(street)})
     assert len(found) == 3 and found.conversations(1)[0].turns[0][1][1] == "<ref>dog</ref>"
     with pytest.raises(BadRecord, match=r"c\.xml: not a VOC annotation"):
         found.conversations(2)
+    assert "1 of 4 such files annotate no object" in capsys.readouterr().err
 
 
 BAD = {
@@ -111,7 +113,9 @@ BAD = {
     "coco outside": (coco([{"bbox": [150, 10, 60, 50]}]), "does not lie in its image"),
     "coco turned": (coco([{"bbox": [50, 10, -20, 50]}]), "does not lie in its image"),
     "entity": ('<!DOCTYPE a [<!ENTITY b "c">]>' + VOC, "document type"),
-    "no corner": (VOC.replace("<xmin>21</xmin>", ""), "not a VOC annotation"),
+    "shares": (FILES["boxes"][1] | {"bbox": [[0.1, 0.1, 0.6, 1.0]]}, "shares of the image's sides"),
+    "coco shares": (coco([{"bbox": [0.1, 0.1, 0.5, 0.5]}]), "shares of the image's sides"),
+    "no corner": (VOC.replace("<xmin>21</xmin>", ""), "not a VOC annotation: no bndbox/xmin in its <object>"),
     "voc outside": (VOC.replace("<xmax>120", "<xmax>220"), "does not lie in its image"),
 }
 

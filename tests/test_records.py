@@ -17,7 +17,7 @@ from PIL import Image
 import data
 import data_check
 import records
-from images import open_image
+from images import image_size, open_image
 from records import BadRecord, ImageRef, conversations_of, front_image, text_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -283,6 +283,10 @@ BAD = {  # what is wrong -> (record, part of the reason)
         {**messages("q", "x"), "conversations": [["q", "x"]]},
         "both 'messages' and 'conversations'",
     ),
+    "two answers": (
+        {"image": "a.png", "question": "q", "answer": "x", "multiple_choice_answer": "y"},
+        "'multiple_choice_answer' 'y'",
+    ),
     "two texts of a turn": (
         {"conversations": [{"from": "human", "value": "q", "role": "user", "content": "other"}]},
         "'from' beside 'role' and 'content'",
@@ -419,7 +423,8 @@ def test_tables(folder, suffix, delimiter):
     writer.writerows(
         [
             ["image", "question", "answer", "answers"],
-            ["a.png", 'a "quoted",\nlong one?', "2", ""],
+            ["a.png", 'a "quoted",\nlong one?', "2", ""],  # what follows ends no line of a file
+            ["a.png", "q\u2028\x0b\x85\x1ctail", "2", ""],
             ["b.png", "q", "", '["x", "y", "y"]'],
             ["a.png", "q"],
             ["a.png", "q", "", ""],
@@ -432,13 +437,11 @@ def test_tables(folder, suffix, delimiter):
     path = folder / f"t{suffix}"
     path.write_text("\ufeff" + text.getvalue(), encoding="utf-8")
     found, bad = entry_of(path)
-    assert [text_of(c.turns[0][1]) for c in found] == ['a "quoted",\nlong one?', "q", "q"]
-    assert [c.turns[1][1] for c in found] == [["2"], ["y"], ["[sic] x"]] and found[1].answers == [
-        "x",
-        "y",
-        "y",
-    ]
-    assert [where for where, _ in bad] == [f"{path}:{n}" for n in (5, 6, 7, 8, 9)] and "2 cells" in bad[0][1]
+    asked = ['a "quoted",\nlong one?', "q\u2028\x0b\x85\x1ctail", "q", "q"]
+    assert [text_of(c.turns[0][1]) for c in found] == asked
+    assert [c.turns[1][1] for c in found] == [["2"], ["2"], ["y"], ["[sic] x"]]
+    assert found[2].answers == ["x", "y", "y"]
+    assert [where for where, _ in bad] == [f"{path}:{n}" for n in (6, 7, 8, 9, 10)] and "2 cells" in bad[0][1]
     assert "5 cells" in bad[3][1] and "'answers' looks like JSON" in bad[4][1]
     path.write_text(f"foo{delimiter}bar\n1{delimiter}2\n", encoding="utf-8")
     with pytest.raises(ValueError, match=f"{path}:1: the header .* names no known column"):
@@ -446,18 +449,21 @@ def test_tables(folder, suffix, delimiter):
 
 
 def test_a_folder_of_captioned_images(folder, capsys):
-    (folder / "a.txt").write_text("one\n\ntwo\n", encoding="utf-8")
+    (folder / "a.txt").write_text("one\r\n\ntwo\u2028tail\n", encoding="utf-8")
     (folder / "lost.txt").write_text("x", encoding="utf-8")
     found, bad = entry_of(folder)
     assert [(c.images, c.turns[1][1]) for c in found] == [
-        ([str(folder / "a.png")], [t]) for t in ("one", "two")
+        ([str(folder / "a.png")], [t]) for t in ("one", "two\u2028tail")
     ]
-    assert found[0].answers == ["one", "two"]
+    assert found[0].answers == ["one", "two\u2028tail"]
     assert sorted(where for where, _ in bad) == [f"{folder}/b.png", f"{folder}/lost.txt"]
     (folder / "b.txt").write_text(" \n")
     assert "b.txt is empty" in dict(entry_of(folder)[1])[f"{folder}/b.png"]
     (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n')
     assert len(entry_of(folder)[0]) == 1 and "3 .txt files are not used" in capsys.readouterr().err
+    (folder / "metadata.csv").write_text("file_name,text\na.png,y\n")
+    with pytest.raises(ValueError, match="has both metadata.jsonl and metadata.csv"):
+        entry_of(folder)
     (folder / "empty").mkdir()
     with pytest.raises(ValueError, match="folder without images"):
         data.Entry({"data_files": str(folder / "empty")})
@@ -519,6 +525,10 @@ def test_files_that_do_not_belong_together_are_refused(folder):
         json.dumps({"annotations": [{**pairs["two annotations"][0], "image_id": "five"}]})
     )
     with pytest.raises(ValueError, match="q.json: image_id='five' is no number"):
+        data.Entry({"data_files": [str(folder / "q.json"), str(folder / "n.json")]})
+    (folder / "q.json").write_text(json.dumps({"questions": ask * 2}))
+    (folder / "n.json").write_text(json.dumps({"annotations": pairs["two annotations"][:1]}))
+    with pytest.raises(ValueError, match="two questions have question_id=1"):
         data.Entry({"data_files": [str(folder / "q.json"), str(folder / "n.json")]})
     captions = [{"image_id": "1", "caption": "x"}]
     images = [{"id": 1, "file_name": "a.png"}]
@@ -609,6 +619,9 @@ def test_images_are_upright_and_on_white(folder):
         and turned[0, 0].tolist() == [0, 0, 255]
         and turned[-1, 0].tolist() == [255, 0, 0]
     )
+    for name in ("turned.png", "turned.jpg", "turned.webp", "turned.tiff"):  # boxes are in these pixels
+        saved(folder, name, image, exif=exif)
+        assert image_size(str(folder / name)) == open_image(folder / name).size == (32, 64), name
     clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
     palette = Image.new("P", (8, 8), 0)
     for name, image, options in (
