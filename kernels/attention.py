@@ -276,50 +276,31 @@ def _attention_forward(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    for n in range(n0, n_full, BLOCK_N):
-        acc, m, total = _forward_step(
-            acc,
-            m,
-            total,
-            queries,
-            k,
-            v,
-            n,
-            rows,
-            k_end,
-            m0 + shift,
-            prefix_end,
-            stride_k,
-            stride_v,
-            scale,
-            D,
-            BLOCK_N,
-            BLOCK_D,
-            PRECISION,
-            False,
-        )
-    for n in range(n_full, n_end, BLOCK_N):
-        acc, m, total = _forward_step(
-            acc,
-            m,
-            total,
-            queries,
-            k,
-            v,
-            n,
-            rows,
-            k_end,
-            m0 + shift,
-            prefix_end,
-            stride_k,
-            stride_v,
-            scale,
-            D,
-            BLOCK_N,
-            BLOCK_D,
-            PRECISION,
-            True,
-        )
+    # First the blocks of keys that every row of this block sees whole, then those that want a mask: two loops
+    # in the machine code, the first of which compares nothing.
+    for masked in tl.static_range(2):
+        for n in range(n_full if masked else n0, n_end if masked else n_full, BLOCK_N):
+            acc, m, total = _forward_step(
+                acc,
+                m,
+                total,
+                queries,
+                k,
+                v,
+                n,
+                rows,
+                k_end,
+                m0 + shift,
+                prefix_end,
+                stride_k,
+                stride_v,
+                scale,
+                D,
+                BLOCK_N,
+                BLOCK_D,
+                PRECISION,
+                masked,
+            )
     # a row that sees no key: output 0, and lse = inf makes its probabilities 0 in the backward
     seen = total > 0
     total = tl.where(seen, total, 1.0)
@@ -409,52 +390,31 @@ def _attention_dq(
     row_lse = tl.load(lse + place, mask=m0 + rows < m_end, other=float("inf"))
     queries = _tile(_head(q, head_q), m0, m_end, stride_q, D, BLOCK_M, BLOCK_D, True)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for n in range(n0, n_full, BLOCK_N):
-        acc = _dq_step(
-            acc,
-            queries,
-            grads,
-            row_lse,
-            row_delta,
-            k,
-            v,
-            n,
-            rows,
-            k_end,
-            m0 + shift,
-            prefix_end,
-            stride_k,
-            stride_v,
-            scale,
-            D,
-            BLOCK_N,
-            BLOCK_D,
-            PRECISION,
-            False,
-        )
-    for n in range(n_full, n_end, BLOCK_N):
-        acc = _dq_step(
-            acc,
-            queries,
-            grads,
-            row_lse,
-            row_delta,
-            k,
-            v,
-            n,
-            rows,
-            k_end,
-            m0 + shift,
-            prefix_end,
-            stride_k,
-            stride_v,
-            scale,
-            D,
-            BLOCK_N,
-            BLOCK_D,
-            PRECISION,
-            True,
-        )
+    # Whole blocks, then masked ones, as in the forward pass.
+    for masked in tl.static_range(2):
+        for n in range(n_full if masked else n0, n_end if masked else n_full, BLOCK_N):
+            acc = _dq_step(
+                acc,
+                queries,
+                grads,
+                row_lse,
+                row_delta,
+                k,
+                v,
+                n,
+                rows,
+                k_end,
+                m0 + shift,
+                prefix_end,
+                stride_k,
+                stride_v,
+                scale,
+                D,
+                BLOCK_N,
+                BLOCK_D,
+                PRECISION,
+                masked,
+            )
     _store(dq + tl.program_id(1) * head_dq, m0, m_end, stride_dq, acc * score_scale, D, BLOCK_M, BLOCK_D)
 
 
@@ -540,54 +500,32 @@ def _attention_dkdv(
     values = _tile(_head(v, head_v), n0, n_end, stride_v, D, BLOCK_N, BLOCK_D, True)
     acc_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     acc_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for m in range(m0, m_full, BLOCK_M):
-        acc_k, acc_v = _dkdv_step(
-            acc_k,
-            acc_v,
-            keys,
-            values,
-            q,
-            do,
-            lse,
-            delta,
-            m,
-            m_end,
-            cols,
-            shift,
-            prefix_end,
-            stride_q,
-            stride_do,
-            scale,
-            D,
-            BLOCK_M,
-            BLOCK_D,
-            PRECISION,
-            True,
-        )
-    for m in range(m_full, m_end, BLOCK_M):
-        acc_k, acc_v = _dkdv_step(
-            acc_k,
-            acc_v,
-            keys,
-            values,
-            q,
-            do,
-            lse,
-            delta,
-            m,
-            m_end,
-            cols,
-            shift,
-            prefix_end,
-            stride_q,
-            stride_do,
-            scale,
-            D,
-            BLOCK_M,
-            BLOCK_D,
-            PRECISION,
-            False,
-        )
+    # The other way round: the first queries that see these keys see only a part of them.
+    for whole in tl.static_range(2):
+        for m in range(m_full if whole else m0, m_end if whole else m_full, BLOCK_M):
+            acc_k, acc_v = _dkdv_step(
+                acc_k,
+                acc_v,
+                keys,
+                values,
+                q,
+                do,
+                lse,
+                delta,
+                m,
+                m_end,
+                cols,
+                shift,
+                prefix_end,
+                stride_q,
+                stride_do,
+                scale,
+                D,
+                BLOCK_M,
+                BLOCK_D,
+                PRECISION,
+                not whole,
+            )
     _store(dk + tl.program_id(1) * head_dk, n0, n_end, stride_dk, acc_k * score_scale, D, BLOCK_N, BLOCK_D)
     _store(dv + tl.program_id(1) * head_dk, n0, n_end, stride_dk, acc_v, D, BLOCK_N, BLOCK_D)
 
