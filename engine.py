@@ -719,9 +719,8 @@ class Engine:
         if not entries:
             return []
         logits = self.forward(entries)
-        done = [
-            n for n, (s, _) in enumerate(entries) if s.fed == s.total
-        ]  # the others are inside their prompt
+        # the others are inside their prompt
+        done = [n for n, (s, _) in enumerate(entries) if s.fed == s.total]
         plain = [n for n in done if not entries[n][0].beams]
         events = self.sample(
             [entries[n][0] for n in plain], logits if len(plain) == len(entries) else logits[plain]

@@ -281,7 +281,7 @@ def check_programs(model: nn.Module, directory: Path) -> None:
     package, found = run_static.Package(directory), []
     file = io.BytesIO()
     Image.radial_gradient("L").convert("RGB").save(file, "PNG")
-    picture = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    image = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
     package.spec["stop_words"] = [[-1]]
 
     def ask() -> list[Tensor]:
@@ -294,7 +294,7 @@ def check_programs(model: nn.Module, directory: Path) -> None:
             found.append(tokens.pop(0) if tokens else int(row.argmax()))
             return found[-1]
 
-        package.generate(QUESTIONS[0], [picture], 4, choose)
+        package.generate(QUESTIONS[0], [image], 4, choose)
         return logits
 
     now, limit = ask(), 1e-3 if package.spec["dtype"] == "float32" else 5e-2

@@ -73,9 +73,8 @@ class LoraLinear(nn.Linear):
         G, P = self.parts
         D = self.out_features // (G * P)  # of a tensor-parallel rank too, which has some of the groups
         blocks = B.unflatten(1, (P, -1)).unflatten(0, (-1, P, D))  # (G, P, D, P, r)
-        y = [
-            F.linear(part, blocks[:, j, :, j].flatten(0, 1)) for j, part in enumerate(z.chunk(P, -1))
-        ]  # P x (T, G*D)
+        # P x (T, G*D)
+        y = [F.linear(part, blocks[:, j, :, j].flatten(0, 1)) for j, part in enumerate(z.chunk(P, -1))]
         return torch.stack([part.unflatten(-1, (-1, D)) for part in y], -2).flatten(-3)
 
 

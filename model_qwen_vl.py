@@ -849,9 +849,8 @@ class QwenVLProcessor:
             history = [(q[1], a[1]) for q, a in zip(turns[:-1:2], turns[1:-1:2], strict=True)]
             ids = chat_prompt(tk, turns[-1][1], history, SYSTEM if system is None else system)
         starts = [i + 1 for i, token in enumerate(ids) if token == tk.img_start]
-        images = conversation.images[
-            len(conversation.images) - len(starts) :
-        ]  # the window may have dropped old turns
+        # the window may have dropped old turns
+        images = conversation.images[len(conversation.images) - len(starts) :]
         return {
             "input_ids": np.array(ids, dtype=np.int32),
             "labels": np.full(len(ids), IGNORE_INDEX, dtype=np.int32),

@@ -231,16 +231,16 @@ def read_folder(path: str) -> list:
         return open_files([str(Path(path) / name)])
     if annotations := [str(p) for p in files if p.suffix.lower() == ".xml"]:
         return [voc_boxes(annotations)]
-    pictures = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
+    images = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
     texts = {p.with_suffix("") for p in files if p.suffix.lower() == ".txt"}
-    if not pictures or not texts:
+    if not images or not texts:
         raise ValueError(
             f"{path} is a folder without images that have captions beside them (a.jpg and a.txt)"
         )
     records, places = [], []
-    for picture in pictures:
-        name = str(picture.relative_to(path))
-        caption = picture.with_suffix(".txt")
+    for image in images:
+        name = str(image.relative_to(path))
+        caption = image.with_suffix(".txt")
         try:
             lines = [line.strip() for line in read_text(str(caption)).split("\n") if line.strip()]
             if not lines:
@@ -249,12 +249,11 @@ def read_folder(path: str) -> list:
         except (OSError, ValueError) as e:
             records.append(ValueError(f"no caption beside it ({one_line(e)})"))
         places.append(name)
-    for text in sorted(texts - {p.with_suffix("") for p in pictures}):
+    for text in sorted(texts - {p.with_suffix("") for p in images}):
         records.append(ValueError("no image beside it"))
         places.append(f"{text.relative_to(path)}.txt")
-    return [
-        Records(os.path.join(path, ""), records, places)
-    ]  # with a file's path: its records stand in its folder
+    # with a file's path: its records stand in its folder
+    return [Records(os.path.join(path, ""), records, places)]
 
 
 def open_files(paths: list[str]) -> list:

@@ -144,7 +144,7 @@ def cross_entropy_cases(architecture: str):
                     1,
                     (m + n) * k * size,
                     types,
-                    ("num_rows", "num_words", "first_word"),
+                    ("num_rows", "num_columns", "first_column"),
                 )
 
 

@@ -43,6 +43,8 @@ def attention_ref(
             return attention_ref(*fp32, cu_seqlens_q, cu_seqlens_k, max_len, causal, prefix_lens, bias).to(
                 q.dtype
             )
+    # On the host: nothing waits for a device. Neighbours of one shape share a call: (queries, keys, prefix,
+    # how many).
     lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
     prefixes = prefix_lens.tolist() if causal and prefix_lens is not None else [0] * len(lengths_q)
     shapes = zip(lengths_q, lengths_k, prefixes, strict=True)
@@ -69,8 +71,10 @@ def _segments(q: Tensor, k: Tensor, v: Tensor, causal: bool, prefix: int, bias: 
     num_q, num_k = q.shape[2], k.shape[2]
     mask, is_causal = bias, False
     if causal:
+        # A prefix of one key shows nothing more: every query sees the first. SDPA's own flag needs no mask.
         if prefix <= 1 and num_q == num_k and bias is None:
             is_causal = True
+        # A single query is the last one and sees all its keys; so do all under a prefix of the whole segment.
         elif num_q > 1 and prefix < num_k:
             key = torch.arange(num_k, device=q.device)
             query = torch.arange(num_k - num_q, num_k, device=q.device)[:, None]
@@ -139,6 +143,7 @@ def runs_of(
     """
     runs, s = [], 0
     while s < len(keys):
+        # As many neighbours with a single query as lie at even distances in the pool.
         lengths, step = [keys[s][1] - keys[s][0]], 0
         single = bounds[s + 1] - bounds[s] == 1
         while joined and single and (n := s + len(lengths)) < len(keys) and bounds[n + 1] - bounds[n] == 1:
@@ -152,6 +157,7 @@ def runs_of(
             step = distance
         longest, mask = max(lengths), None
         if min(lengths) < longest:
+            # Rows behind a shorter range belong to others, or to nobody.
             behind = torch.arange(longest) >= torch.tensor(lengths)[:, None, None, None]
             mask = torch.zeros(behind.shape).masked_fill(behind, float("-inf")).to(device)
         runs.append((s, len(lengths), step, longest, mask))
@@ -223,8 +229,9 @@ def _forward_step(
     PRECISION: tl.constexpr,
     MASK: tl.constexpr,
 ):
+    """Online softmax (arXiv:2112.05682): m the row's largest score so far, total its sum of exponentials."""
     keys = _tile(k, n, end, stride_k, D, BLOCK_N, BLOCK_D, MASK)
-    s = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
+    s = tl.dot(q, tl.trans(keys), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
     if MASK:
         cols = n + tl.arange(0, BLOCK_N)[None, :]
         s = tl.where(((cols <= last + rows[:, None]) | (cols < prefix_end)) & (cols < end), s, float("-inf"))
@@ -234,6 +241,7 @@ def _forward_step(
         new_m = tl.maximum(m, tl.max(s, 1) * scale)
         safe_m = new_m
     p = tl.exp2(s * scale - safe_m[:, None])
+    # What was summed under the old maximum, under the new one.
     rescale = tl.exp2(m - safe_m)
     total = total * rescale + tl.sum(p, 1)
     values = _tile(v, n, end, stride_v, D, BLOCK_N, BLOCK_D, MASK)
@@ -304,6 +312,7 @@ def _attention_forward(
     # a row that sees no key: output 0, and lse = inf makes its probabilities 0 in the backward
     seen = total > 0
     total = tl.where(seen, total, 1.0)
+    # Divided once at the end, not in each step.
     acc = acc / total[:, None]
     row_lse = tl.where(seen, m + tl.log2(total), float("inf"))
     tl.store(lse + tl.program_id(1) * num_q + m0 + rows, row_lse, mask=m0 + rows < m_end)
@@ -335,10 +344,12 @@ def _dq_step(
 ):
     keys = _tile(k, n, end, stride_k, D, BLOCK_N, BLOCK_D, MASK)
     values = _tile(v, n, end, stride_v, D, BLOCK_N, BLOCK_D, MASK)
+    # The probabilities again, from the saved log-sum-exp: no matrix of them was kept.
     p = tl.exp2(tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale - lse[:, None])
     if MASK:
         cols = n + tl.arange(0, BLOCK_N)[None, :]
         p = tl.where(((cols <= last + rows[:, None]) | (cols < prefix_end)) & (cols < end), p, 0.0)
+    # Softmax's derivative: p * (dp - sum of p * dp over the row, which is rowsum(o * do)).
     ds = p * (tl.dot(do, tl.trans(values), input_precision=PRECISION) - delta[:, None])
     return tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
 
@@ -442,6 +453,7 @@ def _dkdv_step(
     PRECISION: tl.constexpr,
     MASK: tl.constexpr,
 ):
+    # Everything stands the other way round, keys by queries: dk and dv are then plain products.
     queries = _tile(q, m, end, stride_q, D, BLOCK_M, BLOCK_D, True)
     rows = m + tl.arange(0, BLOCK_M)
     # rows beyond the segment: probability 0
@@ -639,6 +651,7 @@ def query_blocks(segments, block_m: int, block_n: int) -> list[tuple[int, ...]]:
     for q0, q_end, k0, k_end, prefix_end in segments:
         shift = k_end - q_end
         for m in range(q0, q_end, block_m):
+            # The first row of a block sees the fewest keys, the last one the most.
             seen_by_all = max(k0, min(k_end, max(prefix_end, m + shift + 1)))
             seen_by_any = max(k0, min(k_end, max(prefix_end, min(m + block_m, q_end) + shift)))
             full = k0 + (seen_by_all - k0) // block_n * block_n
@@ -675,6 +688,7 @@ def plan(
     """query_blocks or key_blocks on the device; keys: each segment's (first row, end). Kept, so that all
     layers of a step share one copy over the bus."""
     segments = []
+    # Without causality a prefix as long as the segment: one rule for all.
     for s, ((q0, q_end), (k0, k_end)) in enumerate(zip(itertools.pairwise(bounds_q), keys, strict=True)):
         segments.append((q0, q_end, k0, k_end, k_end if prefixes is None else min(k_end, k0 + prefixes[s])))
     table = torch.tensor(kind(segments, block_m, block_n), dtype=torch.int32).view(-1, 8)
@@ -691,6 +705,7 @@ def _launch(name: str, fn, kind, segments: tuple, q: Tensor, *args) -> None:
     H, D = q.shape[1:]
     block_d = max(16, triton.next_power_of_2(D))
     longest = max((b - a for a, b in itertools.pairwise(segments[0])), default=0)
+    # A decoding step has one query a segment: tall tiles would compute rows that nobody has.
     if name == "forward" and longest <= 16:
         name = "decode"
     block_m, block_n, warps, stages = tile(architecture(q.device), name, q.element_size(), D)
@@ -760,6 +775,7 @@ class _Attention(torch.autograd.Function):
             *strides(q, k, v, o, do, dq),
             *scales,
         )
+        # Behind dq, which leaves delta; a frozen tower's queries alone have a gradient.
         dk = dv = None
         if any(ctx.needs_input_grad[1:3]):
             dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
@@ -828,6 +844,7 @@ def decode_split(q: Tensor, k: Tensor, v: Tensor, keys: tuple[tuple[int, int], .
 
 @torch.compiler.disable
 def attention_triton(q, k, v, cu_seqlens_q, cu_seqlens_k, causal: bool, prefix_lens=None) -> Tensor:
+    # A key that no segment holds would go without a gradient.
     rows = cu_seqlens_k.tolist()
     if rows[-1] != len(k):
         raise ValueError(f"cu_seqlens_k ends at {rows[-1]}, but there are {len(k)} keys")

@@ -40,10 +40,12 @@ def _across(
     """Statistics of rows (N,) over the whole vocabulary, from those of each rank's part of it. All ranks."""
     if group is None:
         return log_z, target_logit, mean
+    # One message of two or three numbers a row: what a rank's share of the vocabulary says of a row.
     parts = [log_z, target_logit] + ([mean] if mean is not None else [])
     gathered = [torch.empty_like(torch.stack(parts)) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, torch.stack(parts), group)
     log_z, target_logit, *mean = torch.stack(gathered, dim=1)  # each (ranks, N)
+    # Only the target's rank has its logit, the others have 0; equal shares, so the mean is the means' mean.
     return log_z.logsumexp(0), target_logit.sum(0), mean[0].mean(0) if mean else None
 
 
@@ -62,31 +64,35 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         N, V = x.shape[0], weight.shape[0]
         dtype = _compute_dtype(x)
+        # A frozen vocabulary matrix gets no gradient, which would be the largest tensor of the step.
         need_x, need_w = ctx.needs_input_grad[:2]
         w = weight.to(dtype)
         grad_x = torch.empty(N, x.shape[1], dtype=dtype, device=x.device) if need_x else None
+        # fp32: it is summed over chunks of rows.
         grad_w = torch.zeros(weight.shape, dtype=torch.float32, device=x.device) if need_w else None
         row_losses = torch.empty(N, dtype=torch.float32, device=x.device)
         chunk = max(1, CHUNK_BYTES // (4 * V))
         with without_autocast(x.device):
             for i in range(0, N, chunk):
-                logits = grad = None  # the last chunk's go before this one's come
+                # Else two chunks' logits would live at a time: the last one's until this one's are made.
+                logits = grad = None
                 rows, target = x[i : i + chunk].to(dtype), targets[i : i + chunk, None]
-                mine = (target >= 0) & (target < V)  # not another rank's
+                # Vocabulary-parallel: another rank's targets are outside of this one's columns.
+                mine = (target >= 0) & (target < V)
                 target = torch.where(mine, target, 0)
                 logits = (rows @ w.t()).float()  # (chunk, V)
                 target_logit = torch.where(mine, logits.gather(1, target), 0.0)
                 mean = logits.mean(dim=-1) if smoothing else None
                 largest = logits.amax(dim=-1, keepdim=True)
-                grad = logits.sub_(largest).exp_()  # from here on in place, and each exponential once
+                # From here on in place, and each exponential is taken once: for the sum and the gradient.
+                grad = logits.sub_(largest).exp_()
                 log_z = largest[:, 0] + grad.sum(dim=-1).log()
                 log_z, target_logit, mean = _across(group, log_z, target_logit[:, 0], mean)
                 row_losses[i : i + chunk] = _row_losses(log_z, target_logit, mean, smoothing)
                 if not (need_x or need_w):
                     continue
-                grad *= (
-                    largest - log_z[:, None]
-                ).exp_()  # softmax - (1 - smoothing) * one_hot - smoothing / V
+                # softmax - (1 - smoothing) * one_hot - smoothing / V
+                grad *= (largest - log_z[:, None]).exp_()
                 grad.scatter_add_(1, target, torch.where(mine, smoothing - 1.0, 0.0))
                 if smoothing:
                     grad -= smoothing / _vocab_size(weight, group)
@@ -98,6 +104,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                         grad_w.addmm_(grad.t(), rows, beta=0 if i == 0 else 1)
                     else:
                         grad_w.add_(grad.t() @ rows)
+        # all ranks: each has the part of x's gradient that comes through its columns
         if need_x and group is not None:
             dist.all_reduce(grad_x, group=group)
         ctx.save_for_backward(grad_x, grad_w)
@@ -108,6 +115,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_sum: Tensor, _):
         grad_x, grad_w = ctx.saved_tensors
+        # Made in the forward pass, of a sum whose own gradient is a number that is only known here.
         if grad_x is not None:
             grad_x = (grad_x * grad_sum).to(ctx.dtypes[0])
         if grad_w is not None:
@@ -137,7 +145,7 @@ def _logits(
     m0,
     n0,
     num_rows,
-    num_words,
+    num_columns,
     C,
     stride_x,
     stride_w,
@@ -149,11 +157,12 @@ def _logits(
 ):
     """A tile of x @ w.T (BLOCK_M, BLOCK_N), fp32. Rows past the end repeat the last one; nobody reads their
     results."""
+    # Clamped, not masked: loads without a mask are copied asynchronously, 16 bytes at a time.
     rows = tl.minimum(m0 + tl.arange(0, BLOCK_M), num_rows - 1)
-    words = tl.minimum(n0 + tl.arange(0, BLOCK_N), num_words - 1)
+    columns = tl.minimum(n0 + tl.arange(0, BLOCK_N), num_columns - 1)
     channels = tl.arange(0, BLOCK_K)
     x_pointers = x + tl.cast(rows, tl.int64)[:, None] * stride_x + channels[None, :]
-    w_pointers = w + tl.cast(words, tl.int64)[:, None] * stride_w + channels[None, :]
+    w_pointers = w + tl.cast(columns, tl.int64)[:, None] * stride_w + channels[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for c in range(0, C, BLOCK_K):
         if EVEN:
@@ -175,7 +184,7 @@ def _ce_forward(
     sums,
     target_logits,
     num_rows,
-    num_words,
+    num_columns,
     C,
     stride_x,
     stride_w,
@@ -186,25 +195,30 @@ def _ce_forward(
     PRECISION: tl.constexpr,
     SUMS: tl.constexpr,
 ):
-    """log_z, sums (blocks of words, N): each tile's share; target_logits (N,): written where the target's
+    """log_z, sums (blocks of columns, N): each tile's share; target_logits (N,): written where the target's
     tile is."""
     row_blocks = tl.cdiv(num_rows, BLOCK_M)
-    m0 = tl.program_id(0) % row_blocks * BLOCK_M  # rows first: the programs of a time share their words in L2
+    # Rows first: the programs that run at a time share their columns of the weight in L2.
+    m0 = tl.program_id(0) % row_blocks * BLOCK_M
     block = tl.program_id(0) // row_blocks
     n0 = block * BLOCK_N
     logits = _logits(
-        x, w, m0, n0, num_rows, num_words, C, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PRECISION
+        x, w, m0, n0, num_rows, num_columns, C, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PRECISION
     )
-    rows, words = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
+    rows, columns = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
     inside = rows < num_rows
     target = tl.load(targets + rows, mask=inside, other=-1)
-    logit = tl.sum(tl.where(words[None, :] == target[:, None], logits, 0.0), 1)
-    last = tl.minimum(n0 + BLOCK_N, num_words)
+    # A gather from registers: one of the tile's columns is the target's, or none is.
+    logit = tl.sum(tl.where(columns[None, :] == target[:, None], logits, 0.0), 1)
+    last = tl.minimum(n0 + BLOCK_N, num_columns)
     tl.store(target_logits + rows, logit, mask=inside & (target >= n0) & (target < last))
     place = block * num_rows + rows
     if SUMS:
-        tl.store(sums + place, tl.sum(tl.where((words < num_words)[None, :], logits, 0.0), 1), mask=inside)
-    logits = tl.where((words < num_words)[None, :], logits, float("-inf"))
+        tl.store(
+            sums + place, tl.sum(tl.where((columns < num_columns)[None, :], logits, 0.0), 1), mask=inside
+        )
+    logits = tl.where((columns < num_columns)[None, :], logits, float("-inf"))
+    # A tile's log-sum-exp is all that leaves it: (vocabulary / BLOCK_N) numbers a row instead of logits.
     m = tl.max(logits, 1)
     tl.store(log_z + place, m + tl.log(tl.sum(tl.exp(logits - m[:, None]), 1)), mask=inside)
 
@@ -216,9 +230,9 @@ def _ce_gradient(
     targets,
     log_z,
     grad,
-    first_word,
+    first_column,
     num_rows,
-    num_words,
+    num_columns,
     C,
     stride_x,
     stride_w,
@@ -231,34 +245,35 @@ def _ce_gradient(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """grad (N, words of this slice) = softmax - hit * one_hot -
-    spread; w is the slice's part of the weight."""
+    """grad (N, columns of this slice) = softmax - hit * one_hot - spread; w is the slice's part of the
+    weight."""
     row_blocks = tl.cdiv(num_rows, BLOCK_M)
     m0 = tl.program_id(0) % row_blocks * BLOCK_M
     n0 = tl.program_id(0) // row_blocks * BLOCK_N
     logits = _logits(
-        x, w, m0, n0, num_rows, num_words, C, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PRECISION
+        x, w, m0, n0, num_rows, num_columns, C, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PRECISION
     )
-    rows, words = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
+    rows, columns = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
     inside = rows < num_rows
     target = tl.load(targets + rows, mask=inside, other=-1)
+    # The logits are computed anew: that costs a product, keeping them the memory of the whole head.
     row_log_z = tl.load(log_z + rows, mask=inside, other=float("inf"))
     g = tl.exp(logits - row_log_z[:, None]) - spread
-    g -= tl.where((first_word + words)[None, :] == target[:, None], hit, 0.0)
-    pointers = grad + tl.cast(rows, tl.int64)[:, None] * stride_grad + words[None, :]
-    tl.store(pointers, g.to(grad.dtype.element_ty), mask=inside[:, None] & (words < num_words)[None, :])
+    g -= tl.where((first_column + columns)[None, :] == target[:, None], hit, 0.0)
+    pointers = grad + tl.cast(rows, tl.int64)[:, None] * stride_grad + columns[None, :]
+    tl.store(pointers, g.to(grad.dtype.element_ty), mask=inside[:, None] & (columns < num_columns)[None, :])
 
 
-# bytes of an element -> (rows, words, channels, warps, stages); dev/report.py checks them
+# bytes of an element -> (rows, columns, channels, warps, stages); dev/report.py checks them
 TILES = {
     "sm_80": {2: (128, 128, 64, 8, 3), 4: (64, 64, 32, 4, 2)},
     "sm_90": {2: (128, 128, 64, 8, 3), 4: (64, 64, 32, 4, 2)},
 }
 
 
-def _launch(fn, num_rows: int, num_words: int, x: Tensor, *args, **options) -> None:
+def _launch(fn, num_rows: int, num_columns: int, x: Tensor, *args, **options) -> None:
     block_m, block_n, block_k, warps, stages = TILES[architecture(x.device)][x.element_size()]
-    programs = triton.cdiv(num_rows, block_m) * triton.cdiv(num_words, block_n)
+    programs = triton.cdiv(num_rows, block_m) * triton.cdiv(num_columns, block_n)
     fn[(programs,)](
         *args,
         BLOCK_M=block_m,
@@ -319,12 +334,13 @@ class _TritonLinearCrossEntropy(torch.autograd.Function):
         (N, C), V = x.shape, w.shape[0]
         grad_x = torch.zeros(N, C, dtype=torch.float32, device=x.device) if need_x else None
         grad_w = torch.zeros(w.shape, dtype=ctx.dtypes[1], device=x.device) if need_w else None
-        words = min(V, max(1024, CHUNK_BYTES // (max(N, 1) * x.element_size()) // 16 * 16))  # of a slice
-        buffer = torch.empty(N, words, dtype=x.dtype, device=x.device)
+        # A slice of the vocabulary whose gradients of logits fit CHUNK_BYTES.
+        columns = min(V, max(1024, CHUNK_BYTES // (max(N, 1) * x.element_size()) // 16 * 16))
+        buffer = torch.empty(N, columns, dtype=x.dtype, device=x.device)
         hit, spread = 1 - ctx.smoothing, ctx.smoothing / _vocab_size(w, ctx.group)
         with without_autocast(x.device):
-            for first in range(0, V if N else 0, words):
-                part = w[first : first + words]
+            for first in range(0, V if N else 0, columns):
+                part = w[first : first + columns]
                 grad = buffer[:, : len(part)]
                 _launch(
                     _ce_gradient,
@@ -348,8 +364,9 @@ class _TritonLinearCrossEntropy(torch.autograd.Function):
                 )
                 if need_x:
                     grad_x += grad @ part
+                # A slice's weight gradient is whole: no sum over slices, no atomics.
                 if need_w:
-                    grad_w[first : first + words] = (grad.t() @ x) * grad_sum
+                    grad_w[first : first + columns] = (grad.t() @ x) * grad_sum
         if need_x:
             if ctx.group is not None:
                 dist.all_reduce(grad_x, group=ctx.group)

@@ -128,11 +128,8 @@ def init(root: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     num_tokens, num_words = write_opt_tokenizer(language), write_bert_tokenizer(stage1)
     newline = json.loads((language / "vocab.json").read_text())["Ċ"]
-    text = {
-        **CONFIG["text_config"],
-        "vocab_size": num_tokens + 1,
-        "eos_token_id": newline,
-    }  # one more: the picture's
+    # one more: the image's
+    text = {**CONFIG["text_config"], "vocab_size": num_tokens + 1, "eos_token_id": newline}
     qformer = {**CONFIG["qformer_config"], "vocab_size": num_words + 1}  # one more: [DEC]
     config = {**CONFIG, "text_config": text, "qformer_config": qformer, "image_token_index": num_tokens}
     write_weights(language, config)
