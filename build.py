@@ -255,6 +255,11 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
     # Few bits behind the pipeline's cut, of the frozen weights that this rank keeps: they are no parameters
     # any more, so nothing below shards, casts or counts them.
     if cfg.quantize:
+        if not quantize.layers(whole):
+            raise ValueError(
+                f"quantize={cfg.quantize}: no linear layer of the language model's blocks is frozen, and "
+                "only frozen weights can be in few bits; narrow freeze_exclude, or leave quantize out"
+            )
         quantize.prepare(model, cfg.quantize)
 
     # Compile, then 16-bit copies, then recompute around both, since it frees them with the rest. Sharding is

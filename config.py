@@ -395,7 +395,7 @@ class EntryKeys:
     eval_part: bool = key("an entry of the dataset", False, "whether this entry is that share, or the rest")
 
 
-def _other_scheduler(name) -> dict:
+def _other_scheduler(name, source: dict) -> dict:
     if name != "CosineDecayWithWarmup":
         raise ValueError(
             f"lr_scheduler_name={shown(name)}; expected CosineDecayWithWarmup, or use lr_scheduler_type"
@@ -403,12 +403,21 @@ def _other_scheduler(name) -> dict:
     return {"lr_scheduler_type": "cosine"}
 
 
+def _neftune(on, source: dict) -> dict:
+    """PaddleMIX's switch beside its number: off, the number says nothing; on, it is 5 by default."""
+    if str(on).lower() not in ("true", "false"):
+        raise ValueError(f"neftune={shown(on)}; expected true or false, or use neftune_noise_alpha")
+    if str(on).lower() == "false":
+        return {"neftune_noise_alpha": 0.0}
+    return {} if "neftune_noise_alpha" in source else {"neftune_noise_alpha": 5.0}
+
+
 # The keys of PaddleMIX's files that are not ours, by fnmatch pattern: None has no effect here, a function
 # translates.
 TOOLKIT = dict.fromkeys(
-    "src_length lazy task_name prefix_* neftune* device use_auto_parallel amp_* do_predict zero_padding "
+    "src_length lazy task_name prefix_* device use_auto_parallel amp_* do_predict zero_padding "
     "optim scale_loss unified_checkpoint use_fused_* dataloader_* ignore_* text_model_name_or_path".split()
-) | {"lr_scheduler_name": _other_scheduler}
+) | {"lr_scheduler_name": _other_scheduler, "neftune": _neftune}
 
 # ---- one value
 
@@ -623,6 +632,8 @@ def translate(where: str, given: dict, values: dict) -> None:
         if name == "precision":
             says = dict(zip(("bf16", "fp16", "fp16_opt_level"), PRECISIONS[value], strict=True))
         elif name == "resume":
+            if value.lower() in ("true", "false", "yes") and not os.path.exists(value):
+                raise ValueError(f"{where}: resume={value}; expected auto, no, or a checkpoint's directory")
             says = {"overwrite_output_dir": value == "no", "resume_from_checkpoint": None}
             if value not in ("auto", "no"):
                 says["resume_from_checkpoint"] = value
@@ -656,7 +667,7 @@ def parse_config(argv: list[str], cls=Config, usage: str = "train.py [CONFIG.jso
     hints = typing.get_type_hints(cls) | typing.get_type_hints(Short)
     values = {}
     for where, source, texts in sources_of(argv):
-        given = {}
+        given, toolkit = {}, {}
         for name, value in source.items():
             pattern = next((p for p in TOOLKIT if fnmatch.fnmatch(name, p)), None)
             if name not in known and pattern is None:
@@ -666,10 +677,10 @@ def parse_config(argv: list[str], cls=Config, usage: str = "train.py [CONFIG.jso
                 value = from_text(name, value, hints[name]) if texts else value
                 given[name] = convert(name, value, hints[name], known[name].metadata)
             elif TOOLKIT[pattern]:
-                given |= TOOLKIT[pattern](value)
+                toolkit |= TOOLKIT[pattern](value, source)
             else:
                 note(f"warning: {name} has no effect here")
-        translate(where, given, values)
+        translate(where, given | toolkit, values)
     if values.get("dataset") is None:
         values = with_sample_defaults(values, hints)
     cfg = cls(**values)

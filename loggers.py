@@ -31,6 +31,8 @@ class OtherLog:
 
 def check(names: list[str]) -> None:
     """ValueError for a log whose package is not installed."""
+    if "none" in names and {*names} != {"none"}:
+        raise ValueError(f"report_to={names}: none and others; keep one")
     for name in names:
         if name != "none" and importlib.util.find_spec(PACKAGES[name]) is None:
             raise ValueError(f"report_to: {name} is not installed; pip install {PACKAGES[name]}")

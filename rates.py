@@ -43,6 +43,10 @@ def rates(model: nn.Module, definition, cfg: Config) -> dict[str, Rate]:
     would change nothing: it is a misspelt one, or its part is frozen."""
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     rules = cfg.learning_rate_rules or {}
+
+    def first(name: str) -> str | None:
+        return next((pattern for pattern in rules if fnmatch.fnmatch(name, pattern)), None)
+
     for pattern in rules:
         if not fnmatch.filter(trainable, pattern):
             frozen = fnmatch.filter([name for name, _ in model.named_parameters()], pattern)
@@ -50,6 +54,11 @@ def rates(model: nn.Module, definition, cfg: Config) -> dict[str, Rate]:
             why = f"matches {len(frozen)} parameters, all frozen" if frozen else "matches no parameter"
             raise ValueError(
                 f"learning_rate_rules: {pattern!r} {why}; near names that train: {', '.join(near)}"
+            )
+        if all(first(name) != pattern for name in trainable):
+            raise ValueError(
+                f"learning_rate_rules: all that {pattern!r} matches has the rate of a rule before it; the "
+                "first one that matches counts, so put the narrower rule in front"
             )
     layers = layers_above(model, definition, trainable) if cfg.vision_lr_decay != 1 else {}
     if cfg.vision_lr_decay != 1 and not layers:
@@ -59,7 +68,7 @@ def rates(model: nn.Module, definition, cfg: Config) -> dict[str, Rate]:
         )
     found = {}
     for name in trainable:
-        pattern = next((p for p in rules if fnmatch.fnmatch(name, p)), None)
+        pattern = first(name)
         factor, reasons = 1.0, ["learning_rate" if pattern is None else f"rule {pattern}"]
         if pattern is not None:
             factor = rules[pattern] / cfg.learning_rate

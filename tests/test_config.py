@@ -152,6 +152,8 @@ def test_files_that_are_wrong(tmp_path, text, words):
         (["--freeze_include", "[1]"], "freeze_include holds 1"),
         (["--freeze_include", "[1"], "--freeze_include:1: not valid"),
         (["--dataset", "{"], "--dataset:1: not valid JSON"),
+        (["--resume", "true"], "resume=true; expected auto, no"),
+        (["--neftune", "5"], "neftune='5'; expected true or false"),
         (["gone.json"], "gone.json does not exist"),
         (["samples"], "samples is a directory"),
         (["/dev/zero"], "/dev/zero is no file"),
@@ -179,6 +181,13 @@ def test_what_is_right_stays_accepted(tmp_path, capsys):
     )
     assert (cfg.tensor_parallel_degree, cfg.model or "qwen_vl", cfg.seed) == (-1, "qwen_vl", 0)
     assert parsed(tmp_path, {"use_flash_attention": "true"}).use_flash_attention is True
+    for neftune, said, alpha in (
+        (True, {}, 5),
+        (True, {"neftune_noise_alpha": 8}, 8),
+        (False, {"neftune_noise_alpha": 8}, 0),
+    ):
+        for text in ({"neftune": neftune, **said}, {**said, "neftune": neftune}):
+            assert parsed(tmp_path, text).neftune_noise_alpha == alpha
 
 
 @pytest.mark.parametrize(

@@ -90,4 +90,6 @@ def test_mistakes_come_before_anything_is_loaded(base, dataset, tmp_path, monkey
             train.main(options(base, dataset, Path(tmp_path / "out"), name))
     with pytest.raises(ValueError, match="report_to='wandbb'; expected one of .*wandb"):
         train.main(options(base, dataset, tmp_path / "out", "wandbb"))
+    with pytest.raises(ValueError, match="none and others"):
+        loggers.check(["none", "tensorboard"])
     assert not (tmp_path / "out").exists()

@@ -205,6 +205,10 @@ def test_mistakes_are_one_line_before_anything_is_trained(base, dataset, tmp_pat
     for options, said in (
         ({"learning_rate_rules": {"*visul*": 1e-5}}, r"'\*visul\*' matches no parameter; near names"),
         ({"learning_rate_rules": {"*visual*": 1e-5}, "lora": True}, "'.*' matches .* all frozen"),
+        (
+            {"learning_rate_rules": {"*bias": 1e-4, "*visual*": 1e-5, "*ln_post.bias": 1e-6}},
+            "'.*ln_post.bias'",
+        ),
         ({"modules_to_save": ["ln_g"], "lora": True}, "'ln_g' is no module with .*near names: .*ln_"),
         (
             {"learning_rate_rules": {"*visual*": 0}},
