@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -306,9 +306,9 @@ def their_step(model: nn.Module, inputs: dict, dropout: bool) -> Callable[[], tu
     return step
 
 
-def lora_rows(folder: Path, args) -> list[Row]:
+def lora_rows(folder: Path, args) -> Iterator[Row]:
     """BLIP-2 with LoRA on OPT, against transformers + peft on the same samples, padded."""
-    values, found = blip2_config(args.small), []
+    values = blip2_config(args.small)
     base = write_model(folder / "blip2", values)
     adapter = write_adapter(folder / "adapter", base, 8)
     Q, pad = values["num_query_tokens"], values["text_config"]["pad_token_id"]
@@ -355,19 +355,16 @@ def lora_rows(folder: Path, args) -> list[Row]:
         sides["products"] = Products.of(sides["ours"]).replay
         times = rounds(sides, args.rounds)
         ours_mb, theirs_mb = (memory[work.name][side] / 1e6 for side in ("ours", "transformers + peft"))
-        found.append(
-            row_of(
-                f"LoRA step, BLIP-2 OPT, {work.name}, {work.padding(Q):.0%} padding for them",
-                times,
-                "products",
-                **{
-                    "loss": ours[0],
-                    "ours, peak MB above the weights": ours_mb,
-                    "transformers + peft, peak": theirs_mb / ours_mb,
-                },
-            )
+        yield row_of(
+            f"LoRA step, BLIP-2 OPT, {work.name}, {work.padding(Q):.0%} padding for them",
+            times,
+            "products",
+            **{
+                "loss": ours[0],
+                "ours, peak MB above the weights": ours_mb,
+                "transformers + peft, peak": theirs_mb / ours_mb,
+            },
         )
-    return found
 
 
 def random_stream(model: nn.Module, lengths: list[int]) -> vlm.Batch:
@@ -397,9 +394,8 @@ def random_stream(model: nn.Module, lengths: list[int]) -> vlm.Batch:
     )
 
 
-def full_rows(folder: Path, args) -> list[Row]:
+def full_rows(folder: Path, args) -> Iterator[Row]:
     """A full fine-tuning step of each model against the products in it."""
-    found = []
     for kind, make in CONFIGS.items():
         name = f"full step, {kind}"
         if args.only not in name:
@@ -410,13 +406,13 @@ def full_rows(folder: Path, args) -> list[Row]:
         step = our_step(model, random_stream(model, [20, 30] if args.small else WORKS[0].lengths), False)
         times = rounds({"ours": step, "products": Products.of(step).replay}, args.rounds)
         parameters = sum(p.numel() for p in model.parameters())
-        found.append(row_of(f"{name}, {parameters / 1e6:.0f}M parameters", times, "products"))
-    return found
+        yield row_of(f"{name}, {parameters / 1e6:.0f}M parameters", times, "products")
 
 
-def train_command(folder: Path, args) -> list[Row]:
+def train_command(folder: Path, args) -> Iterator[Row]:
     try:
-        return [*lora_rows(folder, args), *full_rows(folder, args)]
+        yield from lora_rows(folder, args)
+        yield from full_rows(folder, args)
     finally:
         parallel.leave_world()
 
@@ -433,10 +429,10 @@ QUESTIONS = {
 }
 
 
-def generate_command(folder: Path, args) -> list[Row]:
+def generate_command(folder: Path, args) -> Iterator[Row]:
     """Answers of a fixed length against transformers' generate on left-padded rows. Floors: a step's
     products, and reading the weights once a step at the measured bandwidth."""
-    values, found = blip2_config(args.small), []
+    values = blip2_config(args.small)
     base = write_model(folder / "blip2", values)
     ours = generate.load_model(base)
     theirs = their_model(base, None, values, torch.float32)
@@ -475,32 +471,25 @@ def generate_command(folder: Path, args) -> list[Row]:
         times = rounds({"ours": we, "transformers": they, "products": Products.of(we).replay}, args.rounds)
         seconds = median(times, "ours", wall=True)
         share = read * new / bandwidth / seconds
-        found.append(
-            row_of(
-                name,
-                times,
-                "products",
-                **{"tokens/s": new * len(lengths) / seconds, "share of the reading bandwidth": share},
-            )
+        yield row_of(
+            name,
+            times,
+            "products",
+            **{"tokens/s": new * len(lengths) / seconds, "share of the reading bandwidth": share},
         )
-    found.append(
-        Row("measured reading bandwidth", {"GB/s": bandwidth / 1e9, "weights a step, MB": read / 1e6})
-    )
-    return found
+    yield Row("measured reading bandwidth", {"GB/s": bandwidth / 1e9, "weights a step, MB": read / 1e6})
 
 
 # --------------------------------------------------------------------------------------------------
 # Loading
 
 
-def load_command(folder: Path, args) -> list[Row]:
+def load_command(folder: Path, args) -> Iterator[Row]:
     """A checkpoint into parameters that exist, checked, against load_file + copy_ (and no check)."""
-    found = []
     for dtype in (torch.float32, torch.bfloat16):
         name = f"loading {str(dtype).removeprefix('torch.')}"
         if args.only in name:
-            found.append(load_row(name, dtype, folder / name, args))
-    return found
+            yield load_row(name, dtype, folder / name, args)
 
 
 def load_row(name: str, dtype: torch.dtype, directory: Path, args) -> Row:
@@ -636,16 +625,15 @@ def main(argv: list[str] | None = None) -> int:
         commands |= {"kernels": bench_kernels.kernels_command, "gpu": bench_kernels.gpu_command}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            rows = commands[args.command](Path(folder), args)
+            count = report(args.command, commands[args.command](Path(folder), args), args.json)
         except ModuleNotFoundError as e:
             if e.name not in ("transformers", "peft"):
                 raise
             raise ValueError(
                 f"there is no {e.name} to compare with: pip install -r requirements-dev.txt"
             ) from e
-    if not rows:
+    if not count:
         raise ValueError(f"--only {args.only!r}: no row of {args.command} has that in its name")
-    report(args.command, rows, args.json)
     return 0
 
 

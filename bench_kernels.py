@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -176,13 +176,12 @@ def elementwise(device, dtype, T: int, C: int, M: int) -> list[tuple[str, Altern
 # `bench.py kernels`: this machine's CPU
 
 
-def kernels_command(folder: Path, args) -> list[Row]:
+def kernels_command(folder: Path, args) -> Iterator[Row]:
     sizes = {"N": 64, "C": 32, "V": 500} if args.small else {"N": 2048, "C": 1024, "V": 151_936}
-    found = []
     for frozen in (False, True):  # first: it forks, which the threads of compiled code would not survive
         name = f"projection + cross entropy, {'frozen' if frozen else 'trained'} head, fp32, {sizes}"
         if args.only in name:
-            found.append(loss_row(name, frozen, args, **sizes))
+            yield loss_row(name, frozen, args, **sizes)
     for T in (128,) if args.small else (2048, 4096):
         name = f"packed causal attention, fp32, T={T}, 8 segments, 8 heads of 64"
         if args.only not in name:
@@ -191,20 +190,20 @@ def kernels_command(folder: Path, args) -> list[Row]:
         calls = attention_alternatives(q, k, v, bounds_of(T))
         same(name, calls, 1e-4)
         steps = {name: gradients(call, inputs) for name, call in calls.items()}
-        found.append(row_of(f"{name}, forward and backward", rounds(steps, args.rounds)))
+        yield row_of(f"{name}, forward and backward", rounds(steps, args.rounds))
         if not args.small:
             calls["flex_attention, compiled"] = flex_alternative(q, k, v, bounds_of(T))
             same(name, calls, 1e-4)
         with torch.no_grad():
-            found.append(row_of(f"{name}, forward", rounds(calls, args.rounds)))
+            times = rounds(calls, args.rounds)
+        yield row_of(f"{name}, forward", times)
     T, C, M = (64, 128, 160) if args.small else (2048, 1024, 2816)
     for name, calls, inputs in elementwise("cpu", torch.float32, T, C, M):
         name = f"{name}, fp32, T={T}, forward and backward"
         if args.only in name:
             same(name, calls, 1e-5)
             steps = {side: gradients(call, inputs) for side, call in calls.items()}
-            found.append(row_of(name, rounds(steps, args.rounds)))
-    return found
+            yield row_of(name, rounds(steps, args.rounds))
 
 
 def loss_row(name: str, frozen: bool, args, N: int, C: int, V: int) -> Row:
@@ -536,16 +535,12 @@ def run_part(name: str, folder: Path, small: bool, limit: float) -> list[Row]:
     return [Row(f"{name}: FAILED", {"why": why[:300], "seconds": time.perf_counter() - start})]
 
 
-def gpu_command(folder: Path, args) -> list[Row]:
+def gpu_command(folder: Path, args) -> Iterator[Row]:
     if not torch.cuda.is_available() and not args.small:
         raise ValueError("gpu: there is no GPU that torch can use; --small runs every part on the CPU")
-    names = [name for name in PARTS if args.only in name]
-    found = []
-    for name in names:
-        rows = run_part(name, folder, args.small, PARTS[name][1])
-        found += rows
-        print(f"{name}: {'FAILED' if 'FAILED' in rows[0].what else 'done'}", file=sys.stderr, flush=True)
-    return found
+    for name in PARTS:
+        if args.only in name:
+            yield from run_part(name, folder, args.small, PARTS[name][1])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -560,10 +555,8 @@ def main(argv: list[str] | None = None) -> int:
     if not cuda:
         torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):
-        rows = PARTS[args.part][0](
-            device, torch.bfloat16 if cuda else torch.float32, args.small, Path(folder)
-        )
-    report(f"gpu, {args.part}", rows, args.json)
+        dtype = torch.bfloat16 if cuda else torch.float32
+        report(f"gpu, {args.part}", PARTS[args.part][0](device, dtype, args.small, Path(folder)), args.json)
     return 0
 
 

@@ -18,7 +18,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -239,23 +239,25 @@ def shown(value) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def table(rows: list[Row]) -> str:
-    lines = []
-    for row in rows:
-        lines.append(row.what)
-        lines += [f"    {name:<44}{shown(value):>12}" for name, value in row.figures.items()]
-    return "\n".join(lines)
+def lines_of(row: Row) -> str:
+    lines = [f"    {name:<44}{shown(value):>12}" for name, value in row.figures.items()]
+    return "\n".join([row.what, *lines])
 
 
-def report(command: str, rows: list[Row], path: str | None) -> None:
-    """The table on the terminal; with `path` all of it as JSON as well."""
-    facts = circumstances()
+def report(command: str, rows: Iterable[Row], path: str | None) -> int:
+    """The table on the terminal, each row as it comes; with `path` all of it as JSON as well, also of a run
+    that is stopped. Returns the number of rows."""
+    facts, done = circumstances(), []
     print(f"bench.py {command} | " + ", ".join(f"{k} {v}" for k, v in facts.items()))
     print(
         "ratios are to ours, above 1: ours is faster or smaller; `ours to floor`: 1 is the fastest possible"
     )
-    print(table(rows))
-    if path:
-        found = {"command": command, **facts, "rows": [{"what": r.what, **r.figures} for r in rows]}
-        Path(path).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    for row in rows:
+        print(lines_of(row), flush=True)
+        done.append({"what": row.what, **row.figures})
+        if path:
+            text = json.dumps({"command": command, **facts, "rows": done}, indent=2) + "\n"
+            Path(path).write_text(text, encoding="utf-8")
+    if path and done:
         print(f"written: {path}")
+    return len(done)
