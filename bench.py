@@ -40,6 +40,7 @@ import train
 import vlm
 from bench_timing import Products, Row, agree, median, peak_memory, read_bandwidth, report, rounds, row_of
 from build import StreamSizes
+from kernels.linear import pack
 
 ROOT = Path(__file__).resolve().parent
 CPU = torch.device("cpu")
@@ -441,6 +442,7 @@ def generate_command(folder: Path, args) -> Iterator[Row]:
     read = sum(p.numel() * 4 for block in ours.blocks for p in block.parameters())
     read += 4 * ours.config.vocab_size * ours.config.hidden_size
     bandwidth = read_bandwidth(read)
+    pack(ours)  # as generate.py does
     for name, (lengths, beams) in QUESTIONS.items():
         if args.only not in name:
             continue

@@ -100,7 +100,7 @@ PRODUCTS = {
         *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_efficient_attention_backward"),
         *("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"),
     )
-}
+} | {"mkldnn::_linear_pointwise"}
 
 
 class Products(TorchDispatchMode):
@@ -126,7 +126,7 @@ class Products(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
     def remember(self, x):
-        if not isinstance(x, Tensor):
+        if not isinstance(x, Tensor) or x.is_mkldnn:  # which has no strides; a weight, so it stays
             return x
         key = x.shape, x.stride(), x.dtype, x.device
         if key not in self.pool:

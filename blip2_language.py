@@ -22,6 +22,7 @@ import checkpoint
 import parallel
 from dropout import Dropout, dropout_rows
 from kernels.attention import attention
+from kernels.linear import product
 from kernels.norm import rms_norm
 from schema import Depth, Epsilon, Share, Size, TokenId
 from vlm import Batch, even_segments
@@ -211,6 +212,10 @@ class OPT(nn.Module):
     def norm(self, x: Tensor) -> Tensor:
         # Part of the head: the last pipeline stage has it.
         return self.model.decoder.final_layer_norm(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return self.lm_head(x) if hasattr(self, "lm_head") else product(x, self.head_weight)
 
     @property
     def head_weight(self) -> Tensor:
@@ -451,6 +456,9 @@ class T5(nn.Module):
 
     def norm(self, x: Tensor) -> Tensor:
         return x  # hidden() did it
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.lm_head(x)
 
     @property
     def head_weight(self) -> Tensor:

@@ -48,6 +48,7 @@ from generate import (
     name_bad,
 )
 from kernels import dispatch
+from kernels.linear import pack
 from quantize import KINDS
 from records import READERS, Conversation, text_of
 from terminal import one_line
@@ -373,8 +374,8 @@ def load(directory: str, processor, dtype: str, device: str, kind: str | None, a
     """The model, in few bits if a kind of them is given. An adapter that was trained on others is named."""
     lora.say_base(adapter, kind)
     if kind:
-        return load_quantized(directory, processor, dtype, device, kind, adapter)
-    return load_model(directory, DTYPES[dtype], device, adapter)
+        return pack(load_quantized(directory, processor, dtype, device, kind, adapter))
+    return pack(load_model(directory, DTYPES[dtype], device, adapter))
 
 
 def ranked(model, processor, conversations: list, batch_size: int, rerank: int, bad: list) -> dict:

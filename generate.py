@@ -36,6 +36,7 @@ import vlm
 from draw import draw_boxes
 from engine import Engine, Request, cut_at_stop, room_for
 from kernels import dispatch
+from kernels.linear import pack
 from records import BadRecord, Conversation, one_record
 from terminal import one_line
 
@@ -594,6 +595,7 @@ def run(args, how: Decoding, world: parallel.World | None = None) -> int:
         model = load_quantized(directory, processor, args.dtype, args.device, args.quantize, args.lora_path)
     else:
         model = load_model(directory, DTYPES[args.dtype], args.device, args.lora_path, world)
+    pack(model)
     main_rank = world is None or world.main
     if main_rank:
         print(f"device {args.device}, kernels: {kernels}", file=sys.stderr)

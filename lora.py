@@ -34,6 +34,7 @@ import vlm
 from dropout import Rows
 from kernels.dispatch import autocast_dtype, without_autocast
 from kernels.dropout import Mask, drop, dropout
+from kernels.linear import WeightlessLinear, linear
 
 PREFIX = "base_model.model."  # PEFT puts it before every name
 
@@ -51,7 +52,7 @@ class LoraLinear(nn.Linear):
     first_channel: int  # tensor parallelism sets it where a rank has a slice of the input channels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.updated(quantize.linear(self, x), x)
+        return self.updated(linear(self, x), x)
 
     def updated(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """y + scaling * B A x, with dropout on x. y is the base's product, and may be overwritten."""
@@ -125,7 +126,7 @@ class SharedLinear(nn.Linear):
     adapters: dict[str, tuple[torch.Tensor, torch.Tensor, float]]  # A (r, in), B (out, r), scaling
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = quantize.linear(self, x)
+        y = linear(self, x)
         for name, rows in Adapted.rows:
             if name in self.adapters:
                 A, B, scaling = self.adapters[name]
@@ -750,7 +751,7 @@ def add_adapters(model: nn.Module, directories: dict[str, str]) -> dict[str, Add
         scalings, extra = adapter_updates(config, tensors, shapes)
         for name, scaling in scalings.items():
             module = model.get_submodule(name)
-            if type(module) not in (nn.Linear, quantize.QuantLinear, SharedLinear):
+            if type(module) not in (nn.Linear, WeightlessLinear, SharedLinear):
                 kind = type(module).__name__
                 raise ValueError(f"the adapter changes {name!r}, a {kind}; expected a linear layer")
             if type(module) is not SharedLinear:

@@ -512,7 +512,7 @@ class Blip2(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         # The head is the embedding's matrix in OPT, a tensor of its own in T5.
-        return parallel.vocab_logits(F.linear(self.language_model.norm(x), self.language_model.head_weight))
+        return parallel.vocab_logits(self.language_model.logits(x))
 
     def head(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed loss of the supervised tokens and each one's own loss (detached), in stream order."""

@@ -29,6 +29,7 @@ import vlm
 from dropout import dropout_rows
 from images import open_image
 from kernels.attention import attention
+from kernels.linear import product
 from kernels.linear_cross_entropy import IGNORE_INDEX
 from kernels.norm import rms_norm
 from kernels.rotary import rotary
@@ -479,7 +480,7 @@ class QwenVL(nn.Module):
         # asked for.
         x = self.transformer.ln_f(x)
         if self.config.tie_word_embeddings:
-            return parallel.vocab_logits(F.linear(x, self.transformer.wte.weight))
+            return parallel.vocab_logits(product(x, self.transformer.wte.weight))
         return self.lm_head(x)
 
     def head(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

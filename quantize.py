@@ -26,6 +26,7 @@ import checkpoint
 import terminal
 import vlm
 from kernels import nf4
+from kernels.linear import put_for_weight
 
 KINDS = ("int8", "int4", "nf4")
 # Rows of x up to which a CPU's product with few bits was measured faster than one with the weight expanded;
@@ -135,32 +136,10 @@ class _Product(torch.autograd.Function):
         return dy @ ctx.few.weight(dy.dtype), None
 
 
-def linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """W x + b of a layer whose weight may be in few bits."""
-    if layer.weight is not None:
-        return F.linear(x, layer.weight, layer.bias)
-    kind = x.device.type
-    if not x.is_meta and torch.is_autocast_enabled(kind):
-        x = x.to(torch.get_autocast_dtype(kind))
-    y = layer.few(x)
-    return y if layer.bias is None else y + layer.bias.to(y.dtype)
-
-
-class QuantLinear(nn.Linear):
-    """An nn.Linear without a weight, which is its `few`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(self, x)
-
-
 def replace_weight(layer: nn.Linear, kind: str) -> nn.Module:
-    """Room for the layer's weight in few bits, in its place; `fill` it. The layer keeps its bias, its adapter
-    and its name."""
+    """Room for the layer's weight in few bits, in its place; `fill` it."""
     few = empty(kind, layer.weight.shape, layer.weight.device)
-    layer.register_parameter("weight", None)
-    layer.few = few
-    if type(layer) is nn.Linear:  # a layer with an adapter knows what to do
-        layer.__class__ = QuantLinear
+    put_for_weight(layer, few)
     return few
 
 

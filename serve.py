@@ -78,6 +78,7 @@ from generate import (
     load_quantized,
 )
 from kernels import dispatch
+from kernels.linear import pack
 from quantize import KINDS
 
 NAME = r"[\w.:/-]+"  # of a model or an adapter
@@ -914,7 +915,9 @@ def open_service(args, world: parallel.World | None = None) -> Service:
     for adapter in args.adapters.values():
         lora.say_base(adapter, args.quantize)
     sizes = {name: getattr(args, name) for name in ("step_tokens", "cache_tokens", "max_running")}
-    return Service(engine.Engine(model, processor, args.adapters, **sizes), processor, name, args)
+    engine_of_all = engine.Engine(model, processor, args.adapters, **sizes)
+    pack(model)  # behind the adapters, which may hold a whole weight in place of the base's
+    return Service(engine_of_all, processor, name, args)
 
 
 def serve(service: Service, listening: socket.socket) -> int:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import parallel
 from dropout import dropout_rows
 from kernels.dropout import uniform
+from kernels.linear import linear
 from kernels.linear_cross_entropy import IGNORE_INDEX
 
 # --------------------------------------------------------------------------------------------------
@@ -404,7 +405,7 @@ class LMHead(nn.Linear):
 
     def forward(self, x: Tensor, targets: Tensor | None = None):
         if targets is None:
-            return parallel.vocab_logits(super().forward(x))
+            return parallel.vocab_logits(linear(self, x))
         return parallel.vocab_cross_entropy(x, self.weight, targets)
 
 

@@ -22,6 +22,7 @@ import records
 import vlm
 from engine import Engine, Request
 from generate import Decoding
+from kernels.linear import pack
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("qwen_vl", "qwen_vl_long", "opt", "t5", "stage1", "visualglm", "ptuning")
@@ -521,6 +522,7 @@ def test_several_adapters_in_one_batch_are_their_merged_models(tmp_path, images,
         merge.merge(base, path, tmp_path / f"merged {name}", torch.float32)
         models[name] = generate.load_model(tmp_path / f"merged {name}")
     e = Engine(generate.load_model(base), processor, adapters)
+    pack(e.model)  # as serve.py does, behind the adapters
     asked = [("what is this", images[0]), ("which number do you see", images[1])]
     prompts = [processor.prompt(records.request([("user", q)], [image], "test")) for q, image in asked]
     how = Decoding(5, min_new_tokens=5)

@@ -19,6 +19,7 @@ import lora
 import records
 import train
 import vlm
+from kernels import linear
 from quantize import NF4, RowScaled, empty, layers, quantize
 from quantize import main as write_quantized
 
@@ -73,6 +74,28 @@ def test_printed_error_and_answers(bases, tmp_path, capsys, name, kind):
     request["pixel_values"] = [processor.load_image(p) for p in request["images"]]
     ids = generate.generate(model, [request], generate.Decoding(12), processor.stop_words)[0]
     assert processor.decode(ids).strip() == answer
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["qwen_vl", "visualglm", "opt", "t5"])
+def test_packed_weights_are_the_same_weights(bases, name, dtype):
+    """Every linear layer's, the tower's and the head's too; a row is the same whatever stands beside it."""
+    if not linear.possible(torch.empty(1, dtype=dtype)):
+        pytest.skip(f"oneDNN has no {dtype} on this CPU")
+    model = generate.load_model(bases[name], dtype)
+    probe = vlm.find(model.config.raw).probe_batch(data.load_processor(str(bases[name])))
+    before = model.logits(model.hidden(probe)).float()
+    found = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    weights = [m.weight.clone() for m in found]
+    linear.pack(model)
+    after = model.logits(model.hidden(probe)).float()
+    assert (after - before).norm() / before.norm() < (1e-5 if dtype == torch.float32 else 0.03)
+    assert found and all(m.weight is None for m in found)
+    for layer, weight in zip(found, weights, strict=True):
+        assert torch.equal(layer.few.tensor.to_dense(), weight)
+        x = torch.randn(5, weight.shape[1], dtype=dtype)
+        assert torch.equal(linear.linear(layer, x)[3:4], linear.linear(layer, x[3:4]))
 
 
 @torch.no_grad()
