@@ -144,7 +144,7 @@ def atomic_file(path, mode: str = "wb"):
 
     It is `path`.tmp until then. Failed writes become a SaveError; what was at `path` stays.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # of a symbolic link the file that it means
     temporary = path.with_name(path.name + ".tmp")
     if path.exists() and not path.is_file():  # a device, say, which a rename would replace
         raise SaveError(path, "no regular file")
@@ -815,8 +815,8 @@ def atomic_dir(final, rank: int = 0):
     before. Failed writes become a SaveError. A kill between the two renames of a replacement leaves the older
     one as `final`.old, which the next call puts back.
     """
-    # Absolute: the working directory may change while it is written.
-    final = Path(os.path.abspath(final))
+    # Absolute: the working directory may change while it is written; and of a link what it means.
+    final = Path(os.path.realpath(final))
     temporary, old = final.with_name(final.name + ".tmp"), final.with_name(final.name + ".old")
     try:
         with _all_or_none(final):

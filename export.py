@@ -237,7 +237,7 @@ def export_transformers(source: Source, directory: Path, options: dict) -> str:
     if left := len(source.weights.names) - len(names):
         print(f"note: {left} tensors of stage 1 (temp, cls) are left out: transformers' class has none")
     write_weights(directory, source.read, sizes_of(source, names), limit, pickled=False)
-    return f"transformers.{config['architectures'][0]}.from_pretrained({{}})"
+    return f"transformers.{config['architectures'][0]}.from_pretrained('{{}}')"
 
 
 def sizes_of(source: Source, names: list[str]) -> dict[str, int]:

@@ -639,6 +639,7 @@ def answer_file(path: str | None):
         with open(path, "w", encoding="utf-8") if path else contextlib.nullcontext() as file:
             yield file
         return
+    path = os.path.realpath(path)
     partial = Path(f"{path}.partial")
     try:
         with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:

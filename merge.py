@@ -107,6 +107,8 @@ def merge(
 
 def average(directories: list[Path], output: Path) -> None:
     """Writes the mean of several checkpoints of one model, in fp32 and rounded once, one tensor at a time."""
+    if len(directories) < 2:
+        raise ValueError(f"--average {directories[0]}: one checkpoint is its own mean; name two or more")
     configs = [checkpoint.read_config(d) for d in directories]
     kept_apart = {"torch_dtype", "dtype", "transformers_version", "_name_or_path"}
     for directory, config in zip(directories, configs, strict=True):
@@ -119,6 +121,10 @@ def average(directories: list[Path], output: Path) -> None:
     if Path(output).exists():
         raise ValueError(f"--merge_model_path {output} exists; choose another directory")
     definition = vlm.find(configs[0])
+    stage = definition.retrieval_stage(configs[0]) or "sft"
+    words = [definition.processor(directory, stage).fingerprint() for directory in directories]
+    if other := next((d for d, w in zip(directories, words, strict=True) if w != words[0]), None):
+        raise ValueError(f"{other} has another tokenizer than {directories[0]}: their rows mean other tokens")
     held = [checkpoint.open_model(d, definition) for d in directories]
     shapes = {name: p.shape for name, p in definition.network(configs[0]).named_parameters()}
     for weights in held:
@@ -348,6 +354,8 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(
             f"--weights {args.weights} for {count} adapters; expected a number for each of --lora_path"
         )
+    if args.weights and not any(args.weights):
+        raise ValueError("--weights are all 0: that is the base itself")
     if args.weights is None:
         merge(args.model_name_or_path, paths[0], args.merge_model_path, dtype)
     else:

@@ -216,7 +216,8 @@ def write(base: Path, kind: str, output: Path) -> None:
     if output.exists():
         raise ValueError(f"--output_dir {output} exists; choose another directory")
     prepare(model.requires_grad_(False), kind)
-    small = weights_of(model)
+    if not (small := weights_of(model)):
+        raise ValueError(f"{base} has no language model to round")
 
     def tensors():
         for name in weights:

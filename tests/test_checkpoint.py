@@ -202,6 +202,14 @@ def test_atomic_dir(tmp_path):
     with pytest.raises(KeyError), ck.atomic_dir(final):
         raise KeyError("x")
     assert os.listdir(final) == ["b"]
+    (tmp_path / "linked").symlink_to("run/checkpoint-1")  # a link stays one: what it means is replaced
+    with ck.atomic_dir(tmp_path / "linked") as directory:
+        (directory / "c").write_text("3")
+    (tmp_path / "name").symlink_to("linked/c")
+    ck.write_json(tmp_path / "name", {})
+    assert (tmp_path / "linked").is_symlink() and (tmp_path / "name").is_symlink()
+    assert (final / "c").read_text() == "{}\n" and os.listdir(final) == ["c"]
+    assert sorted(os.listdir(tmp_path)) == ["linked", "name", "run"]
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(ck.SaveError):

@@ -88,7 +88,7 @@ def assert_same_model(model, request, processor, theirs, their_processor, image:
         ),
     ],
 )
-def test_transformers_loads_blip2(case, tmp_path, image):
+def test_transformers_loads_blip2(case, tmp_path, image, capsys):
     kind, *how = case.split("-")
     base = TINY if kind == "opt" else write_checkpoint(tmp_path / "base", T5)
     expected, options = base, []
@@ -102,6 +102,7 @@ def test_transformers_loads_blip2(case, tmp_path, image):
     elif few := {"int4", "nf4"}.intersection(how):
         options = ["--quantize", *few, "--dtype", "float32"]
     run(base, tmp_path / "out", "transformers", *options)
+    ast.parse(capsys.readouterr().out.splitlines()[-1].removeprefix("next: "))
     model = generate.load_model(base)
     if "--quantize" in options:
         quantize(model, options[1])

@@ -259,6 +259,11 @@ def test_what_combining_refuses(base, tmp_path, capsys):
     directory = base("qwen_vl")
     trained_adapter(directory, tmp_path / "a", {})
     trained_adapter(directory, tmp_path / "whole", PARTLY)
+    shutil.copytree(directory, tmp_path / "words")
+    first, second, *more = (directory / "qwen.tiktoken").read_bytes().splitlines()
+    (a, n), (b, m) = first.split(), second.split()
+    swapped = [b"%s %s" % (b, n), b"%s %s" % (a, m), *more]
+    (tmp_path / "words/qwen.tiktoken").write_bytes(b"\n".join(swapped))
     a, whole = str(tmp_path / "a"), str(tmp_path / "whole")
     for argv, words in (
         (["--lora_path", a, a, "--weights", "1"], "for 2 adapters; expected a number for each"),
@@ -266,7 +271,10 @@ def test_what_combining_refuses(base, tmp_path, capsys):
         (["--lora_path", a, "--weights", "nan"], "--weights"),
         (["--lora_path", a, whole, "--weights", "1", "1"], "whole, which is no update"),
         (["--average", a, str(directory)], "is no checkpoint"),
+        (["--lora_path", a, a, "--weights", "0", "0"], "--weights are all 0"),
         (["--average", str(directory), "--weights", "1"], "--average takes checkpoints alone"),
+        (["--average", str(directory)], "one checkpoint is its own mean"),
+        (["--average", str(directory), str(tmp_path / "words")], "another tokenizer"),
         (["--average", str(directory), str(ROOT / "samples/tiny_visualglm")], "different models"),
     ):
         argv += ["--merge_model_path", str(tmp_path / "merged")]

@@ -179,3 +179,10 @@ def test_a_quantized_checkpoint_is_read_back(bases, tmp_path, capsys, name, kind
         assert checkpoint.cli(lambda main=main, argv=argv: main(argv)) == 1
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("error: ") and words in error
+
+
+def test_a_checkpoint_without_a_language_model_is_refused(tmp_path):
+    argv = ["--model_name_or_path", str(data.ROOT / "samples/blip2_stage1"), "--quantize", "nf4"]
+    with pytest.raises(ValueError, match="blip2_stage1 has no language model to round"):
+        write_quantized([*argv, "--output_dir", str(tmp_path / "small")])
+    assert not (tmp_path / "small").exists()
