@@ -163,6 +163,7 @@ def run_facts(
         "modules_to_save": sorted(cfg.modules_to_save or []),
         "quantize": cfg.quantize,
         "stage": cfg.stage,
+        "metric": cfg.metric_for_best_model,
         **rates.facts(cfg),
     }
 
@@ -195,9 +196,6 @@ def check_facts(facts: dict, state: dict, cfg: Config, resume: str) -> None:
     # New data is a decision that one can make; another base or seed is a mistake.
     if changed and cfg.accept_changed_data and not set(changed) - set(of_data):
         print(f"accept_changed_data=true: {listed}")
-        if "eval_data" in changed:
-            # Scores on other questions cannot be compared with the best so far.
-            state |= {"best_metric": None, "best_step": None, "since_best": 0}
     elif changed:
         only_data = not set(changed) - set(of_data)
         way = (
@@ -209,6 +207,14 @@ def check_facts(facts: dict, state: dict, cfg: Config, resume: str) -> None:
             f"can't continue from {resume}: {listed}; {way}, or begin a run in another output_dir "
             "(here with overwrite_output_dir=true)"
         )
+    # Scores of other questions, or of another kind, cannot be compared with the best so far.
+    other_metric = saved.get("metric", facts["metric"]) != facts["metric"]
+    if "eval_data" in changed or other_metric:
+        state |= {"best_metric": None, "best_step": None, "since_best": 0}
+    if other_metric:
+        print(f"the best model is chosen anew, by {facts['metric']} instead of {saved['metric']}")
+    if saved.get("probe_data") != facts["probe_data"]:
+        state["probe"] = None
 
 
 def place_plan(plan: data.Plan, state: dict, facts: dict, resume: str) -> None:

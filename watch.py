@@ -91,7 +91,9 @@ def begin_probe(run) -> None:  # all ranks
     """Before the first step; a continued run has the scores in its state."""
     if run.cfg.do_train and run.probe_plan is not None and run.state["probe"] is None:
         run.state["probe"] = probe(run)
-        run.say("probe before training | " + shown(run.state["probe"]), flush=True)
+        step = run.state["step"]
+        when = f"after step {step}, the first time" if step else "before training"
+        run.say(f"probe {when} | " + shown(run.state["probe"]), flush=True)
 
 
 def end_probe(run) -> None:  # all ranks
@@ -100,7 +102,9 @@ def end_probe(run) -> None:  # all ranks
     if run.probe_plan is None or before is None:
         return
     after = probe(run)
-    worse = {k: (v - before[k]) * (1 if k.startswith(HIGHER_IS_WORSE) else -1) for k, v in after.items()}
+    # A continued run may score more, or less, than when it began.
+    sign = {k: 1 if k.startswith(HIGHER_IS_WORSE) else -1 for k in after if k in before}
+    worse = {k: (after[k] - before[k]) * sign[k] for k in sign}
     run.say("probe after training | " + shown(after), flush=True)
     drops = (f"{k} {'worse' if v > 0 else 'better'} by {abs(v):.4f}" for k, v in worse.items())
     run.say("probe | " + " | ".join(drops), flush=True)

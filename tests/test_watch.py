@@ -59,6 +59,22 @@ def test_patience_ends_the_run_where_it_is_used_up(base, dataset, tmp_path, capf
 
 
 @pytest.mark.slow
+def test_what_a_continued_run_cannot_compare_is_chosen_and_measured_anew(base, dataset, tmp_path, capfd):
+    out, keys = tmp_path / "out", {"evaluation_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+    probed = {**dataset, "probe": dataset["eval"]}
+    run(arguments(base, probed, out, **keys, max_steps=2))
+    keys |= {"eval_with_do_generation": True, "metric_for_best_model": "eval_accuracy"}
+    run(arguments(base, probed, out, **keys, max_steps=4))
+    assert state(out, 4)["best_step"] == 4 and 0 <= state(out, 4)["best_metric"] <= 1
+    assert "by eval_accuracy instead of eval_loss" in capfd.readouterr().out
+    ended = log(out)[-1].keys()
+    assert {"probe_after_accuracy", "probe_drop_loss"} <= ended and "probe_drop_accuracy" not in ended
+    other = {**dataset, "probe": dataset["train"]}
+    run(arguments(base, other, out, **keys, max_steps=6, accept_changed_data=True))
+    assert "probe after step 4, the first time | loss" in capfd.readouterr().out
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("saves", [2, 3])
 def test_the_count_survives_a_restart(base, dataset, tmp_path, saves):
     """Also where a checkpoint is not of an evaluation's step: that evaluation comes again."""
