@@ -29,6 +29,7 @@ import quantize
 import rates
 import vlm
 from config import Config
+from kernels import attention
 
 
 def check_stage(cfg: Config, definition) -> None:
@@ -267,6 +268,7 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
     # nothing to gather and would hold its weights twice.
     # Each block by itself, for streams of any length: one program serves all of them.
     if cfg.compile:
+        attention.leave_uncompiled()
         for block in [*model.vision_blocks, *model.blocks]:
             block.forward = torch.compile(block.forward, dynamic=True)
     # On several ranks fully_shard's mixed precision casts; here it is done by hand.

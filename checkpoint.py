@@ -33,9 +33,6 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 import parallel
 import terminal
@@ -612,11 +609,11 @@ def rows_held(param: torch.Tensor) -> list[tuple[int, int]] | None:
     columns is taken from whole rows, as they lie in a file."""
     cut = getattr(param, "cut", None)
     by_rows = cut is not None and cut.dim == 0
-    if not isinstance(param, DTensor) and not by_rows:
+    if not parallel.is_sharded(param) and not by_rows:
         return None
     start, end = 0, len(param)  # of the tensor-parallel part
-    if isinstance(param, DTensor):
-        shape, first = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    if parallel.is_sharded(param):
+        shape, first = parallel.place_of_shard(param)
         start, end = first[0], first[0] + shape[0] if math.prod(shape) else first[0]
     return cut.rows(start, end, len(param)) if by_rows else [(start, end)]
 
@@ -626,14 +623,14 @@ def copy_rows_(param: torch.Tensor, rows: torch.Tensor) -> None:
     """Copy what rows_held() names into a parameter, casting."""
     if hasattr(param, "cut") and param.cut.dim:
         rows = param.cut.take(rows)
-    (param.to_local() if isinstance(param, DTensor) else param).copy_(rows)
+    parallel.local(param).copy_(rows)
 
 
 def gathered(param: torch.Tensor) -> torch.Tensor | None:
     """The whole parameter on the CPU of rank 0 (of a pipeline stage's first one); None elsewhere. all ranks:
     each sends what it holds, once, and none has more than one parameter whole."""
     full = param.detach()
-    if isinstance(full, DTensor):
+    if parallel.is_sharded(full):
         full = _gathered_rows(full)
     if full is not None and hasattr(param, "cut"):
         # of the tensor-parallel groups only that of the first data-parallel ranks has something
@@ -644,7 +641,7 @@ def gathered(param: torch.Tensor) -> torch.Tensor | None:
     return None if full is None else full.cpu()
 
 
-def _gathered_rows(x: DTensor) -> torch.Tensor | None:
+def _gathered_rows(x) -> torch.Tensor | None:
     (dim,) = [i for i, place in enumerate(x.placements) if place.is_shard(0)]
     if any(place for i, place in enumerate(x.device_mesh.get_coordinate()) if i != dim):
         return None  # a replica: its twin on the first one sends
@@ -701,7 +698,7 @@ def _load(params: dict, weights: Weights, dtype: torch.dtype | None, names: list
     for a second copy."""
 
     def as_it_is(param) -> bool:
-        return not isinstance(param, DTensor) and not hasattr(param, "cut") and dtype in (None, param.dtype)
+        return not parallel.is_sharded(param) and not hasattr(param, "cut") and dtype in (None, param.dtype)
 
     straight = [n for n in names if as_it_is(params[n]) and weights.in_place(n, params[n])]
     # reading and looking at what was read take as long as each other: threads do both at a time
@@ -872,14 +869,14 @@ def _all_or_none(path):
     try:
         yield
     # Held back until all ranks have said how it went for them.
-    except (Exception, CheckpointException) as e:  # CheckpointException is no Exception
+    except Exception as e:
         error = e
     reasons = [None if error is None else reason_of(error)]
     if dist.is_initialized():
         reasons = [None] * dist.get_world_size()
         # all ranks: nobody goes on with half a checkpoint
         dist.all_gather_object(reasons, None if error is None else reason_of(error))
-    if isinstance(error, OSError | SafetensorError | CheckpointException):
+    if isinstance(error, OSError | SafetensorError):
         raise SaveError(path, reason_of(error)) from error
     if error is not None:
         raise error
@@ -889,10 +886,7 @@ def _all_or_none(path):
 
 
 def reason_of(error: BaseException) -> str:
-    """One line: what went wrong first, seen through the wrapping of torch.distributed.checkpoint and
-    torch.save."""
-    while isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
+    """One line: what went wrong first, seen through the wrapping of torch.save."""
     # The operating system's own word (disk full, no permission) is somewhere down the chain.
     cause = error
     while cause is not None and not (isinstance(cause, OSError) and cause.strerror):

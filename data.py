@@ -540,7 +540,8 @@ def build_index(
 # plan
 
 
-def generator(*seed: int) -> np.random.Generator:
+# numpy.random is named in quotes: it is loaded when it is used.
+def generator(*seed: int) -> "np.random.Generator":
     # NumPy promises PCG64's stream: the same order on every machine and version.
     return np.random.Generator(np.random.PCG64(seed))
 
@@ -720,7 +721,7 @@ def hash_keys(*parts) -> np.ndarray:
     return state.view(np.int64)
 
 
-def jitter(image: torch.Tensor, fraction: float, rng: np.random.Generator) -> torch.Tensor:
+def jitter(image: torch.Tensor, fraction: float, rng: "np.random.Generator") -> torch.Tensor:
     """(3, H, W), moved by up to that fraction of a side, scaled by up to it, turned by up to as many radians,
     edge pixels repeated; brightness by up to 0.1 std (3%).
 

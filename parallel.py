@@ -27,8 +27,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from dropout import with_rows_of_now
@@ -167,6 +165,9 @@ def shard(model: nn.Module, mesh: DeviceMesh, stage: str | None, dtype: torch.dt
     """Shards (or only replicates) in place, one group per block. `dtype`: what the forward and backward
     compute in; the sharded parameters keep theirs and act as its master copy, gradients are reduced in fp32.
     """
+    # here: a second of imports that one rank does without
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     # a two-axis mesh means hybrid sharding: shards on one axis, all-reduce over the other
     mesh = mesh["dp_shard"] if mesh["dp_replicate"].size() == 1 else mesh["dp_replicate", "dp_shard"]
     # inputs are not cast: rotary angles must stay fp32, and the towers cast their pixels themselves
@@ -176,6 +177,31 @@ def shard(model: nn.Module, mesh: DeviceMesh, stage: str | None, dtype: torch.dt
     for module in [*tables(model), *model.vision_blocks, *model.blocks, model]:
         freed = module is not model and not isinstance(module, nn.Linear)
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=stage == "stage3" and freed)
+
+
+# fully_shard's modules and tensors are known by what they have: its own classes take a second to import.
+
+
+def is_sharder(module: nn.Module) -> bool:
+    """Whether fully_shard was applied to it (an FSDPModule)."""
+    return hasattr(module, "unshard")
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, of which each rank holds a shard."""
+    return hasattr(tensor, "placements")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of it."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def place_of_shard(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(shape, first index) of this rank's shard in the whole DTensor."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
 
 
 def tables(model: nn.Module) -> list[nn.Module]:
@@ -246,24 +272,22 @@ def _with_halved(forward: Callable, places: list[tuple[nn.Module, str]], dtype: 
 def hold(model: nn.Module) -> None:  # all ranks
     """Gathers the weights of a model that keeps them between its layers' use (not stage3): from here to
     reshard() ranks may make forward passes of their own."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.unshard()
+    for module in filter(is_sharder, model.modules()):
+        module.unshard()
 
 
 def reshard(model: nn.Module) -> None:
     """After forward passes without a backward, which leave whole parameters: other objects than the optimiser
     has."""
     # Each sharded module by itself: reshard() does not go down.
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for module in filter(is_sharder, model.modules()):
+        module.reshard()
 
 
 def set_gradient_sync(model: nn.Module, stage: str | None, last: bool) -> None:
     """Before each micro-batch's backward: only stages 2 and 3 reduce gradients before the step's last one,
     and only stage 3 gathers the parameters again for the next one."""
-    if isinstance(model, FSDPModule):
+    if is_sharder(model):
         # without it a micro-batch's gradients stay on the rank, unsharded, and are summed there
         model.set_requires_gradient_sync(last or stage in ("stage2", "stage3"))
         model.set_reshard_after_backward(last or stage == "stage3")
@@ -517,7 +541,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter], world: World) -> Tensor:  
         # squares are added over all ranks, so each rank counts the share 1 / (ranks that hold this part)
         holders = p.cut.size if hasattr(p, "cut") else 1  # ranks that hold different parts of it
         grad = p.grad
-        if isinstance(grad, DTensor):
+        if is_sharded(grad):
             sharded = [
                 n
                 for n, place in zip(grad.device_mesh.shape, grad.placements, strict=True)

@@ -16,7 +16,6 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 import checkpoint
 import parallel
@@ -227,7 +226,7 @@ class Pipeline:
             if not others or me not in (first, *others) or name not in parameters:
                 continue
             grad = parameters[name].grad
-            grad = grad.to_local() if isinstance(grad, DTensor) else grad
+            grad = parallel.local(grad)
             # one rank adds in rank order and sends the sum back: an all-reduce may round differently
             if me == first:
                 for rank in others:

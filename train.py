@@ -36,7 +36,6 @@ import parallel
 import rates
 import schema
 import terminal
-import train_state
 import vlm
 import watch
 from build import (
@@ -395,6 +394,8 @@ def save_checkpoint(path: Path, run: "Run") -> None:  # all ranks
                 checkpoint.write_json(temporary / "config.json", config)
                 checkpoint.copy_side_files(run.directory, temporary)
         # Each rank writes its own shards; any other layout can read them.
+        import train_state  # here: what torch loads for it takes a second, which other commands need not
+
         train_state.save_train_state(temporary, run.trainable, run.optimizer, run.state)
 
 
@@ -511,6 +512,8 @@ class Run:
         self.start_step = self.saved_at = state["step"]
         if start.resume is None:
             return
+        import train_state
+
         train_state.load_train_state(start.resume, self.trainable, self.optimizer)
         if state.get("scaler"):
             self.scaler.load(state["scaler"])
@@ -831,6 +834,8 @@ class Run:
             final = state["best_step"]
             best = out / f"checkpoint-{final}"
             # Evaluated below as it will be published.
+            import train_state
+
             train_state.load_train_state(best, self.trainable, self.optimizer)
             self.say(f"best model: {best} with {cfg.metric_for_best_model} {state['best_metric']:.4f}")
         elif cfg.load_best_model_at_end:

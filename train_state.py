@@ -26,8 +26,6 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 import parallel
 from checkpoint import SAFETENSORS_DTYPES, file_digest, reason_of, write_json
@@ -88,7 +86,10 @@ def save_train_state(directory, params: dict, optimizer: torch.optim.Optimizer, 
     folder, rank = Path(directory) / "train_state", dist.get_rank() if dist.is_initialized() else 0
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.save(_train_state(params, optimizer), storage_writer=dcp.FileSystemWriter(folder))
+        try:
+            dcp.save(_train_state(params, optimizer), storage_writer=dcp.FileSystemWriter(folder))
+        except CheckpointException as e:  # which is no Exception
+            raise OSError(0, reason_of(first_failure(e))) from e
     digests = [{p.name: file_digest(p) for p in sorted(folder.glob(f"__{rank}_*.distcp"))}]
     if dist.is_initialized():
         mine, digests = digests[0], [None] * dist.get_world_size()
@@ -96,6 +97,13 @@ def save_train_state(directory, params: dict, optimizer: torch.optim.Optimizer, 
     if rank == 0:  # last: it marks a complete state
         files = {name: digest for part in digests for name, digest in part.items()}
         write_json(Path(directory) / "trainer_state.json", {**extra, "train_state": files})
+
+
+def first_failure(error: BaseException) -> BaseException:
+    """What went wrong on the first rank, where torch.distributed.checkpoint lists what did on each."""
+    while isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return error
 
 
 def check_train_state(directory, files: dict) -> None:
@@ -162,7 +170,7 @@ def load_train_state(directory, params: dict, optimizer: torch.optim.Optimizer) 
         IndexError,
     ) as e:
         raise ValueError(
-            f"{directory}/train_state can't be read ({reason_of(e)}); remove "
+            f"{directory}/train_state can't be read ({reason_of(first_failure(e))}); remove "
             f"{directory} to resume from an earlier one"
         ) from None
     return extra
@@ -179,13 +187,8 @@ class Pieces(torch.Tensor):
         return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=tensor.dtype, device=tensor.device)
 
     def __init__(self, tensor: torch.Tensor, cut: parallel.Cut):
-        local, first = tensor, [0] * tensor.ndim
-        if isinstance(tensor, DTensor):
-            local = tensor.to_local()
-            first = compute_local_shape_and_global_offset(
-                tensor.shape, tensor.device_mesh, tensor.placements
-            )[1]
-        self.local = local
+        local = self.local = parallel.local(tensor)
+        first = parallel.place_of_shard(tensor)[1] if parallel.is_sharded(tensor) else [0] * tensor.ndim
         self.pieces: dict[tuple, torch.Tensor] = {}
         start, end, at = first[cut.dim], first[cut.dim] + local.shape[cut.dim], 0
         for begin, stop in cut.rows(start, end, tensor.shape[cut.dim]) if local.numel() else ():

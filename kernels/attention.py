@@ -842,15 +842,6 @@ def decode_split(q: Tensor, k: Tensor, v: Tensor, keys: tuple[tuple[int, int], .
     return o
 
 
-@torch.compiler.disable
-def attention_triton(q, k, v, cu_seqlens_q, cu_seqlens_k, causal: bool, prefix_lens=None) -> Tensor:
-    # A key that no segment holds would go without a gradient.
-    rows = cu_seqlens_k.tolist()
-    if rows[-1] != len(k):
-        raise ValueError(f"cu_seqlens_k ends at {rows[-1]}, but there are {len(k)} keys")
-    return attention_ranges_triton(q, k, v, cu_seqlens_q, itertools.pairwise(rows), causal, prefix_lens)
-
-
 def attention_ranges_triton(q, k, v, cu_seqlens_q, keys, causal: bool, prefix_lens=None) -> Tensor:
     bounds_q, keys = tuple(cu_seqlens_q.tolist()), tuple(keys)
     D, end = q.shape[-1], max((end for _, end in keys), default=0)
@@ -897,8 +888,6 @@ def attention_even(
     return o.transpose(1, 2).flatten(0, 1).to(dtype)
 
 
-# segments are as long as the data says: a compiled loop over them would be compiled anew
-@torch.compiler.disable
 def attention(
     q: Tensor,
     k: Tensor,
@@ -921,12 +910,27 @@ def attention(
     """
     if torch.compiler.is_exporting():  # no lengths are there to read; a program's segments are all as long
         return attention_even(q, k, v, cu_seqlens_q.shape[0] - 1, causal, bias)
+    return _attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_len, causal, prefix_lens, bias, impl)
+
+
+def _attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_len, causal, prefix_lens, bias, impl) -> Tensor:
     if k.shape[1] != q.shape[1]:
-        options = k, v, cu_seqlens_q, cu_seqlens_k, max_len, causal, prefix_lens, bias, impl
-        return _grouped(attention, q, *options)
+        options = cu_seqlens_q, cu_seqlens_k, max_len, causal, prefix_lens, bias, impl
+        return _grouped(_attention, q, k, v, *options)
     if bias is None and use_triton(impl, q):
-        return attention_triton(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, prefix_lens)
+        # A key that no segment holds would go without a gradient.
+        rows = cu_seqlens_k.tolist()
+        if rows[-1] != len(k):
+            raise ValueError(f"cu_seqlens_k ends at {rows[-1]}, but there are {len(k)} keys")
+        return attention_ranges_triton(q, k, v, cu_seqlens_q, itertools.pairwise(rows), causal, prefix_lens)
     return attention_ref(q, k, v, cu_seqlens_q, cu_seqlens_k, max_len, causal, prefix_lens, bias)
+
+
+def leave_uncompiled() -> None:
+    """Before torch.compile: a loop over segments would be compiled anew for each of their lengths. Not as a
+    decorator, which imports the compiler."""
+    global _attention
+    _attention = torch.compiler.disable(_attention)
 
 
 def attention_ranges(

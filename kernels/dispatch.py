@@ -11,20 +11,27 @@ the start.
 
 import contextlib
 import functools
+import os
+import sys
 import types
 
 import torch
 from torch import Tensor
 
 try:
+    # A torch without a GPU's code runs no kernel, unless the interpreter is asked for; whoever compiles for
+    # another machine has imported Triton before.
+    if not (
+        torch.version.cuda or torch.version.hip or "TRITON_INTERPRET" in os.environ or "triton" in sys.modules
+    ):
+        raise ImportError
     import triton
     import triton.language as tl
     from triton import jit
 
     INTERPRETER = bool(triton.knobs.runtime.interpret)
-except (
-    ImportError
-):  # not made for this platform: the kernels below their references are then plain functions, never called
+except ImportError:
+    # Not made for this platform: the kernels below their references are then plain functions, never called.
     triton, tl, INTERPRETER = None, types.SimpleNamespace(constexpr=None), False
 
     def jit(function=None, **_):
@@ -44,12 +51,12 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 def problem(device: torch.device) -> str | None:
     """Why Triton cannot run on tensors of this device; None where it can."""
-    if triton is None:
-        return "the package triton is not installed"
     if INTERPRETER:
         return None
     if device.type != "cuda":
         return f"there is no GPU (the device is {device.type})"
+    if triton is None:
+        return "the package triton is not installed"
     if torch.version.hip is None and capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     return None

@@ -13,6 +13,7 @@ below the golden root; where a set lacks the kind it is skipped with the reason,
 none at all.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -26,6 +27,9 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
+
+with contextlib.suppress(ImportError):
+    import triton  # noqa: E402, F401  (before the kernels, which a torch without a GPU's code has no use for)
 
 import build  # noqa: E402
 import checkpoint  # noqa: E402

@@ -88,3 +88,20 @@ def test_a_reader_that_is_gone():
     os.close(writer)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 1 and line.startswith("error: ") and "broken pipe" in line
+
+
+def test_imports_leave_out_what_some_runs_need():
+    """torch alone takes 1.4 s; its compiler, DTensor and checkpoints of many ranks as much again."""
+    program = "import train, merge, data_check, serve, sys; sys.stdout.write(' '.join(sys.modules))"
+    models = "; import " + ", ".join(p.stem for p in ROOT.glob("model_*.py"))
+    command = [sys.executable, "-c", program.replace("; sys.", f"{models}; sys.", 1)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    late = {"torch._dynamo", "torch._inductor", "torch.distributed.tensor", "torch.distributed.checkpoint"}
+    late |= {
+        "torch.distributed.fsdp",
+        "torch.distributed.pipelining",
+        "numpy.random",
+        "sympy",
+        "transformers",
+    }
+    assert not late & {*done.stdout.split()}
