@@ -92,11 +92,11 @@ def answer_all(
     Where an image cannot be read, the answer is None and (where, reason) is named and added to `bad`.
     """
     bar = terminal.Progress(len(conversations), "answered", progress)
-    engine = Engine(model, processor, cache_tokens=0)  # it keeps the features of images asked about again
+    # it keeps the features of images asked about again
+    engine = Engine(model, processor, cache_tokens=0, max_running=batch_size)
     named, done = len(bad), 0
     try:
-        options = {"bad": bad, "engine": engine, "at_once": batch_size}
-        for text in answers(model, processor, conversations, processor.stop_words, how, **options):
+        for text in answers(engine, conversations, how, bad=bad):
             name_bad(bad[named:])
             named, done = len(bad), done + 1
             bar.update(done)

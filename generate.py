@@ -364,33 +364,28 @@ class Printer(Shown):
         print("\n" + text if rest is None else rest, flush=True)
 
 
-def answer(model: nn.Module, processor, conversations: list[Conversation], *args, **options) -> list:
-    """The answers, all computed side by side; more as answers() takes it."""
-    return list(answers(model, processor, conversations, *args, **options))
+def answer(engine: Engine, conversations: list[Conversation], how: Decoding, *options) -> list[str | None]:
+    """The answers as a list; more as answers() takes it."""
+    return list(answers(engine, conversations, how, *options))
 
 
 def answers(
-    model: nn.Module,
-    processor,
+    engine: Engine,
     conversations: list[Conversation],
-    stop_words: list[list[int]],
     how: Decoding,
-    on_token: Callable[[int, int], None] | None = None,
     stop_texts: list[str] = (),
+    on_token: Callable[[int, int], None] | None = None,
     bad: list[tuple[str, str]] | None = None,
-    engine: Engine | None = None,
-    at_once: int | None = None,
 ) -> Iterator[str | None]:
-    """The answers in order, searched for as `how` says, each up to the first of `stop_texts`. `at_once` are
-    computed side by side; where one ends, the next begins.
+    """The answers in order, searched for as `how` says, each up to the first of `stop_texts`. As many as the
+    engine runs at once are computed side by side; where one ends, the next begins.
 
     A conversation whose prompt or images cannot be read is listed in `bad` as (where, reason) and has the
-    answer None; without that list it raises its ValueError. `engine` as generate() takes it.
+    answer None; without that list it raises its ValueError. The engine has a processor, and keeps what it
+    computed for the next call; its pool grows as needed.
     """
-    dtype = next(p.dtype for p in model.parameters())
+    model, processor, dtype = engine.model, engine.processor, engine.dtype
     stopped = (lambda ids: cut_at_stop(processor, ids, stop_texts)[1]) if stop_texts else None
-    at_once = at_once or max(1, len(conversations))
-    engine = engine or Engine(model, stop_words=stop_words, cache_tokens=0, max_running=at_once)
     numbers: dict[Request, int] = {}
     texts: dict[int, str | None] = {}  # of those that wait for one before them
 
@@ -413,7 +408,7 @@ def answers(
             yield request
 
     given = 0
-    for request, ids in run_all(engine, wanted(), at_once, numbers, on_token):
+    for request, ids in run_all(engine, wanted(), engine.max_running, numbers, on_token):
         texts[numbers.pop(request)] = cut_at_stop(processor, ids, stop_texts)[0]
         while given in texts:
             yield texts.pop(given)
@@ -454,8 +449,7 @@ def chat(
             continue
         conversation = records.request([*turns, ("user", line.strip())], images, where="standard input")
         printer = Printer(processor, stop_texts)
-        stops = processor.stop_words, how, printer, stop_texts
-        (text,) = answer(model, processor, [conversation], *stops, engine=engine)
+        (text,) = answer(engine, [conversation], how, stop_texts, printer)
         printer.end(text)
         turns, images = [*conversation.turns, ("assistant", [text])], []
 
@@ -607,8 +601,8 @@ def run(args, how: Decoding, world: parallel.World | None = None) -> int:
     named, drawn = len(bad), 0
     with answer_file(args.output) as sink:
         left_out = bad if args.requests else None  # a single prompt that fails is an error
-        options = processor.stop_words, how, printer, args.stop, left_out
-        texts = answers(model, processor, conversations, *options, at_once=args.batch_size)
+        engine = Engine(model, processor, cache_tokens=0, max_running=args.batch_size)
+        texts = answers(engine, conversations, how, args.stop, printer, left_out)
         for conversation, text in zip(conversations, texts, strict=True):
             name_bad(bad[named:])
             named = len(bad)

@@ -758,6 +758,7 @@ class Blip2Processor:
         self.end = tokenizer.encode("\n") if self.kind == "opt" else [tokenizer.eos]
         self.eos, self.stop_words = self.end[-1], [self.end]
         # a rank without a sample computes on these: both of T5's stacks have a row, as on the other ranks
+        self.token_bytes = ()
         self.blank_ids = (tokenizer.eos, tokenizer.begin) if self.kind == "t5" else (0,)
 
     def fingerprint(self) -> str:

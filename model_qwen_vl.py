@@ -726,7 +726,7 @@ class QwenVLProcessor:
         # Chat ends at <|im_end|>; a model that begins the next turn instead has ended too.
         self.stop_words = [[tokenizer.im_end], [tokenizer.im_start], [tokenizer.eos]]
         self.eos = tokenizer.eos
-        self.blank_ids = (0,)
+        self.blank_ids, self.token_bytes = (0,), tokenizer.token_bytes
 
     def fingerprint(self) -> str:
         """Changes whenever the same conversation could get other ids."""

@@ -747,7 +747,7 @@ class VisualGLMProcessor:
         self.num_image_tokens = config.num_image_tokens
         self.eos = tokenizer.eop
         self.stop_words = [[tokenizer.eop]]
-        self.blank_ids = (0,)
+        self.blank_ids, self.token_bytes = (0,), ()
 
     def fingerprint(self) -> str:
         """Changes whenever the same conversation could get other ids."""

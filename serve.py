@@ -37,7 +37,7 @@ import threading
 import time
 import warnings
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -83,6 +83,7 @@ from quantize import KINDS
 
 NAME = r"[\w.:/-]+"  # of a model or an adapter
 PAGE = Path(__file__).resolve().parent / "chat.html"
+KEPT_IMAGES = 32  # whose pixels stay in memory, 2.4 MB each at 448 x 448
 
 # ---- the engine's thread
 
@@ -351,8 +352,7 @@ class Choice:
         return text, ready
 
     def entry(self, before: list[int], token: int, logprob: float) -> dict:
-        tokenizer = self.processor.tokenizer
-        table = getattr(tokenizer, "token_bytes", ())
+        tokenizer, table = self.processor.tokenizer, self.processor.token_bytes
         if token < len(table):
             raw = table[token]
             text = raw.decode("utf-8", "replace")
@@ -563,6 +563,7 @@ class Service:
         self.workers = concurrent.futures.ThreadPoolExecutor(4)
         self.thread, self.failure, self.server = None, None, None
         self.chats: set[Chat] = set()  # that are being answered
+        self.opened: OrderedDict[bytes, torch.Tensor] = OrderedDict()  # pixels by the hash of what was sent
 
     def start(self, loop) -> None:
         ranks = self.limits.tensor_parallel_degree
@@ -602,10 +603,20 @@ class Service:
                 sources = prompt["images"]  # the last ones, where the model's window has dropped old turns
                 for where, source in zip(wanted.places[-len(sources) :], sources, strict=False):
                     place = where
-                    prompt["pixel_values"].append(self.processor.load_image(source))
+                    prompt["pixel_values"].append(self.pixels_of(source))
         except records.BadRecord as e:
             raise Refused(400, e.reason, place) from None
         return wanted, prompt, wanted.model if wanted.model in self.limits.adapters else None
+
+    def pixels_of(self, source: str) -> torch.Tensor:
+        """An image's pixels, once for all rounds of a chat: each sends its images again. Several workers may
+        be here at once: then one more is opened, or kept for a moment."""
+        key = hashlib.sha256(source.encode()).digest()
+        pixels = self.opened.pop(key, None)
+        self.opened[key] = pixels = self.processor.load_image(source) if pixels is None else pixels
+        if len(self.opened) > KEPT_IMAGES:
+            self.opened.popitem(last=False)
+        return pixels
 
     def go_on(self, prompt: dict, text: str) -> list[int]:
         """Puts the beginning of an answer behind the prompt -> its ids."""

@@ -222,6 +222,7 @@ class Processor(Protocol):
     stop_words: list[list[int]]  # token sequences that end an answer
     eos: int
     blank_ids: tuple[int, ...]  # a sample that says nothing, for a rank that has none
+    token_bytes: Any  # [token] -> its bytes; () where a token's text depends on what stands before it
 
     def fingerprint(self) -> str:
         """Changes whenever a record could get other ids."""

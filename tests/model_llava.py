@@ -355,7 +355,7 @@ STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 
 
 class LlavaProcessor:
-    blank_ids = (0,)
+    blank_ids, token_bytes = (0,), ()
 
     def __init__(self, config: LlavaConfig, directory: Path, stage: str):
         self.stage = stage

@@ -336,7 +336,7 @@ def test_four_captions_by_heart(bases, tmp_path, kind):
     ids = generate.generate(model, requests, generate.Decoding(20), processor.stop_words)
     assert [processor.decode(i) for i in ids] == CAPTIONS and all(i[-1] == processor.eos for i in ids)
     how = generate.Decoding(max_new_tokens=20, num_beams=3)
-    assert generate.answer(model, processor, questions, processor.stop_words, how) == CAPTIONS
+    assert generate.answer(generate.Engine(model, processor, cache_tokens=0), questions, how) == CAPTIONS
 
 
 @pytest.mark.parametrize("kind", ["pretrain1", "opt"])

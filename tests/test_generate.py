@@ -247,10 +247,11 @@ def test_stop_text_of_an_answer(model, processor, dataset, beams):
     """Any piece of the free answer, at borders that no tokenizer would choose, ends the answer before it."""
     c = records.request([("user", "hello")], [], "test")
     how = g.Decoding(max_new_tokens=12, num_beams=beams)
-    (free,) = g.answer(model, processor, [c], [], how)
+    e = g.Engine(model, processor, cache_tokens=0, stop_words=[])
+    (free,) = g.answer(e, [c], how)
     cut = len(free) // 2
     stop = free[cut : cut + 3]
-    (text,) = g.answer(model, processor, [c], [], how, stop_texts=[stop])
+    (text,) = g.answer(e, [c], how, [stop])
     assert stop not in text
     if beams == 1:
         assert text == free[: free.index(stop)].strip() != ""
@@ -278,7 +279,7 @@ def test_where_an_answer_ends_the_next_begins(model, requests):
 def test_a_round_of_a_chat_computes_what_is_new(model, processor):
     """What generate.py --chat does: an engine whose pool has no rows of its own."""
     e, turns, counts, known = engine.Engine(model, processor, cache_tokens=0), [], [], 0
-    step, words, how = e.step, processor.stop_words, g.Decoding(5, min_new_tokens=5)
+    step, how = e.step, g.Decoding(5, min_new_tokens=5)
 
     def watch():
         events = step()
@@ -289,8 +290,8 @@ def test_a_round_of_a_chat_computes_what_is_new(model, processor):
     for question in ("hello", "and?"):  # longer prompts than seq_length=64 have another rotary base
         conversation = records.request([*turns, ("user", question)], [], "test")
         del counts[:]
-        (text,) = g.answer(model, processor, [conversation], words, how, engine=e)
-        assert text == g.answer(model, processor, [conversation], words, how)[0]
+        (text,) = g.answer(e, [conversation], how)
+        assert text == g.answer(g.Engine(model, processor, cache_tokens=0), [conversation], how)[0]
         assert counts[0] >= known
         known = len(processor.prompt(conversation)["input_ids"]) - 5  # its end changes where an answer begins
         turns = [*conversation.turns, ("assistant", [text])]
@@ -300,11 +301,12 @@ def test_answers_come_in_order_past_bad_records(model, processor, tmp_path):
     (tmp_path / "no.png").write_text("no image")
     bad_ones = [[str(tmp_path / "no.png")] * (n in (0, 3, 5)) for n in range(6)]
     questions = [records.request([("user", f"w{n}")], images, "test") for n, images in enumerate(bad_ones)]
-    bad, options = [], (processor.stop_words, g.Decoding(max_new_tokens=5))
-    found = list(g.answers(model, processor, questions, *options, bad=bad, at_once=2))
+    bad, how = [], g.Decoding(max_new_tokens=5)
+    e = g.Engine(model, processor, cache_tokens=0, max_running=2)
+    found = list(g.answers(e, questions, how, bad=bad))
     assert [n for n, text in enumerate(found) if text is None] == [0, 3, 5] and len(bad) == 3
     good = [n for n in range(6) if n not in (0, 3, 5)]
-    assert [found[n] for n in good] == [g.answer(model, processor, [questions[n]], *options)[0] for n in good]
+    assert [found[n] for n in good] == [g.answer(e, [questions[n]], how)[0] for n in good]
 
 
 @pytest.mark.parametrize("rule", ["transformers", "lavis"])
@@ -339,7 +341,7 @@ def test_logits_that_are_not_finite_are_refused(base, processor, settings):
         broken.lm_head.weight[5] = float("nan")
     c = records.request([("user", "hello")], [], "test")
     with pytest.raises(ValueError, match="logits are not finite"):
-        g.answer(broken, processor, [c], processor.stop_words, g.Decoding(max_new_tokens=3, **settings))
+        g.answer(g.Engine(broken, processor, cache_tokens=0), [c], g.Decoding(max_new_tokens=3, **settings))
 
 
 @pytest.mark.parametrize("beams", [1, 3])

@@ -36,6 +36,7 @@ import lora  # noqa: E402
 import records  # noqa: E402
 import serve  # noqa: E402
 import vlm  # noqa: E402
+from engine import Engine  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("qwen_vl", "blip2", "visualglm")
@@ -162,12 +163,9 @@ def by_generate(service, requests: list[list[dict]], stop=(), **how) -> list[str
     for messages in requests:
         (one,) = records.conversations_of({"messages": messages}, "test", "", 0, answered=False)
         conversations.append(one)
-    model, processor = service.engine.model, service.processor
-    decoding = generate.Decoding(**how)
+    alone = Engine(service.engine.model, service.processor, cache_tokens=0)
     with torch.no_grad():
-        return generate.answer(
-            model, processor, conversations, processor.stop_words, decoding, stop_texts=list(stop)
-        )
+        return generate.answer(alone, conversations, generate.Decoding(**how), list(stop))
 
 
 def chats(model: str) -> list[list[dict]]:
@@ -266,17 +264,29 @@ def test_chunks_never_split_a_character(client):
         assert not piece.endswith("\ufffd") or "".join(pieces[: n + 1]) == whole
 
 
+def test_an_image_is_opened_once_for_all_rounds(client, monkeypatch):
+    opened, load = [], client.service.processor.load_image
+    monkeypatch.setattr(client.service.processor, "load_image", lambda s: (opened.append(s), load(s))[1])
+    monkeypatch.setattr(serve, "KEPT_IMAGES", 2)
+    client.service.opened.clear()
+    paths = sorted((ROOT / "samples/images/flags/noto").glob("*.png"))[-3:]
+    answers = [client.ask(asked("What is this?", p), max_tokens=4) for p in (*paths[:2], *paths[:2], *paths)]
+    said = [answer["choices"][0]["message"]["content"] for answer in answers]
+    assert len(opened) == 3 and said[:2] == said[2:4] == said[4:6]
+    client.ask(asked("What is this?", paths[0]), max_tokens=1)  # the third has taken its place
+    assert len(opened) == 4
+
+
 @pytest.mark.parametrize("model", KINDS)
 def test_n_answers_are_n_draws_of_one_seed(clients, model):
     client, how = clients(model), {"temperature": 1.2, "seed": 5}
     answer = client.ask(n=3, max_tokens=12, **how)
-    model, processor = client.service.engine.model, client.service.processor
+    alone = Engine(client.service.engine.model, client.service.processor, cache_tokens=0)
     (conversation,) = records.conversations_of({"messages": asked()}, "test", "", 0, answered=False)
     expected = []
     for id in "012":
         conversation.id = id
-        decoding = generate.Decoding(max_new_tokens=12, **how)
-        expected += generate.answer(model, processor, [conversation], processor.stop_words, decoding)
+        expected += generate.answer(alone, [conversation], generate.Decoding(max_new_tokens=12, **how))
     assert [c["message"]["content"] for c in answer["choices"]] == expected
     assert [c["index"] for c in answer["choices"]] == [0, 1, 2]
     free = {"temperature": 2, "max_tokens": 12, "min_tokens": 12}  # without a seed each time another one
@@ -1154,7 +1164,7 @@ def test_adapters_beside_the_base(small, tmp_path, model):
     how = generate.Decoding(max_new_tokens=12, min_new_tokens=12)
     for name in (client.name, "a", "b"):
         alone = generate.load_model(ROOT / f"samples/tiny_{model}", lora_path=paths.get(name))
-        (text,) = generate.answer(alone, processor, [conversation], processor.stop_words, how)
+        (text,) = generate.answer(Engine(alone, processor, cache_tokens=0), [conversation], how)
         assert found[name] == text
     assert len(set(found.values())) == 3
 

@@ -605,13 +605,9 @@ def test_visualglm_takes_images_that_are_not_square(copy, tmp_path):
             (proj.weight * patch).sum((1, 2, 3)) + proj.bias + state[name][1 + 5 * row + column].float()
         )
         torch.testing.assert_close(seen[0][1 + 5 * row + column], expected, atol=1e-4, rtol=1e-4)
-    (text,) = generate.answer(
-        model,
-        processor,
-        [records.request([("user", "what is it?")], [str(tmp_path / "a.png")], "test")],
-        processor.stop_words,
-        generate.Decoding(max_new_tokens=3),
-    )
+    asked = records.request([("user", "what is it?")], [str(tmp_path / "a.png")], "test")
+    engine = generate.Engine(model, processor, cache_tokens=0)
+    (text,) = generate.answer(engine, [asked], generate.Decoding(max_new_tokens=3))
     assert isinstance(text, str)
     batch = glm.probe_batch(processor)
     assert model.logits(model.hidden(batch)).isfinite().all()
