@@ -416,8 +416,7 @@ def predicted(values: dict, cfg: config.Config, batch: vlm.Batch) -> tuple[float
     stream = estimate.Stream(sum(lengths), batch.num_supervised, len(lengths), lengths)
     layout, blocks = estimate.layout_of(cfg, 1), [range(len(model.blocks))]
     flops = estimate.step_flops(model, stream, layout)
-    build.halve(model, cfg, {})
-    dtype = torch.bfloat16 if layout.master else torch.float32
+    dtype = build.halve(model, cfg, {}) or torch.float32
     return estimate.devices(model, definition, blocks, stream, layout, dtype)[0].total, flops
 
 

@@ -3,21 +3,27 @@ hardware's limit.
 
     torchrun --nproc_per_node 8 train.py configs/qwen_vl/sft.json --sharding stage1 --dry_run
 
-Activations are what autograd would keep: one forward pass on the meta device counts it. The rest is
-arithmetic. tests/test_estimate.py holds it to a tenth of the measured peak for eight layouts; two
-tensor-parallel ranks took 10% more than it says.
+A step's forward and backward pass run on the meta device, where tensors have shapes and no memory, and what
+is alive at a time is added up; weights, optimiser and messages are arithmetic. tests/test_estimate.py holds
+it to a tenth of the peak of live tensors in 36 layouts. What is no tensor (a library's own buffers, NCCL's,
+the allocator's gaps) is not counted.
 """
 
+import collections
+import contextlib
 import copy
+import itertools
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 import parallel
 import pipeline
@@ -37,7 +43,6 @@ from build import (
 )
 from config import Config
 from kernels import dispatch
-from kernels.linear_cross_entropy import CHUNK_BYTES
 
 # H100 SXM (https://resources.nvidia.com/en-us-tensor-core, data sheet): dense bf16, NVLink in one direction
 PEAK_FLOPS, LINK_BYTES = 989e12, 450e9
@@ -66,23 +71,19 @@ CAUSAL = 0.5  # of a segment's scores are computed
 PRODUCTS = {F.linear, F.conv2d, torch.matmul, torch.bmm, torch.mm, Tensor.matmul, Tensor.__matmul__}
 
 
-class _Fused(TorchFunctionMode):
-    """What computes on the meta device otherwise than on a real one: scaled_dot_product_attention would be
-    the unfused one, with all scores, and autocast would not cast. `flops`: of attention."""
+class _Fused:
+    """Inside, scaled_dot_product_attention on the meta device is a fused one, not the one that has all
+    scores. `flops`: of attention."""
 
-    def __init__(self, autocast: torch.dtype | None = None):
-        super().__init__()
-        self.autocast, self.flops, self.copies = autocast, 0.0, {}
+    flops = 0.0
 
     def __enter__(self):
-        # put into its place: a mode is not seen by what a backward pass computes anew, in its own thread
+        # put into its place: a mode is not seen by what a backward pass computes anew
         self.plain, F.scaled_dot_product_attention = F.scaled_dot_product_attention, self.attention
-        dispatch.pretended = self.autocast
-        return super().__enter__()
+        return self
 
     def __exit__(self, *error):
-        F.scaled_dot_product_attention, dispatch.pretended = self.plain, None
-        return super().__exit__(*error)
+        F.scaled_dot_product_attention = self.plain
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, attn_mask=None, is_causal=False) -> Tensor:
         flops = 4 * q.numel() * k.shape[-2] * (CAUSAL if is_causal else 1.0)
@@ -91,20 +92,49 @@ class _Fused(TorchFunctionMode):
     def count(self, flops: float) -> None:
         self.flops += flops
 
+
+class _Autocast(TorchFunctionMode):
+    """What torch's autocast, which knows not the meta device, does to products."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype, self.copies, self.depth = dtype, {}, 0
+
+    def __enter__(self):
+        self.depth, dispatch.pretended = self.depth + 1, self.dtype
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.depth -= 1
+        if not self.depth:  # autocast too keeps its copies of weights until it ends
+            self.copies.clear()
+            dispatch.pretended = None
+        return super().__exit__(*error)
+
     def cast(self, x):
         if not isinstance(x, Tensor) or x.dtype != torch.float32:
             return x
-        if not isinstance(x, nn.Parameter):
-            return x.to(self.autocast)
-        if x not in self.copies:  # autocast too makes one copy of a weight
-            self.copies[x] = x.to(self.autocast)
+        if not (isinstance(x, nn.Parameter) and x.requires_grad):
+            return x.to(self.dtype)
+        if x not in self.copies:  # one of a weight that trains
+            self.copies[x] = x.to(self.dtype)
         return self.copies[x]
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if self.autocast and function in PRODUCTS:
+        if function in PRODUCTS:
             args, kwargs = tree_map(self.cast, (args, kwargs))
         return function(*args, **kwargs)
+
+    def around(self, module: nn.Module) -> None:
+        """Also when the module is recomputed, in the backward pass."""
+        inner = module.forward
+
+        def forward(*args):
+            with self:
+                return inner(*args)
+
+        module.forward = forward
 
 
 def product_flops():
@@ -123,60 +153,77 @@ def step_flops(model: nn.Module, stream: "Stream", layout: "Layout") -> float:
     model = copy.deepcopy(model).train()
     if layout.recompute:
         parallel.recompute(model)
-    batch = meta_batch(stream, model)
-    rows = {"device": "meta", "dtype": torch.int64}
-    batch.targets = torch.empty(stream.tokens, **rows)
-    batch.supervised = torch.empty(stream.supervised, **rows)
     with product_flops() as products, _Fused() as attention:
-        loss, _ = model(batch)
+        loss, _ = model(meta_batch(stream, model))
         if loss.requires_grad:
             loss.sum().backward()
     return products.get_total_flops() + attention.flops
 
 
-def saved_bytes(
-    model: nn.Module, forward: Callable, received: Tensor | None, layout: "Layout"
-) -> tuple[float, float]:
-    """Bytes that `forward()` of a model on the meta device leaves for its backward pass, weights and
-    `received` apart; bytes of the block that leaves most.
+class _Live(TorchDispatchMode):
+    """Bytes of what operations made inside and nobody has freed: `now`, and `peak` with the gradients in
+    it. Weights are not counted, gradients as `layout` keeps them."""
 
-    With recompute a block leaves its input, and one block at a time what it keeps itself.
-    """
-    known = {p.untyped_storage()._cdata for p in model.parameters()}
-    if received is not None:
-        known.add(received.untyped_storage()._cdata)
-    alive, bytes_of, inputs, inside = [], {None: 0}, {}, [None]
+    def __init__(self, model: nn.Module, layout: "Layout"):
+        super().__init__()
+        self.now, self.peak, self.gradients, self.peak_gradients = 0, 0, 0, 0
+        self.known = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())}
+        self.layout, self.reduced, self.in_flight, self.last = layout, {}, None, True
+        modules = [*parallel.tables(model), *model.vision_blocks, *model.blocks]
+        self.groups = [[p for p in g if p.requires_grad] for g in groups_of(model, modules)]
+        for group in self.groups:
+            for p in group:
+                p.register_post_accumulate_grad_hook(lambda p, group=group: self.made(p, group))
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            known.add(storage._cdata)
-            alive.append(tensor)  # so that no other storage gets its address
-            bytes_of[inside[-1]] = bytes_of.get(inside[-1], 0) + storage.nbytes()
-        return tensor
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                self.hold(x)
+        return out
 
-    hooks = []
-    for block in [*model.vision_blocks, *model.blocks]:
+    def ignore(self, x: Tensor) -> Tensor:
+        self.known.add(x.untyped_storage()._cdata)
+        return x
 
-        def enter(block, args):
-            inside.append(block)
-            inputs[block] = args[0].numel() * args[0].element_size()
+    def hold(self, x: Tensor) -> None:
+        storage = x.untyped_storage()
+        place, size = storage._cdata, storage.nbytes()
+        if place in self.known:
+            return
+        self.known.add(place)
+        self.now += size
+        if self.now > self.peak:
+            self.peak, self.peak_gradients = self.now, self.gradients
+        weakref.finalize(storage, self.free, place, size)
 
-        hooks += [
-            block.register_forward_pre_hook(enter),
-            block.register_forward_hook(lambda *_: inside.pop() and None),
-        ]
-    autocast = _Fused(torch.bfloat16 if layout.autocast else None)
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
-            forward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    outside, largest = bytes_of.pop(None), max(bytes_of.values(), default=0)
-    if not layout.recompute or not bytes_of:
-        return outside + sum(bytes_of.values()), largest
-    return outside + sum(inputs[block] for block, kept in bytes_of.items() if kept) + largest, largest
+    def free(self, place: int, size: int) -> None:
+        self.known.discard(place)
+        self.now -= size
+
+    def made(self, p: nn.Parameter, group: list[nn.Parameter]) -> None:
+        """A gradient is there: without fully_shard it stays. With it, a group's gradients, once all are
+        there, are copied into one fp32 message, of which this rank's share stays."""
+        if self.layout.fsdp and all(q.grad is not None for q in group):
+            self.reduce(group)
+        kept = [q.grad for group in self.groups for q in group if q.grad is not None]
+        self.gradients = sum(x.untyped_storage().nbytes() for x in [*kept, *self.reduced.values()])
+
+    def reduce(self, group: list[nn.Parameter]) -> None:
+        numbers = {"dtype": torch.float32, "device": "meta"}
+        if self.last or self.layout.sharding in ("stage2", "stage3"):
+            count = sum(p.numel() for p in group)
+            # the message before it has been sent by now, this one stays until the next
+            self.in_flight = None
+            self.in_flight = torch.empty(count, **numbers)
+            part = torch.empty(-(-count // self.layout.shard), **numbers)
+            self.reduced.setdefault(id(group), part)
+            for p in group:
+                p.grad = None
+        elif group[0].dtype != torch.float32:  # the sum of several micro-batches is kept in fp32
+            for p in group:
+                self.reduced.setdefault(id(p), torch.empty(p.shape, **numbers))
+                p.grad = None
 
 
 @dataclass
@@ -191,11 +238,13 @@ class Stream:
 
 def meta_batch(stream: Stream, model: nn.Module) -> vlm.Batch:
     T, Q, meta = stream.tokens, model.num_image_tokens, {"device": "meta", "dtype": torch.int64}
-    return vlm.Batch(
+    batch = vlm.Batch(
         input_ids=torch.empty(T, **meta),
         position_ids=torch.empty((T,) if model.position_axes == 1 else (model.position_axes, T), **meta),
         cu_seqlens=torch.tensor([0, *stream.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
         max_len=max(stream.lengths),
+        targets=torch.empty(T, **meta),
+        supervised=torch.empty(stream.supervised, **meta),
         pixel_values=torch.empty(stream.images, 3, *model.image_size, device="meta")
         if stream.images
         else None,
@@ -204,6 +253,17 @@ def meta_batch(stream: Stream, model: nn.Module) -> vlm.Batch:
         dropout_keys=torch.empty(T, **meta),
         image_dropout_keys=torch.empty(stream.images, **meta),
     )
+    if model.encoder_decoder:  # on the host its tokens say where a segment's decoder begins
+        start, ends = model.language_model.start, batch.cu_seqlens[1:].tolist()
+        ids, share = torch.full((T,), start + 1), stream.supervised / T
+        rows = [
+            torch.arange(e - max(1, round(share * n)), e) for e, n in zip(ends, stream.lengths, strict=True)
+        ]
+        ids[[int(r[0]) for r in rows]] = start
+        rows = torch.cat(rows)
+        batch.supervised = torch.empty(len(rows), **meta)
+        batch.on_host = replace(batch, input_ids=ids, supervised=rows)
+    return batch
 
 
 @dataclass
@@ -231,7 +291,7 @@ class Layout:
     recompute: bool
     compute_bytes: int  # of a number in forward and backward: 4, or 2 in 16 bits
     master: bool  # fp32 copies beside 16-bit weights (O2)
-    autocast: bool  # O1
+    autocast: torch.dtype | None  # O1's
 
     @property
     def fsdp(self) -> bool:
@@ -243,14 +303,6 @@ def gathered_bytes(groups: list[float], layout: Layout) -> float:
     if layout.sharding != "stage3":
         return sum(groups)
     return sum(sorted(groups[:-1], reverse=True)[:2]) + groups[-1]  # this block's, the next one's, the root's
-
-
-def loss_bytes(head: dict | None, layout: Layout) -> float:
-    """Of the vocabulary projection with its loss, which keeps a chunk of the logits at a time."""
-    if not head:
-        return 0.0
-    rows, V, C = head["rows"], head["vocabulary"], head["width"]
-    return 2 * min(CHUNK_BYTES, 4 * rows * V) + 3 * rows * C * layout.compute_bytes + head["gradient"]
 
 
 def alive_micro_batches(layout: Layout, stages: list[int]) -> float:
@@ -280,82 +332,50 @@ def groups_of(model: nn.Module, modules: list[nn.Module]) -> list[list[nn.Parame
     return [*groups, [p for p in model.parameters() if id(p) not in grouped]]
 
 
-def stage_memory(
-    model: nn.Module,
-    stages: list[int],
-    num_stages: int,
-    hidden: float,
-    kept: float,
-    block: float,
-    head: dict | None,
-    layout: Layout,
-) -> Device:
-    """Of the rank that has `stages`. `hidden`: bytes of hidden states (T, C); `kept` and `block`: saved_bytes
-    of one micro-batch over all its stages; `head`: rows, vocabulary and width of the projection if it is
-    here."""
-    L = layout
+@dataclass
+class Part:
+    """Of the model, what a pipeline rank has."""
+
+    stages: list[int]
+    blocks: list[range]  # of all stages
+    first_trained: int  # the first stage with something to train: no gradient goes back beyond it
+
+    def modules(self, model: nn.Module, definition) -> dict[int, list[nn.Module]]:
+        """The blocks of each stage that is here."""
+        if len(self.blocks) == 1:
+            return {0: [*model.blocks]}
+        modules = model.get_submodule(definition.pipeline["blocks"])._modules
+        return {s: [modules[str(n)] for n in self.blocks[s]] for s in self.stages}
+
+
+def stage_memory(model: nn.Module, part: Part, hidden: float, live: _Live, L: Layout) -> Device:
+    """Of one rank. `hidden`: bytes of hidden states (T, C); `live`: of the passes."""
     alone = parallel.tables(model) if L.fsdp else []
     groups = groups_of(model, [*alone, *model.vision_blocks, *model.blocks])
     everything = [*model.parameters()]
     trained, frozen = size(everything, True), size(everything, False)
-    few = [*quantize.weights_of(model).values()]  # whole on each rank, expanded one at a time
-    expanded = max((weight.shape.numel() * L.compute_bytes for weight in few), default=0)
-    largest = max((p.numel() * 4 for p in everything if p.requires_grad), default=0)
-    optimiser, shards = 2 * trained / L.shard, L.shard
-    weights, communication = (trained + frozen) / shards + size(b for w in few for b in w.buffers()), 0.0
-    trained_group = max((size(g, True) for g in groups), default=0)
-    gathered = 0.0
+    few = [*quantize.weights_of(model).values()]  # whole on each rank
+    weights = (trained + frozen) / L.shard + size(b for w in few for b in w.buffers())
+    gathered, communication = 0.0, 0.0
     if L.fsdp:
         width = L.compute_bytes if L.master else None
-        gathered = gathered_bytes([size(g, None, width) for g in groups], L)
-        # an all-gather's result before it is dealt out
-        communication += max((size(g, None, width) for g in groups), default=0)
-    elif L.master:  # 16-bit copies of what trains; a block that is recomputed makes its own anew
-        *blocks, root = (size(g, True, L.compute_bytes) for g in groups)
-        gathered = root + (max(blocks, default=0) if L.recompute else sum(blocks))
-    n, alive = L.micro_batches, alive_micro_batches(L, stages)
-    activations = alive * kept
-    if L.pp > 1:
-        # the schedule has a buffer for each message of a step, and keeps outputs until their backward
-        received = sum((s > 0) + (s < num_stages - 1) for s in stages)
-        communication += n * hidden * received
-        activations += alive * hidden * sum(s < num_stages - 1 for s in stages)
-    # gradients while activations are there, and when all are made
-    reduced = L.sharding in ("stage2", "stage3")
-    accumulated = 0.0
-    if n > 1:
-        accumulated = trained / shards if reduced else trained * (L.compute_bytes / 4 if L.master else 1)
-    base = {"weights": weights + gathered, "optimiser": optimiser}
-    forward = Device(
+        sizes = [size(g, None, width) for g in groups]
+        gathered = gathered_bytes(sizes, L)
+        communication += max(sizes, default=0)  # an all-gather's result before it is dealt out
+    if L.pp > 1:  # the schedule has a buffer for each message of a step
+        received = sum((s > 0) + (s < len(part.blocks) - 1) for s in part.stages)
+        communication += L.micro_batches * hidden * received
+    base = {"optimiser": 2 * trained / L.shard, "communication": communication}
+    passes = Device(
         {
+            "weights": weights + gathered,
             **base,
-            "gradients": accumulated,
-            "activations": activations,
-            "loss": max(loss_bytes(head, L), expanded),
-            "communication": communication,
+            "gradients": live.peak_gradients,
+            "activations": live.peak - live.peak_gradients,
         }
     )
-    # the first block's backward pass: all other gradients are made
-    backward = Device(
-        {
-            **base,
-            "gradients": (trained / shards if L.fsdp and reduced else trained) + (largest if n > 1 else 0),
-            "activations": block + expanded,
-            "loss": 0.0,
-            "communication": communication + (trained_group * (1 + 1 / shards) if L.fsdp else 0.0),
-        }
-    )
-    step = Device(
-        {
-            "weights": weights,
-            "optimiser": optimiser,
-            "gradients": trained / shards,
-            "activations": 0.0,
-            "loss": 2 * largest / shards,
-            "communication": communication,
-        }
-    )
-    return max(forward, backward, step, key=lambda device: device.total)
+    step = Device({"weights": weights, **base, "gradients": trained / L.shard, "activations": 0.0})
+    return max(passes, step, key=lambda device: device.total)
 
 
 def heaviest_stream(plan, batch_size: int, steps: int = 10_000) -> Stream:
@@ -387,88 +407,161 @@ def streams(plan, cfg: Config) -> tuple[StreamSizes, Stream, Stream]:
     return sizes, heaviest_stream(plan, cfg.per_device_train_batch_size), typical
 
 
+def passes(model: nn.Module, definition, part: Part, stream: Stream, layout: Layout, dtype) -> _Live:
+    """The forward and backward passes of a step, on the meta device, until memory does not grow any more."""
+    L, last = layout, len(part.blocks) - 1
+    model = copy.deepcopy(model).train()
+    cast = _Autocast(L.autocast) if L.autocast else contextlib.nullcontext()
+    if L.master and L.fsdp:
+        model.to(dtype)  # what fully_shard gathers
+    elif L.master:
+        parallel.compute_in(model, dtype)
+    if L.recompute:
+        for block in [*model.vision_blocks, *model.blocks] if L.autocast else ():
+            cast.around(block)
+        parallel.recompute(model)
+    blocks, alive, batches = part.modules(model, definition), {}, {}
+    n, warm_up = L.micro_batches, round(alive_micro_batches(L, part.stages) * len(part.stages))
+    n = min(n, -(-(warm_up + len(part.stages)) // L.pp) * L.pp)
+    # of the interleaved schedule, so many micro-batches go through a rank's stages in turn
+    group = L.pp if len(part.stages) > 1 else 1
+    forwards = sorted(itertools.product(part.stages, range(n)), key=lambda x: (x[1] // group, x))
+    backwards = sorted(itertools.product(part.stages, range(n)), key=lambda x: (x[1] // group, -x[0], x[1]))
+    options = {"dtype": dtype, "device": "meta"}
+    received = {f: torch.empty(stream.tokens, model.config.hidden_size, **options) for f in forwards if f[0]}
+    grad = torch.empty(stream.tokens, model.config.hidden_size, **options)
+    live = _Live(model, L)
+    live.known |= {x.untyped_storage()._cdata for x in (grad, *received.values())}
+
+    def forward(stage: int, i: int) -> None:
+        if i not in batches:
+            batches[i] = meta_batch(stream, model)
+        x = received[stage, i].requires_grad_(part.first_trained < stage) if stage else None
+        with cast:
+            out = model(batches[i], "loss" if stage == last else "hidden", x, blocks[stage])
+        alive[stage, i] = out[0].sum() if stage == last else out
+
+    def backward(stage: int, i: int) -> None:
+        out, live.last = alive.pop((stage, i)), i == n - 1
+        if out.requires_grad:
+            torch.autograd.backward(out, None if stage == last else grad)
+        if L.pp == 1:
+            del batches[i]
+
+    with _Fused(), live:
+        for made, place in enumerate(forwards, 1):
+            forward(*place)
+            if made >= warm_up:
+                backward(*backwards[made - warm_up])
+        for place in backwards[len(forwards) - warm_up + 1 :]:
+            backward(*place)
+    return live
+
+
+def of_rank(
+    model: nn.Module, definition, blocks: list[range], rank: int, L: Layout
+) -> tuple[nn.Module, Part]:
+    """What a pipeline rank has of a model on the meta device, cut over tensor-parallel ranks."""
+    mine, part = copy.deepcopy(model), Part([s for s in range(len(blocks)) if s % L.pp == rank], blocks, 0)
+    if L.pp > 1:
+        held = pipeline.stages_of_parameters(mine, definition.pipeline, blocks)
+        part.first_trained = min(min(held[name]) for name, p in mine.named_parameters() if p.requires_grad)
+        pipeline.keep_parameters(mine, {name for name, where in held.items() if where & {*part.stages}})
+    world = parallel.World(0, L.pp * L.dp * L.tp, torch.device("cpu"), tp_size=L.tp)
+    parallel.tensor_parallel(mine, definition.tp_plan(model.config, L.tp), world)
+    return mine, part
+
+
+def several_passes(model: nn.Module, stream: Stream, layout: Layout) -> _Live:
+    """In place of `passes` for a model whose passes depend on the data: by a formula, which no test has."""
+    live, config, N = _Live(model, layout), model.config, model.config.num_hidden_layers
+    inner = 11 * config.hidden_size + 4 * config.mlp_width
+    width = stream.tokens * next(model.parameters()).element_size()
+    live.peak_gradients = size(model.parameters(), True)
+    live.peak = live.peak_gradients + width * (
+        inner + config.hidden_size * N if layout.recompute else inner * N
+    )
+    return live
+
+
 def devices(
     model: nn.Module, definition, blocks: list[range], stream: Stream, layout: Layout, dtype
 ) -> list[Device]:
     """Memory of each pipeline rank; `model` is on the meta device, with requires_grad as in training."""
-    L, config, found = layout, model.config, []
-    hidden = stream.tokens * config.hidden_size * L.compute_bytes
-    for rank in range(L.pp):
-        part, stages = copy.deepcopy(model), [s for s in range(len(blocks)) if s % L.pp == rank]
-        if L.pp > 1:
-            held = pipeline.stages_of_parameters(part, definition.pipeline, blocks)
-            trained = {name for name, p in part.named_parameters() if p.requires_grad}
-            first_trained = min(min(held[name]) for name in trained)
-            pipeline.keep_parameters(part, {name for name, where in held.items() if where & {*stages}})
-        world = parallel.World(0, L.pp * L.dp * L.tp, torch.device("cpu"), tp_size=L.tp)
-        parallel.tensor_parallel(part, definition.tp_plan(config, L.tp), world)
-        last = len(blocks) - 1
-        head = None
-        if last in stages:
-            V, C = config.vocab_size // L.tp, config.hidden_size
-            trains = any(p.requires_grad and p.shape == (V, C) for p in part.parameters())
-            head = {"rows": stream.supervised, "vocabulary": V, "width": C, "gradient": 4 * V * C * trains}
-        computed = copy.deepcopy(part).train()
-        if not L.autocast:  # which casts on the way
-            computed.to(dtype)
-        kept, block_bytes = 0.0, 0.0
-        for stage in stages:
-            x = None
-            if stage:
-                options = {"dtype": dtype, "device": "meta", "requires_grad": first_trained < stage}
-                x = torch.empty(stream.tokens, config.hidden_size, **options)
-            own = [block for n, block in numbered(computed, definition, L.pp) if n in blocks[stage]]
-            left, largest = activation_bytes(computed, stream, x, own, L)
-            kept, block_bytes = kept + left, max(block_bytes, largest)
-        found.append(stage_memory(part, stages, len(blocks), hidden, kept, block_bytes, head, L))
+    found, hidden = [], stream.tokens * model.config.hidden_size * dtype.itemsize
+    for rank in range(layout.pp):
+        mine, part = of_rank(model, definition, blocks, rank, layout)
+        if len(model.LOSSES) == 1:
+            live = passes(mine, definition, part, stream, layout, dtype)
+        else:
+            live = several_passes(mine, stream, layout)
+        found.append(stage_memory(mine, part, hidden, live, layout))
     return found
 
 
-def numbered(model: nn.Module, definition, pp: int) -> list[tuple[int, nn.Module]]:
-    if pp == 1:
-        return [*enumerate(model.blocks)]
-    return [
-        (int(n), block) for n, block in model.get_submodule(definition.pipeline["blocks"])._modules.items()
-    ]
+def block_inputs(model: nn.Module, stream: Stream) -> dict[str, tuple[int, bool]]:
+    """{name of a block: numbers that enter it, whether a gradient comes back through it}."""
+    found, model = {}, copy.deepcopy(model).train()
+    names = {module: name for name, module in model.named_modules()}
+    for block in [*model.vision_blocks, *model.blocks]:
+
+        def note(block, args, out):
+            found[names[block]] = args[0].numel(), out.requires_grad
+
+        block.register_forward_hook(note)
+    with _Fused():
+        model.to(torch.float32)(meta_batch(stream, model), "hidden")
+    return found
 
 
-def activation_bytes(
-    model: nn.Module, stream: Stream, x: Tensor | None, blocks: list, layout: Layout
-) -> tuple[float, float]:
-    """saved_bytes of one micro-batch through `blocks`."""
-    config = model.config
-    if model.pipeline_obstacle:  # its passes depend on the data: by a formula
-        inner = 11 * config.hidden_size + 4 * config.mlp_width
-        N = config.num_hidden_layers
-        layers = config.hidden_size * N + inner if layout.recompute else inner * N
-        width = stream.tokens * next(model.parameters()).element_size()
-        return width * layers, width * inner
-    batch = meta_batch(stream, model)
+def collectives(model: nn.Module, part: Part, inputs: dict, hidden: float, L: Layout) -> dict:
+    """{(axis, kind): [messages, bytes]} of the forward and backward passes of a step, by a rank that has
+    `model`. A message is as large as the whole: what a gather gives, what a reduction takes. `inputs`: of
+    block_inputs; `hidden`: bytes of hidden states (T, C)."""
+    found = collections.defaultdict(lambda: [0, 0.0])
+    n, names = L.micro_batches, {module: name for name, module in model.named_modules()}
 
-    def forward() -> Tensor:
-        return model(batch, "hidden", x, blocks)
+    def add(axis: str, kind: str, messages: int, size: float) -> None:
+        found[axis, kind][0] += messages
+        found[axis, kind][1] += messages * size
 
-    return saved_bytes(model, forward, x, layout)
-
-
-def communication(model: nn.Module, tokens: float, layout: Layout) -> dict[str, float]:
-    """Bytes that a device sends in a step by axis, as messages' sizes: gathers count the result."""
-    L = layout
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / (L.pp * L.tp)
-    everything = sum(p.numel() for p in model.parameters()) / (L.pp * L.tp)
-    n, width, hidden = L.micro_batches, L.compute_bytes, tokens * model.config.hidden_size * L.compute_bytes
-    volumes = {"data parallel": 0.0, "tensor parallel": 0.0, "pipeline": 0.0}
-    if L.dp > 1:
-        gathers = 2 * n if L.sharding == "stage3" else 1
-        reductions = n if L.sharding in ("stage2", "stage3") else 1
-        volumes["data parallel"] = everything * width * gathers * (L.shard > 1) + trained * 4 * reductions
-        if L.dp > L.shard:  # and an all-reduce of the shards over the replicas
-            volumes["data parallel"] += trained * 4 * reductions / L.shard
-    if L.tp > 1:  # two all-reduces a layer forward, two backward
-        volumes["tensor parallel"] = n * hidden * len(model.blocks) / L.pp * (6 if L.recompute else 4)
-    if L.pp > 1:
-        volumes["pipeline"] = 2 * n * hidden * (2 if L.schedule == "interleaved" else 1)
-    return volumes
+    modules = [*parallel.tables(model), *model.vision_blocks, *model.blocks] if L.fsdp else []
+    for module, group in zip([*modules, model], groups_of(model, modules), strict=True) if L.fsdp else ():
+        # fully_shard cuts rows, and pads each parameter to as many on every rank
+        count = {p: -(-p.shape[0] // L.shard) * L.shard * p[:1].numel() for p in group}
+        message = sum(k * (L.compute_bytes if L.master else p.element_size()) for p, k in count.items())
+        reduced = 4 * sum(k for p, k in count.items() if p.requires_grad)
+        back = inputs.get(names[module], (0, reduced > 0))[1]
+        freed = module is not model and not isinstance(module, nn.Linear)  # as parallel.shard says
+        if L.shard > 1 and group:
+            gathers = n * (1 + (back and freed)) if L.sharding == "stage3" else 1
+            add("data parallel", "all-gather", gathers, message)
+        times = n if L.sharding in ("stage2", "stage3") else 1
+        if L.shard > 1 and reduced:
+            add("data parallel", "reduce-scatter", times, reduced)
+        if L.dp > L.shard and reduced:  # of the shards over the replicas
+            add("data parallel", "all-reduce", times, reduced / L.shard)
+    if L.tp > 1:
+        for name, (numel, back) in inputs.items():
+            if (
+                name in names.values()
+            ):  # two sums forward and two backward; recomputation ends before the last
+                add(
+                    "tensor parallel", "all-reduce", n * (2 + (back and L.recompute)), numel * L.compute_bytes
+                )
+                add(
+                    "tensor parallel",
+                    "all-reduce",
+                    n * 2 * back,
+                    numel * (4 if L.autocast else L.compute_bytes),
+                )
+        if 0 in part.stages:  # of the embedding
+            add("tensor parallel", "all-reduce", n, hidden)
+    border = len(part.blocks) - 1
+    for stage in part.stages if border else ():
+        messages = (stage < border) + (part.first_trained < stage)  # forward, and the gradient backward
+        add("pipeline", "send", n * messages, hidden)
+    return found
 
 
 def layout_of(cfg: Config, world_size: int) -> Layout:
@@ -492,7 +585,7 @@ def layout_of(cfg: Config, world_size: int) -> Layout:
         recompute=cfg.recompute,
         compute_bytes=2 if sixteen else 4,
         master=o2,
-        autocast=sixteen and not o2,
+        autocast=(torch.bfloat16 if cfg.bf16 else torch.float16) if sixteen and not o2 else None,
     )
 
 
@@ -508,9 +601,9 @@ def dry_run(cfg: Config, config: dict, definition, plan, world_size: int) -> str
         model.config, sizes.tokens, sizes.supervised, sizes.images, sizes.segment
     )
     flops = 3 * sum(forward.values()) if not cfg.lora else 2 * sum(forward.values()) + forward["head"]
-    if not model.pipeline_obstacle:  # else its passes depend on the data
+    if len(model.LOSSES) == 1:  # else its passes depend on the data
         flops = step_flops(model, typical, layout) * sizes.tokens / typical.tokens
-    halve(model, cfg, {})
+    dtype = halve(model, cfg, {}) or torch.float32
     if cfg.quantize:
         quantize.prepare(model, cfg.quantize)
     pp, dp, tp, micro_batches = layout.pp, layout.dp, layout.tp, layout.micro_batches
@@ -518,7 +611,7 @@ def dry_run(cfg: Config, config: dict, definition, plan, world_size: int) -> str
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     o2 = layout.master
     blocks = pipeline_blocks(model, definition, cfg, sizes) if pp > 1 else [range(len(model.blocks))]
-    found = devices(model, definition, blocks, heaviest, layout, torch.bfloat16 if o2 else torch.float32)
+    found = devices(model, definition, blocks, heaviest, layout, dtype)
     fullest = max(found, key=lambda device: device.total)
     micro = micro_batches * dp
     shares = ", ".join(f"{part} {value / sum(forward.values()):.0%}" for part, value in forward.items())
@@ -539,10 +632,15 @@ def dry_run(cfg: Config, config: dict, definition, plan, world_size: int) -> str
         f"{sizes.images * micro:,.0f} images)"
     )
     lines.append(f"FLOPs per step: {flops * micro:.3e} (forward: {shares})")
-    volumes = communication(model, sizes.tokens, layout)
-    lines += [
-        f"communication a step and device, {axis}: {v / 2**30:.3f} GiB" for axis, v in volumes.items() if v
-    ]
+    inputs = block_inputs(model, typical) if len(model.LOSSES) == 1 and tp > 1 else {}
+    share = sizes.tokens / typical.tokens
+    inputs = {name: (numel * share, back) for name, (numel, back) in inputs.items()}
+    mine, part = of_rank(model, definition, blocks, 0, layout)
+    hidden = sizes.tokens * model.config.hidden_size * dtype.itemsize
+    volumes = collections.Counter()
+    for (axis, _), (_, sent) in collectives(mine, part, inputs, hidden, layout).items():
+        volumes[axis] += sent
+    lines += [f"communication a step and device, {axis}: {v / 2**30:.3f} GiB" for axis, v in volumes.items()]
     bubble = pipeline.bubble_share(pp, cfg.pipeline_schedule, micro_batches)
     if pp > 1:
         lines.append(
