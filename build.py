@@ -91,7 +91,7 @@ def choose_trainable(model: nn.Module, definition, cfg: Config) -> None:
     # First match wins: an adapter trains even where its layer is frozen by name.
     frozen = (cfg.freeze_include or []) + definition.pretrain_freeze.get(cfg.stage, [])
     for name, p in model.named_parameters():
-        if ".lora_A." in name or ".lora_B." in name:
+        if ".lora_" in name:
             p.requires_grad_(True)
         # freeze_exclude carves out of what is frozen: "all of the tower but its last norm".
         elif matches(name, frozen):
@@ -293,7 +293,11 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
         if world.main:
             print(f"{found} tensors from {cfg.init_from}, {len(base_names) - found} from {directory}")
     for name in parameters.keys() - base_names:  # prefix and adapter: what no checkpoint has
-        draw(name, parameters[name], model.init_weights if name in new else lora.init_lora, cfg.seed)
+        if name.endswith(lora.MAGNITUDE):  # DoRA begins at the base's own lengths
+            weight = weights.read(name.removesuffix(lora.MAGNITUDE) + ".weight")
+            checkpoint.copy_full_(parameters[name], weight.float().norm(dim=1))
+        else:
+            draw(name, parameters[name], model.init_weights if name in new else lora.init_lora, cfg.seed)
     if cfg.lora_path:
         other = whole if stages else None
         lora.load_adapter(model, cfg.lora_path, checkpoint.copy_full_, parallel.whole_shape, other)
@@ -310,7 +314,7 @@ def draw(name: str, param: nn.Parameter, init, seed: int) -> None:
 
 def add_adapter(model: nn.Module, definition: vlm.Model, cfg: Config) -> list[str]:
     """Puts LoRA beside the layers that are asked for; returns their names."""
-    return lora.inject(
+    names = lora.inject(
         model,
         lora_targets(cfg, definition),
         cfg.lora_rank,
@@ -321,6 +325,9 @@ def add_adapter(model: nn.Module, definition: vlm.Model, cfg: Config) -> list[st
         definition.image_parameters,
         lora.whole_modules(model, cfg.modules_to_save),
     )
+    for name in names if cfg.use_dora else ():
+        lora.add_magnitude(model.get_submodule(name))
+    return names
 
 
 def check_continued_adapter(model: nn.Module, cfg: Config, weights: checkpoint.Weights, say: bool) -> None:

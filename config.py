@@ -243,6 +243,9 @@ class Config:
         ADAPTER, 16, "their update is scaled by lora_alpha / lora_rank", above=0, high=100_000
     )
     use_rslora: bool = key(ADAPTER, False, "scale by lora_alpha / sqrt(lora_rank) (rank-stabilised LoRA)")
+    use_dora: bool = key(
+        ADAPTER, False, "the length of each row of an adapted weight trains by itself (DoRA)"
+    )
     neftune_noise_alpha: float = key(
         OPTIMISER,
         0.0,
@@ -760,7 +763,7 @@ def validate(cfg: Config) -> None:
     for names, has_effect, needs in (
         (
             "lora_rank lora_alpha use_rslora lora_dropout lora_target_modules lora_split loraplus_lr_ratio "
-            "modules_to_save",
+            "modules_to_save use_dora",
             cfg.lora or cfg.lora_path,
             "lora=true",
         ),
@@ -868,6 +871,12 @@ def check_quantize(cfg: Config) -> None:
         raise ValueError(
             f"quantize={cfg.quantize} without lora=true: weights in few bits cannot be trained; add lora=true"
         )
+    for name in ("quantize", "tensor_parallel_degree", "lora_split") if cfg.use_dora else ():
+        if (value := getattr(cfg, name)) != DEFAULTS[name]:
+            raise ValueError(
+                f"use_dora=true with {name}={json.dumps(value).strip(chr(34))}: DoRA takes lengths of rows "
+                "of the whole weight and its update; leave one of the two out"
+            )
     if cfg.quantize and cfg.tensor_parallel_degree > 1:
         raise ValueError(
             f"quantize={cfg.quantize} with tensor_parallel_degree={cfg.tensor_parallel_degree}: blocks of 64 "

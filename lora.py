@@ -37,6 +37,7 @@ from kernels.dropout import Mask, drop, dropout
 from kernels.linear import WeightlessLinear, linear
 
 PREFIX = "base_model.model."  # PEFT puts it before every name
+MAGNITUDE = ".lora_magnitude_vector"
 
 
 class LoraLinear(nn.Linear):
@@ -50,9 +51,25 @@ class LoraLinear(nn.Linear):
     # (G, P): output rows are G groups of P parts, each part with an A and a B of its own
     parts: tuple[int, int] | None
     first_channel: int  # tensor parallelism sets it where a rank has a slice of the input channels
+    gain: torch.Tensor | None = None  # DoRA's row factors, kept while nothing trains
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.updated(linear(self, x), x)
+        magnitude = self.lora_magnitude_vector
+        if magnitude is None:
+            return self.updated(linear(self, x), x)
+        # DoRA: rows of W + scaling B A have the lengths that were trained. Unlike in PEFT, dropout is the
+        # update's alone.
+        gain = self.gain
+        if gain is None:
+            gain = magnitude / row_norms(self.weight, self.lora_A.weight, self.lora_B.weight, self.scaling)
+            self.gain = None if self.training else gain
+        y = self.updated(F.linear(x, self.weight), x)
+        y = y * gain.to(y.dtype)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def train(self, mode: bool = True):
+        self.gain = None
+        return super().train(mode)
 
     def updated(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """y + scaling * B A x, with dropout on x. y is the base's product, and may be overwritten."""
@@ -77,6 +94,14 @@ class LoraLinear(nn.Linear):
         # P x (T, G*D)
         y = [F.linear(part, blocks[:, j, :, j].flatten(0, 1)) for j, part in enumerate(z.chunk(P, -1))]
         return torch.stack([part.unflatten(-1, (-1, D)) for part in y], -2).flatten(-3)
+
+
+@torch.no_grad()
+def row_norms(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Lengths of the rows of W + scaling B A, in fp32: a constant of the backward pass (arXiv:2402.09353 sec.
+    4.3)."""
+    with without_autocast(weight.device):
+        return torch.addmm(weight.float(), B.float(), A.float(), alpha=scaling).norm(dim=1)
 
 
 class _LowRank(torch.autograd.Function):
@@ -123,14 +148,18 @@ class SharedLinear(nn.Linear):
     """A linear layer that several adapters share, made by `add_adapters`; each acts on its own rows, as
     `adapted` says."""
 
-    adapters: dict[str, tuple[torch.Tensor, torch.Tensor, float]]  # A (r, in), B (out, r), scaling
+    adapters: dict[str, tuple]  # A (r, in), B (out, r), scaling, DoRA's factors of the rows (out,) or None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = linear(self, x)
         for name, rows in Adapted.rows:
             if name in self.adapters:
-                A, B, scaling = self.adapters[name]
+                A, B, scaling, gain = self.adapters[name]
                 update = F.linear(F.linear(x if rows is None else x[rows], A), B) * scaling
+                if gain is not None:
+                    own = y if rows is None else y[rows]
+                    own = own if self.bias is None else own - self.bias
+                    update = gain * update + (gain - 1) * own
                 y = y + update if rows is None else y.index_add(0, rows, update)
         return y
 
@@ -212,6 +241,12 @@ def _to_lora(model: nn.Module, name: str, rank: int, scaling: float, dropout: fl
     module.rank, module.scaling, module.dropout, module.parts = rank, scaling, dropout, parts
     module.seed = zlib.crc32(name.encode()) >> 1  # fits int32
     module.first_channel = 0
+    module.register_parameter("lora_magnitude_vector", None)
+
+
+def add_magnitude(module: LoraLinear) -> None:
+    """Makes DoRA of LoRA: a length of its own for each row."""
+    module.lora_magnitude_vector = nn.Parameter(module.weight.detach().norm(dim=1))
 
 
 def whole_modules(model: nn.Module, names: list[str] | None) -> list[str]:
@@ -251,6 +286,7 @@ USED = {
     "lora_alpha": Alpha,
     "lora_dropout": schema.Share,
     "use_rslora": bool,
+    "use_dora": bool,
     "rank_pattern": dict[str, Rank] | None,
     "alpha_pattern": dict[str, Alpha] | None,
     "target_modules": str | list[str],
@@ -264,7 +300,7 @@ USED = {
 }
 REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
 # those that must have the value of a plain adapter, since they compute something else;
-PLAIN = {"bias": "none"} | dict.fromkeys(("fan_in_fan_out", "use_dora", "use_qalora", "lora_bias"), False)
+PLAIN = {"bias": "none"} | dict.fromkeys(("fan_in_fan_out", "use_qalora", "lora_bias"), False)
 PLAIN |= dict.fromkeys(
     "megatron_config trainable_token_indices alora_invocation_tokens layer_replication target_parameters "
     "use_bdlora arrow_config kasa_config velora_config monteclora_config".split()
@@ -327,6 +363,10 @@ def save_adapter(
     owners = sorted({name.rpartition(".")[0] for name in extra_trained} - {*module_names})
     owners = [name for name in owners if not list(model.get_submodule(name).children())]
     names = [f"{name}.lora_{side}.weight" for name in module_names for side in "AB"]
+    lengths = [
+        n + MAGNITUDE for n in module_names if model.get_submodule(n).lora_magnitude_vector is not None
+    ]
+    names += lengths
     names += extra_trained
     names += [
         f"{owner}.{name}" for owner in owners for name, _ in model.get_submodule(owner).named_parameters()
@@ -335,7 +375,8 @@ def save_adapter(
         tensor = tensors(name)
         if write:
             owner, _, key = name.rpartition(".")
-            theirs = f"{owner}.base_layer.{key}" if owner in module_names else name
+            base = owner in module_names and not key.startswith("lora_")
+            theirs = f"{owner}.base_layer.{key}" if base else name
             state[PREFIX + theirs] = tensor.detach().contiguous()
     if not write:
         return
@@ -357,6 +398,7 @@ def save_adapter(
         "lora_alpha": made.alpha,
         "lora_dropout": made.dropout,
         "use_rslora": made.rslora,
+        "use_dora": bool(lengths),
         "target_modules": targets,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -384,6 +426,8 @@ def combine(directories: list, weights: list[float], output) -> None:
             raise ValueError(f"{other} and {directories[0]} were trained on different bases")
     sides: dict[str, list[list[torch.Tensor]]] = {}
     for directory, config, tensors, weight in zip(directories, configs, held, weights, strict=True):
+        if config.get("use_dora"):
+            raise ValueError(f"{directory} is DoRA's, whose effect is no sum; merge it alone")
         if whole := [name for name in tensors if ".lora_" not in name]:
             raise ValueError(
                 f"{directory} holds {whole[0]} whole, which is no update that could be added; merge it alone"
@@ -476,7 +520,9 @@ def read_adapter(directory, aliases: dict[str, str] | None = None) -> tuple[dict
     config, weights = read_adapter_config(directory), _open_adapter(directory)
     tensors = {}
     for file_name in weights:
-        if not file_name.startswith(PREFIX) or re.search(r"\.lora_(?!(A|B)\.weight$)", file_name):
+        if not file_name.startswith(PREFIX) or re.search(
+            r"\.lora_(?!(A|B)\.weight$|magnitude_vector$)", file_name
+        ):
             raise ValueError(f"{directory}: {file_name!r} is not a LoRA weight of a linear layer")
         if not weights.dtype(file_name).is_floating_point:
             raise ValueError(
@@ -613,11 +659,15 @@ def adapter_updates(config: dict, tensors: dict, shapes: dict) -> tuple[dict, li
             f"{module}.lora_A.weight": (rank, in_features),
             f"{module}.lora_B.weight": (out_features, rank),
         }
+        if config.get("use_dora"):
+            expected[module + MAGNITUDE] = (out_features,)
     extra = [name for name in tensors if ".lora_" not in name]
     for name in extra:
         if name not in shapes:
             raise ValueError(f"the adapter holds {name!r}, which this model does not have: wrong base?")
         expected[name] = shapes[name]
+    if unknown := next((name for name in tensors if name not in expected), None):
+        raise ValueError(f"the adapter holds {unknown!r}, but has no use_dora=true in adapter_config.json")
     for name, shape in expected.items():
         if name not in tensors:
             raise ValueError(f"the adapter lacks {name!r}; its file is incomplete")
@@ -705,6 +755,10 @@ def load_adapter(
                     f"the adapter changes {name!r}, a {type(module).__name__}; expected a linear layer"
                 )
             _to_lora(model, name, rank, scaling, config.get("lora_dropout", 0.0))
+            if config.get("use_dora"):
+                add_magnitude(module)
+        elif bool(config.get("use_dora")) != (module.lora_magnitude_vector is not None):
+            raise ValueError(f"{directory} has use_dora={bool(config.get('use_dora'))}; train it on as it is")
         elif module.rank != rank or not math.isclose(module.scaling, scaling):
             raise ValueError(
                 f"{directory}: {name} has rank {rank} and scaling {scaling:g}, "
@@ -757,7 +811,12 @@ def add_adapters(model: nn.Module, directories: dict[str, str]) -> dict[str, Add
             if type(module) is not SharedLinear:
                 module.__class__, module.adapters = SharedLinear, {}
             A, B = (tensors[f"{name}.lora_{x}.weight"].to(like) for x in "AB")
-            module.adapters[adapter] = A, B, scaling
+            gain = tensors.get(name + MAGNITUDE)
+            if gain is not None and module.weight is None:
+                raise ValueError(f"{directory}: DoRA takes lengths of whole weights; leave --quantize out")
+            if gain is not None:
+                gain = (gain.to(like.device) / row_norms(module.weight, A, B, scaling)).to(like)
+            module.adapters[adapter] = A, B, scaling, gain
         if packed := [name for name in extra if name not in parameters]:
             raise ValueError(
                 f"{directory} holds {packed[0]} whole, which is in few bits here; leave --quantize out"

@@ -26,6 +26,7 @@ import terminal
 import vlm
 from checkpoint import Weights, open_weights
 from lora import (
+    MAGNITUDE,
     adapter_updates,
     base_in,
     combine,
@@ -168,6 +169,8 @@ def merged_tensor(
     if module is not None:
         A, B = lora[f"{module}.lora_A.weight"].float(), lora[f"{module}.lora_B.weight"].float()
         tensor = tensor.float() + scalings[module] * (B @ A)
+        if (lengths := lora.get(module + MAGNITUDE)) is not None:
+            tensor *= (lengths.float() / tensor.norm(dim=1))[:, None]
     return tensor.to(rounded)
 
 

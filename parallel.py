@@ -394,6 +394,10 @@ def tensor_parallel(model: nn.Module, plan: dict[str, tuple[str, int]], world: W
         # Tells copy_to_tp that this layer's input gradient is a share.
         module.is_cut = True
         lora = hasattr(module, "lora_A")
+        if getattr(module, "lora_magnitude_vector", None) is not None:
+            raise ValueError(
+                f"tensor_parallel_degree={world.tp_size}: DoRA takes lengths of whole rows; merge its adapter"
+            )
         if kind in ("column", "vocab"):
             # Rows of the weight are output features: the bias is cut with them.
             for key, _ in list(module.named_parameters(recurse=False)):

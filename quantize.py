@@ -138,6 +138,8 @@ class _Product(torch.autograd.Function):
 
 def replace_weight(layer: nn.Linear, kind: str) -> nn.Module:
     """Room for the layer's weight in few bits, in its place; `fill` it."""
+    if getattr(layer, "lora_magnitude_vector", None) is not None:
+        raise ValueError(f"quantize={kind}: DoRA takes lengths of whole weights; merge its adapter first")
     few = empty(kind, layer.weight.shape, layer.weight.device)
     put_for_weight(layer, few)
     return few

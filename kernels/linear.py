@@ -78,11 +78,13 @@ class Packed(nn.Module):
 @torch.no_grad()
 def pack(model: nn.Module) -> nn.Module:
     """Every linear layer's weight on a CPU, one after the other, so that only one at a time is there twice.
-    Those in few bits, an adapter's, and what tensor parallelism has cut stay as they are."""
+    Those in few bits, an adapter's, what tensor parallelism has cut and what DoRA takes lengths of stay as
+    they are."""
     for name, layer in list(model.named_modules()):
         whole = (
             isinstance(layer, nn.Linear) and layer.weight is not None and not getattr(layer, "is_cut", False)
         )
-        if whole and ".lora_" not in name and possible(layer.weight):
+        dora = getattr(layer, "lora_magnitude_vector", None) is not None
+        if whole and not dora and ".lora_" not in name and possible(layer.weight):
             put_for_weight(layer, Packed(layer.weight))
     return model

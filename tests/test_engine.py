@@ -457,10 +457,12 @@ def test_stop_texts_end_one_answer(loaded, images):
     assert answers["stopped"] == answers["free"][: len(answers["stopped"])] != answers["free"]
 
 
-def write_adapter(path: Path, base: Path, patterns: list[str], whole: list[str], seed: int) -> Path:
+def write_adapter(path: Path, base: Path, patterns: list[str], whole: list[str], seed: int, dora=False):
     """An adapter of random values; `whole`: parameters that it holds whole."""
     model = generate.load_model(base)
     names = lora.inject(model, patterns, 4, 8, 0.0)
+    for name in names if dora else ():
+        lora.add_magnitude(model.get_submodule(name))
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, p in parameters.items():
@@ -497,7 +499,8 @@ WHOLE = {
 
 @pytest.mark.parametrize("kind", WHOLE)
 def test_several_adapters_in_one_batch_are_their_merged_models(tmp_path, images, kind):
-    """Of the language model, of the vision tower, with parameters held whole of either; beside the base."""
+    """LoRA and DoRA of the language model, of the vision tower, with parameters held whole of either; beside
+    the base."""
     if kind == "t5":
         base = write_checkpoint(tmp_path / "base", T5)
     else:
@@ -513,6 +516,7 @@ def test_several_adapters_in_one_batch_are_their_merged_models(tmp_path, images,
     targets = module.lora_targets
     adapters = {
         "text": write_adapter(tmp_path / "text", base, targets, [], 1),
+        "DoRA": write_adapter(tmp_path / "dora", base, targets, [], 5, dora=True),
         "vision": write_adapter(tmp_path / "vision", base, in_vision, [], 2),
         "whole": write_adapter(tmp_path / "whole", base, targets, [WHOLE[kind][0]], 3),
         "whole vision": write_adapter(tmp_path / "resampler", base, targets, [WHOLE[kind][1]], 4),

@@ -167,6 +167,7 @@ def test_peft_reads_ours(tmp_path, extra):
         {"target_modules": "all-linear", "exclude_modules": ["lm_head"]},
         {"target_modules": ["c_attn"], "layers_to_transform": [1], "layers_pattern": "h"},
         {"target_modules": ["c_attn"], "modules_to_save": ["h.1"]},
+        {"target_modules": ["c_attn", "c_proj"], "use_dora": True},
     ],
 )
 def test_we_read_pefts(tmp_path, kwargs):
@@ -175,7 +176,7 @@ def test_we_read_pefts(tmp_path, kwargs):
     theirs = peft.get_peft_model(Toy(), config).eval()
     with torch.no_grad():
         for name, p in theirs.named_parameters():
-            if "modules_to_save" in name:
+            if "modules_to_save" in name or "magnitude" in name:
                 p.add_(1)
     theirs.save_pretrained(str(tmp_path))
     ours = Toy().eval()
@@ -195,6 +196,24 @@ def test_we_read_pefts(tmp_path, kwargs):
     again = Toy().eval()
     lora.load_adapter(again, tmp_path)
     assert torch.equal(again(IDS), ours(IDS))
+
+
+def test_doras_gradients_are_pefts(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=4, target_modules=["c_attn", "c_proj"], use_dora=True, init_lora_weights=False, lora_alpha=6
+    )
+    theirs, ours = peft.get_peft_model(Toy(), config), Toy()
+    theirs.save_pretrained(str(tmp_path))
+    lora.load_adapter(ours, tmp_path)
+    for model in (theirs.base_model.model, ours):
+        model(IDS).square().sum().backward()
+    found = {name: p.grad for name, p in ours.named_parameters() if ".lora_" in name}
+    assert len(found) == 12
+    for name, p in theirs.base_model.model.named_parameters():
+        if ".lora_" in name:
+            own = name.replace(".default", "").replace(lora.MAGNITUDE + ".weight", lora.MAGNITUDE)
+            torch.testing.assert_close(p.grad, found[own], rtol=1e-4, atol=1e-5)
 
 
 def test_adapters_that_do_not_fit_are_refused(tmp_path):
@@ -229,7 +248,9 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
     refuse(r"'lm_head.bias' is \(2,\), expected \(20,\)", lambda t: t | {f"{p}lm_head.bias": torch.zeros(2)})
     refuse(r"is \(2, 8\), expected \(3, 8\)", change_config={"r": 3})
     refuse("not a LoRA weight", lambda t: t | {f"{p}wte.lora_embedding_A": torch.zeros(2)})
-    refuse("use_dora", change_config={"use_dora": True})
+    refuse("lacks 'h.0.c_attn.lora_magnitude_vector'", change_config={"use_dora": True})
+    length = {f"{p}h.0.c_attn.lora_magnitude_vector": torch.ones(12)}
+    refuse("magnitude_vector', but has no use_dora", lambda t: t | length)
     refuse("bias", change_config={"bias": "all"})
     refuse("peft_type is 'IA3'", change_config={"peft_type": "IA3"})
     save(tmp_path, model, names)

@@ -44,6 +44,7 @@ def recipes():
         ("qwen_vl", {"freeze_exclude": ["transformer.h.0.attn.c_attn.*", "transformer.visual.proj"]})
     )
     found.append(("blip2", {"freeze_exclude": ["language_model.*.q_proj.bias", "query_tokens"]}))
+    found += [(kind, {"use_dora": True}) for kind in MODULES]
     # modules with adapted layers inside, tied names, last parts
     found.append(("qwen_vl", {"modules_to_save": ["ln_f", "h.1.mlp"]}))
     found.append(("blip2", {"modules_to_save": ["lm_head", "language_projection"]}))
@@ -113,9 +114,9 @@ def trained_adapter(directory: Path, out: Path, settings: dict) -> nn.Module:
                 G, P = parts
                 blocks = p.unflatten(1, (P, -1)).unflatten(0, (G, P, -1))
                 for j in range(P):
-                    blocks[:, j, :, j].normal_(generator=generator)
+                    blocks[:, j, :, j].normal_(std=0.1, generator=generator)
             elif p.requires_grad:
-                p.add_((1.0 if ".lora_" in name else 0.1) * torch.randn(p.shape, generator=generator))
+                p.add_(0.1 * torch.randn(p.shape, generator=generator))
     params = dict(model.named_parameters())
     out.mkdir()
     lora.save_adapter(
@@ -199,8 +200,8 @@ def test_every_recipe_computes_the_same_in_peft(base, tmp_path, kind, settings):
     scale = expected.abs().max()
     assert (
         got - logits_of(generate.load_model(directory), batch)
-    ).abs().max() > 1e-2 * scale  # it changes something
-    torch.testing.assert_close(got / scale, expected / scale, atol=1e-3, rtol=0)
+    ).abs().max() > 3e-4 * scale  # it changes something
+    torch.testing.assert_close(got / scale, expected / scale, atol=1e-4, rtol=0)
 
 
 PARTLY = {"freeze_exclude": ["transformer.h.0.attn.c_attn.*", "transformer.visual.proj"]}
@@ -312,7 +313,6 @@ CHANGES_THE_MATHS = [
     ("init_lora_weights", "corda"),
     ("init_lora_weights", "loftq"),
     ("init_lora_weights", "lora_ga"),
-    ("use_dora", True),
     ("use_qalora", True),
     ("lora_bias", True),
     ("bias", "all"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft.optimizers import create_loraplus_optimizer
 from ranks import run
+from test_restart import killed
 from test_train import arguments, assert_same_run, losses
 
 import build
@@ -168,16 +169,23 @@ def test_begun_on_two_ranks_and_ended_on_one_is_equal(base, dataset, tmp_path):
     assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
+ADAPTERS = {
+    "rates": {**LORA_RATES, "use_rslora": True, "neftune_noise_alpha": 5},
+    "DoRA": {"lora": True, "use_dora": True, "modules_to_save": ["lm_head"]},
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", TOWERS)
-def test_two_ranks_and_a_killed_run_are_equal(tmp_path, kind):
-    once, killed, two = (tmp_path / name for name in ("once", "killed", "two"))
-    run(sample_arguments(kind, once, **LORA_RATES))
-    run(sample_arguments(kind, killed, **LORA_RATES, max_steps=2, save_steps=2))
-    run(sample_arguments(kind, killed, **LORA_RATES, save_steps=2))
-    assert_same_run(killed, once, 1e-6, 1e-6)
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_two_ranks_and_a_killed_run_are_equal(tmp_path, kind, method):
+    once, again, two = (tmp_path / name for name in ("once", "again", "two"))
+    run(sample_arguments(kind, once, **ADAPTERS[method]))
+    killed(sample_arguments(kind, again, **ADAPTERS[method], save_steps=2), update=4)
+    run(sample_arguments(kind, again, **ADAPTERS[method], save_steps=2))
+    assert_same_run(again, once, 1e-6, 1e-6)
     half = {"per_device_train_batch_size": 2, "sharding": "stage2"}
-    run(sample_arguments(kind, two, **LORA_RATES, **half), world=2)
+    run(sample_arguments(kind, two, **ADAPTERS[method], **half), world=2)
     assert_same_run(two, once, 1e-5, 1e-4)
 
 
@@ -208,6 +216,11 @@ def test_mistakes_are_one_line_before_anything_is_trained(base, dataset, tmp_pat
         (
             {"learning_rate_rules": {"*bias": 1e-4, "*visual*": 1e-5, "*ln_post.bias": 1e-6}},
             "'.*ln_post.bias'",
+        ),
+        ({"use_dora": True, "lora": True, "quantize": "nf4"}, "use_dora=true with quantize=nf4"),
+        (
+            {"use_dora": True, "lora": True, "tensor_parallel_degree": 2},
+            "use_dora=true with tensor_parallel_degree=2",
         ),
         ({"modules_to_save": ["ln_g"], "lora": True}, "'ln_g' is no module with .*near names: .*ln_"),
         (

@@ -143,6 +143,7 @@ CHANGES = {
     "lora_alpha": {"lora_alpha": 99},
     "fewer steps": {"max_steps": 1},
     "rsLoRA": {"use_rslora": True},
+    "DoRA": {"use_dora": True},
     "trained whole": {"modules_to_save": ["ln_f"]},
     "few bits": {"quantize": "nf4"},
 }

@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,8 @@ class Scores:
         self.values = list(values)
 
     def __call__(self, original, run, plan):
+        if self.values == [None]:
+            os.kill(os.getpid(), signal.SIGKILL)
         return {"eval_loss": self.values.pop(0) if len(self.values) > 1 else self.values[0]}
 
 
@@ -77,13 +81,18 @@ def test_what_a_continued_run_cannot_compare_is_chosen_and_measured_anew(base, d
 @pytest.mark.slow
 @pytest.mark.parametrize("saves", [2, 3])
 def test_the_count_survives_a_restart(base, dataset, tmp_path, saves):
-    """Also where a checkpoint is not of an evaluation's step: that evaluation comes again."""
+    """After kill -9, on two ranks; also where a checkpoint is not of an evaluation's step: that evaluation
+    comes again."""
     once, again = tmp_path / "once", tmp_path / "again"
-    patient(base, dataset, once, [3.0, 2.0, 2.5, 2.4, 1.0], save_steps=saves)
-    patient(base, dataset, again, [3.0, 2.0, 2.5], save_steps=saves, max_steps=6)
-    assert state(again, 6)["since_best"] == 1
-    patient(base, dataset, again, [2.4, 1.0], save_steps=saves)
-    assert state(again, 8)["since_best"] == 2 and len(losses(again)) == len(losses(once)) == 8
+    options = {"save_steps": saves, "per_device_train_batch_size": 2}
+    patient(base, dataset, once, [3.0, 2.0, 2.5, 2.4, 1.0], **options)
+    with pytest.raises(AssertionError, match="-9"):
+        patient(base, dataset, again, [3.0, 2.0, 2.5, None], **options)
+    assert len(losses(again)) == 8
+    options |= {"per_device_train_batch_size": 1, "sharding": "stage2"}
+    patient(base, dataset, again, [2.5, 2.4, 1.0][saves == 2 :], world=2, **options)
+    assert state(again, 8)["since_best"] == 2
+    assert losses(again) == pytest.approx(losses(once), abs=1e-5) and len(losses(once)) == 8
 
 
 def test_what_patience_needs_is_said(base, dataset, tmp_path):
