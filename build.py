@@ -211,6 +211,7 @@ class Built:
     lora_modules: list[str]  # names of the adapted layers
     stages: pipeline.Pipeline | None
     learning_rates: dict[str, rates.Rate]  # of each trainable parameter of the whole model
+    starts: dict | None = None  # what lora.take_principal took out of the base
 
 
 def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSizes) -> Built:  # all ranks
@@ -298,10 +299,13 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
             checkpoint.copy_full_(parameters[name], weight.float().norm(dim=1))
         else:
             draw(name, parameters[name], model.init_weights if name in new else lora.init_lora, cfg.seed)
+    starts = None
+    if cfg.init_lora_weights == "pissa":
+        starts = lora.take_principal(model, lora_modules, weights.read, checkpoint.copy_full_)
     if cfg.lora_path:
         other = whole if stages else None
         lora.load_adapter(model, cfg.lora_path, checkpoint.copy_full_, parallel.whole_shape, other)
-    return Built(model, whole, definition, lora_modules, stages, learning_rates)
+    return Built(model, whole, definition, lora_modules, stages, learning_rates, starts)
 
 
 def draw(name: str, param: nn.Parameter, init, seed: int) -> None:

@@ -243,6 +243,13 @@ class Config:
         ADAPTER, 16, "their update is scaled by lora_alpha / lora_rank", above=0, high=100_000
     )
     use_rslora: bool = key(ADAPTER, False, "scale by lora_alpha / sqrt(lora_rank) (rank-stabilised LoRA)")
+    init_lora_weights: str | bool = key(
+        ADAPTER,
+        True,
+        "true: updates begin at zero; pissa: adapters begin as the largest part of their layer's weight, and "
+        "are saved as plain ones of twice the rank",
+        choices=(True, "pissa"),
+    )
     use_dora: bool = key(
         ADAPTER, False, "the length of each row of an adapted weight trains by itself (DoRA)"
     )
@@ -763,7 +770,7 @@ def validate(cfg: Config) -> None:
     for names, has_effect, needs in (
         (
             "lora_rank lora_alpha use_rslora lora_dropout lora_target_modules lora_split loraplus_lr_ratio "
-            "modules_to_save use_dora",
+            "modules_to_save use_dora init_lora_weights",
             cfg.lora or cfg.lora_path,
             "lora=true",
         ),
@@ -871,11 +878,15 @@ def check_quantize(cfg: Config) -> None:
         raise ValueError(
             f"quantize={cfg.quantize} without lora=true: weights in few bits cannot be trained; add lora=true"
         )
-    for name in ("quantize", "tensor_parallel_degree", "lora_split") if cfg.use_dora else ():
+    dora, pissa = cfg.use_dora, cfg.init_lora_weights == "pissa"
+    others = ["quantize", "tensor_parallel_degree", "lora_split"] if dora else []
+    others += ["quantize", "pipeline_parallel_degree", "lora_split", "use_dora", "lora_path"] if pissa else []
+    for name in others:
         if (value := getattr(cfg, name)) != DEFAULTS[name]:
             raise ValueError(
-                f"use_dora=true with {name}={json.dumps(value).strip(chr(34))}: DoRA takes lengths of rows "
-                "of the whole weight and its update; leave one of the two out"
+                f"{'init_lora_weights=pissa' if pissa else 'use_dora=true'} with {name}="
+                f"{json.dumps(value).strip(chr(34))}: whole weights of the base alone are needed; leave one "
+                "of the two out"
             )
     if cfg.quantize and cfg.tensor_parallel_degree > 1:
         raise ValueError(

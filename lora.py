@@ -273,6 +273,31 @@ def init_lora(name: str, tensor: torch.Tensor, generator: torch.Generator | None
         nn.init.zeros_(tensor)
 
 
+@torch.no_grad()
+def take_principal(model: nn.Module, names: list[str], read, copy) -> dict[str, tuple]:
+    """PiSSA (arXiv:2404.02948): adapters begin as the largest part of their layer's weight, which keeps the
+    rest. Returns what they begin with, {module: (A, B)}; a run that goes on takes the same again.
+
+    read(name): the base's whole weight; copy(parameter, full tensor) as load_adapter's.
+    """
+    starts = {}
+    for name in names:
+        module, weight = model.get_submodule(name), read(f"{name}.weight").float()
+        if module.rank > min(weight.shape) or module.weight.requires_grad:
+            raise ValueError(
+                f"init_lora_weights=pissa: {name}, {tuple(weight.shape)}, must be frozen and at least as "
+                f"large as lora_rank={module.rank}"
+            )
+        U, S, V = torch.linalg.svd(weight.to(module.weight.device), full_matrices=False)
+        root = (S[: module.rank] / module.scaling).sqrt()
+        A, B = (root[:, None] * V[: module.rank]).cpu(), (U[:, : module.rank] * root).cpu()
+        copy(module.weight, weight - module.scaling * B @ A)
+        copy(module.lora_A.weight, A)
+        copy(module.lora_B.weight, B)
+        starts[name] = A, B
+    return starts
+
+
 # ---- files
 
 
@@ -328,6 +353,7 @@ class LoraConfig:
     dropout: float = 0.0
     base_in: str | None = None  # the kind of few bits that the base's weights were in (quantize.py)
     rslora: bool = False  # updates are scaled by alpha / sqrt(rank), not alpha / rank
+    starts: dict | None = None  # take_principal's
 
     def alpha_of(self, module: "LoraLinear") -> float:
         """What a module's scaling makes of its rank."""
@@ -377,6 +403,10 @@ def save_adapter(
             owner, _, key = name.rpartition(".")
             base = owner in module_names and not key.startswith("lora_")
             theirs = f"{owner}.base_layer.{key}" if base else name
+            module, _, side = name.partition(".lora_")
+            if made.starts and side:  # B A - B0 A0, so that the base stays as it was published
+                A, B = made.starts[module]
+                tensor = torch.cat([tensor, A]) if side[0] == "A" else torch.cat([tensor, -B], 1)
             state[PREFIX + theirs] = tensor.detach().contiguous()
     if not write:
         return
@@ -394,8 +424,8 @@ def save_adapter(
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": os.path.abspath(made.base) if sample else str(made.base),
-        "r": made.rank,
-        "lora_alpha": made.alpha,
+        "r": made.rank * (2 if made.starts else 1),
+        "lora_alpha": made.alpha * (1 if not made.starts else math.sqrt(2) if made.rslora else 2),
         "lora_dropout": made.dropout,
         "use_rslora": made.rslora,
         "use_dora": bool(lengths),

@@ -161,6 +161,7 @@ def run_facts(
         "lora_split": cfg.lora_split,
         "use_rslora": cfg.use_rslora,
         "use_dora": cfg.use_dora,
+        "init_lora_weights": cfg.init_lora_weights,
         "modules_to_save": sorted(cfg.modules_to_save or []),
         "quantize": cfg.quantize,
         "stage": cfg.stage,
@@ -179,7 +180,7 @@ def check_facts(facts: dict, state: dict, cfg: Config, resume: str) -> None:
     # What would make the next step another one. Learning rates and such may change: they are said as a
     # warning.
     keys = ["seed", "mixtoken", "base", "lora_alpha", "lora_split", "use_rslora", "quantize", "stage"]
-    keys += ["use_dora", "modules_to_save", *rates.KEYS]
+    keys += ["use_dora", "init_lora_weights", "modules_to_save", *rates.KEYS]
     # Packs depend on both; single samples do not: a longer limit cuts fewer of them.
     keys += ["max_length", "max_images"] if cfg.mixtoken else []
     of_data = ["data", "samples"]

@@ -374,7 +374,8 @@ def save_checkpoint(path: Path, run: "Run") -> None:  # all ranks
     with checkpoint.atomic_dir(path, run.world.rank) as temporary:
         if cfg.lora:
             sizes = cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout
-            made = lora.LoraConfig(run.directory, *sizes, base_in=cfg.quantize, rslora=cfg.use_rslora)
+            how = {"base_in": cfg.quantize, "rslora": cfg.use_rslora, "starts": built.starts}
+            made = lora.LoraConfig(run.directory, *sizes, **how)
             # What trained beside the adapter (freeze_exclude): whole, in the same file.
             others = [n for n, p in everything.items() if p.requires_grad and ".lora_" not in n]
             lora.save_adapter(temporary, built.whole, made, built.lora_modules, others, on_rank_0, write)

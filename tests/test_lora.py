@@ -216,6 +216,23 @@ def test_doras_gradients_are_pefts(tmp_path):
             torch.testing.assert_close(p.grad, found[own], rtol=1e-4, atol=1e-5)
 
 
+def test_pissa_takes_what_pefts_takes():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=TARGETS[0], init_lora_weights="pissa", lora_alpha=6)
+    theirs, ours = peft.get_peft_model(Toy(), config), Toy()
+    names = lora.inject(ours.requires_grad_(False), TARGETS[:1], 2, 6, 0.0)
+    starts = lora.take_principal(ours, names, ours.get_parameter, lambda p, full: p.copy_(full))
+    for name in names:
+        (A, B), module = starts[name], theirs.base_model.model.get_submodule(name)
+        torch.testing.assert_close(ours.get_submodule(name).weight, module.base_layer.weight)
+        update = module.lora_B.default.weight @ module.lora_A.default.weight
+        torch.testing.assert_close(B @ A, update)  # each factor up to its sign
+    torch.testing.assert_close(ours(IDS), Toy()(IDS))
+    with pytest.raises(ValueError, match=r"h.0.c_attn, \(12, 8\), must be frozen and"):
+        ours.requires_grad_(True)
+        lora.take_principal(ours, names, ours.get_parameter, lambda p, full: None)
+
+
 def test_adapters_that_do_not_fit_are_refused(tmp_path):
     model, names = adapted()
 

@@ -45,6 +45,8 @@ def recipes():
     )
     found.append(("blip2", {"freeze_exclude": ["language_model.*.q_proj.bias", "query_tokens"]}))
     found += [(kind, {"use_dora": True}) for kind in MODULES]
+    found += [("qwen_vl", {"init_lora_weights": "pissa"}), ("blip2", {"init_lora_weights": "pissa"})]
+    found.append(("visualglm", {"init_lora_weights": "pissa", "use_rslora": True}))
     # modules with adapted layers inside, tied names, last parts
     found.append(("qwen_vl", {"modules_to_save": ["ln_f", "h.1.mlp"]}))
     found.append(("blip2", {"modules_to_save": ["lm_head", "language_projection"]}))
@@ -107,6 +109,10 @@ def trained_adapter(directory: Path, out: Path, settings: dict) -> nn.Module:
     names = build.add_adapter(model, module.MODEL, cfg)
     build.choose_trainable(model, module.MODEL, cfg)
     extra = [n for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n]
+    starts = None
+    if cfg.init_lora_weights == "pissa":
+        read = dict(model.named_parameters()).__getitem__
+        starts = lora.take_principal(model, names, read, lambda p, full: p.copy_(full))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -122,7 +128,7 @@ def trained_adapter(directory: Path, out: Path, settings: dict) -> nn.Module:
     lora.save_adapter(
         out,
         model,
-        lora.LoraConfig(directory, cfg.lora_rank, cfg.lora_alpha, rslora=cfg.use_rslora),
+        lora.LoraConfig(directory, cfg.lora_rank, cfg.lora_alpha, rslora=cfg.use_rslora, starts=starts),
         names,
         extra,
         params.__getitem__,

@@ -171,6 +171,7 @@ def test_begun_on_two_ranks_and_ended_on_one_is_equal(base, dataset, tmp_path):
 
 ADAPTERS = {
     "rates": {**LORA_RATES, "use_rslora": True, "neftune_noise_alpha": 5},
+    "PiSSA": {"lora": True, "init_lora_weights": "pissa"},
     "DoRA": {"lora": True, "use_dora": True, "modules_to_save": ["lm_head"]},
 }
 
@@ -218,6 +219,10 @@ def test_mistakes_are_one_line_before_anything_is_trained(base, dataset, tmp_pat
             "'.*ln_post.bias'",
         ),
         ({"use_dora": True, "lora": True, "quantize": "nf4"}, "use_dora=true with quantize=nf4"),
+        (
+            {"init_lora_weights": "pissa", "lora": True, "use_dora": True},
+            "init_lora_weights=pissa with use_dora=true",
+        ),
         (
             {"use_dora": True, "lora": True, "tensor_parallel_degree": 2},
             "use_dora=true with tensor_parallel_degree=2",

@@ -144,6 +144,7 @@ CHANGES = {
     "fewer steps": {"max_steps": 1},
     "rsLoRA": {"use_rslora": True},
     "DoRA": {"use_dora": True},
+    "PiSSA": {"init_lora_weights": "pissa"},
     "trained whole": {"modules_to_save": ["ln_f"]},
     "few bits": {"quantize": "nf4"},
 }
