@@ -120,9 +120,12 @@ def cli(main) -> int:
 # ---- files in place, whole or not at all
 
 
-def check_place(path: str, key: str, devices: bool = False) -> None:
-    """ValueError unless a file can be written there: known before the work that it is to hold."""
+def check_place(path: str, key: str, devices: bool = False, keep: list[str] = ()) -> None:
+    """ValueError unless a file can be written there, and is none of those to `keep`: known before the work
+    that it is to hold."""
     path = Path(path)
+    if os.path.realpath(path) in map(os.path.realpath, filter(None, keep)):
+        raise ValueError(f"{key}={path} is what is read, and would be lost; name another file")
     # /dev/stdout and the like: written to directly, since a rename would replace them.
     if devices and path.exists() and not path.is_file() and not path.is_dir():
         return

@@ -597,7 +597,8 @@ def read_file(path: str) -> dict:
         )
         raise ValueError(f"{path} {what}; give the path of a configuration file, or a key as --key value")
     if found.suffix == ".jsonl" or found.stat().st_size > 10 * MB:
-        raise ValueError(f"{path} looks like data, not like a configuration; give it as --dataset {path}")
+        how = f"give it as --dataset {path} (evaluate.py: --data_files {path})"
+        raise ValueError(f"{path} looks like data, not like a configuration; {how}")
     try:
         text = found.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as e:
@@ -801,6 +802,12 @@ def validate_dataset(cfg: Config) -> None:
                 f"dataset.{split} is {shown(entries)}; expected a list of entries with data_files"
             )
         cfg.dataset[split] = [check_entry(f"dataset.{split}[{n}]", entry) for n, entry in enumerate(entries)]
+        for path in (p for e in cfg.dataset[split] for p in data.listed(e["data_files"]) if os.path.isdir(p)):
+            if Path(cfg.output_dir).resolve().is_relative_to(Path(path).resolve()):
+                raise ValueError(
+                    f"output_dir={cfg.output_dir} lies in {path}, whose files are the data: they would be "
+                    "others after each save; choose a directory elsewhere"
+                )
     if cfg.eval_split and cfg.dataset.get("eval"):
         raise ValueError(f"eval_split={cfg.eval_split} and the dataset's eval entries; use one of the two")
     evaluates = cfg.evaluation_strategy != "no", cfg.do_eval, cfg.sample_steps
@@ -826,9 +833,8 @@ def check_entry(where: str, entry) -> dict:
     for name, value in entry.items():
         convert(f"{where}.{name}", value, hints[name], known[name].metadata)
     entry, files = dict(entry), entry["data_files"]
-    entry["data_files"] = (
-        here_or_shipped(files) if isinstance(files, str) else [here_or_shipped(f) for f in files]
-    )
+    files = here_or_shipped(files) if isinstance(files, str) else [here_or_shipped(f) for f in files]
+    entry["data_files"] = files
     if entry.get("image_root"):
         entry["image_root"] = here_or_shipped(entry["image_root"])
     return entry

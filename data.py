@@ -80,9 +80,9 @@ class Entry:
             )
         # Several files are one sequence: VQAv2 has its questions in one and its answers in another.
         files = settings.get("data_files")
-        self.paths = paths = [files] if isinstance(files, str) else files
-        listed = isinstance(paths, list) and paths and all(isinstance(p, str) for p in paths)
-        demand(listed, f"data_files must be a path or a list of paths, got {cut(files)}")
+        self.paths = paths = listed(files)
+        texts = isinstance(paths, list) and paths and all(isinstance(p, str) for p in paths)
+        demand(texts, f"data_files must be a path or a list of paths, got {cut(files)}")
         for path in paths:
             there = "\0" not in path and (os.path.isfile(path) or os.path.isdir(path))
             demand(there, f"data_files: no file {cut(path, 300)} (working directory {os.getcwd()})")
@@ -164,6 +164,11 @@ class Entry:
             return conversations_of(
                 record, where, os.path.dirname(source.path), i, self.name, self.image_root, self.system
             )
+
+
+def listed(files):
+    """A path is a list of one."""
+    return [files] if isinstance(files, str) else files
 
 
 def demand(holds, message: str) -> None:

@@ -370,6 +370,21 @@ def ranks_or_answers(args, cfg: Config, model_config: dict, directory) -> tuple[
     return retrieving, stage if stage and not args.stage else cfg.stage
 
 
+def check_what_is_asked(conversations: list[Conversation], args, retrieving: bool) -> None:
+    """Refuses, before anything is answered, what could not be scored or shown, or would not be asked."""
+    if retrieving and args.prompt is not None:
+        raise ValueError("--prompt has no effect where images and texts are ranked; leave it out")
+    for c in conversations:
+        if args.prompt is not None and "{}" not in args.prompt and question(c):
+            raise ValueError(f"{c.where}: --prompt {args.prompt!r} has no {{}} for the question it asks")
+        if "grounding" in (args.metric or ()) and not all(map(metrics.CORNERS.search, c.answers)):
+            raise ValueError(
+                f"{c.where}: metric=grounding, and a reference has no box; choose another metric"
+            )
+    if args.boxes:
+        Path(args.boxes).mkdir(parents=True, exist_ok=True)
+
+
 def load(directory: str, processor, dtype: str, device: str, kind: str | None, adapter: str | None):
     """The model, in few bits if a kind of them is given. An adapter that was trained on others is named."""
     lora.say_base(adapter, kind)
@@ -413,6 +428,9 @@ def run(args, how: Decoding) -> int:
     data.say_unused_keys(index.entries)
     conversations, numbers = [index.conversation(n) for n in range(len(index))], index.entry.tolist()
     total = len({c.where for c in conversations}) + len(bad)
+    if args.output:
+        checkpoint.check_place(args.output, "output", keep=[p for e in index.entries for p in e.paths])
+    check_what_is_asked(conversations, args, retrieving)
     print(
         f"scoring {directory} ({vlm.kind_of(model_config)}, {processor.stage}, {dtype}) with "
         f"{f'adapter {adapter}' if adapter else 'no adapter'} on "

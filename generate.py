@@ -561,7 +561,7 @@ def check_arguments(args) -> None:
     if "" in args.stop:
         raise ValueError("--stop is empty; give the text that ends an answer")
     if args.output:
-        checkpoint.check_place(args.output, "output", devices=True)
+        checkpoint.check_place(args.output, "output", devices=True, keep=[args.requests or ""])
     if os.path.isdir(args.draw):
         raise ValueError(f"draw={args.draw} is a directory; name a file")
     check_device(args.device)

@@ -311,6 +311,8 @@ def check_keys(record: dict, known: set[str]) -> None:
             )
         if key in CONTENT_KEYS:
             others = ", ".join(repr(k) for k in record if k in known and k not in IMAGE_KEYS)
+            if not others:
+                raise ValueError(f"the key {key!r} is of another kind of record than this entry's name says")
             raise ValueError(
                 f"the key {key!r} does not go with {others}: two kinds of record in one; keep one"
             )
@@ -616,7 +618,7 @@ def inside(box, size: tuple[int, int]) -> list[float]:
     )
     if not numbers or not all(map(math.isfinite, box)):
         raise ValueError(f"a box must be four numbers x1, y1, x2, y2, got {cut(box)}")
-    if max(box) <= 1 < min(size):
+    if max(box) <= 1 < min(size) and any(v % 1 for v in box):
         raise ValueError(f"box {cut(box)} has shares of the image's sides; expected pixels")
     slack = 0.5 if size != (1, 1) else 0.0
     cut_off = [min(max(v, 0), side) for v, side in zip(box, size * 2, strict=True)]

@@ -14,26 +14,48 @@ from pathlib import Path
 ABOUT = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir"}  # differ, and say nothing
 
 
+def parsed(text: str, where: str) -> dict:
+    try:
+        found = json.loads(text)
+    except ValueError as e:
+        raise ValueError(f"{where}: not valid JSON ({e})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{where} holds {str(found)[:40]}; expected an object as train.py writes it")
+    return found
+
+
+def read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is no text ({e.reason} at byte {e.start})") from None
+
+
 def settings(run: Path) -> dict:
     for name in ("train_config.json", "run.json"):
-        if (run / name).is_file():
-            found = json.loads((run / name).read_text(encoding="utf-8"))
-            return found["settings"] if name == "run.json" else found
+        if (path := run / name).is_file():
+            found = parsed(read(path), str(path))
+            return parsed(json.dumps(found.get("settings")), str(path)) if name == "run.json" else found
     raise ValueError(f"{run} is no run (no train_config.json); give output directories of train.py")
 
 
 def log(run: Path) -> list[dict]:
     """The log's records; of a run that goes on the last line may be half written."""
-    lines = (
-        (run / "log.jsonl").read_text(encoding="utf-8").splitlines() if (run / "log.jsonl").is_file() else []
-    )
-    found = []
-    for n, line in enumerate(lines):
+    path, found = run / "log.jsonl", []
+    lines = read(path).splitlines() if path.is_file() else []
+    for n, line in enumerate(lines, 1):
+        where = f"{path}:{n}"
         try:
-            found.append(json.loads(line))
+            record = parsed(line, where)
+            wanted = {"step", "tokens_per_s"} if "loss" in record else {"step"}
+            for key in wanted | {"loss", "eval_loss"} & record.keys():
+                if not isinstance(record.get(key), int | float):
+                    raise ValueError(f"{where}: {key} is {record.get(key)!r}; expected a number")
         except ValueError:
-            if n < len(lines) - 1:
-                raise ValueError(f"{run}/log.jsonl:{n + 1}: not valid JSON") from None
+            if n < len(lines):
+                raise
+        else:
+            found.append(record)
     return found
 
 
@@ -46,7 +68,7 @@ def summary(records: list[dict]) -> dict[str, str]:
     )
     for name, found, key in (("loss", steps, "loss"), ("eval_loss", evals, "eval_loss")):
         if found:
-            best = min(found, key=lambda r: r[key])
+            best = min(found, key=lambda r: (r[key] != r[key], r[key]))  # NaN is never the best
             row[f"last {name}"] = f"{found[-1][key]:.4f}"
             row[f"best {name}"] = f"{best[key]:.4f} (step {best['step']})"
     if steps:

@@ -14,6 +14,7 @@ import argparse
 import itertools
 import json
 import random
+import sys
 from pathlib import Path
 
 from PIL import Image
@@ -79,17 +80,24 @@ def make(out: Path, split: str, count: int, seed: int) -> None:
     (out / f"{split}.json").write_text(json.dumps(document), encoding="utf-8")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--train", type=int, default=2000, help="training canvases")
     parser.add_argument("--val", type=int, default=100, help="validation canvases")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    make(args.out, "train", args.train, args.seed)
-    make(args.out, "val", args.val, args.seed)
+    args = parser.parse_args(argv)
+    if min(args.train, args.val) < 1:
+        parser.error("--train and --val: expected at least 1")
+    try:
+        make(args.out, "train", args.train, args.seed)
+        make(args.out, "val", args.val, args.seed)
+    except OSError as e:
+        print(f"error: {e.filename}: {e.strerror}; name another folder", file=sys.stderr)
+        return 1
     print(f"{args.train} + {args.val} canvases of {THINGS} emoji in {args.out}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -187,6 +187,31 @@ def cut(tmp_path):
     return write(tmp_path / "d.jsonl", "\n".join(map(json.dumps, records)))
 
 
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--boxes", "{}/0.png"], "0.png: File exists"),
+        (["--prompt", "Answer:"], "d.jsonl:1: --prompt 'Answer:' has no {}"),
+        (["--metric", "grounding"], "d.jsonl:1: metric=grounding, and a reference has no box"),
+        (["--output", "{}/d.jsonl"], "is what is read, and would be lost"),
+    ],
+)
+def test_what_cannot_be_scored_or_kept_is_refused_first(
+    cut, base, tmp_path, capsys, monkeypatch, options, words
+):
+    monkeypatch.setattr(evaluate, "load", None)  # nothing is loaded by then
+    before = Path(cut).read_bytes()
+    argv = [
+        "--model_name_or_path",
+        str(base),
+        "--data_files",
+        cut,
+        *(o.replace("{}", str(tmp_path)) for o in options),
+    ]
+    assert checkpoint.cli(lambda: evaluate.main(argv)) == 1
+    assert words in capsys.readouterr().err.splitlines()[-1] and Path(cut).read_bytes() == before
+
+
 @pytest.mark.parametrize("allowed", [0.5, 0.01])
 def test_a_bad_image_is_named_and_the_others_are_scored(cut, base, says, tmp_path, capsys, allowed):
     says({str(i): f"a{i}" for i in range(4)})

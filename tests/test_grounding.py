@@ -328,3 +328,14 @@ def test_trained_and_scored_by_the_commands(tmp_path, monkeypatch):
     found = results("r.json")
     assert found["scores"].keys() == {"acc@0.5", "mean_iou"} and len(found["answers"]) == 2
     assert all(a["references"][0].endswith(" of 64x64") for a in found["answers"])
+
+
+def test_the_sample_set_is_made_or_its_mistake_is_one_line(tmp_path, capsys):
+    assert make_grounding.main([str(tmp_path / "made"), "--train", "2", "--val", "1"]) == 0
+    assert len(data.Entry({"data_files": str(tmp_path / "made/train.json")})) == 2
+    capsys.readouterr()
+    (tmp_path / "file").touch()
+    assert make_grounding.main([str(tmp_path / "file")]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/file")
+    with pytest.raises(SystemExit):
+        make_grounding.main([str(tmp_path / "made"), "--val", "0"])

@@ -270,6 +270,7 @@ SCRIPTS = [
     (generate.main, [], ["--prompt"]),
     (generate.main, ["--prompt", "x", "--temperature", "-1"], ["temperature"]),
     (generate.main, ["--prompt", "x", "--lora_path", "nowhere"], ["nowhere"]),
+    (generate.main, ["--requests", "./b", "--output", "b"], ["output=b is what is read"]),
     (generate.main, ["--prompt", "x", "--model_name_or_path", "nowhere"], ["nowhere"]),
     (evaluate.main, ["--data_files", "nowhere.json"], ["nowhere.json"]),
     (merge.main, ["--lora_path", "nowhere"], ["nowhere"]),

@@ -176,7 +176,23 @@ def test_runs_side_by_side(base, dataset, tmp_path, capsys):
     if importlib.util.find_spec("matplotlib"):
         assert compare.main([str(a), str(b), "--picture", str(tmp_path / "c.png")]) == 0
         assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
-    capsys.readouterr()
-    assert compare.main([str(a), str(tmp_path)]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and "is no run" in error and error.count("\n") == 1
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    for config, lines, words in (
+        ("", "", "bad/train_config.json: not valid JSON"),
+        ("[]", "", "bad/train_config.json holds []"),
+        ("\ud800", "", "bad/train_config.json is no text"),
+        ("{}", "5\n{}\n", "log.jsonl:1 holds 5"),
+        ("{}", '{"step": 1, "loss": null, "tokens_per_s": 3}\n{}\n', "log.jsonl:1: loss is None"),
+        ("{}", '{"step": 1, "loss": 2.0}\n{}\n', "log.jsonl:1: tokens_per_s is None"),
+        ("{}", '{"step": 1, "lo\n{"step": 2}\n', "log.jsonl:1: not valid JSON"),
+        (None, "", "is no run"),
+    ):
+        (bad / "train_config.json").write_bytes((config or "").encode(errors="surrogatepass"))
+        (bad / "log.jsonl").write_text(lines)
+        if config is None:
+            (bad / "train_config.json").unlink()
+        capsys.readouterr()
+        assert compare.main([str(a), str(bad)]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and words in error and error.count("\n") == 1, error
