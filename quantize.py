@@ -26,7 +26,7 @@ import checkpoint
 import terminal
 import vlm
 from kernels import nf4
-from kernels.linear import put_for_weight
+from kernels.linear import product, put_for_weight
 
 KINDS = ("int8", "int4", "nf4")
 # Rows of x up to which a CPU's product with few bits was measured faster than one with the weight expanded;
@@ -73,7 +73,7 @@ class RowScaled(nn.Module):
         rows = x.numel() // max(1, x.shape[-1])
         fits = self.shape[1] % 32 == 0 and (self.bits == 8 or self.shape[0] % 64 == 0)  # unchecked by torch
         if x.device.type != "cpu" or not fits or not 0 < rows <= CPU_ROWS.get((self.bits, x.dtype), 0):
-            return F.linear(x, self.weight(x.dtype))
+            return product(x, self.weight(x.dtype))
         flat = x.reshape(rows, -1).contiguous()
         if self.bits == 8:
             y = torch._weight_int8pack_mm(flat, self.q, self.scale.to(x.dtype))

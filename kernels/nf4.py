@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.dispatch import FP32_DOTS, jit, tl, triton, use_triton
+from kernels.linear import product
 
 # Quantiles of the normal distribution, seven below and eight above zero: arXiv:2305.14314 appendix E.
 LEVELS = (
@@ -201,7 +202,7 @@ def _product(x: Tensor, packed: Packed, impl: str) -> Tensor:
     (N, K), rows = packed.shape, x.numel() // max(1, x.shape[-1])
     # a product of many rows reads the weight several times: unpacked once, it is an ordinary product
     if not use_triton(impl, x) or not 0 < rows <= FEW_ROWS or K % BLOCK:
-        return F.linear(x, unpack(packed, x.dtype, impl))
+        return product(x, unpack(packed, x.dtype, impl))
     levels, bytes_, _ = tables(x.device)
     y = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
     _few_rows[(triton.cdiv(N, 32),)](

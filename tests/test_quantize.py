@@ -66,6 +66,7 @@ def test_printed_error_and_answers(bases, tmp_path, capsys, name, kind):
         line,
     )
     assert found and int(found[1]) == len(linears) > 0, line
+    assert f"note: on a CPU {kind} in float32 saves memory, but answers slower" in line
     expected = [np.mean(errors), np.max(errors), float((after - before).norm() / before.norm())]
     assert np.allclose([float(x) / 100 for x in found.groups()[1:]], expected, atol=6e-5)
     assert 0 < expected[2] < {"int8": 0.03, "int4": 0.4, "nf4": 0.4}[kind]
