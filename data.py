@@ -12,6 +12,7 @@ import python_version  # noqa: F401  (first: it says which Python is needed)
 
 import bisect
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -36,7 +37,7 @@ import checkpoint
 import terminal
 import vlm
 from images import short
-from record_files import open_files, read_document
+from record_files import JsonLines, open_files, read_document
 from records import READERS, BadRecord, Conversation, conversations_of, one_record, say_keys, unused_keys
 from terminal import cut, nearest, one_line
 
@@ -122,6 +123,28 @@ class Entry:
 
     def __len__(self):
         return self.ends[-1]
+
+    @functools.cached_property
+    def digests(self) -> list[str]:
+        """Of its files' contents, those that were opened: lines may be added meanwhile."""
+        sizes = {source.path: source.size for source in self.sources if isinstance(source, JsonLines)}
+        return [digest(path, sizes.get(path, math.inf)) for path in self.paths]
+
+    @property
+    def contents(self) -> tuple[list[str], int | None]:
+        """(digests, size of the last file if lines may be added to it)"""
+        last = self.sources[-1]
+        lines = isinstance(last, JsonLines) and last.path == self.paths[-1]
+        return self.digests, last.size if lines else None
+
+    def goes_on(self, saved: list) -> bool:
+        """Whether its records begin with those of which (count, *contents) was saved."""
+        (_, digests, size), last = saved, self.sources[-1]
+        if digests == self.digests:
+            return True
+        grown = None not in (size, self.contents[1]) and size <= last.size and last.has_line_end(size)
+        # The old part is not taken on trust.
+        return grown and [*self.digests[:-1], digest(last.path, size)] == digests
 
     @property
     def selects(self) -> bool:
@@ -342,7 +365,8 @@ class Measurer:
             assert length <= self.max_length, (
                 f"encode() gave {length} tokens, max_length is {self.max_length}"
             )
-            supervised = int((sample["labels"][1:] != IGNORE).sum())  # the first token is never a target
+            # The first token is never a target.
+            supervised = int(np.count_nonzero(sample["labels"][1:] != IGNORE))
             # It would cost a place in a batch and teach nothing.
             if not supervised:
                 raise ValueError(f"no supervised token within max_length={self.max_length}")
@@ -383,17 +407,20 @@ def _measure_in_worker(task):
     return _measurer(task)
 
 
-def measure_all(measurer: Measurer, num_workers: int, progress: bool):
+def measure_all(measurer: Measurer, num_workers: int, progress: bool, saved: tuple | None = None):
+    """-> rows, problems and how many records of each entry were read; `saved` are those of the first ones."""
+    old_rows, problems, files = saved or (np.zeros((0, 7), np.int64), [], [[0]] * len(measurer.entries))
     # Pieces of 250 records: many enough to share out, large enough that sending them costs nothing.
-    tasks, total = [], 0
+    tasks, total, counts = [], 0, []
     for number, entry in enumerate(measurer.entries):
-        count = len(entry)
+        count, begin = len(entry), files[number][0]
         # Where records are left out by their content, how far to read is only known afterwards.
         if entry.max_samples and not entry.selects:
             count = min(count, entry.max_samples)
-        total += count
-        tasks += [(number, first, min(first + 250, count)) for first in range(0, count, 250)]
-    pool, rows, problems, done = None, [], [], 0
+        counts.append(count)
+        total += count - begin
+        tasks += [(number, first, min(first + 250, count)) for first in range(begin, count, 250)]
+    pool, rows, problems, done = None, [old_rows], [*problems], 0
     bar = terminal.Progress(total, "records read", progress)
     # Forked, not spawned: entries and tokenizer are there already.
     if num_workers and len(tasks) >= 4:
@@ -416,20 +443,23 @@ def measure_all(measurer: Measurer, num_workers: int, progress: bool):
         bar.close()
         if pool:
             pool.shutdown(cancel_futures=True)
-    rows = np.concatenate(rows) if rows else np.zeros((0, 7), np.int64)
+    # Entry by entry, as without `saved`.
+    rows, problems = np.concatenate(rows), sorted(problems, key=lambda p: p[:2])
+    rows = rows[np.argsort(rows[:, 0], kind="stable")]
     # Of what is usable, not of what was read: max_samples=1000 gives 1,000.
     for number, entry in enumerate(measurer.entries):
         if entry.max_samples:
             keep = np.ones(len(rows), bool)
             keep[np.flatnonzero(rows[:, 0] == number)[entry.max_samples :]] = False
             rows = rows[keep]
-    return rows, problems
+    return rows, problems, counts
 
 
-def digest(path: str) -> str:
-    """Of the contents of a file, or of all files of a directory (images in it by size)."""
+def digest(path: str, size: float = math.inf) -> str:
+    """Of the contents of a file or of its first `size` bytes, or of all files of a directory (images by
+    size)."""
     if not os.path.isdir(path):
-        return checkpoint.file_digest(path)
+        return checkpoint.file_digest(path, size)
     # A folder of captions: its texts count by content, its images by size.
     listed = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
     texts = (".txt", ".json", ".jsonl", ".csv", ".tsv")
@@ -445,44 +475,43 @@ def content_key(entries: list[Entry]) -> str:
     files."""
     facts = []
     for entry in entries:
-        # Read once: a large file takes seconds.
-        if not hasattr(entry, "digests"):
-            entry.digests = [digest(path) for path in entry.paths]
         # Paths are left out: data may be moved. What shapes the samples stays.
         settings = {
             k: v for k, v in entry.settings.items() if k not in ("data_files", "image_root", "chat_template")
         }
         facts.append([entry.digests, settings, entry.system])
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return short_hash(facts)
 
 
-def index_key(entries: list[Entry], processor, max_length: int) -> str:
-    # What a length depends on: the limit, and everything that encode() does.
-    facts = [max_length, processor.fingerprint()]
-    facts.append(content_key(entries))
-    for entry in entries:  # where images are looked for
-        settings = {key: value for key, value in entry.settings.items() if key != "weight"}
-        facts.append([[os.path.abspath(p) for p in entry.paths], settings])
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+def short_hash(value, size: int = 16) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:size]
 
 
 def index_checksum(rows: np.ndarray, listing: str) -> str:
     return hashlib.sha256(rows.tobytes() + listing.encode()).hexdigest()
 
 
-def read_index(path: Path) -> tuple[np.ndarray, list] | None:
-    """A saved index: (rows, problems); None if the file is damaged."""
+def read_index(path: Path) -> tuple[np.ndarray, list, list] | None:
+    """A saved index: (rows, problems, files), files as Entry.contents; None if the file is damaged."""
     try:
         with np.load(path) as saved:
-            rows, listing, checksum = saved["rows"], str(saved["problems"]), str(saved["checksum"])
+            rows, listing, checksum = saved["rows"], str(saved["listing"]), str(saved["checksum"])
         # A kill or a full disk may leave half a file, which would train on wrong lengths.
         if index_checksum(rows, listing) == checksum:
-            return rows, [tuple(p) for p in json.loads(listing)]
+            problems, files = json.loads(listing)
+            return rows, [tuple(p) for p in problems], files
     except Exception as e:  # a damaged archive raises all sorts of errors
         print(f"warning: {path} is damaged ({one_line(e)}) and is made again", file=sys.stderr)
         return None
     print(f"warning: {path} does not fit its checksum and is made again", file=sys.stderr)
     return None
+
+
+def saved_index(folder: Path, key: str, entries: list[Entry]) -> tuple | None:
+    """What read_index gives of the same records, or of the first ones: of the newest file that fits."""
+    found = sorted(folder.glob(f"index-{key}-*.npz"), key=os.path.getmtime, reverse=True)
+    fits = (saved for saved in map(read_index, found) if saved and all(map(Entry.goes_on, entries, saved[2])))
+    return next(fits, None)
 
 
 def build_index(
@@ -501,19 +530,21 @@ def build_index(
     cache_dir the result is kept there under a key of files, settings, max_length and processor.
     """
     entries = open_entries(entries)
-    # The key is of content, so that an edited file is measured anew and a moved one is not.
-    measurer = Measurer(entries, processor, max_length, decode_images)
-    path = Path(cache_dir) / f"index-{index_key(entries, processor, max_length)}.npz" if cache_dir else None
-    rows = None
-    if path and path.exists() and (saved := read_index(path)):
-        rows, problems = saved
-        # An image may have been added since: if a record has become good, measure anew.
-        if any(not measurer((number, record, record + 1))[1] for number, record, *_ in problems):
-            rows = None
-    # Written below only if it is new.
-    fresh = rows is None
-    if fresh:
-        rows, problems = measure_all(measurer, num_workers, progress)
+    measurer, saved, path = Measurer(entries, processor, max_length, decode_images), None, None
+    if cache_dir:
+        # Named by all that a length depends on: the limit, everything that encode() does, where images are
+        # looked for; and the files' contents.
+        settings = [
+            {k: v for k, v in e.settings.items() if k not in ("weight", "data_files")} for e in entries
+        ]
+        facts = [[[os.path.abspath(p) for p in e.paths], e.system] for e in entries], settings
+        key = short_hash([max_length, processor.fingerprint(), facts], 24)
+        path = Path(cache_dir) / f"index-{key}-{short_hash([e.digests for e in entries])}.npz"
+        saved = saved_index(path.parent, key, entries)
+    # An image may have been added since: if a record has become good, measure anew.
+    if saved and any(not measurer((number, record, record + 1))[1] for number, record, *_ in saved[1]):
+        saved = None
+    rows, problems, counts = measure_all(measurer, num_workers, progress, saved)
     listed = [(where, reason) for _, _, where, reason in problems]
     num_bad, total = len(listed), len(rows) + len(listed)
     # One line with the first five: the rest is told once those are mended.
@@ -529,15 +560,13 @@ def build_index(
             where, reason = listed[0]
             raise ValueError(f"none of the {num_bad:,} records in {files} is usable; {where}: {reason}")
         raise ValueError(f"the dataset is empty: no sample in {files} (after splits and max_samples)")
-    if path and fresh:
+    if path and not (saved and path.exists()):
         # Problems too: a restart names them again without reading the data.
+        listing = json.dumps([problems, [[n, *e.contents] for n, e in zip(counts, entries, strict=True)]])
         path.parent.mkdir(parents=True, exist_ok=True)
-        listing = json.dumps(problems)
         # Whole or not at all: another rank may be waiting for it.
         with checkpoint.atomic_file(path) as file:
-            np.savez(
-                file, rows=rows, problems=np.array(listing), checksum=np.array(index_checksum(rows, listing))
-            )
+            np.savez(file, rows=rows, listing=listing, checksum=index_checksum(rows, listing))
     return Index(entries, rows, listed)
 
 

@@ -7,6 +7,7 @@ What a record means is read in records.py.
 """
 
 import csv
+import functools
 import io
 import json
 import os
@@ -15,8 +16,6 @@ from array import array
 from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
-
-import numpy as np
 
 from terminal import cut, one_line
 
@@ -61,10 +60,13 @@ def unique_keys(pairs: list) -> dict:
     return found
 
 
+DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)  # json.loads makes one for every line
+
+
 def parse_json(text: str):
     """JSON whose objects have each key once. ValueError (RecursionError included) if it is none."""
     try:
-        return json.loads(text, object_pairs_hook=unique_keys)
+        return DECODER.decode(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -82,18 +84,15 @@ class JsonLines:
                 if line[skip:].strip():
                     spans.extend((position + skip, len(line) - skip, number))
                 position += len(line)
-        self.spans = np.frombuffer(spans, np.int64).reshape(-1, 3)  # (N, 3): offset, size, line number
+        self.spans = spans  # offset, size, line number; offset, ...
+        self.size = position  # of what was read here: a file may grow
 
     def __len__(self):
-        return len(self.spans)
+        return len(self.spans) // 3
 
     def __getitem__(self, i: int):
-        start, size, _ = map(int, self.spans[i])
-        with open(
-            self.path, "rb"
-        ) as file:  # opened anew each time, so that forked workers share no file position
-            file.seek(start)
-            line = file.read(size)
+        start, size, _ = self.spans[3 * i : 3 * i + 3]
+        line = os.pread(opened(self).fileno(), size, start)
         if self.utf16:
             raise ValueError("UTF-16 text; convert the file to UTF-8")
         try:
@@ -106,7 +105,17 @@ class JsonLines:
             raise ValueError(f"not valid JSON: {e}") from None
 
     def where(self, i: int) -> str:
-        return f"{self.path}:{self.spans[i, 2]}"
+        return f"{self.path}:{self.spans[3 * i + 2]}"
+
+    def has_line_end(self, size: int) -> bool:
+        """Whether its first `size` bytes are whole lines."""
+        return not size or b"\n" in os.pread(opened(self).fileno(), 2, size - 1)
+
+
+@functools.lru_cache(16)
+def opened(source: JsonLines):
+    """Its file, which is read by offsets alone: forked workers and threads share no position in it."""
+    return open(source.path, "rb", buffering=0)
 
 
 class Records:

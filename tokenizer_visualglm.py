@@ -149,6 +149,22 @@ class CharacterMap:
         end = self.replacements.index(b"\0", found[1])
         return found[0], self.replacements[found[1] : end].decode()
 
+    def begins(self, data: bytes) -> bool:
+        """Whether a key of the table begins with these bytes."""
+        node = offset_of(self.units[0])
+        for byte in data:
+            node ^= byte
+            if node >= len(self.units) or self.units[node] & 0x800000FF != byte:
+                return False
+            node ^= offset_of(self.units[node])
+        return True
+
+    def runs(self) -> re.Pattern:
+        """Matches ASCII that stands for itself, whatever ASCII follows: most of a text."""
+        ascii = [bytes([c]) for c in range(128)]
+        kept = [c for c in ascii if not self.longest(c, 0) and not any(self.begins(c + d) for d in ascii)]
+        return re.compile(b"[%b]+(?![\x80-\xff])" % re.escape(b"".join(kept)) if kept else b"(?!)")
+
 
 def offset_of(unit: int) -> int:
     return (unit >> 10) << ((unit & 512) >> 6)
@@ -194,7 +210,10 @@ class GLMTokenizer:
         self.user_defined = re.compile("(" + "|".join(map(re.escape, user)) + ")")
         self.specials = re.compile("(" + "|".join(map(re.escape, TEXT_SPECIALS)) + ")")
         self.map = CharacterMap(table) if table else None
+        self.runs = self.map.runs() if self.map else None
         self.fingerprint = hashlib.sha256(json.dumps(pieces).encode() + table).hexdigest()
+
+        self.image_tag = self.encode("<img>")
 
     def normalise(self, text: str) -> str:
         """As sentencepiece: characters by the table (plain NFKC without one), runs of blanks to one, none at
@@ -210,11 +229,16 @@ class GLMTokenizer:
         return SPACE + text if text else ""
 
     def characters(self, text: str):
+        """The replacements of a text's characters, in runs where these have none; runs of blanks are one."""
         if self.map is None:
-            yield from unicodedata.normalize("NFKC", text)
+            yield re.sub(" +", " ", unicodedata.normalize("NFKC", text))
             return
         data, i = text.encode("utf-8", "replace"), 0
         while i < len(data):
+            if run := self.runs.match(data, i):
+                yield re.sub(" +", " ", run[0].decode())
+                i = run.end()
+                continue
             found = self.map.longest(data, i)
             if found is None:
                 size = 1 if data[i] < 0x80 else 2 if data[i] < 0xE0 else 3 if data[i] < 0xF0 else 4
@@ -226,7 +250,7 @@ class GLMTokenizer:
         """Without special tokens: line ends, tabs and runs of blanks have pieces of their own, unknown
         characters are bytes."""
         text = text.replace("\n", NEWLINE).replace("\t", TAB)
-        for n in range(80, 1, -1):
+        for n in range(80, 1, -1) if "  " in text else ():
             text = text.replace(" " * n, f"<|blank_{n}|>")
         ids: list[int] = []
         for i, part in enumerate(self.user_defined.split(self.normalise(text))):
@@ -234,6 +258,9 @@ class GLMTokenizer:
                 ids.append(self.ids[part])
                 continue
             encoding = self.unigram.encode(part, add_special_tokens=False)
+            if self.unk not in encoding.ids:
+                ids += encoding.ids
+                continue
             for token, (first, end) in zip(encoding.ids, encoding.offsets, strict=True):
                 ids += (
                     [token]
@@ -290,13 +317,11 @@ def glm_positions(ids, bos: int, gmask: int, mask: int) -> tuple[np.ndarray, int
     The context ends before the first `<sop>`. Channel 0 counts through it and then stays at the place of
     [gMASK] (of [MASK] where there is none); channel 1 is 0 in the context and counts from 1 at `<sop>`.
     """
-    ids = np.asarray(ids)
-    # The first of each counts.
-    stops = [np.flatnonzero(ids == token) for token in (bos, gmask, mask)]
-    if not len(stops[0]) or not (len(stops[1]) or len(stops[2])):
+    ids = ids if isinstance(ids, list) else np.asarray(ids).tolist()
+    if bos not in ids or not (gmask in ids or mask in ids):
         raise ValueError("the tokens need a <sop> and a [gMASK] or [MASK]")
-    context = int(stops[0][0])
-    place = int(stops[1][0] if len(stops[1]) else stops[2][0])
+    # The first of each counts.
+    context, place = ids.index(bos), ids.index(gmask if gmask in ids else mask)
     # Image places count like words: 32 of them.
     count = np.arange(len(ids))
     answer = count >= context
@@ -323,7 +348,7 @@ def context_ids(
     if not num_image_tokens:
         return tokenizer.encode(text), []
     # Encoded apart, as the original does: each part gets the tokenizer's dummy blank in front.
-    tag = tokenizer.encode("<img>")
+    tag = tokenizer.image_tag
     return [*tag, *[slot] * num_image_tokens, *tokenizer.encode("</img>" + text)], [len(tag)]
 
 

@@ -337,10 +337,53 @@ def test_index_cache(tmp_path):
     with open(settings["data_files"], "a") as file:
         file.write(json.dumps({"conversations": [["<img>late.png</img>", "a"]]}) + "\n")
     index, cost = build(max_bad_samples=0.1)
-    assert cost == 20 and len(index.problems) == 1  # the record without a file is kept as a problem ...
+    assert cost == 0 and len(index.problems) == 1  # the record without a file is kept as a problem ...
     assert len(build(max_bad_samples=0.1)[0]) == 20
     picture(tmp_path / "late.png")
     assert len(build(max_bad_samples=0.1)[0]) == 21  # ... until its picture is there
+
+
+@pytest.mark.parametrize(
+    "change, again",
+    [
+        (lambda old: old + b"\n\n" + old[:200] + b"\n{}\n", False),
+        (lambda old: old + b"\n" + old, False),
+        (lambda old: old + b"x", True),  # the last line goes on
+        (lambda old: b" " + old[:-1] + b"\n" + old, True),
+        (lambda old: old.replace(b"q3", b"Q3") + b"\n" + old, True),
+        (lambda old: old[:-20], True),
+    ],
+)
+@pytest.mark.parametrize("more", [{}, {"max_samples": 25}, {"eval_split": 0.4, "max_samples": 9}])
+def test_an_index_is_gone_on_with(tmp_path, monkeypatch, change, again, more):
+    """What is measured of a file that has grown is its new lines, and all is as if measured at once."""
+    measured, cache = [], str(tmp_path / "cache")
+    sizes = data.Measurer.sizes
+    monkeypatch.setattr(
+        data.Measurer, "sizes", lambda self, entry, n: measured.append(n) or sizes(self, entry, n)
+    )
+    lines = [json.dumps({"conversations": [[f"q{n}", "a" * (n % 5 + 1)]]}) for n in range(20)]
+    path, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    for file in (path, other):
+        file.write_text("\n".join([*lines[:7], "{", *lines[7:]]))
+
+    def build(cache_dir):
+        measured.clear()
+        entries = [{"data_files": str(path), "weight": len(path.read_bytes()), **more}]
+        entries += [{"data_files": [str(other), str(path)]}, {"data_files": str(other)}]
+        return data.build_index(entries, Processor(), 64, cache_dir, max_bad_samples=1)
+
+    first = build(cache)
+    cost = len(measured)
+    assert (build(cache).rows == first.rows).all() and len(measured) == len(first.problems)
+    path.write_bytes(change(path.read_bytes()))
+    found, count = build(cache), len(measured)
+    fresh = build(None)
+    assert found.rows.tobytes() == fresh.rows.tobytes() and found.rows.dtype == fresh.rows.dtype
+    assert found.problems == fresh.problems
+    # Bad records of before are looked at again: what they lacked may be there now.
+    assert count == len(measured) if again else count == len(measured) - cost + len(first.problems)
+    assert (build(cache).rows == fresh.rows).all() and len(measured) == len(fresh.problems)
 
 
 def test_bad_records_are_counted_and_listed(tmp_path):

@@ -6,6 +6,8 @@ import dataclasses
 import fnmatch
 import hashlib
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +26,8 @@ from convert import sat
 from generate import Decoding, generate
 from quantize import quantize
 from sampling import penalise_repetition, sampling_probs, seen_mask
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class Variant:
@@ -613,6 +617,36 @@ def tokenizer(tokenizers_dir):
 @pytest.fixture
 def tokenizer_golden(root):
     return read_golden(root / "tokenizer_golden.json")
+
+
+class Replacements(tokenizer_visualglm.CharacterMap):
+    def __init__(self, table: dict[bytes, str]):
+        self.table = table
+
+    def longest(self, data, start):
+        sizes = [n for n in range(1, 5) if data[start : start + n] in self.table]
+        return (sizes[-1], self.table[data[start : start + sizes[-1]]]) if sizes else None
+
+    def begins(self, data):
+        return any(key.startswith(data) for key in self.table)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"é": "e", "e\u0301": "é", "x": " ", "  ": "B", "bcd": "Z", "\n": " "},
+        dict.fromkeys(map(chr, range(128)), "a "),
+    ],
+)
+def test_runs_are_normalised_as_characters_are(monkeypatch, table):
+    tk, rng = tokenizer_visualglm.GLMTokenizer(ROOT / "samples/tiny_visualglm"), np.random.default_rng(0)
+    monkeypatch.setattr(tk, "map", Replacements({key.encode(): value for key, value in table.items()}))
+    for _ in range(300):
+        text = "".join(rng.choice([*"abcdex  y\né中", "e\u0301", "bcd"], rng.integers(1, 12)))
+        monkeypatch.setattr(tk, "runs", tk.map.runs())
+        found = tk.normalise(text)
+        monkeypatch.setattr(tk, "runs", re.compile(b"(?!)"))
+        assert found == tk.normalise(text)
 
 
 def test_golden_tokenizer_strings(tokenizer, tokenizer_golden):
