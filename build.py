@@ -318,6 +318,13 @@ def draw(name: str, param: nn.Parameter, init, seed: int) -> None:
 
 def add_adapter(model: nn.Module, definition: vlm.Model, cfg: Config) -> list[str]:
     """Puts LoRA beside the layers that are asked for; returns their names."""
+    if cfg.lora_path:
+        here = dict(model.named_modules())
+        if strange := [name for name in lora.contents(cfg.lora_path)[0] if name not in here]:
+            raise ValueError(
+                f"lora_path={cfg.lora_path} adapts {strange[0]}, which this model does not have: is it "
+                "another model's adapter?"
+            )
     names = lora.inject(
         model,
         lora_targets(cfg, definition),

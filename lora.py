@@ -602,7 +602,13 @@ def check_base(directory, weights: checkpoint.Weights) -> None:
     """ValueError if the adapter says that it was trained on other weights than these; one from elsewhere
     can't say."""
     sample = _open_adapter(directory).metadata.get("base")
-    if sample is not None and not weights.fits_sample(sample):
+    try:
+        fits = sample is None or weights.fits_sample(sample)
+    except ValueError:
+        raise ValueError(
+            f"{directory}: what its adapter says of its base is damaged; fetch it again"
+        ) from None
+    if not fits:
         raise ValueError(
             f"the adapter in {directory} was trained on other weights than those of {weights.directory}; "
             "give its own base with --model_name_or_path"

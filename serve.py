@@ -64,6 +64,7 @@ import lora
 import parallel
 import records
 import terminal
+import vlm
 from chat_body import DECODING, Refused, Wanted, read_wanted
 from generate import (
     DTYPE_HELP,
@@ -915,6 +916,11 @@ def open_service(args, world: parallel.World | None = None) -> Service:
     name = args.served_model_name or re.sub(r"[^\w.-]", "_", Path(directory).resolve().name)
     if name in args.adapters:
         raise ValueError(f"{name!r} is the name of the model and of an adapter; give --served_model_name")
+    for adapter in args.adapters.values():
+        lora.say_base(adapter, args.quantize)
+        lora.check_base(
+            adapter, checkpoint.open_model(directory, vlm.find(checkpoint.read_config(directory)))
+        )
     processor = data.load_processor(directory)
     args.dtype = args.dtype or default_dtype(directory, args.device)
     if args.quantize:
@@ -923,8 +929,6 @@ def open_service(args, world: parallel.World | None = None) -> Service:
         model = load_model(directory, DTYPES[args.dtype], args.device, world=world)
     if world is None or world.main:
         print(f"device {args.device}, kernels: {kernels}", file=sys.stderr)
-    for adapter in args.adapters.values():
-        lora.say_base(adapter, args.quantize)
     sizes = {name: getattr(args, name) for name in ("step_tokens", "cache_tokens", "max_running")}
     engine_of_all = engine.Engine(model, processor, args.adapters, **sizes)
     pack(model)  # behind the adapters, which may hold a whole weight in place of the base's

@@ -338,6 +338,10 @@ def test_an_adapter_is_trained_on_as_a_whole(base, dataset, tmp_path, capfd):
         (["--lora", *whole, "--lora_rank", "4"], ["rank 8", "rank 4"]),
         ([], ["lora_path", "--lora"]),
         (["--lora", "--init_from", str(base)], ["init_from", "lora=true"]),
+        (
+            ["--model", "visualglm", "--model_name_or_path", "samples/tiny_visualglm", "--lora"],
+            [f"lora_path={tmp_path / 'a'} adapts transformer.h.", "another model's adapter"],
+        ),
     ):
         fails(capfd, train.main, [*go_on, *options], *words)
     assert adapter(base, dataset, tmp_path / "c", "--lora_path", str(tmp_path / "a"), *whole) == first

@@ -19,6 +19,7 @@ import merge
 import model_blip2 as blip2
 import model_qwen_vl as qwen
 import model_visualglm as glm
+import serve
 import vlm
 
 peft = pytest.importorskip("peft")
@@ -433,13 +434,21 @@ def test_an_adapter_knows_its_base(qwen_adapter, tmp_path, monkeypatch):
     )  # in another precision it is the same
     name = "transformer.h.2.mlp.w1.weight"
     save_file({**state, name: state[name] * (1 + 2**-7)}, other / "model.safetensors")
+    beside = ["--model_name_or_path", str(other), "--lora_paths", f"a={qwen_adapter}"]
     for read in (
         lambda: generate.load_model(other, lora_path=qwen_adapter),
         lambda: merge.merge(other, qwen_adapter, tmp_path / "merged"),
+        lambda: serve.open_service(serve.arguments(beside)),
     ):
         with pytest.raises(ValueError, match="trained on other weights than those of .*other"):
             read()
     assert not (tmp_path / "merged").exists()
+    shutil.copytree(qwen_adapter, tmp_path / "damaged")
+    tensors = load_file(qwen_adapter / "adapter_model.safetensors")
+    for sample in ("x", "a b c", "a 0 AAAA"):
+        save_file(tensors, tmp_path / "damaged/adapter_model.safetensors", {"base": sample})
+        with pytest.raises(ValueError, match="damaged.*of its base is damaged|trained on other weights"):
+            lora.check_base(tmp_path / "damaged", checkpoint.open_model(directory, qwen.MODEL))
     shutil.copytree(qwen_adapter, tmp_path / "moved")
     config = json.loads((tmp_path / "moved/adapter_config.json").read_text())
     for name, found in (
