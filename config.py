@@ -783,6 +783,8 @@ def validate(cfg: Config) -> None:
         unused = [n for n in names.split() if getattr(cfg, n) != DEFAULTS[n]]
         if unused and not has_effect:
             note(f"warning: without {needs} there is no effect of {', '.join(unused)}")
+    if cfg.init_lora_weights == "pissa" and cfg.lora_dropout:
+        note(f"warning: lora_dropout={cfg.lora_dropout} drops of what PiSSA took out of weights; it means 0")
     if cfg.max_steps and cfg.warmup_steps >= cfg.max_steps > 1:
         note(f"warning: warmup_steps={cfg.warmup_steps} lasts for all of max_steps={cfg.max_steps}")
     if cfg.warmup_ratio == 1 and not cfg.warmup_steps:
