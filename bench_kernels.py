@@ -89,10 +89,10 @@ def attention_alternatives(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) 
     mask, longest = dense_mask(cu_seqlens, device), max(lengths)
 
     def ours():
-        return attention(q, k, v, cu_seqlens, cu_seqlens, longest, True)
+        return attention(q, k, v, cu_seqlens, cu_seqlens, True)
 
     def plain():
-        return attention(q, k, v, cu_seqlens, cu_seqlens, longest, True, impl="ref")
+        return attention(q, k, v, cu_seqlens, cu_seqlens, True, impl="ref")
 
     def batched(x):
         return x.transpose(0, 1)[None]  # (T, H, D) -> (1, H, T, D)
@@ -265,7 +265,6 @@ def parity_part(device, dtype, small: bool, folder: Path) -> list[Row]:
     dtype: about 1 where it is as exact. Above 2, the part fails."""
     T, found = (96 if small else 1000), []
     cu = bounds_of(T)
-    longest = int(cu.diff().max())
     prefix = (cu.diff() // 2).to(torch.int64)
 
     def case(name: str, function: Callable, *shapes: tuple[int, ...]):
@@ -289,7 +288,7 @@ def parity_part(device, dtype, small: bool, folder: Path) -> list[Row]:
             case(
                 f"attention, {mask}, heads of {D}",
                 lambda q, k, v, impl, mask=mask: attention(
-                    q, k, v, cu, cu, longest, mask != "full", prefix if mask == "prefix" else None, impl=impl
+                    q, k, v, cu, cu, mask != "full", prefix if mask == "prefix" else None, impl=impl
                 ),
                 *[(T, 2, D)] * 3,
             )

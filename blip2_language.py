@@ -103,7 +103,6 @@ class Context:
     """What every block of one forward pass shares."""
 
     cu_seqlens: Tensor  # (S+1,) int32, host
-    max_len: int
     # None in evaluation: dropout is off.
     keys: Tensor | None  # (T,) dropout keys of the rows
     cache: object | None = None  # engine.KVCache
@@ -136,10 +135,10 @@ class OPTAttention(nn.Module):
             layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
         if ctx.cache is None:
-            o = attention(q, k, v, ctx.cu_seqlens, ctx.cu_seqlens, ctx.max_len, causal=True)
+            o = attention(q, k, v, ctx.cu_seqlens, ctx.cu_seqlens, causal=True)
         else:
             # The cache appends k and v and attends to all that the sequence holds.
-            o = ctx.cache.attend(self.layer, q, k, v, ctx.cu_seqlens, ctx.max_len)
+            o = ctx.cache.attend(self.layer, q, k, v, ctx.cu_seqlens)
         # (T, H, D) -> (T, C)
         return self.out_proj(o.flatten(1))
 
@@ -196,7 +195,7 @@ class OPT(nn.Module):
 
     def hidden(self, x: Tensor, batch: Batch, keys: Tensor | None, blocks=None) -> Tensor:
         # Adapters drop by the row's key, as the blocks' own dropout does.
-        ctx = Context(batch.cu_seqlens, batch.max_len, keys, batch.cache)
+        ctx = Context(batch.cu_seqlens, keys, batch.cache)
         with dropout_rows(keys):
             for block in self.blocks if blocks is None else blocks:
                 x = block(x, ctx)
@@ -301,16 +300,19 @@ class T5Attention(nn.Module):
         if self.relative_attention_bias is not None:
             # While decoding, the queries are the last rows of the longest sequence.
             first = 0 if ctx.cache is None else ctx.cache.longest_past()
-            ctx.shared.bias = self.bias(first, first + ctx.max_len, x.device)
+            # One segment is all of the stream: torch.export knows its length by shape alone.
+            one = ctx.cu_seqlens.shape[0] == 2
+            longest = x.shape[0] if one else int(ctx.cu_seqlens.diff().max())
+            ctx.shared.bias = self.bias(first, first + longest, x.device)
         x = parallel.copy_to_tp(x, self.q)
         q, k, v = (self.project(layer, x) for layer in (self.q, self.k, self.v))
         q = q * q.shape[-1] ** 0.5  # T5 does not scale its scores, attention() does
         # In the activations' precision, as the original adds it.
         bias = ctx.shared.bias.to(q.dtype)
         if ctx.cache is not None:
-            o = ctx.cache.attend(self.layer, q, k, v, ctx.cu_seqlens, ctx.max_len, bias=bias)
+            o = ctx.cache.attend(self.layer, q, k, v, ctx.cu_seqlens, bias=bias)
         else:
-            o = attention(q, k, v, ctx.cu_seqlens, ctx.cu_seqlens, ctx.max_len, causal=False, bias=bias)
+            o = attention(q, k, v, ctx.cu_seqlens, ctx.cu_seqlens, causal=False, bias=bias)
         return self.o(o.flatten(1))
 
     def cross(self, x: Tensor, ctx: Context) -> Tensor:
@@ -327,8 +329,7 @@ class T5Attention(nn.Module):
             o = ctx.cache.attend_memory(self.layer, q, k, v, ctx.cu_seqlens, ctx.memory_cu_seqlens)
         else:
             # Decoder rows of segment s look at encoder rows of segment s.
-            lengths = ctx.max_len, int(ctx.memory_cu_seqlens.diff().max())
-            o = attention(q, k, v, ctx.cu_seqlens, ctx.memory_cu_seqlens, max(lengths), causal=False)
+            o = attention(q, k, v, ctx.cu_seqlens, ctx.memory_cu_seqlens, causal=False)
         return self.o(o.flatten(1))
 
 
@@ -425,12 +426,12 @@ class T5(nn.Module):
         """(T, C) -> the decoder's rows (Td, C), normalised. `blocks`: all of them, always."""
         cache = batch.cache
         if cache is not None and not cache.encode:  # a decoding step: decoder tokens only
-            return self.decoder(x, Context(batch.cu_seqlens, batch.max_len, keys, cache))
+            return self.decoder(x, Context(batch.cu_seqlens, keys, cache))
         # one prompt: its last token is the decoder's
         if cache is not None and batch.cu_seqlens.shape[0] == 2:
-            cu = even_segments(1, batch.max_len - 1), even_segments(1, 1)
-            memory = self.encoder(x[:-1], Context(cu[0], batch.max_len - 1, None))
-            return self.decoder(x[-1:], Context(cu[1], 1, None, cache, memory, cu[0]))
+            cu = even_segments(1, x.shape[0] - 1), even_segments(1, 1)
+            memory = self.encoder(x[:-1], Context(cu[0], None))
+            return self.decoder(x[-1:], Context(cu[1], None, cache, memory, cu[0]))
         in_decoder = self.decoder_rows(batch.host)  # on the host: lengths are needed there
         rows = [r.nonzero()[:, 0].to(x.device) for r in (~in_decoder, in_decoder)]
         cu_seqlens = batch.cu_seqlens.long()
@@ -439,8 +440,8 @@ class T5(nn.Module):
         cu = segments(cu_seqlens.diff() - decoder_lengths), segments(decoder_lengths)
         row_keys = [None if keys is None else keys[r] for r in rows]
         # The encoder sees both ways, so a prompt is never computed in pieces.
-        memory = self.encoder(x[rows[0]], Context(cu[0], int(cu[0].diff().max()), row_keys[0]))
-        ctx = Context(cu[1], int(cu[1].diff().max()), row_keys[1], cache, memory, cu[0], row_keys[0])
+        memory = self.encoder(x[rows[0]], Context(cu[0], row_keys[0]))
+        ctx = Context(cu[1], row_keys[1], cache, memory, cu[0], row_keys[0])
         return self.decoder(x[rows[1]], ctx)
 
     def supervised_rows(self, batch: Batch) -> Tensor:

@@ -159,15 +159,7 @@ class Blip2Qformer(nn.Module):
         keys = batch.dropout_keys if self.training else None
         image_keys = None if keys is None else batch.image_dropout_keys
         ctx = QFormerContext(
-            cu_seqlens,
-            batch.max_len,
-            query_rows,
-            text_rows,
-            image,
-            prefix_lens,
-            keys,
-            image_keys,
-            batch.cache,
+            cu_seqlens, query_rows, text_rows, image, prefix_lens, keys, image_keys, batch.cache
         )
         return self.qformer(self.embed(batch), ctx)
 
@@ -183,7 +175,7 @@ class Blip2Qformer(nn.Module):
         positions = positions - cu_seqlens[:-1].to(ids.device).repeat_interleave(lengths)
         rows = torch.arange(len(ids), device=ids.device)
         # No queries and no prefix: text sees itself, both ways.
-        ctx = QFormerContext(cu_seqlens, int(lengths.max()), None, rows, None, keys=keys)
+        ctx = QFormerContext(cu_seqlens, None, rows, None, keys=keys)
         return self.qformer(self.embed_text(ids, positions), ctx)
 
     def match(self, image: Tensor, ids: Tensor, lengths: Tensor, keys: Tensor | None = None) -> Tensor:
@@ -209,9 +201,7 @@ class Blip2Qformer(nn.Module):
         if keys is not None:  # (S,) -> one per row: the longest segment's worth, cut to each
             table = spread_keys(keys, longest, salt=3).view(S, longest)
             keys = table[torch.arange(longest, device=ids.device) < (lengths + Q)[:, None]]
-        ctx = QFormerContext(
-            cu_seqlens, longest, query_rows, text_rows, image, keys=keys, image_keys=pair_keys
-        )
+        ctx = QFormerContext(cu_seqlens, query_rows, text_rows, image, keys=keys, image_keys=pair_keys)
         # (S*Q, C) -> (S, Q, C): what text rows became is of no use here.
         return self.qformer(x, ctx)[query_rows].unflatten(0, (S, Q))
 
@@ -376,7 +366,6 @@ class Blip2Qformer(nn.Module):
             input_ids=ids,
             targets=torch.cat((ids[:-1] + IGNORE_INDEX, zero)),
             supervised=None,  # made anew from the targets
-            max_len=Q + 2,
             position_ids=torch.arange(Q + 2, device=device),
             cu_seqlens=torch.tensor([0, Q + 2], dtype=torch.int32),
             image_positions=torch.arange(Q, device=device)[None],

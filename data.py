@@ -856,7 +856,6 @@ def collate(samples: list[vlm.Sample], bad=(), num_image_tokens: int = 0, blank_
         position_ids=joined([s.get("position_ids", np.arange(len(s["input_ids"]))) for s in samples], -1),
         # int32: what attention kernels take.
         cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
-        max_len=max(lengths),
         targets=joined(targets),
         pixel_values=images("pixel_values"),
         image_features=images("image_features"),
@@ -887,7 +886,6 @@ def pad_stream(batch: vlm.Batch, length: int) -> vlm.Batch:
         position_ids=padded(batch.position_ids, missing),
         dropout_keys=padded(batch.dropout_keys, missing),
         cu_seqlens=padded(batch.cu_seqlens, 1, length),
-        max_len=max(batch.max_len, missing),
         prefix_lens=padded(batch.prefix_lens, 1),
     )
 

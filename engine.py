@@ -198,7 +198,6 @@ class KVCache:
         k: Tensor,
         v: Tensor,
         cu_seqlens: Tensor,
-        max_len: int,
         prefix_lens: Tensor | None = None,
         bias: Tensor | None = None,
         tuned: Tensor | None = None,
@@ -663,7 +662,6 @@ class Engine:
                 np.concatenate([s.positions[..., f : f + n] for s, f, n in entries], -1)
             ),
             cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
-            max_len=max(counts),
             image_features=image_features,
             image_positions=image_positions,
             prefix_lens=torch.tensor(prefixes) if any(prefixes) else None,

@@ -242,7 +242,6 @@ def meta_batch(stream: Stream, model: nn.Module) -> vlm.Batch:
         input_ids=torch.empty(T, **meta),
         position_ids=torch.empty((T,) if model.position_axes == 1 else (model.position_axes, T), **meta),
         cu_seqlens=torch.tensor([0, *stream.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
-        max_len=max(stream.lengths),
         targets=torch.empty(T, **meta),
         supervised=torch.empty(stream.supervised, **meta),
         pixel_values=torch.empty(stream.images, 3, *model.image_size, device="meta")

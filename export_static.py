@@ -47,7 +47,7 @@ class Rows:
         self.past, self.memory, self.encode = past, memory, past is None
         self.new, self.new_memory = [], []  # (T, 2, H, D) of each layer
 
-    def attend(self, layer, q, k, v, cu_seqlens, max_len, prefix_lens=None, bias=None, tuned=None) -> Tensor:
+    def attend(self, layer, q, k, v, cu_seqlens, prefix_lens=None, bias=None, tuned=None) -> Tensor:
         """What KVCache.attend computes, by shapes alone."""
         if self.past is None and tuned is not None:  # P-tuning: every sequence begins with these rows
             k, v = (torch.cat((p.to(x.dtype), x)) for p, x in zip(tuned, (k, v), strict=True))
@@ -103,13 +103,12 @@ class Prefill(Vision):
             torch.cat((input_ids, input_ids[:1])),
             torch.cat((position_ids, position_ids[..., :1]), -1),
             even_segments(1, T + 1),
-            T + 1,
             image_features=features[None],
             image_positions=places[None],
         )
         x = self.model.embed(grown)[:T]
         cache = Rows()
-        batch = Batch(input_ids, position_ids, even_segments(1, T), T, prefix_lens=prefix, cache=cache)
+        batch = Batch(input_ids, position_ids, even_segments(1, T), prefix_lens=prefix, cache=cache)
         if not self.whole:
             batch.prefix_lens = None
         hidden = self.model.hidden(batch, x)
@@ -129,7 +128,7 @@ class Decode(Vision):
         row."""
         cache = Rows(past, memory)
         segment = even_segments(1, 1)
-        batch = Batch(input_ids, position_ids, segment, 1, rope_lengths=length, cache=cache)
+        batch = Batch(input_ids, position_ids, segment, rope_lengths=length, cache=cache)
         logits = self.model.logits(self.model.hidden(batch, self.model.embed(batch)))
         return logits[0], *cache.outputs()
 

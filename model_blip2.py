@@ -207,12 +207,12 @@ class VisionAttention(nn.Module):
         self.qkv = nn.Linear(C, 3 * C)
         self.projection = nn.Linear(C, C)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
         x = parallel.copy_to_tp(x, self.qkv)
         # [all q | all k | all v], each head-major.
         q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).unbind(1)  # 3 x (N*P, H, D)
         # No mask: every patch sees its whole image; cu_seqlens keeps images apart.
-        return self.projection(attention(q, k, v, cu_seqlens, cu_seqlens, max_len, causal=False).flatten(1))
+        return self.projection(attention(q, k, v, cu_seqlens, cu_seqlens, causal=False).flatten(1))
 
 
 class VisionMLP(nn.Module):
@@ -234,9 +234,9 @@ class VisionBlock(nn.Module):
         self.mlp = VisionMLP(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
         # Pre-norm, no scales on the branches, no drop path: 0 in every published config.
-        x = x + self.self_attn(self.layer_norm1(x), cu_seqlens, max_len)
+        x = x + self.self_attn(self.layer_norm1(x), cu_seqlens)
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -259,7 +259,7 @@ class VisionModel(nn.Module):
         # An image is a segment: (N, P, C) -> (N*P, C), no batch dimension.
         x, cu_seqlens = x.flatten(0, 1), even_segments(N, P)
         for block in self.encoder.layers:
-            x = block(x, cu_seqlens, P)
+            x = block(x, cu_seqlens)
         # (N*P, C) -> (N, P, C): the Q-Former looks at all rows of its image, the class token too.
         return self.post_layernorm(x).unflatten(0, (N, P))
 
@@ -273,7 +273,6 @@ class QFormerContext:
     """What every layer of one pass shares."""
 
     cu_seqlens: Tensor  # (S+1,) int32, host
-    max_len: int
     query_rows: Tensor | None  # (N*Q,) rows of the stream that hold queries, image by image; None: all text
     text_rows: Tensor | None  # the other rows; None: all queries
     image: Tensor | None  # (N, P, W): image n is seen by queries n*Q .. n*Q+Q-1
@@ -339,17 +338,13 @@ class QFormerAttention(nn.Module):
             N, P, _ = image.shape
             # Image n's queries are segment n, its patches too: (N*Q, H, D) against (N*P, H, D).
             Q = x.shape[0] // N
-            o = attention(q, k, v, even_segments(N, Q), even_segments(N, P), max(Q, P), causal=False)
+            o = attention(q, k, v, even_segments(N, Q), even_segments(N, P), causal=False)
         elif ctx.cache is not None:
-            o = ctx.cache.attend(
-                self.layer, q, k, v, ctx.cu_seqlens, ctx.max_len, prefix_lens=ctx.prefix_lens
-            )
+            o = ctx.cache.attend(self.layer, q, k, v, ctx.cu_seqlens, prefix_lens=ctx.prefix_lens)
         else:
             # Contrast and matching see both ways; captioning is causal behind the queries.
             causal = ctx.prefix_lens is not None
-            o = attention(
-                q, k, v, ctx.cu_seqlens, ctx.cu_seqlens, ctx.max_len, causal, prefix_lens=ctx.prefix_lens
-            )
+            o = attention(q, k, v, ctx.cu_seqlens, ctx.cu_seqlens, causal, prefix_lens=ctx.prefix_lens)
         # (R, H, D) -> (R, C), then residual and norm.
         return self.output(o.flatten(1), x, rows)
 
@@ -425,9 +420,7 @@ def encode_queries(model: nn.Module, image: Tensor, keys: Tensor | None = None) 
     N, Q = image.shape[0], model.query_tokens.shape[1]
     # Queries alone: every row is one, image by image.
     rows = torch.arange(N * Q, device=image.device)
-    ctx = QFormerContext(
-        even_segments(N, Q), Q, rows, None, image, keys=spread_keys(keys, Q), image_keys=keys
-    )
+    ctx = QFormerContext(even_segments(N, Q), rows, None, image, keys=spread_keys(keys, Q), image_keys=keys)
     return model.qformer(model.query_tokens.expand(N, -1, -1).flatten(0, 1), ctx).unflatten(0, (N, Q))
 
 
@@ -918,7 +911,6 @@ def probe_batch(processor: Blip2Processor) -> Batch:
         input_ids=ids,
         position_ids=torch.arange(len(ids)),
         cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
-        max_len=len(ids),
         image_positions=torch.arange(Q)[None],
         pixel_values=image[None],
     )

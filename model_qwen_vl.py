@@ -139,7 +139,6 @@ class Context:
     """What every block of one forward pass shares."""
 
     cu_seqlens: Tensor  # (S+1,) int32, host
-    max_len: int
     # Angles are the same in every block, so they are made once a forward pass; (T, D/2), not (T, D): both
     # halves of a head turn by the same angle.
     cos: Tensor  # (T, D/2) fp32
@@ -181,10 +180,10 @@ class Attention(nn.Module):
             q = q * ctx.logn.to(q.dtype)
         # Training and loss: every segment sees itself alone, from its start to the query's own place.
         if ctx.cache is None:
-            o = attention(q, k, v, ctx.cu_seqlens, ctx.cu_seqlens, ctx.max_len, causal=True)
+            o = attention(q, k, v, ctx.cu_seqlens, ctx.cu_seqlens, causal=True)
         else:
             # The cache appends k and v and attends to all that the sequence holds.
-            o = ctx.cache.attend(self.layer, q, k, v, ctx.cu_seqlens, ctx.max_len)
+            o = ctx.cache.attend(self.layer, q, k, v, ctx.cu_seqlens)
         # Heads side by side again, (T, H, D) -> (T, C).
         return self.c_proj(o.flatten(1))
 
@@ -246,12 +245,12 @@ class VisualAttention(nn.Module):
         self.in_proj = nn.Linear(width, 3 * width)  # per head: q, k, v (not CLIP's [all q | all k | all v])
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
         x = parallel.copy_to_tp(x, self.in_proj)
         # Unpacked the CLIP way these weights give finite features that mean nothing.
         q, k, v = self.in_proj(x).unflatten(-1, (-1, 3, self.head_dim)).unbind(2)  # 3 x (N*P, H, D)
         # No mask and no causality: each patch sees all of its image, and of no other.
-        return self.out_proj(attention(q, k, v, cu_seqlens, cu_seqlens, max_len, causal=False).flatten(1))
+        return self.out_proj(attention(q, k, v, cu_seqlens, cu_seqlens, causal=False).flatten(1))
 
 
 class VisualMLP(nn.Module):
@@ -274,8 +273,8 @@ class VisualBlock(nn.Module):
         # Rounded down, as in the original: 1664 * 4.9231 = 8,192.04.
         self.mlp = VisualMLP(config.width, int(config.width * config.mlp_ratio))
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cu_seqlens, max_len)
+    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cu_seqlens)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -302,9 +301,7 @@ class CrossAttention(nn.Module):
         )
         # Queries and patches of image n are segment n on either side: it looks at its own patches alone.
         Q, P = q.shape[0] // num_images, k.shape[0] // num_images
-        o = attention(
-            q, k, v, even_segments(num_images, Q), even_segments(num_images, P), max(Q, P), causal=False
-        )
+        o = attention(q, k, v, even_segments(num_images, Q), even_segments(num_images, P), causal=False)
         return self.out_proj(o.flatten(1))
 
 
@@ -361,7 +358,7 @@ class Visual(nn.Module):
         # An image is a segment, so the tower has no batch dimension either.
         cu_seqlens = even_segments(N, P)
         for block in self.transformer.resblocks:
-            x = block(x, cu_seqlens, P)
+            x = block(x, cu_seqlens)
         # The resampler makes Q features of P patches, whatever P is.
         # No norm behind the last block: ln_post comes after the resampler, and proj stands on the right, not
         # transposed.
@@ -462,7 +459,7 @@ class QwenVL(nn.Module):
         # and a whole computation agree.
         if c.use_logn_attn and not self.training:
             logn = (torch.log((positions + 1).float()) / math.log(c.seq_length)).clamp(min=1.0)[:, None, None]
-        return Context(cu_seqlens, batch.max_len, angles.cos(), angles.sin(), logn, batch.cache)
+        return Context(cu_seqlens, angles.cos(), angles.sin(), logn, batch.cache)
 
     def hidden(self, batch: Batch, x: Tensor | None = None, blocks=None) -> Tensor:
         """(T, C) behind the blocks. A pipeline stage gives what it received, `x` (T, C), and its own
@@ -907,7 +904,6 @@ def probe_batch(processor: QwenVLProcessor) -> Batch:
         input_ids=ids,
         position_ids=torch.arange(len(ids)),
         cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
-        max_len=len(ids),
         pixel_values=image[None],
         image_positions=(ids == tk.img_start).nonzero() + 1 + torch.arange(Q),
     )

@@ -194,7 +194,6 @@ class Context:
     """What every block of one forward pass shares."""
 
     cu_seqlens: Tensor  # (S+1,) int32, host
-    max_len: int
     prefix_lens: Tensor | None  # (S,) host: the context's length, seen by the whole segment
     # Made once a forward pass: they are the same in every block. Two axes, since each half of a head turns by
     # its own.
@@ -241,14 +240,10 @@ class Attention(nn.Module):
         tuned = None if ctx.tuned is None else ctx.tuned[self.layer]
         # P-tuning's rows are not turned: they stand at no place, and every token sees them.
         if ctx.cache is not None:
-            o = ctx.cache.attend(
-                self.layer, q, k, v, ctx.cu_seqlens, ctx.max_len, ctx.prefix_lens, tuned=tuned
-            )
+            o = ctx.cache.attend(self.layer, q, k, v, ctx.cu_seqlens, ctx.prefix_lens, tuned=tuned)
         elif tuned is None:
             # One mask rule: causal, but every token sees the whole context (prefix_lens).
-            o = attention(
-                q, k, v, ctx.cu_seqlens, ctx.cu_seqlens, ctx.max_len, causal=True, prefix_lens=ctx.prefix_lens
-            )
+            o = attention(q, k, v, ctx.cu_seqlens, ctx.cu_seqlens, causal=True, prefix_lens=ctx.prefix_lens)
         else:  # queries stand at the end of their keys
             P = tuned.shape[1]
             # P-tuning: P keys and values in front of each segment, which the context may see too.
@@ -261,9 +256,7 @@ class Attention(nn.Module):
                 if ctx.prefix_lens is not None
                 else torch.zeros(len(cu_seqlens_k) - 1, dtype=torch.int64)
             )
-            o = attention(
-                q, k, v, ctx.cu_seqlens, cu_seqlens_k, ctx.max_len + P, causal=True, prefix_lens=prefix_lens
-            )
+            o = attention(q, k, v, ctx.cu_seqlens, cu_seqlens_k, causal=True, prefix_lens=prefix_lens)
         # (T, H, D) -> (T, C)
         return self.dense(o.flatten(1))
 
@@ -337,12 +330,12 @@ class VisionAttention(nn.Module):
         self.query_key_value = nn.Linear(width, 3 * width)
         self.dense = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
         x = parallel.copy_to_tp(x, self.query_key_value)
         # (N*P, 3W) -> (N*P, 3, H, D): all of q first, so a cut over ranks takes its rows of each third.
         q, k, v = self.query_key_value(x).unflatten(-1, (3, -1, self.head_dim)).unbind(1)  # 3 x (N*P, H, D)
         # No mask: every patch sees its whole image; cu_seqlens keeps images apart.
-        return self.dense(attention(q, k, v, cu_seqlens, cu_seqlens, max_len, causal=False).flatten(1))
+        return self.dense(attention(q, k, v, cu_seqlens, cu_seqlens, causal=False).flatten(1))
 
 
 class VisionBlock(nn.Module):
@@ -354,9 +347,9 @@ class VisionBlock(nn.Module):
         self.post_attention_layernorm = nn.LayerNorm(W, eps)
         self.mlp = MLP(W, config.inner_hidden_size, "none")
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
         # Plain pre-norm, unlike the language model's block.
-        x = x + self.attention(self.input_layernorm(x), cu_seqlens, max_len)
+        x = x + self.attention(self.input_layernorm(x), cu_seqlens)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -393,7 +386,7 @@ class ViT(nn.Module):
         x, cu_seqlens = x.flatten(0, 1), even_segments(N, P)
         # 39 of EVA-g's 40 blocks: the last one is not in the files.
         for block in t.layers:
-            x = block(x, cu_seqlens, P)
+            x = block(x, cu_seqlens)
         # The norm takes all rows: the Q-Former looks at the class row too.
         return self.mixins["cls"].ln_vision(x), P
 
@@ -414,9 +407,7 @@ class CrossAttention(nn.Module):
         k, v = self.key_value(image).unflatten(-1, (2, -1, self.head_dim)).unbind(1)  # 2 x (N*P, H, D)
         Q, P = q.shape[0] // num_images, k.shape[0] // num_images
         # Segments of Q queries against segments of P patches, image by image.
-        o = attention(
-            q, k, v, even_segments(num_images, Q), even_segments(num_images, P), max(Q, P), causal=False
-        )
+        o = attention(q, k, v, even_segments(num_images, Q), even_segments(num_images, P), causal=False)
         return self.dense(o.flatten(1))
 
 
@@ -437,11 +428,11 @@ class QFormerBlock(nn.Module):
         self.mlp = MLP(W, config.inner_hidden_size or 4 * W, "none")
 
     def forward(self, x: Tensor, image: Tensor, num_images: int) -> Tensor:
-        Q = x.shape[0] // num_images
         # The norm that BERT has at the end of the layer before, or of its embedding.
         a = self.input_layernorm(x)
         # Post-norm, as BERT: the sum is normalised, not the branch.
-        y = self.post_attention_layernorm(a + self.attention(a, even_segments(num_images, Q), Q))
+        queries = even_segments(num_images, x.shape[0] // num_images)
+        y = self.post_attention_layernorm(a + self.attention(a, queries))
         # The image is asked behind the queries' own exchange, not before it.
         if self.cross_attention is not None:
             y = self.post_cross_attention_layernorm(y + self.cross_attention(y, image, num_images))
@@ -481,7 +472,7 @@ class ImageEncoder(nn.Module):
         # (N, 3, H, W) -> (N*P, W), one row a patch and one for the class.
         image, P = self.vit(pixel_values)
         N = image.shape[0] // P
-        # (N*Q, E) -> (N*Q, C) -> (N, Q, C); neither scaled nor normalised before it stands among words.
+        # (N*Q, E) -> (N*Q, C) -> (N, Q, C); neither scaled nor normalised before it stands in the stream.
         return self.glm_proj(self.qformer(image, N)).unflatten(0, (N, -1))
 
 
@@ -559,9 +550,7 @@ class VisualGLM(nn.Module):
         angles = positions[..., None].float() * inv_freq  # (2, T, D/4)
         # Made once a forward pass, then each rank of a tensor-parallel group keeps its heads.
         tuned = parallel.heads_of_rank(self.transformer.prefix_encoder(), dim=3) if c.pre_seq_len else None
-        return Context(
-            batch.cu_seqlens, batch.max_len, batch.prefix_lens, angles.cos(), angles.sin(), tuned, batch.cache
-        )
+        return Context(batch.cu_seqlens, batch.prefix_lens, angles.cos(), angles.sin(), tuned, batch.cache)
 
     # same as model_qwen_vl.QwenVL.hidden
     def hidden(self, batch: Batch, x: Tensor | None = None, blocks=None) -> Tensor:
@@ -880,7 +869,6 @@ def probe_batch(processor: VisualGLMProcessor) -> Batch:
         input_ids=torch.tensor(ids),
         position_ids=torch.from_numpy(positions),
         cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
-        max_len=len(ids),
         prefix_lens=torch.tensor([context]),
         pixel_values=torch.stack((rows + 0 * columns, columns + 0 * rows, rows * columns))[None],
         image_positions=(len(tk.encode("<img>")) + torch.arange(Q))[None],

@@ -57,7 +57,6 @@ class Batch:
     input_ids: Tensor  # (T,) int64
     position_ids: Tensor  # (T,) int64, or (n, T) for a model with n axes of positions
     cu_seqlens: Tensor  # (S+1,) int32, host: segment s is rows cu_seqlens[s] to cu_seqlens[s + 1]
-    max_len: int  # of the longest segment
     targets: Tensor | None = None  # (T,) int64: the token that follows where it is learned, else -100
     supervised: Tensor | None = None  # (R,) int64: the rows that have one; made from targets
     row_datasets: Tensor | None = None  # (R,) int64: the dataset_ids of these rows' segments; made
@@ -89,7 +88,7 @@ class Batch:
     def of_images(cls, pixel_values: Tensor) -> "Batch":
         """Images (N, 3, H, W) without a token, for `output="features"`."""
         nothing = torch.zeros(0, dtype=torch.int64, device=pixel_values.device)
-        return cls(nothing, nothing, torch.zeros(1, dtype=torch.int32), 0, pixel_values=pixel_values)
+        return cls(nothing, nothing, torch.zeros(1, dtype=torch.int32), pixel_values=pixel_values)
 
     @property
     def num_supervised(self) -> int:

@@ -32,7 +32,6 @@ def attention_ref(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_len: int,
     causal: bool,
     prefix_lens: Tensor | None = None,
     bias: Tensor | None = None,
@@ -40,9 +39,7 @@ def attention_ref(
     if q.device.type == "cpu" and q.dtype in CPU_IN_FP32:
         with torch.autocast("cpu", enabled=False):
             fp32, bias = [x.float() for x in (q, k, v)], bias if bias is None else bias.float()
-            return attention_ref(*fp32, cu_seqlens_q, cu_seqlens_k, max_len, causal, prefix_lens, bias).to(
-                q.dtype
-            )
+            return attention_ref(*fp32, cu_seqlens_q, cu_seqlens_k, causal, prefix_lens, bias).to(q.dtype)
     # On the host: nothing waits for a device. Neighbours of one shape share a call: (queries, keys, prefix,
     # how many).
     lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
@@ -894,7 +891,6 @@ def attention(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_len: int,
     causal: bool,
     prefix_lens: Tensor | None = None,
     bias: Tensor | None = None,
@@ -904,18 +900,18 @@ def attention(
 
     q (Tq, H, D), k and v (Tk, H, D) or with fewer heads, each of which serves a run of query heads (grouped
     heads, arXiv:2305.13245); cu_seqlens_q and cu_seqlens_k (S+1,) int32 on the host: segment s of the
-    queries is rows cu_seqlens_q[s]:cu_seqlens_q[s+1]; max_len the longest segment; prefix_lens (S,), on the
-    host: keys visible to every query of a causal segment; bias (H, Lq, Lk), added to the scores (plain
-    PyTorch whatever `impl`; not with grouped heads). Returns (Tq, H, D).
+    queries is rows cu_seqlens_q[s]:cu_seqlens_q[s+1]; prefix_lens (S,), on the host: keys visible to every
+    query of a causal segment; bias (H, Lq, Lk), added to the scores (plain PyTorch whatever `impl`; not with
+    grouped heads). Returns (Tq, H, D).
     """
     if torch.compiler.is_exporting():  # no lengths are there to read; a program's segments are all as long
         return attention_even(q, k, v, cu_seqlens_q.shape[0] - 1, causal, bias)
-    return _attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_len, causal, prefix_lens, bias, impl)
+    return _attention(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, prefix_lens, bias, impl)
 
 
-def _attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_len, causal, prefix_lens, bias, impl) -> Tensor:
+def _attention(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, prefix_lens, bias, impl) -> Tensor:
     if k.shape[1] != q.shape[1]:
-        options = cu_seqlens_q, cu_seqlens_k, max_len, causal, prefix_lens, bias, impl
+        options = cu_seqlens_q, cu_seqlens_k, causal, prefix_lens, bias, impl
         return _grouped(_attention, q, k, v, *options)
     if bias is None and use_triton(impl, q):
         # A key that no segment holds would go without a gradient.
@@ -923,7 +919,7 @@ def _attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_len, causal, prefix_lens
         if rows[-1] != len(k):
             raise ValueError(f"cu_seqlens_k ends at {rows[-1]}, but there are {len(k)} keys")
         return attention_ranges_triton(q, k, v, cu_seqlens_q, itertools.pairwise(rows), causal, prefix_lens)
-    return attention_ref(q, k, v, cu_seqlens_q, cu_seqlens_k, max_len, causal, prefix_lens, bias)
+    return attention_ref(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, prefix_lens, bias)
 
 
 def leave_uncompiled() -> None:

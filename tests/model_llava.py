@@ -107,7 +107,6 @@ class Context:
     """What every block of one forward pass shares."""
 
     cu_seqlens: Tensor  # (S+1,) host
-    max_len: int
     cos: Tensor  # (T, D/2) fp32
     sin: Tensor
     cache: object | None
@@ -137,9 +136,9 @@ class Attention(nn.Module):
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotary(q, ctx.cos, ctx.sin), rotary(k, ctx.cos, ctx.sin)  # (T, H, D), (T, H of keys, D)
         if ctx.cache is None:
-            o = attention(q, k, v, ctx.cu_seqlens, ctx.cu_seqlens, ctx.max_len, causal=True)
+            o = attention(q, k, v, ctx.cu_seqlens, ctx.cu_seqlens, causal=True)
         else:
-            o = ctx.cache.attend(self.layer, q, k, v, ctx.cu_seqlens, ctx.max_len)
+            o = ctx.cache.attend(self.layer, q, k, v, ctx.cu_seqlens)
         return self.o_proj(o.flatten(1))
 
 
@@ -179,10 +178,10 @@ class VisionAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = nn.Linear(C, C), nn.Linear(C, C), nn.Linear(C, C)
         self.out_proj = nn.Linear(C, C)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
         x = parallel.copy_to_tp(x, self.q_proj)
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(attention(q, k, v, cu_seqlens, cu_seqlens, max_len, causal=False).flatten(1))
+        return self.out_proj(attention(q, k, v, cu_seqlens, cu_seqlens, causal=False).flatten(1))
 
 
 class VisionMLP(nn.Module):
@@ -203,8 +202,8 @@ class VisionBlock(nn.Module):
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x), cu_seqlens, max_len)
+    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), cu_seqlens)
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -229,7 +228,7 @@ class VisionTower(nn.Module):
         N, P, _ = x.shape
         x, cu_seqlens = self.pre_layrnorm(x).flatten(0, 1), vlm.even_segments(N, P)  # (N*P, C)
         for block in self.encoder.layers[:-1]:
-            x = block(x, cu_seqlens, P)
+            x = block(x, cu_seqlens)
         return x.unflatten(0, (N, P))[:, 1:]
 
 
@@ -279,7 +278,7 @@ class Llava(nn.Module):
         D = self.config.hidden_size // self.config.text_config.num_attention_heads
         half = torch.arange(0, D, 2, device=batch.position_ids.device, dtype=torch.float32) / D
         angles = batch.position_ids[:, None].float() / 10000.0**half  # (T, D/2) fp32
-        ctx = Context(batch.cu_seqlens, batch.max_len, angles.cos(), angles.sin(), batch.cache)
+        ctx = Context(batch.cu_seqlens, angles.cos(), angles.sin(), batch.cache)
         with dropout_rows(batch.dropout_keys):
             for block in self.blocks if blocks is None else blocks:
                 x = block(x, ctx)
@@ -440,7 +439,6 @@ def probe_batch(processor: LlavaProcessor) -> vlm.Batch:
         input_ids=ids,
         position_ids=torch.arange(len(ids)),
         cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
-        max_len=len(ids),
         pixel_values=(ramp[:, None] * ramp).expand(1, 3, size, size),
         image_positions=1 + torch.arange(Q)[None],
     )

@@ -55,7 +55,6 @@ def stream(rows, targets=None, pixels=None, Q=0):
     return vlm.Batch(
         input_ids=torch.cat(rows).long(),
         cu_seqlens=cu,
-        max_len=int(lengths.max()),
         position_ids=torch.cat([torch.arange(n) for n in lengths]),
         targets=torch.cat(targets).long() if targets else torch.full((int(cu[-1]),), -100),
         pixel_values=pixels,

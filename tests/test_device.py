@@ -121,7 +121,6 @@ def test_a_batch_comes_to_the_device_as_it_was():
         input_ids=ids,
         position_ids=torch.stack((ids, ids + 7)),
         cu_seqlens=torch.tensor([0, 2, 5], dtype=torch.int32),
-        max_len=3,
         targets=torch.tensor([1, -100, 3, 4, -100]),
         pixel_values=torch.rand(1, 3, 4, 4),
         image_positions=torch.tensor([[1, 2]]),

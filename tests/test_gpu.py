@@ -45,7 +45,7 @@ def test_attention(lengths, mask, D, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_of_long_segments(dtype):
     lengths = [1500, 1, 0, 777]
-    arguments = bounds(lengths), bounds(lengths), 1500, True
+    arguments = bounds(lengths), bounds(lengths), True
     q, k, v = torch.randn(sum(lengths), 3, 4, 128, device="cuda").unbind(1)
     check(
         lambda q, k, v, impl: attention(q, k, v, *arguments, impl=impl),
@@ -59,7 +59,7 @@ def test_backward_repeats_bit_by_bit():
     inputs = [leaf(1800, 4, 128) for _ in range(3)]
     results = []
     for _ in range(3):
-        o = attention(*inputs, bounds(lengths), bounds(lengths), 1500, True, impl="triton")
+        o = attention(*inputs, bounds(lengths), bounds(lengths), True, impl="triton")
         results.append([o, *torch.autograd.grad(o.square().sum(), inputs)])
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
@@ -100,7 +100,7 @@ def test_attention_is_faster_than_a_dense_mask():
     mask = ((segment[:, None] == segment) & torch.ones(4096, 4096, dtype=torch.bool).tril()).cuda()
 
     def ours():
-        return attention(q, k, v, cu_seqlens, cu_seqlens, 2048, True, impl="triton")
+        return attention(q, k, v, cu_seqlens, cu_seqlens, True, impl="triton")
 
     def dense():
         return torch.nn.functional.scaled_dot_product_attention(

@@ -213,7 +213,7 @@ def attention_call(lengths: str, mask: str, **options):
 
     lengths_q, lengths_k = LENGTHS[lengths]
     prefix = prefixes_of(lengths_k) if mask == "prefix" else None
-    arguments = (bounds(lengths_q), bounds(lengths_k), max(lengths_q + lengths_k), mask != "full", prefix)
+    arguments = (bounds(lengths_q), bounds(lengths_k), mask != "full", prefix)
     return lambda q, k, v, **more: attention(q, k, v, *arguments, **options, **more)
 
 
@@ -614,7 +614,6 @@ def step_batch(lengths: list[int], Q: int, size: int, image_start: int, vocabula
         input_ids=ids,
         targets=torch.where(torch.rand(len(ids)) < 0.4, ids.roll(-1), -100),
         cu_seqlens=bounds(lengths),
-        max_len=max(lengths),
         position_ids=torch.cat([torch.arange(n) for n in lengths]),
         pixel_values=torch.randn(1, 3, size, size),
         image_positions=torch.arange(image_start, image_start + Q)[None],
@@ -824,7 +823,7 @@ def test_triton_is_refused_without_gpu():
         pytest.skip("there is a GPU")
     x, cu_seqlens = torch.randn(4, 1, 64), torch.tensor([0, 4], dtype=torch.int32)
     with pytest.raises(ValueError, match="there is no GPU"):
-        attention(x, x, x, cu_seqlens, cu_seqlens, 4, True, impl="triton")
+        attention(x, x, x, cu_seqlens, cu_seqlens, True, impl="triton")
     with pytest.raises(ValueError, match="there is no GPU.*use auto or false"):
         dispatch.use("triton", torch.device("cpu"))
     assert "no GPU" in dispatch.use("auto", torch.device("cpu"))

@@ -144,7 +144,6 @@ def t5_batch() -> vlm.Batch:
     return vlm.Batch(
         input_ids=ids,
         position_ids=torch.arange(len(ids)),
-        max_len=len(ids),
         cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
         image_positions=torch.arange(Q)[None],
         pixel_values=(ramp[:, None] * ramp).expand(1, 3, 64, 64),

@@ -220,7 +220,6 @@ def test_losses_by_dataset_end_at_the_borders_of_segments():
     batch = vlm.Batch(
         input_ids=targets,
         position_ids=torch.arange(9),
-        max_len=5,
         targets=targets,
         cu_seqlens=torch.tensor([0, 3, 4, 9], dtype=torch.int32),
         dataset_ids=torch.tensor([1, 0, 1]),

@@ -282,7 +282,7 @@ def test_noise_is_of_each_token_in_any_stream():
     def noise(lengths, keys):
         starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         ids = torch.zeros(len(keys), dtype=torch.int64)
-        batch = vlm.Batch(ids, ids, starts, max(lengths), dropout_keys=keys, embedding_noise=alpha)
+        batch = vlm.Batch(ids, ids, starts, dropout_keys=keys, embedding_noise=alpha)
         return vlm.splice_images(torch.zeros(len(keys), width), batch, None)
 
     packed, first = noise(lengths, keys), 0

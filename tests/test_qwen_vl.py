@@ -69,7 +69,6 @@ class Variant:
             input_ids=ids,
             targets=targets,
             cu_seqlens=lengths.cumsum(0).int(),
-            max_len=int(lengths.max()),
             position_ids=torch.cat([torch.arange(len(row)) + first for row, first in rows]),
             rope_lengths=torch.full((len(rows),), padded_length),
             image_positions=slots,

@@ -272,7 +272,6 @@ def test_a_pair_without_a_negative_learns_no_negative(bases):
     Q = model.num_image_tokens
     one = vlm.Batch(
         input_ids=torch.cat((torch.zeros(Q, dtype=torch.long), torch.tensor([2, 9, 10, 3]))),
-        max_len=Q + 4,
         targets=torch.cat((torch.full((Q,), -100), torch.tensor([9, 10, 3, -100]))),
         position_ids=torch.arange(Q + 4),
         cu_seqlens=torch.tensor([0, Q + 4], dtype=torch.int32),

@@ -67,7 +67,6 @@ class Variant:
         batch = vlm.Batch(
             input_ids=ids,
             cu_seqlens=cu_seqlens,
-            max_len=int(lengths.max()),
             pixel_values=images,
             position_ids=torch.from_numpy(np.concatenate([p for p, _ in placed], 1)),
             prefix_lens=torch.tensor([n for _, n in placed]),
@@ -328,7 +327,6 @@ def test_generation_with_ptuning_equals_the_whole_text_at_once(visualglm_variant
             position_ids=torch.from_numpy(positions),
             prefix_lens=torch.tensor([context]),
             cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
-            max_len=len(ids),
         )
         best = model.logits(model.hidden(batch)).argmax(-1)
         assert best[len(request["input_ids"]) - 1 : -1].tolist() == answer
