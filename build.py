@@ -412,7 +412,7 @@ def load_few_bits(few: dict[str, nn.Module], weights: checkpoint.Weights) -> Non
     scratch = weights.scratch()
     for name in [n for n in weights if n in few]:  # in the file's order
         full = weights.read(name, scratch)
-        checkpoint.largest(full, name)
+        checkpoint.largest(full, f"{weights.directory}: {name}")
         few[name].fill(full)
 
 

@@ -324,6 +324,8 @@ def check_text(text: str, where: str) -> None:
 
 def read_part(part, where: str, limits) -> dict:
     kind = part.get("type") if isinstance(part, dict) else None
+    if kind in ("text", "image_url"):
+        refuse_others(part, {"type", kind, "cache_control"}, where)
     if kind == "text" and isinstance(part.get("text"), str):
         check_text(part["text"], f"{where}.text")
         return {"type": "text", "text": part["text"]}
@@ -334,6 +336,7 @@ def read_part(part, where: str, limits) -> dict:
         )
     value, where = part.get("image_url"), f"{where}.image_url"
     if isinstance(value, dict):
+        refuse_others(value, {"url", "detail"}, where)
         if value.get("detail") not in (None, "auto", "low", "high"):
             raise bad(f"{where}.detail", "auto, low or high (all are one size here)", value["detail"])
         value, where = value.get("url"), f"{where}.url"
@@ -342,6 +345,12 @@ def read_part(part, where: str, limits) -> dict:
     source = value if images.is_data_url(value) else fetch_image(value, where, limits)
     check_image(source, where, limits)
     return {"type": "image_url", "image_url": source}
+
+
+def refuse_others(given: dict, known: set[str], where: str) -> None:
+    """What is not read is refused: it may be an image or a text."""
+    for key in (k for k, value in given.items() if k not in known and value is not None):
+        raise Refused(400, f"{where}: {terminal.cut(key)} is not supported; leave it out", where)
 
 
 def check_image(source: str, where: str, limits) -> None:

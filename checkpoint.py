@@ -401,7 +401,7 @@ class Weights:
                 piece = values[start : start + PIECE_BYTES // dtype.itemsize]
                 fill(piece, f, name)
                 most = max(most, magnitude(piece))
-        return finite(most, dtype, name)
+        return finite(most, dtype, f"{self.directory}: {name}")
 
     def scratch(self) -> torch.Tensor:
         """Room for any one tensor. Fresh memory for each would leave the heap full of holes: up to 1.6x the
@@ -717,7 +717,7 @@ def _load(params: dict, weights: Weights, dtype: torch.dtype | None, names: list
         param, read = params[name], None
         if name not in highs:
             read = weights.read(name, scratch, rows_held(param))
-            highs[name] = largest(read, name)
+            highs[name] = largest(read, f"{weights.directory}: {name}")
         # A cast to fp16 makes infinity of what is above 65,504.
         for kind in (dtype, param.dtype):
             if kind is not None and highs[name] > torch.finfo(kind).max:

@@ -69,7 +69,7 @@ class Source:
 
     def read(self, name: str) -> Tensor:
         tensor, dtype = self.weights.read(name), self.dtype_of(name)
-        high = checkpoint.largest(tensor, name)
+        high = checkpoint.largest(tensor, f"{self.directory}: {name}")
         if high > torch.finfo(dtype).max:
             raise ValueError(f"{name} has a value of {high:.3g}, too large for {dtype}; use --dtype bfloat16")
         if self.quantize and name in self.rounded:

@@ -184,7 +184,7 @@ def check_tensors(
         raise ValueError("self-check failed: the merged file holds other tensors than the base; report this")
     for name in weights:
         base, now = weights.read(name), merged.read(name)
-        checkpoint.largest(base, name)
+        checkpoint.largest(base, f"{weights.directory}: {name}")
         expected = base = base.to(dtype or base.dtype) if base.is_floating_point() else base
         if is_changed(name, weights, scalings, lora):
             expected = merged_tensor(name, weights, scalings, lora, dtype)

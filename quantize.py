@@ -50,7 +50,13 @@ class RowScaled(nn.Module):
         pieces = zip(weight.split(rows), self.q.split(rows), self.scale.split(rows), strict=True)
         for piece, q_here, scale_here in pieces:  # fp32 copies of a few rows at a time
             piece = piece.to(self.q.device).float()
-            scale_here.copy_(piece.abs().amax(1) / top)
+            scales = piece.abs().amax(1) / top
+            if bool((scales > torch.finfo(torch.float16).max).any()):
+                high = float(piece.abs().max())
+                raise ValueError(
+                    f"weights of {high:.3g} are too large for int{self.bits}'s fp16 scales; use nf4"
+                )
+            scale_here.copy_(scales)
             # all-zero rows; and rows too small for fp16 become zero rather than infinite
             steps = torch.where(scale_here > 0, scale_here.float(), 1.0)[:, None]
             q = (piece / steps).round().clamp(-top, top).to(torch.int8)
@@ -205,7 +211,7 @@ def load(tensors: dict[str, Tensor], weights: checkpoint.Weights) -> None:
             )
         full = weights.read(name)
         if full.is_floating_point():
-            checkpoint.largest(full, name)
+            checkpoint.largest(full, f"{weights.directory}: {name}")
         tensor.copy_(full)
 
 
@@ -224,7 +230,7 @@ def write(base: Path, kind: str, output: Path) -> None:
     def tensors():
         for name in weights:
             full = weights.read(name)
-            checkpoint.largest(full, name)
+            checkpoint.largest(full, f"{weights.directory}: {name}")
             if name not in small:
                 yield name, full
                 continue

@@ -187,3 +187,9 @@ def test_a_checkpoint_without_a_language_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="blip2_stage1 has no language model to round"):
         write_quantized([*argv, "--output_dir", str(tmp_path / "small")])
     assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_weight_beyond_the_scales_is_refused(kind):
+    with pytest.raises(ValueError, match="weights of 1e.09 are too large for int.'s fp16 scales; use nf4"):
+        empty(kind, (4, 64)).fill(torch.full((4, 64), 1e9))

@@ -427,6 +427,12 @@ BAD = [  # what is changed in a good body, the field that the error names
     (user([{"type": "text", "text": 3}]), "messages[0].content[0]"),
     (user([{"type": "text", "text": "<img>a.png</img>"}]), "messages[0].content[0].text"),
     (user([{"type": "input_audio", "input_audio": {}}]), "messages[0].content[0].type"),
+    (user([{"type": "text", "text": "q", "image_url": {"url": "data:,"}}]), "messages[0].content[0]"),
+    (user([{"type": "image_url", "image_url": "data:,", "text": "q"}]), "messages[0].content[0]"),
+    (
+        user([{"type": "image_url", "image_url": {"url": "data:,", "min_pixels": 9}}]),
+        "messages[0].content[0].image_url",
+    ),
     (user([{"type": "file", "file": {"file_id": "x"}}]), "messages[0].content[0].type"),
     (user([{"image_url": "data:,"}]), "messages[0].content[0].type"),
     (user([{"type": "image_url"}]), "messages[0].content[0].image_url"),
