@@ -38,16 +38,16 @@ def check(names: list[str]) -> None:
             raise ValueError(f"report_to: {name} is not installed; pip install {PACKAGES[name]}")
 
 
-def open_logs(names: list[str], out: Path, settings: dict, run_id: str) -> list[OtherLog]:
-    """rank 0. A continued run goes on in its own log: `run_id` is the same."""
-    return [open_log(name, out, settings, run_id) for name in names if name != "none"]
+def open_logs(names: list[str], out: Path, settings: dict, run_id: str, done: int = 0) -> list[OtherLog]:
+    """rank 0. A continued run goes on in its own log, behind its first `done` steps: `run_id` is the same."""
+    return [open_log(name, out, settings, run_id, done) for name in names if name != "none"]
 
 
-def open_log(name: str, out: Path, settings: dict, run_id: str) -> OtherLog:
+def open_log(name: str, out: Path, settings: dict, run_id: str, done: int) -> OtherLog:
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
-        board = SummaryWriter(str(out))
+        board = SummaryWriter(str(out), purge_step=done + 1 if done else None)  # later ones come again
 
         def scalars(numbers: dict, step: int) -> None:
             for key, value in numbers.items():

@@ -9,6 +9,7 @@ weights have the published size, no adapter, and every record of the set was ans
 """
 
 from dataclasses import dataclass, fields, replace
+from typing import get_type_hints
 
 import metrics
 import schema
@@ -39,6 +40,7 @@ def recipe_of(value: dict | None) -> Recipe | None:
     """ValueError for a recipe that lacks something, or says more than is understood."""
     if value is None:
         return None
+    schema.check(value, dict, "evaluation")
     known = {f.name for f in fields(Recipe)}
     for key in value:
         if key not in known:
@@ -48,6 +50,9 @@ def recipe_of(value: dict | None) -> Recipe | None:
         raise ValueError(f"evaluation: metric={recipe.metric} has no score {recipe.score}")
     if wrong := set(recipe.decoding) - {f.name for f in fields(Decoding)}:
         raise ValueError(f"evaluation: decoding has the unknown option {sorted(wrong)[0]}")
+    kinds = get_type_hints(Decoding)
+    for key, option in recipe.decoding.items():
+        schema.check(option, kinds[key], f"evaluation: decoding: {key}")
     return recipe
 
 
@@ -83,7 +88,8 @@ def deviations(recipe: Recipe, config: dict, changed: dict, answered: int, optio
 
 def verdict(recipe: Recipe, scores: dict[str, float], found: list[str]) -> str:
     """A line: expected beside got, or why they are not compared."""
-    got = scores[recipe.score]
+    if (got := scores.get(recipe.score)) is None:
+        return f"{recipe.score}, which is published, is not scored: {'; '.join(found)}"
     if found:
         return (
             f"{recipe.score} {got:.4f}; published with full weights and data: {recipe.expected:.4f} "

@@ -499,7 +499,7 @@ class Log:
         self.file = open(self.path, "a", encoding="utf-8")
         self.progress = terminal.Progress(total, enabled=not cfg.disable_tqdm)
         run_id = run_dir.start.id
-        self.others = loggers.open_logs(cfg.report_to or [], run_dir.path, asdict(cfg), run_id)
+        self.others = loggers.open_logs(cfg.report_to or [], run_dir.path, asdict(cfg), run_id, start_step)
 
     def write(self, record: dict) -> None:
         try:

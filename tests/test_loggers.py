@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -70,7 +71,11 @@ def test_what_others_are_told(base, dataset, tmp_path, monkeypatch, name):
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
 def test_tensorboard_itself(base, dataset, tmp_path):
-    run(options(base, dataset, tmp_path / "out", "tensorboard"))
+    argv = options(base, dataset, tmp_path / "out", "tensorboard")
+    run([*argv, "--save_steps", "2", "--max_steps", "3"])
+    shutil.rmtree(tmp_path / "out/checkpoint-3")  # its third step comes again, behind step 2
+    (tmp_path / "out/model.safetensors").unlink()
+    run([*argv, "--save_steps", "2", "--max_steps", "4"])
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "out")).Reload()

@@ -102,6 +102,11 @@ def test_a_recipe_is_decoded_as_it_says(kind, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "max_new_tokens=9 instead of 30" in said and "prompt=a {} instead of" in said
 
+    assert (
+        evaluate.main([*argv, "--max_new_tokens", "9", "--metric", "exact_match", "--output", "o.json"]) == 0
+    )
+    assert "cider, which is published, is not scored: " in capsys.readouterr().out and results("o.json")
+
 
 def recipe(**changes) -> dict:
     value = json.loads((ROOT / "configs/qwen_vl/eval_refcoco_val.json").read_text())["evaluation"]
@@ -150,12 +155,15 @@ def test_a_recipe_that_is_wrong_is_refused(tmp_path):
         ({"exepcted": 1}, "unknown key 'exepcted'.*expected"),
         ({"score": "cider"}, "metric=grounding has no score cider"),
         ({"decoding": {"beams": 5}}, "unknown option beams"),
+        ({"decoding": {"num_beams": "5"}}, "decoding: num_beams is '5'; expected a whole number"),
         ({"expected": "much"}, "evaluation: expected"),
     ):
         with pytest.raises(ValueError, match=said):
             recipes.recipe_of(recipe(**change))
     with pytest.raises(ValueError, match="lacks metric"):
         recipes.recipe_of({"score": "cider"})
+    with pytest.raises(ValueError, match="evaluation is 5; expected an object"):
+        recipes.recipe_of(5)
 
 
 def test_there_are_recipes():
