@@ -233,10 +233,7 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
     base_names = {name for name, _ in model.named_parameters()} - new
 
     # Adapter before freezing: which base weights train depends on there being one.
-    lora_modules = []
-    if cfg.lora:
-        lora.base_sample(directory)  # for the adapter's file: read now, whatever happens to the base later
-        lora_modules = add_adapter(model, definition, cfg)
+    lora_modules = add_adapter(model, definition, cfg, directory) if cfg.lora else []
     choose_trainable(model, definition, cfg)
     learning_rates = rates.rates(model, definition, cfg)
     if cfg.lora_path:
@@ -247,8 +244,7 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
 
     # Pipeline before the tensor cut: a rank cuts only the blocks that it keeps. Names and shapes of the whole
     # stay known on each rank, for saving and for the table.
-    whole, stages = model, None
-    shapes = {name: p.shape for name, p in model.named_parameters()}
+    whole, stages, shapes = model, None, {name: p.shape for name, p in model.named_parameters()}
     if world.pp_size > 1:
         whole = copy.deepcopy(model)
         stages = cut_into_stages(model, whole, definition, cfg, world, sizes, compute_dtype)
@@ -257,21 +253,13 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
     # Few bits behind the pipeline's cut, of the frozen weights that this rank keeps: they are no parameters
     # any more, so nothing below shards, casts or counts them.
     if cfg.quantize:
-        if not quantize.layers(whole):
-            raise ValueError(
-                f"quantize={cfg.quantize}: no linear layer of the language model's blocks is frozen, and "
-                "only frozen weights can be in few bits; narrow freeze_exclude, or leave quantize out"
-            )
-        quantize.prepare(model, cfg.quantize)
+        hold_in_few_bits(model, whole, cfg.quantize)
 
     # Compile, then 16-bit copies, then recompute around both, since it frees them with the rest. Sharding is
     # outermost: fully_shard's hooks gather the weights that a recomputed block uses again. One rank has
     # nothing to gather and would hold its weights twice.
-    # Each block by itself, for streams of any length: one program serves all of them.
     if cfg.compile:
-        attention.leave_uncompiled()
-        for block in [*model.vision_blocks, *model.blocks]:
-            block.forward = torch.compile(block.forward, dynamic=True)
+        compile_blocks(model)
     # On several ranks fully_shard's mixed precision casts; here it is done by hand.
     if compute_dtype and world.dp_size == 1:
         parallel.compute_in(model, compute_dtype)
@@ -294,14 +282,12 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
         if world.main:
             print(f"{found} tensors from {cfg.init_from}, {len(base_names) - found} from {directory}")
     for name in parameters.keys() - base_names:  # prefix and adapter: what no checkpoint has
-        if name.endswith(lora.MAGNITUDE):  # DoRA begins at the base's own lengths
-            weight = weights.read(name.removesuffix(lora.MAGNITUDE) + ".weight")
-            checkpoint.copy_full_(parameters[name], weight.float().norm(dim=1))
+        if name.endswith(lora.MAGNITUDE):
+            lora.begin_magnitude(name, parameters[name], weights.read, checkpoint.copy_full_)
         else:
             draw(name, parameters[name], model.init_weights if name in new else lora.init_lora, cfg.seed)
-    starts = None
-    if cfg.init_lora_weights == "pissa":
-        starts = lora.take_principal(model, lora_modules, weights.read, checkpoint.copy_full_)
+    pissa = cfg.init_lora_weights == "pissa"
+    starts = lora.take_principal(model, lora_modules, weights.read, checkpoint.copy_full_) if pissa else None
     if cfg.lora_path:
         other = whole if stages else None
         lora.load_adapter(model, cfg.lora_path, checkpoint.copy_full_, parallel.whole_shape, other)
@@ -316,8 +302,11 @@ def draw(name: str, param: nn.Parameter, init, seed: int) -> None:
     checkpoint.copy_full_(param, full)
 
 
-def add_adapter(model: nn.Module, definition: vlm.Model, cfg: Config) -> list[str]:
-    """Puts LoRA beside the layers that are asked for; returns their names."""
+def add_adapter(model: nn.Module, definition: vlm.Model, cfg: Config, base: Path | None = None) -> list[str]:
+    """Puts LoRA beside the layers that are asked for; returns their names. `base`: of an adapter that will be
+    saved."""
+    if base:
+        lora.base_sample(base)  # for its file: read now, whatever happens to the base later
     if cfg.lora_path:
         here = dict(model.named_modules())
         if strange := [name for name in lora.contents(cfg.lora_path)[0] if name not in here]:
@@ -405,6 +394,23 @@ def cut_into_stages(
     trainable = {n for n, p in whole.named_parameters() if p.requires_grad}
     plan, schedule, dtype = definition.pipeline, cfg.pipeline_schedule, dtype or torch.float32
     return pipeline.Pipeline(model, plan, blocks, held_by, trainable, schedule, world, dtype)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Each block by itself, for streams of any length: one program serves all of them."""
+    attention.leave_uncompiled()
+    for block in [*model.vision_blocks, *model.blocks]:
+        block.forward = torch.compile(block.forward, dynamic=True)
+
+
+def hold_in_few_bits(model: nn.Module, whole: nn.Module, kind: str) -> None:
+    """ValueError if no layer of the whole model is frozen; a pipeline rank alone may well hold none."""
+    if not quantize.layers(whole):
+        raise ValueError(
+            f"quantize={kind}: no linear layer of the language model's blocks is frozen, and only frozen "
+            "weights can be in few bits; narrow freeze_exclude, or leave quantize out"
+        )
+    quantize.prepare(model, kind)
 
 
 def load_few_bits(few: dict[str, nn.Module], weights: checkpoint.Weights) -> None:

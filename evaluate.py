@@ -180,7 +180,43 @@ def retrieval(
     raise without that list. -> (scores, similarities (N, M) of N images and M captions, re-ranked (2, N, M):
     of each image its texts, of each text its images; -inf where it is no candidate)
     """
+    device, Q = next(model.parameters()).device, processor.num_image_tokens
+    conversations, paths, images, image_feats = encoded_images(
+        model, processor, conversations, batch_size, bad
+    )
+    texts = [torch.from_numpy(processor.encode(c, Q + 35)["input_ids"][Q:]).long() for c in conversations]
+    similarity = []
+    for first in range(0, len(texts), batch_size):
+        some = texts[first : first + batch_size]
+        ids, lengths = torch.cat(some).to(device), torch.tensor([len(t) for t in some], device=device)
+        text_feats = model.text_features(model.encode_text(ids, lengths), lengths)
+        # The best of an image's Q queries speaks for it.
+        similarity.append(torch.einsum("nqe,me->nmq", image_feats, text_feats).amax(-1).float().cpu())
+    similarity = torch.cat(similarity, dim=1)  # (N, M)
+    # Each image's candidates among the texts, and each text's among the images.
+    wanted = torch.zeros(2, *similarity.shape, dtype=torch.bool)
+    for side, dim in ((0, 1), (1, 0)):
+        wanted[side].scatter_(dim, similarity.topk(min(rerank, similarity.shape[dim]), dim).indices, True)
+    matched = torch.full_like(similarity, float("-inf"))
+    # A pair that both directions want is matched once.
+    for some in wanted.any(0).nonzero().split(batch_size):
+        of = [texts[m] for m in some[:, 1].tolist()]
+        lengths = torch.tensor([len(t) for t in of], device=device)
+        logits = model.match(images[some[:, 0]].to(device), torch.cat(of).to(device), lengths)
+        matched[some[:, 0], some[:, 1]] = logits[:, 1].float().cpu() + similarity[some[:, 0], some[:, 1]]
+    matched = torch.where(wanted, matched, float("-inf"))
+    row = {path: n for n, path in enumerate(paths)}
+    own = torch.tensor([row[c.images[0]] for c in conversations]) == torch.arange(len(paths))[:, None]
+    return recalls(own, {"itc": (similarity, similarity), "itm": matched}), similarity, matched
+
+
+def encoded_images(
+    model, processor, conversations: list[Conversation], batch_size: int, bad: list | None
+) -> tuple[list[Conversation], list[str], Tensor, Tensor]:
+    """-> (conversations whose image could be read, their N images' paths, what match() takes of them
+    (N, P, W), on the CPU, and their features (N, Q, E))."""
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    # An image with several captions is encoded once.
     paths, reasons = list(dict.fromkeys(c.images[0] for c in conversations)), {}
     images, image_feats = [], []
     for first in range(0, len(paths), batch_size):
@@ -193,9 +229,9 @@ def retrieval(
                     raise
                 reasons[path] = one_line(e)
         if pixels:
-            features = model.encode_and_project(torch.stack(pixels).to(device, dtype))
-            images.append(features[0].cpu())
-            image_feats.append(features[1])
+            image, features = model.encode_and_project(torch.stack(pixels).to(device, dtype))
+            images.append(image.cpu())
+            image_feats.append(features)
     if reasons:
         found = [(c.where, reasons[c.images[0]]) for c in conversations if c.images[0] in reasons]
         name_bad(found)
@@ -204,38 +240,20 @@ def retrieval(
         conversations = [c for c in conversations if c.images[0] not in reasons]
         if not conversations:
             raise ValueError("no image could be read; the reasons are listed above")
-    row = {path: n for n, path in enumerate(paths)}
-    owner = torch.tensor([row[c.images[0]] for c in conversations])  # (M,) each text's image
-    images, image_feats = torch.cat(images), torch.cat(image_feats)
-    Q = processor.num_image_tokens
-    texts = [torch.from_numpy(processor.encode(c, Q + 35)["input_ids"][Q:]).long() for c in conversations]
-    similarity = []
-    for first in range(0, len(texts), batch_size):
-        some = texts[first : first + batch_size]
-        ids, lengths = torch.cat(some).to(device), torch.tensor([len(t) for t in some], device=device)
-        text_feats = model.text_features(model.encode_text(ids, lengths), lengths)
-        similarity.append(torch.einsum("nqe,me->nmq", image_feats, text_feats).amax(-1).float().cpu())
-    similarity = torch.cat(similarity, dim=1)  # (N, M)
-    wanted = torch.zeros(2, *similarity.shape, dtype=torch.bool)
-    for side, dim in ((0, 1), (1, 0)):
-        wanted[side].scatter_(dim, similarity.topk(min(rerank, similarity.shape[dim]), dim).indices, True)
-    matched = torch.full_like(similarity, float("-inf"))
-    pairs = wanted.any(0).nonzero()
-    for some in pairs.split(batch_size):
-        of = [texts[m] for m in some[:, 1].tolist()]
-        lengths = torch.tensor([len(t) for t in of], device=device)
-        logits = model.match(images[some[:, 0]].to(device), torch.cat(of).to(device), lengths)
-        matched[some[:, 0], some[:, 1]] = logits[:, 1].float().cpu() + similarity[some[:, 0], some[:, 1]]
-    matched = torch.where(wanted, matched, float("-inf"))
-    own = owner == torch.arange(len(paths))[:, None]  # (N, M)
+    return conversations, paths, torch.cat(images), torch.cat(image_feats)
+
+
+def recalls(own: Tensor, tables: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """Recall at 1, 5 and 10. own (N, M): which text belongs to which image; tables: by name, what texts are
+    ranked by for an image, and images for a text, each (N, M)."""
     scores = {}
-    for name, tables in (("itc", (similarity, similarity)), ("itm", matched)):
+    for name, pair in tables.items():
         for k in (1, 5, 10):
-            for table, direction, dim in zip(tables, ("text", "image"), (1, 0), strict=True):
+            for table, direction, dim in zip(pair, ("text", "image"), (1, 0), strict=True):
                 best = table.topk(min(k, table.shape[dim]), dim)
                 hits = (own.gather(dim, best.indices) & best.values.isfinite()).any(dim)
                 scores[f"{name}_{direction}_r{k}"] = float(hits.float().mean())
-    return scores, similarity, matched
+    return scores
 
 
 def run_config(path: str | Path) -> str | None:
@@ -470,10 +488,7 @@ def run(args, how: Decoding) -> int:
     print_scores(scores)
     if (recipe := recipes.recipe_of(cfg.evaluation)) and not retrieving:
         options = {"metric": args.metric, "prompt": args.prompt, **result["decoding"]}
-        changed = {"lora_path": adapter, "quantize": kind}
-        found = recipes.deviations(recipe, model_config, changed, len(result["answers"]), options)
-        result["published"] = {"score": recipe.score, "expected": recipe.expected, "deviations": found}
-        print(recipes.verdict(recipe, scores, found))
+        result["published"] = compared(recipe, model_config, result, options)
     if args.output:
         checkpoint.write_json(args.output, result)
         print(f"results: {args.output}", flush=True)
@@ -484,6 +499,14 @@ def run(args, how: Decoding) -> int:
         print(f"{len(bad):,} of {total:,} left out, named above", file=sys.stderr)
     check_bad(bad, total, cfg.max_bad_samples, "records")
     return 0
+
+
+def compared(recipe: recipes.Recipe, model_config: dict, result: dict, options: dict) -> dict:
+    """Prints how the scores stand to the published one; -> what the result file says of it."""
+    changed = {key: result[key] for key in ("lora_path", "quantize")}
+    found = recipes.deviations(recipe, model_config, changed, len(result["answers"]), options)
+    print(recipes.verdict(recipe, result["scores"], found))
+    return {"score": recipe.score, "expected": recipe.expected, "deviations": found}
 
 
 def print_scores(scores: dict[str, float]) -> None:

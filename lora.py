@@ -249,6 +249,11 @@ def add_magnitude(module: LoraLinear) -> None:
     module.lora_magnitude_vector = nn.Parameter(module.weight.detach().norm(dim=1))
 
 
+def begin_magnitude(name: str, param: nn.Parameter, read, copy) -> None:
+    """DoRA begins at the lengths that the base's own rows have; read and copy as take_principal's."""
+    copy(param, read(name.removesuffix(MAGNITUDE) + ".weight").float().norm(dim=1))
+
+
 def whole_modules(model: nn.Module, names: list[str] | None) -> list[str]:
     """The modules that modules_to_save means, by full names or their last parts; a tied weight's other name
     means the one that this model has."""
