@@ -46,7 +46,7 @@ ROOT = Path(__file__).resolve().parent
 CPU = torch.device("cpu")
 
 # --------------------------------------------------------------------------------------------------
-# Models of a middle size (40 to 60 million parameters), and the same code at the smallest
+# Models of a middle size (28 to 60 million parameters), and the same code at the smallest
 
 
 def blip2_config(small: bool) -> dict:
@@ -79,7 +79,8 @@ def blip2_config(small: bool) -> dict:
         "ffn_dim": 4 * C,
         "max_position_embeddings": 1024,
         "dropout": 0.1,
-        "vocab_size": 1002 if small else 8192,
+        # OPT's own; in a model of this size it weighs more than in the published ones
+        "vocab_size": 1002 if small else 50_272,
         "bos_token_id": 2,
         "pad_token_id": 1,
         "eos_token_id": 3,
