@@ -280,7 +280,7 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
     if cfg.init_from:
         found = load_init_from(cfg.init_from, definition, parameters, shapes, base_names)
         if world.main:
-            print(f"{found} tensors from {cfg.init_from}, {len(base_names) - found} from {directory}")
+            print(f"{found} from {directory}")
     for name in parameters.keys() - base_names:  # prefix and adapter: what no checkpoint has
         if name.endswith(lora.MAGNITUDE):
             lora.begin_magnitude(name, parameters[name], weights.read, checkpoint.copy_full_)
@@ -422,8 +422,8 @@ def load_few_bits(few: dict[str, nn.Module], weights: checkpoint.Weights) -> Non
         few[name].fill(full)
 
 
-def load_init_from(path: str, definition: vlm.Model, parameters: dict, shapes: dict, base_names: set) -> int:
-    """Replaces what a checkpoint of fewer parts (a stage-1 Q-Former) has of this model; how many tensors."""
+def load_init_from(path: str, definition: vlm.Model, parameters: dict, shapes: dict, base_names: set) -> str:
+    """Replaces what a checkpoint of fewer parts (a stage-1 Q-Former) has of this model. -> how much it is"""
     other = checkpoint.open_model(path, definition)
     common = sorted(base_names & other.names)
     if not common:
@@ -442,7 +442,9 @@ def load_init_from(path: str, definition: vlm.Model, parameters: dict, shapes: d
         checkpoint.load_into(here, other, skip=other.names - here.keys())
     except ValueError as e:
         raise ValueError(f"init_from={path}: {e}") from None
-    return len(common)
+    left = sorted(other.names - base_names)
+    unused = f" ({len(left)} of its own are not used, the first is {left[0]})" if left else ""
+    return f"{len(common)} tensors from {path}{unused}, {len(base_names) - len(common)}"
 
 
 def make_optimizer(

@@ -248,15 +248,18 @@ def open_entries(entries: list[dict]) -> list[Entry]:
 
 
 def say_unused_keys(entries: list[Entry], first: int = 100) -> None:
-    """Names the keys of each entry's first records that nothing reads."""
+    """Names the keys of each entry's first records that nothing reads, and splits that nothing has."""
     for entry in entries:
-        found: set[str] = set()
+        found, split = set(), False
         # The first hundred: what a file's records have, they have from the start.
         for i in range(min(first, len(entry))):
             source, n = entry.locate(i)
             with contextlib.suppress(ValueError):  # named elsewhere
-                found.update(unused_keys(source[n]))
+                found.update(unused_keys(record := source[n]))
+                split |= isinstance(record, dict) and "split" in record
         say_keys(entry.label, found)
+        if entry.splits and not split:
+            print(f"warning: {entry.label}: splits leaves out none: no record has a 'split'", file=sys.stderr)
 
 
 def dataset_of(value: str | dict) -> dict:
@@ -559,7 +562,9 @@ def build_index(
         if listed:
             where, reason = listed[0]
             raise ValueError(f"none of the {num_bad:,} records in {files} is usable; {where}: {reason}")
-        raise ValueError(f"the dataset is empty: no sample in {files} (after splits and max_samples)")
+        raise ValueError(
+            f"the dataset is empty: no sample in {files} (after splits, eval_split and max_samples)"
+        )
     if path and not (saved and path.exists()):
         # Problems too: a restart names them again without reading the data.
         listing = json.dumps([problems, [[n, *e.contents] for n, e in zip(counts, entries, strict=True)]])

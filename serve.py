@@ -868,6 +868,10 @@ def check_arguments(args) -> argparse.Namespace:
         raise ValueError("api_key is empty; leave it out, or give a key")
     args.key = key and hashlib.sha256(key.strip().encode()).digest()
     args.cors = ["*"] if args.cors == [] else args.cors
+    for key, form in (("cors", r"\*|null|[\w+.-]+://[^/\s]+"), ("image_hosts", r"[\w.-]+")):
+        if wrong := [one for one in getattr(args, key) or () if not re.fullmatch(form, one)]:
+            forms = {"cors": "https://HOST[:PORT], null or *", "image_hosts": "HOST"}
+            raise ValueError(f"{key}: {wrong[0]!r} would match nothing; expected {forms[key]}")
     args.defaults = Decoding(**{f.name: getattr(args, f.name) for f in fields(Decoding)})
     check_degree("serve.py", args.tensor_parallel_degree)
     if args.tensor_parallel_degree > 1 and (args.quantize or args.adapters):

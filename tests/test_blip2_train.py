@@ -223,7 +223,7 @@ def test_packed_equals_one_by_one(bases, dataset, kind):
         assert (packed[name] - single[name]).abs().max() < 1e-5, name
 
 
-def test_stage2_begins_with_stage1(bases, dataset, tmp_path):
+def test_stage2_begins_with_stage1(bases, dataset, tmp_path, capfd):
     out = run(
         bases["opt"],
         dataset,
@@ -236,6 +236,8 @@ def test_stage2_begins_with_stage1(bases, dataset, tmp_path):
     shared = stage1.keys() & now.keys()
     assert "query_tokens" in shared and len(shared) > 50
     assert all(torch.equal(stage1[n], now[n]) for n in shared)
+    unused = sorted(stage1.keys() - now.keys())
+    assert f"({len(unused)} of its own are not used, the first is {unused[0]})" in capfd.readouterr().out
 
 
 def test_stage_and_checkpoint_must_fit(bases, dataset, tmp_path, capfd):

@@ -273,6 +273,11 @@ def test_chat_template_splits_max_samples(tmp_path, capsys):
         {**entry("chatml_dataset", path), "max_samples": 2, "splits": ["val"]}, max_bad_samples=0
     )
     assert index.record.tolist() == [0, 1]
+    data.say_unused_keys(index.entries)
+    assert "splits" not in capsys.readouterr().err
+    lines = write(tmp_path / "b.jsonl", json.dumps({"query": "q", "response": "x", "subset": "val"}))
+    data.say_unused_keys([data.Entry({"data_files": lines, "splits": ["val"]})])
+    assert "splits leaves out none: no record has a 'split'" in capsys.readouterr().err
 
 
 def test_image_places(tmp_path, monkeypatch):

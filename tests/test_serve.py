@@ -1185,6 +1185,8 @@ def test_adapters_beside_the_base(small, tmp_path, model):
         (["--api_key", ""], ["api_key"]),
         (["--api_key", "@nowhere"], ["nowhere"]),
         (["--max_running", "0"], ["max_running=0"]),
+        (["--cors", "null", "a.example"], ["cors: 'a.example' would match nothing", "https://HOST"]),
+        (["--image_hosts", "https://a.example"], ["image_hosts: 'https://a.example'", "expected HOST"]),
         (["--tensor_parallel_degree", "2"], ["tensor_parallel_degree=2", "torchrun", "serve.py"]),
         (["--port", "70000"], ["port=70000"]),
         (["--host", "no such host"], ["no such host"]),
