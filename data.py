@@ -459,8 +459,7 @@ def measure_all(measurer: Measurer, num_workers: int, progress: bool, saved: tup
 
 
 def digest(path: str, size: float = math.inf) -> str:
-    """Of the contents of a file or of its first `size` bytes, or of all files of a directory (images by
-    size)."""
+    """Of a file's content or its first `size` bytes, or of all files of a directory."""
     if not os.path.isdir(path):
         return checkpoint.file_digest(path, size)
     # A folder of captions: its texts count by content, its images by size.
@@ -537,10 +536,8 @@ def build_index(
     if cache_dir:
         # Named by all that a length depends on: the limit, everything that encode() does, where images are
         # looked for; and the files' contents.
-        settings = [
-            {k: v for k, v in e.settings.items() if k not in ("weight", "data_files")} for e in entries
-        ]
-        facts = [[[os.path.abspath(p) for p in e.paths], e.system] for e in entries], settings
+        other = {"weight": None, "data_files": None}
+        facts = [[[*map(os.path.abspath, e.paths)], e.system, {**e.settings, **other}] for e in entries]
         key = short_hash([max_length, processor.fingerprint(), facts], 24)
         path = Path(cache_dir) / f"index-{key}-{short_hash([e.digests for e in entries])}.npz"
         saved = saved_index(path.parent, key, entries)
@@ -949,7 +946,7 @@ class TrainLoader:
         loader = torch.utils.data.DataLoader(
             self,
             batch_size=None,
-            collate_fn=_as_it_is,
+            collate_fn=lambda item: item,
             num_workers=self.num_workers,
             worker_init_fn=_start_loading,
             # Forked: index, entries and tokenizer are shared, not sent.
@@ -962,10 +959,6 @@ class TrainLoader:
             if "DataLoader worker" not in str(e) or "exited unexpectedly" not in str(e):
                 raise
             raise ValueError(f"a data worker died (out of memory?); lower num_workers: {one_line(e)}") from e
-
-
-def _as_it_is(item):
-    return item
 
 
 def _start_loading(worker):
