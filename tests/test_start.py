@@ -92,7 +92,8 @@ def test_a_reader_that_is_gone():
 
 def test_imports_leave_out_what_some_runs_need():
     """torch alone takes 1.4 s; its compiler, DTensor and checkpoints of many ranks as much again."""
-    program = "import train, merge, data_check, serve, sys; sys.stdout.write(' '.join(sys.modules))"
+    program = "import train, merge, data_check, serve, gc, sys; sys.stdout.write(' '.join(sys.modules))"
+    program += "; sys.exit(not gc.isenabled())"
     models = "; import " + ", ".join(p.stem for p in ROOT.glob("model_*.py"))
     command = [sys.executable, "-c", program.replace("; sys.", f"{models}; sys.", 1)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
