@@ -30,6 +30,7 @@ import rates
 import vlm
 from config import Config
 from kernels import attention
+from kernels.linear import adopt
 
 
 def check_stage(cfg: Config, definition) -> None:
@@ -254,6 +255,9 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
     # any more, so nothing below shards, casts or counts them.
     if cfg.quantize:
         hold_in_few_bits(model, whole, cfg.quantize)
+
+    # After the last that asks for an nn.Linear, and before what changes a module's class or forward itself.
+    adopt(model)
 
     # Compile, then 16-bit copies, then recompute around both, since it frees them with the rest. Sharding is
     # outermost: fully_shard's hooks gather the weights that a recomputed block uses again. One rank has

@@ -34,7 +34,7 @@ import vlm
 from dropout import Rows
 from kernels.dispatch import autocast_dtype, without_autocast
 from kernels.dropout import Mask, drop, dropout
-from kernels.linear import WeightlessLinear, linear
+from kernels.linear import AnyLinear, linear
 
 PREFIX = "base_model.model."  # PEFT puts it before every name
 MAGNITUDE = ".lora_magnitude_vector"
@@ -846,7 +846,7 @@ def add_adapters(model: nn.Module, directories: dict[str, str]) -> dict[str, Add
         scalings, extra = adapter_updates(config, tensors, shapes)
         for name, scaling in scalings.items():
             module = model.get_submodule(name)
-            if type(module) not in (nn.Linear, WeightlessLinear, SharedLinear):
+            if type(module) not in (nn.Linear, AnyLinear, SharedLinear):
                 kind = type(module).__name__
                 raise ValueError(f"the adapter changes {name!r}, a {kind}; expected a linear layer")
             if type(module) is not SharedLinear:

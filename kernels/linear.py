@@ -1,17 +1,24 @@
-"""Linear layers of a model that only answers: oneDNN's products, with weights in an order of the CPU's own.
+"""Linear layers on a CPU: oneDNN's products where they were measured faster than MKL's, which F.linear takes.
 
-    pack(model)         # for good: from here on the model can be neither trained nor saved
+    adopt(model)        # a model that trains: large fp32 products on AMD's CPUs, 2.1 to 2.7 times as fast
+    pack(model)         # one that answers, for good: it can be neither trained nor saved from here on
 
-F.linear in fp32 is MKL's, which does not use all that a CPU has (least on AMD's), and reads a weight again
-for every few rows. CPU time of all products of a step, 29M fp32 weights, one core of a Zen 5, 1 / 8 / 256
-rows: F.linear 7.2 / 12.8 / 161 ms, packed 4.0 / 6.0 / 63 ms; in bf16 with 1 / 8 / 64 rows 4.9 / 5.9 / 13.2
-and 2.5 / 3.8 / 10.6 ms. A row's result does not depend on the others: a batch gives what one gives alone.
+Packed weights have an order of the CPU's own. CPU time of all products of a step, 29M fp32 weights, one core
+of a Zen 5, 1 / 8 / 256 rows: F.linear 7.2 / 12.8 / 161 ms, packed 4.0 / 6.0 / 63 ms; in bf16 with 1 / 8 / 64
+rows 4.9 / 5.9 / 13.2 and 2.5 / 3.8 / 10.6 ms. A row's result does not depend on the others: a batch gives
+what one gives alone.
 """
+
+import functools
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Multiply-adds from which a product is worth setting oneDNN up for its shape, which takes half a millisecond:
+# streams have other lengths in every step.
+LARGE = 1 << 26
 # The first product with so many rows decides the order; this one was the fastest for 1 row as for 256.
 PACKED_FOR = 16
 
@@ -39,6 +46,9 @@ def possible(weight: Tensor) -> bool:
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """W x + b of a layer whose weight may be in few bits (quantize.py) or packed, which is then its `few`."""
     if layer.weight is not None:
+        plain = x.dim() == 2 and type(layer.weight) in (Tensor, nn.Parameter)
+        if plain and not torch.is_autocast_enabled("cpu") and faster(x, layer.weight.t()):
+            return _Linear.apply(x, layer.weight, layer.bias)
         return F.linear(x, layer.weight, layer.bias)
     if isinstance(layer.few, Packed):
         return layer.few(x, layer.bias)
@@ -49,8 +59,47 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     return y if layer.bias is None else y + layer.bias.to(y.dtype)
 
 
-class WeightlessLinear(nn.Linear):
-    """An nn.Linear without a weight, which is its `few`."""
+@functools.cache
+def mkl_is_slow() -> bool:
+    """On this CPU, in fp32."""
+    about = Path("/proc/cpuinfo")
+    return about.exists() and "AuthenticAMD" in about.read_text() and torch.backends.mkldnn.is_available()
+
+
+def faster(a: Tensor, b: Tensor) -> bool:
+    """Whether oneDNN is for a (M, K) times b (K, N)."""
+    return (
+        a.dtype == b.dtype == torch.float32
+        and a.device.type == "cpu"
+        and a.numel() * b.shape[1] >= LARGE
+        and mkl_is_slow()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def mm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a (M, K) times b (K, N), + bias (N,); without gradients."""
+    if faster(a, b):
+        return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+    return a.mm(b) if bias is None else torch.addmm(bias, a, b)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return mm(x, weight.t(), bias)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        (x, weight), dy = ctx.saved_tensors, dy.contiguous()
+        need_x, need_w, need_b = ctx.needs_input_grad
+        dx = mm(dy, weight) if need_x else None
+        return dx, mm(dy.t(), x) if need_w else None, dy.sum(0) if need_b else None
+
+
+class AnyLinear(nn.Linear):
+    """An nn.Linear that computes as `linear` says; its weight may be its `few`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(self, x)
@@ -61,7 +110,14 @@ def put_for_weight(layer: nn.Linear, few: nn.Module) -> None:
     layer.register_parameter("weight", None)
     layer.few = few
     if type(layer) is nn.Linear:  # a head, or a layer with an adapter, knows what to do
-        layer.__class__ = WeightlessLinear
+        layer.__class__ = AnyLinear
+
+
+def adopt(model: nn.Module) -> None:
+    """Has the plain linear layers compute as `linear` says; others do by themselves."""
+    for layer in model.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = AnyLinear
 
 
 class Packed(nn.Module):
@@ -81,10 +137,10 @@ def pack(model: nn.Module) -> nn.Module:
     Those in few bits, an adapter's, what tensor parallelism has cut and what DoRA takes lengths of stay as
     they are."""
     for name, layer in list(model.named_modules()):
-        whole = (
-            isinstance(layer, nn.Linear) and layer.weight is not None and not getattr(layer, "is_cut", False)
-        )
-        dora = getattr(layer, "lora_magnitude_vector", None) is not None
-        if whole and not dora and ".lora_" not in name and possible(layer.weight):
+        if not isinstance(layer, nn.Linear) or layer.weight is None or ".lora_" in name:
+            continue
+        # DoRA asks for the weight's rows
+        needed = getattr(layer, "is_cut", False) or getattr(layer, "lora_magnitude_vector", None) is not None
+        if possible(layer.weight) and not needed:
             put_for_weight(layer, Packed(layer.weight))
     return model

@@ -25,6 +25,7 @@ from kernels.dispatch import (
     use_triton,
     without_autocast,
 )
+from kernels.linear import mm
 
 IGNORE_INDEX = -100
 CHUNK_BYTES = 256 << 20  # fp32 logits held at a time, or 16-bit gradients of logits in the Triton version
@@ -80,7 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 # Vocabulary-parallel: another rank's targets are outside of this one's columns.
                 mine = (target >= 0) & (target < V)
                 target = torch.where(mine, target, 0)
-                logits = (rows @ w.t()).float()  # (chunk, V)
+                logits = mm(rows, w.t()).float()  # (chunk, V)
                 target_logit = torch.where(mine, logits.gather(1, target), 0.0)
                 mean = logits.mean(dim=-1) if smoothing else None
                 largest = logits.amax(dim=-1, keepdim=True)
@@ -98,7 +99,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad -= smoothing / _vocab_size(weight, group)
                 grad = grad.to(dtype)
                 if need_x:
-                    torch.mm(grad, w, out=grad_x[i : i + chunk])
+                    grad_x[i : i + chunk] = mm(grad, w)
                 if need_w:
                     if dtype == torch.float32:
                         grad_w.addmm_(grad.t(), rows, beta=0 if i == 0 else 1)

@@ -21,6 +21,7 @@ import model_qwen_vl as qwen
 import model_visualglm as glm
 import serve
 import vlm
+from kernels.linear import pack
 
 peft = pytest.importorskip("peft")
 ROOT = Path(__file__).resolve().parent.parent
@@ -193,7 +194,7 @@ def test_every_recipe_computes_the_same_in_peft(base, tmp_path, kind, settings):
     else:
         batch = module.probe_batch(processor)
     expected = logits_of(ours, batch)
-    again = generate.load_model(directory, lora_path=tmp_path / "adapter")
+    again = pack(generate.load_model(directory, lora_path=tmp_path / "adapter"))
     torch.testing.assert_close(logits_of(again, batch), expected, atol=1e-3, rtol=1e-3)
     slot = 1001
     theirs = peft.PeftModel.from_pretrained(

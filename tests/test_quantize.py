@@ -19,6 +19,7 @@ import lora
 import records
 import train
 import vlm
+from bench_timing import Products
 from kernels import linear
 from quantize import NF4, RowScaled, empty, layers, quantize
 from quantize import main as write_quantized
@@ -193,3 +194,32 @@ def test_a_checkpoint_without_a_language_model_is_refused(tmp_path):
 def test_a_weight_beyond_the_scales_is_refused(kind):
     with pytest.raises(ValueError, match="weights of 1e.09 are too large for int.'s fp16 scales; use nf4"):
         empty(kind, (4, 64)).fill(torch.full((4, 64), 1e9))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 37])
+def test_adopted_linear_layers_give_torchs_results_and_gradients(monkeypatch, rows):
+    """oneDNN's products, as on an AMD processor with large layers, whatever this one is."""
+    monkeypatch.setattr(linear, "LARGE", 1)
+    monkeypatch.setattr(linear, "mkl_is_slow", lambda: torch.backends.mkldnn.is_available())
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(n, m, bias=n > 9) for n, m in ((19, 33), (33, 5), (5, 8))))
+    model[1].weight.requires_grad_(False)
+    x = torch.randn(rows, 19, requires_grad=True)
+    weights = torch.randn(8)
+
+    trained = [x, *(p for p in model.parameters() if p.requires_grad)]
+
+    def passes() -> list[torch.Tensor]:
+        y = model(x)
+        return [y, *torch.autograd.grad((y * weights).sum(), trained)]
+
+    expected, calls = passes(), Products()
+    linear.adopt(model)
+    with calls:
+        found = passes()
+    assert all(type(layer) is linear.AnyLinear for layer in model)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    # three forward, three for inputs, two for weights that are trained
+    taken = [f._schema.name for f, _ in calls.calls].count("mkldnn::_linear_pointwise")
+    assert taken == (8 if torch.backends.mkldnn.is_available() and rows else 0)
