@@ -1,4 +1,4 @@
-"""A small grounding set from samples/: where is the red heart among other emoji? Boxes in COCO's format.
+"""A small grounding set from samples/: where is the frog, not the taxi beside it? Boxes in COCO's format.
 
     python runs/make_grounding.py grounding  # grounding/train.json, grounding/val.json and their images
     python train.py configs/qwen_vl/samples_grounding.json  # reads ./grounding
@@ -7,7 +7,9 @@
 Everything follows from the seed: what is on a canvas, by which author, where, on what colour. Drawings are
 cut to their visible pixels and stretched to one size, so a box touches what it is around.
 
-On the 100 validation canvases: Acc@0.5 is 0.000 before training, and 1.000 (mean IoU 0.998) after 450 steps.
+A training canvas has one to three different things, a validation canvas three, and each of them is asked
+for: a model that finds them but does not know their names is right a third of the time. On the 300 validation
+questions Acc@0.5 is 0.000 before training, and 0.840 (mean IoU 0.838) after it (7 minutes of a CPU's core).
 """
 
 import argparse
@@ -20,17 +22,8 @@ from pathlib import Path
 from PIL import Image
 
 SAMPLES = Path(__file__).resolve().parent.parent / "samples"
-CLASSES = {  # the first one is on every canvas, and is what is asked for
-    "2764-fe0f": "red heart",
-    "1f535": "blue circle",
-    "1f34f": "green apple",
-    "1f695": "taxi",
-    "1f438": "frog",
-    "1f437": "pig",
-    "1f7e4": "brown circle",
-    "1f7e9": "green square",
-}
-SIDE, THINGS = 64, 4  # pixels of a canvas, the sample model's own; drawings on it
+CLASSES = {"2764-fe0f": "red heart", "1f535": "blue circle", "1f695": "taxi", "1f438": "frog"}
+SIDE, THINGS = 64, 3  # pixels of a canvas, the sample model's own; the most drawings on it
 SIZE, STEP = 20, 22  # pixels of a drawing, and of the grid that it stands on
 
 
@@ -46,12 +39,11 @@ def drawings() -> dict[str, list[Image.Image]]:
     return found
 
 
-def canvas(rng: random.Random, things: dict) -> tuple[Image.Image, list[tuple[str, list[int]]]]:
-    """An image and (code, [x, y, width, height]) of what is on it; nothing covers anything."""
+def canvas(rng: random.Random, things: dict, count: int) -> tuple[Image.Image, list[tuple[str, list[int]]]]:
+    """An image of `count` different things and (code, [x, y, width, height]) of each; none covers another."""
     image = Image.new("RGB", (SIDE, SIDE), tuple(rng.randint(200, 255) for _ in range(3)))
     boxes: list[tuple[str, list[int]]] = []
-    asked, *others = things
-    for code in [asked, *rng.sample(others, THINGS - 1)]:
+    for code in rng.sample(list(things), count):
         drawing, free = rng.choice(things[code]).resize((SIZE, SIZE), Image.Resampling.LANCZOS), []
         for x, y in itertools.product(range(0, SIDE - SIZE + 1, STEP), repeat=2):
             if all(abs(x - a) >= SIZE or abs(y - b) >= SIZE for _, (a, b, _, _) in boxes):
@@ -68,11 +60,11 @@ def make(out: Path, split: str, count: int, seed: int) -> None:
     (out / split).mkdir(parents=True, exist_ok=True)
     images, annotations = [], []
     for n in range(count):
-        image, boxes = canvas(rng, things)
+        image, boxes = canvas(rng, things, rng.randint(1, THINGS) if split == "train" else THINGS)
         name = f"{split}/{n:04d}.png"
         image.save(out / name)
         images.append({"id": n, "file_name": name, "width": SIDE, "height": SIDE})
-        for code, box in boxes[:1]:
+        for code, box in boxes:
             about = {"id": len(annotations), "image_id": n, "category_id": codes.index(code)}
             annotations.append({**about, "bbox": box, "area": box[2] * box[3], "iscrowd": 0})
     categories = [{"id": n, "name": name} for n, name in enumerate(CLASSES.values())]

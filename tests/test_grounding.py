@@ -298,7 +298,8 @@ def test_the_set_is_its_seed_and_its_boxes_are_right(tmp_path):
     assert len(files) == 4
     assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
     found = json.loads((tmp_path / "a/val.json").read_text())
-    assert len(found["annotations"]) == 3
+    assert len(found["annotations"]) == 9  # three different things on each of three canvases
+    assert len({(a["image_id"], a["category_id"]) for a in found["annotations"]}) == 9
     for annotation in found["annotations"]:
         image = Image.open(tmp_path / "a" / found["images"][annotation["image_id"]]["file_name"])
         x, y, w, h = annotation["bbox"]
@@ -326,13 +327,13 @@ def test_trained_and_scored_by_the_commands(tmp_path, monkeypatch):
     run(["configs/qwen_vl/samples_grounding.json", *quick])
     run(["--lora_path", "output_grounding", "--boxes", "boxes", "--output", "r.json"], main=evaluate.main)
     found = results("r.json")
-    assert found["scores"].keys() == {"acc@0.5", "mean_iou"} and len(found["answers"]) == 2
+    assert found["scores"].keys() == {"acc@0.5", "mean_iou"} and len(found["answers"]) == 6
     assert all(a["references"][0].endswith(" of 64x64") for a in found["answers"])
 
 
 def test_the_sample_set_is_made_or_its_mistake_is_one_line(tmp_path, capsys):
     assert make_grounding.main([str(tmp_path / "made"), "--train", "2", "--val", "1"]) == 0
-    assert len(data.Entry({"data_files": str(tmp_path / "made/train.json")})) == 2
+    assert len(data.Entry({"data_files": str(tmp_path / "made/val.json")})) == 3
     capsys.readouterr()
     (tmp_path / "file").touch()
     assert make_grounding.main([str(tmp_path / "file")]) == 1
