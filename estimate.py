@@ -13,6 +13,7 @@ import collections
 import contextlib
 import copy
 import itertools
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+import checkpoint
 import parallel
 import pipeline
 import quantize
@@ -293,6 +295,11 @@ class Layout:
     autocast: torch.dtype | None  # O1's
 
     @property
+    def hidden_bytes(self) -> int:
+        """Of a number of the hidden states between blocks."""
+        return 4 if self.autocast else self.compute_bytes
+
+    @property
     def fsdp(self) -> bool:
         return self.dp > 1
 
@@ -338,6 +345,11 @@ class Part:
     stages: list[int]
     blocks: list[range]  # of all stages
     first_trained: int  # the first stage with something to train: no gradient goes back beyond it
+    groups: list = field(default_factory=list)  # (name, module, parameters) as parallel.shard groups them
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for *_, group in self.groups for p in group]
 
     def modules(self, model: nn.Module, definition) -> dict[int, list[nn.Module]]:
         """The blocks of each stage that is here."""
@@ -347,18 +359,15 @@ class Part:
         return {s: [modules[str(n)] for n in self.blocks[s]] for s in self.stages}
 
 
-def stage_memory(model: nn.Module, part: Part, hidden: float, live: _Live, L: Layout) -> Device:
-    """Of one rank. `hidden`: bytes of hidden states (T, C); `live`: of the passes."""
-    alone = parallel.tables(model) if L.fsdp else []
-    groups = groups_of(model, [*alone, *model.vision_blocks, *model.blocks])
-    everything = [*model.parameters()]
-    trained, frozen = size(everything, True), size(everything, False)
+def stage_memory(model: nn.Module, part: Part, hidden: float, peak: tuple[int, int], L: Layout) -> Device:
+    """Of one rank. `hidden`: bytes of hidden states (T, C); `peak`: of the passes."""
+    trained, frozen = size(part.parameters, True), size(part.parameters, False)
     few = [*quantize.weights_of(model).values()]  # whole on each rank
     weights = (trained + frozen) / L.shard + size(b for w in few for b in w.buffers())
     gathered, communication = 0.0, 0.0
     if L.fsdp:
         width = L.compute_bytes if L.master else None
-        sizes = [size(g, None, width) for g in groups]
+        sizes = [size(group, None, width) for *_, group in part.groups]
         gathered = gathered_bytes(sizes, L)
         communication += max(sizes, default=0)  # an all-gather's result before it is dealt out
     if L.pp > 1:  # the schedule has a buffer for each message of a step
@@ -366,12 +375,7 @@ def stage_memory(model: nn.Module, part: Part, hidden: float, live: _Live, L: La
         communication += L.micro_batches * hidden * received
     base = {"optimiser": 2 * trained / L.shard, "communication": communication}
     passes = Device(
-        {
-            "weights": weights + gathered,
-            **base,
-            "gradients": live.peak_gradients,
-            "activations": live.peak - live.peak_gradients,
-        }
+        {"weights": weights + gathered, **base, "gradients": peak[1], "activations": peak[0] - peak[1]}
     )
     step = Device({"weights": weights, **base, "gradients": trained / L.shard, "activations": 0.0})
     return max(passes, step, key=lambda device: device.total)
@@ -406,8 +410,11 @@ def streams(plan, cfg: Config) -> tuple[StreamSizes, Stream, Stream]:
     return sizes, heaviest_stream(plan, cfg.per_device_train_batch_size), typical
 
 
-def passes(model: nn.Module, definition, part: Part, stream: Stream, layout: Layout, dtype) -> _Live:
-    """The forward and backward passes of a step, on the meta device, until memory does not grow any more."""
+def passes(
+    model: nn.Module, definition, part: Part, stream: Stream, layout: Layout, dtype
+) -> tuple[int, int]:
+    """Bytes alive at the peak of a step's forward and backward passes, and gradients' among them. They run on
+    the meta device, as many as it takes until memory does not grow any more."""
     L, last = layout, len(part.blocks) - 1
     model = copy.deepcopy(model).train()
     cast = _Autocast(L.autocast) if L.autocast else contextlib.nullcontext()
@@ -454,7 +461,7 @@ def passes(model: nn.Module, definition, part: Part, stream: Stream, layout: Lay
                 backward(*backwards[made - warm_up])
         for place in backwards[len(forwards) - warm_up + 1 :]:
             backward(*place)
-    return live
+    return live.peak, live.peak_gradients
 
 
 def of_rank(
@@ -468,19 +475,19 @@ def of_rank(
         pipeline.keep_parameters(mine, {name for name, where in held.items() if where & {*part.stages}})
     world = parallel.World(0, L.pp * L.dp * L.tp, torch.device("cpu"), tp_size=L.tp)
     parallel.tensor_parallel(mine, definition.tp_plan(model.config, L.tp), world)
+    modules = [*parallel.tables(mine), *mine.vision_blocks, *mine.blocks]
+    names = {module: name for name, module in mine.named_modules()}
+    found = zip([*modules, mine], groups_of(mine, modules), strict=True)
+    part.groups = [(names[module], module, group) for module, group in found]
     return mine, part
 
 
 def several_passes(model: nn.Module, stream: Stream, layout: Layout) -> _Live:
     """In place of `passes` for a model whose passes depend on the data: by a formula, which no test has."""
-    live, config, N = _Live(model, layout), model.config, model.config.num_hidden_layers
+    config, N, gradients = model.config, model.config.num_hidden_layers, size(model.parameters(), True)
     inner = 11 * config.hidden_size + 4 * config.mlp_width
     width = stream.tokens * next(model.parameters()).element_size()
-    live.peak_gradients = size(model.parameters(), True)
-    live.peak = live.peak_gradients + width * (
-        inner + config.hidden_size * N if layout.recompute else inner * N
-    )
-    return live
+    return gradients + width * (inner + config.hidden_size * N if layout.recompute else inner * N), gradients
 
 
 def devices(
@@ -491,21 +498,22 @@ def devices(
     for rank in range(layout.pp):
         mine, part = of_rank(model, definition, blocks, rank, layout)
         if len(model.LOSSES) == 1:
-            live = passes(mine, definition, part, stream, layout, dtype)
+            peak = passes(mine, definition, part, stream, layout, dtype)
         else:
-            live = several_passes(mine, stream, layout)
-        found.append(stage_memory(mine, part, hidden, live, layout))
+            peak = several_passes(mine, stream, layout)
+        found.append(stage_memory(mine, part, hidden, peak, layout))
     return found
 
 
-def block_inputs(model: nn.Module, stream: Stream) -> dict[str, tuple[int, bool]]:
-    """{name of a block: numbers that enter it, whether a gradient comes back through it}."""
+def block_inputs(model: nn.Module, stream: Stream) -> dict[str, tuple[int, int]]:
+    """{name of a block: numbers that enter it, gradients that go back into its attention and its MLP}. The
+    first block with something to train sends none back any more."""
     found, model = {}, copy.deepcopy(model).train()
     names = {module: name for name, module in model.named_modules()}
     for block in [*model.vision_blocks, *model.blocks]:
 
         def note(block, args, out):
-            found[names[block]] = args[0].numel(), out.requires_grad
+            found[names[block]] = args[0].numel(), args[0].requires_grad + out.requires_grad
 
         block.register_forward_hook(note)
     with _Fused():
@@ -513,27 +521,31 @@ def block_inputs(model: nn.Module, stream: Stream) -> dict[str, tuple[int, bool]
     return found
 
 
-def collectives(model: nn.Module, part: Part, inputs: dict, hidden: float, L: Layout) -> dict:
+def collectives(model: nn.Module, part: Part, inputs: dict, stream: Stream, layout: Layout) -> dict:
     """{(axis, kind): [messages, bytes]} of the forward and backward passes of a step, by a rank that has
     `model`. A message is as large as the whole: what a gather gives, what a reduction takes. `inputs`: of
-    block_inputs; `hidden`: bytes of hidden states (T, C)."""
+    block_inputs."""
     found = collections.defaultdict(lambda: [0, 0.0])
-    n, names = L.micro_batches, {module: name for name, module in model.named_modules()}
+    L, n = layout, layout.micro_batches
+    rows, hidden = stream.supervised, stream.tokens * model.config.hidden_size * L.hidden_bytes
 
     def add(axis: str, kind: str, messages: int, size: float) -> None:
         found[axis, kind][0] += messages
         found[axis, kind][1] += messages * size
 
-    modules = [*parallel.tables(model), *model.vision_blocks, *model.blocks] if L.fsdp else []
-    for module, group in zip([*modules, model], groups_of(model, modules), strict=True) if L.fsdp else ():
+    # in the order of the forward pass; a head is a Linear, and like the root not freed before the backward
+    order = sorted(part.groups[:-1], key=lambda group: isinstance(group[1], nn.Linear)) + part.groups[-1:]
+    back = [inputs.get(name, (0, any(p.requires_grad for p in group)))[1] > 0 for name, _, group in order]
+    for i, (name, module, group) in enumerate(order if L.fsdp else ()):
         # fully_shard cuts rows, and pads each parameter to as many on every rank
-        count = {p: -(-p.shape[0] // L.shard) * L.shard * p[:1].numel() for p in group}
+        count = {p: -(-p.shape[0] // L.shard) * L.shard * (p.numel() // p.shape[0]) for p in group}
         message = sum(k * (L.compute_bytes if L.master else p.element_size()) for p, k in count.items())
         reduced = 4 * sum(k for p, k in count.items() if p.requires_grad)
-        back = inputs.get(names[module], (0, reduced > 0))[1]
-        freed = module is not model and not isinstance(module, nn.Linear)  # as parallel.shard says
+        # in the backward pass each gathers ahead what came before it, also what is not needed
+        wanted = any(back[i : i + 2 if i + 2 < len(order) else i + 1])
+        again = name and not isinstance(module, nn.Linear) and wanted  # freed, as parallel.shard says
         if L.shard > 1 and group:
-            gathers = n * (1 + (back and freed)) if L.sharding == "stage3" else 1
+            gathers = n * (2 if again else 1) if L.sharding == "stage3" else 1
             add("data parallel", "all-gather", gathers, message)
         times = n if L.sharding in ("stage2", "stage3") else 1
         if L.shard > 1 and reduced:
@@ -541,21 +553,21 @@ def collectives(model: nn.Module, part: Part, inputs: dict, hidden: float, L: La
         if L.dp > L.shard and reduced:  # of the shards over the replicas
             add("data parallel", "all-reduce", times, reduced / L.shard)
     if L.tp > 1:
-        for name, (numel, back) in inputs.items():
-            if (
-                name in names.values()
-            ):  # two sums forward and two backward; recomputation ends before the last
-                add(
-                    "tensor parallel", "all-reduce", n * (2 + (back and L.recompute)), numel * L.compute_bytes
-                )
-                add(
-                    "tensor parallel",
-                    "all-reduce",
-                    n * 2 * back,
-                    numel * (4 if L.autocast else L.compute_bytes),
-                )
+        sums, width = "tensor parallel", L.compute_bytes
+        for name, *_ in part.groups:
+            # a block has two sums forward and two backward; its recomputation ends before the last
+            numel, gradients = inputs.get(name, (0, 0))
+            again = L.recompute and gradients > 0
+            add(sums, "all-reduce", n * (2 + again) * (numel > 0), numel * width)
+            add(sums, "all-reduce", n * gradients, numel * L.hidden_bytes)
         if 0 in part.stages:  # of the embedding
-            add("tensor parallel", "all-reduce", n, hidden)
+            add(sums, "all-reduce", n, hidden)
+        if len(part.blocks) - 1 in part.stages:  # of the loss: the gradient of its rows, statistics of them
+            add(sums, "all-reduce", n, rows * model.config.hidden_size * width)
+            add(sums, "all-gather", n, 8 * rows * L.tp)
+        for module in model.modules():  # of adapters, whose gradients are shares
+            if getattr(module, "is_shared", False):
+                add(sums, "all-reduce", n, size(module.parameters(), None, width if L.master else None))
     border = len(part.blocks) - 1
     for stage in part.stages if border else ():
         messages = (stage < border) + (part.first_trained < stage)  # forward, and the gradient backward
@@ -588,13 +600,26 @@ def layout_of(cfg: Config, world_size: int) -> Layout:
     )
 
 
-def dry_run(cfg: Config, config: dict, definition, plan, world_size: int) -> str:
-    """Memory per device, disk, steps and FLOPs, from shapes alone."""
+def network(cfg: Config, config: dict, definition: vlm.Model) -> nn.Module:
+    """What would train, on the meta device and in fp32."""
     model = definition.network(with_prefix(config, definition, cfg))
     if cfg.lora:
         add_adapter(model, definition, cfg)
     choose_trainable(model, definition, cfg)
-    layout = layout_of(cfg, world_size)
+    return model
+
+
+def in_few_bits(model: nn.Module, cfg: Config) -> torch.dtype:
+    """Frozen weights as they will be held; returns the dtype of what enters a pipeline stage."""
+    dtype = halve(model, cfg, {}) or torch.float32
+    if cfg.quantize:
+        quantize.prepare(model, cfg.quantize)
+    return dtype
+
+
+def dry_run(cfg: Config, config: dict, definition, plan, world_size: int) -> str:
+    """Memory per device, disk, steps and FLOPs, from shapes alone."""
+    model, layout = network(cfg, config, definition), layout_of(cfg, world_size)
     sizes, heaviest, typical = streams(plan, cfg)
     forward = definition.forward_flops(
         model.config, sizes.tokens, sizes.supervised, sizes.images, sizes.segment
@@ -602,9 +627,7 @@ def dry_run(cfg: Config, config: dict, definition, plan, world_size: int) -> str
     flops = 3 * sum(forward.values()) if not cfg.lora else 2 * sum(forward.values()) + forward["head"]
     if len(model.LOSSES) == 1:  # else its passes depend on the data
         flops = step_flops(model, typical, layout) * sizes.tokens / typical.tokens
-    dtype = halve(model, cfg, {}) or torch.float32
-    if cfg.quantize:
-        quantize.prepare(model, cfg.quantize)
+    dtype = in_few_bits(model, cfg)
     pp, dp, tp, micro_batches = layout.pp, layout.dp, layout.tp, layout.micro_batches
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -633,11 +656,11 @@ def dry_run(cfg: Config, config: dict, definition, plan, world_size: int) -> str
     lines.append(f"FLOPs per step: {flops * micro:.3e} (forward: {shares})")
     inputs = block_inputs(model, typical) if len(model.LOSSES) == 1 and tp > 1 else {}
     share = sizes.tokens / typical.tokens
-    inputs = {name: (numel * share, back) for name, (numel, back) in inputs.items()}
+    inputs = {name: (numel * share, gradients) for name, (numel, gradients) in inputs.items()}
     mine, part = of_rank(model, definition, blocks, 0, layout)
-    hidden = sizes.tokens * model.config.hidden_size * dtype.itemsize
+    mean = Stream(sizes.tokens, sizes.supervised, sizes.images, [])
     volumes = collections.Counter()
-    for (axis, _), (_, sent) in collectives(mine, part, inputs, hidden, layout).items():
+    for (axis, _), (_, sent) in collectives(mine, part, inputs, mean, layout).items():
         volumes[axis] += sent
     lines += [f"communication a step and device, {axis}: {v / 2**30:.3f} GiB" for axis, v in volumes.items()]
     bubble = pipeline.bubble_share(pp, cfg.pipeline_schedule, micro_batches)
@@ -656,3 +679,16 @@ def dry_run(cfg: Config, config: dict, definition, plan, world_size: int) -> str
         global_batch = cfg.per_device_train_batch_size * micro
         lines.append(f"steps: {total_steps(cfg, plan, global_batch):,}")
     return "\n".join(lines)
+
+
+def main() -> int:
+    import plan  # which needs this file
+
+    if sys.argv[1:2] != ["plan"]:
+        raise ValueError("expected: estimate.py plan --model qwen-vl-7b --gpus 64 (--help lists all)")
+    return plan.main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    sys.modules["estimate"] = sys.modules["__main__"]
+    checkpoint.leave(checkpoint.cli(main))

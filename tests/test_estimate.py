@@ -1,5 +1,6 @@
 """--dry_run's memory beside what the tensors of the same run take on the CPU at the peak."""
 
+import collections
 import contextlib
 import copy
 import io
@@ -8,19 +9,25 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from cells import thinned
+import torch.distributed as dist
+from cells import slow, thinned
 from PIL import Image
 from ranks import run
 from test_blip2_train import T5, write_checkpoint
 from test_train import ROOT, arguments
 from torch.profiler import ProfilerActivity, profile
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import flop_counter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import bench
 import build
@@ -28,9 +35,11 @@ import checkpoint
 import config
 import estimate
 import parallel
+import plan
 import train
 import vlm
 from kernels import attention
+from loss_scale import LossScaler
 
 WORDS = "one two three four five six seven "
 
@@ -198,6 +207,7 @@ def test_a_size_without_data_has_an_image_a_sample():
 
 TWICE = {"gradient_accumulation_steps": 2}
 O1, O2, FP16 = {"bf16": True}, {"precision": "bf16-master"}, {"fp16": True}
+BF16_O2 = {"bf16": True, "fp16_opt_level": "O2"}  # what that precision means
 LORA, RECOMPUTE, STAGE3 = {"lora": True}, {"recompute": True}, {"sharding": "stage3"}
 PP, TP = {"pipeline_parallel_degree": 2}, {"tensor_parallel_degree": 2}
 PTUNING = {"pre_seq_len": 8}
@@ -268,3 +278,142 @@ def test_frozen_weights_are_held_once_in_16_bits(bases, dataset, tmp_path):
     weights = (bases("qwen_vl") / "model.safetensors").stat().st_size / 4
     for name in ("bf16", "master"):
         assert peaks["fp32"] - peaks[name] > 2 * weights, peaks
+
+
+class Messages(TorchDispatchMode):
+    """Counts the collectives that a group is asked for: {kind: [messages, bytes of the whole]}."""
+
+    KINDS = {"allgather": "all-gather", "reduce_scatter": "reduce-scatter", "allreduce": "all-reduce"}
+
+    def __init__(self):
+        super().__init__()
+        self.found = collections.defaultdict(lambda: [0, 0])
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._opname.strip("_").removesuffix("_base")
+        if function.namespace == "c10d" and not name.startswith("recv"):
+            whole = tree_leaves(args[1] if name == "reduce_scatter" else args[0])
+            kind = self.found[self.KINDS.get(name, name)]
+            kind[0] += 1
+            kind[1] += sum(x.nbytes for x in whole if isinstance(x, torch.Tensor))
+        return function(*args, **(kwargs or {}))
+
+
+def world_of(cfg, ranks: int, monkeypatch) -> parallel.World:
+    """Of rank 0 among ranks that are not there: torch's fake group sends nothing, and claims to have."""
+    init = dist.init_process_group
+    fake = {"store": FakeStore(), "rank": 0, "world_size": ranks}
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **options: init("fake", **fake))
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    degrees = cfg.tensor_parallel_degree, cfg.pipeline_parallel_degree
+    return parallel.init_world(
+        *degrees, cfg.sharding, cfg.sharding_parallel_degree, SimpleNamespace(store=None, rank=0, size=ranks)
+    )
+
+
+def whole_model(cfg):
+    values = bench.CONFIGS["qwen_vl"](True)
+    definition = vlm.find(values)
+    return estimate.network(cfg, values, definition), definition
+
+
+BATCHES_4 = {"gradient_accumulation_steps": 4}
+WORLDS = [  # (ranks, settings)
+    (8, STAGE3),
+    (8, TP | O1 | RECOMPUTE),
+    (8, PP | BATCHES_4 | BF16_O2),
+    (64, {"sharding": "stage2"} | TWICE | BF16_O2 | RECOMPUTE),
+    (64, {"sharding": "stage1", "sharding_parallel_degree": 8} | TWICE | TP),
+    (1024, STAGE3 | TWICE | LORA | {"sharding_parallel_degree": 8}),
+    (1024, {"sharding": "stage1"} | TP | PP | BATCHES_4),
+    (1024, STAGE3 | TP | LORA | BF16_O2),
+]
+
+
+@pytest.mark.parametrize("ranks, settings", thinned(WORLDS, WORLDS[:1]), ids=str)
+def test_collectives_are_those_that_a_group_is_asked_for(ranks, settings, monkeypatch):
+    cfg = config.Config(**settings)
+    layout, world = estimate.layout_of(cfg, ranks), world_of(cfg, ranks, monkeypatch)
+    try:
+        whole, definition = whole_model(cfg)
+        batch = replace(bench.random_stream(whole, [20, 30]), dataset_ids=torch.zeros(2, dtype=torch.int64))
+        lengths = batch.cu_seqlens.diff().tolist()
+        stream = estimate.Stream(sum(lengths), batch.num_supervised, 2, lengths)
+        inputs = estimate.block_inputs(whole, stream)
+        dtype, model = build.halve(whole, cfg, {}), copy.deepcopy(whole)
+        sizes = build.StreamSizes(sum(lengths), batch.num_supervised, 2.0, 25.0)
+        blocks, stages = [range(len(model.blocks))], None
+        if layout.pp > 1:
+            blocks = build.pipeline_blocks(whole, definition, cfg, sizes)
+            stages = build.cut_into_stages(model, whole, definition, cfg, world, sizes, dtype)
+        mine, part = estimate.of_rank(whole, definition, blocks, 0, layout)
+        said = collections.defaultdict(lambda: [0, 0])
+        for (_, kind), counted in estimate.collectives(mine, part, inputs, stream, layout).items():
+            said[kind] = [a + b for a, b in zip(said[kind], counted, strict=True)]
+
+        parallel.tensor_parallel(model, definition.tp_plan(model.config, layout.tp), world)
+        if cfg.recompute:
+            parallel.recompute(model)
+        parallel.shard(model, world.mesh, cfg.sharding, dtype)
+        model.to_empty(device="cpu").train()
+        run = SimpleNamespace(cfg=cfg, world=world, model=model, images_only=False, entries=["a"])
+        run.built, run.scaler = SimpleNamespace(stages=stages), LossScaler(False)
+        run.autocast, run.processor = build.autocast(cfg, world), SimpleNamespace(image_size=model.image_size)
+        n = layout.micro_batches
+        facts = train.Facts([n], n, n, 2 * n, 0, 0, [True] * n)
+        batch = replace(batch, row_datasets=None)
+        # of fake ranks no stage says that its shapes are known
+        known = mock.Mock(return_value=torch.ones(1, dtype=torch.int32))
+        with mock.patch("torch.distributed.pipelining.PipelineStage._warmup_backward_result", known):
+            train.forward_backward(run, [batch] * n, facts)  # the first step sets up
+        with Messages() as messages:
+            train.forward_backward(run, [batch] * n, facts)
+    finally:
+        parallel.leave_world()
+    assert dict(messages.found) == dict(said)
+    assert said
+
+
+@pytest.fixture
+def planned(monkeypatch, capsys):
+    """Runs the command for the tiny model -> the numbers of its rows, words of a row apart."""
+    monkeypatch.setattr(vlm, "shape", lambda name: bench.CONFIGS["qwen_vl"](True) if name == "tiny" else None)
+
+    def command(*options: str) -> list[list[str]]:
+        argv = ["--model", "tiny", "--gpus", "8", "--max_length", "64", "--samples", "32", "--top", "2"]
+        assert plan.main([*argv, *options]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        return [line.replace(",", "").split() for line in lines[lines.index(plan.HEAD) + 1 :]]
+
+    return command
+
+
+@pytest.mark.slow
+def test_plan_ranks_what_fits(planned):
+    """Faster first; what needs more memory is gone; the slower the network, the fewer tokens a second."""
+    best = planned()
+    less = planned("--memory", f"{0.7 * float(best[0][9])}")
+    slower = planned("--gpus", "16", "--network_bandwidth", "0.001", "--top", "1")
+    faster = planned("--gpus", "16", "--network_bandwidth", "50", "--top", "1")
+    assert float(best[0][0]) >= float(best[1][0]) >= float(less[0][0])
+    assert float(less[0][9]) <= 0.7 * float(best[0][9])
+    assert float(slower[0][0]) < float(faster[0][0])
+    whole = planned("--gpus", "4..8", "--lora")
+    assert ["8", "GPUs"] in whole and len(whole) == 2 + 3 + 2  # rows; a blank, a number and a head; rows
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--gpus", "8x"], "--gpus 8x: expected a number such as 64"),
+        (["--gpus", "64..8"], "--gpus 64..8: expected"),
+        (["--memory", "-1"], "--memory -1: expected a number above 0"),
+        (["--model", "qwen"], "--model qwen: expected a name in configs/shapes"),
+        (["--lorra", "true"], "did you mean 'lora'"),
+        slow(["--gpus", "7"], "--gpus 7: no layout deals --samples 32 evenly"),
+        slow(["--memory", "0.001"], "--gpus 8: no layout fits into --memory 0.001 GiB"),
+    ],
+)
+def test_plan_refuses(planned, options, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        planned(*options)
