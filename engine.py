@@ -26,13 +26,14 @@ from kernels.attention import attention_ranges
 from sampling import Beams, Sampler
 from vlm import Batch
 
-IMAGES_AT_ONCE = 16  # images that the vision tower takes in one pass
+IMAGES_AT_ONCE = 16  # images that the vision tower takes in one pass: its activations are bounded
 NOT_FINITE = (
     "the model's logits are not finite (NaN or infinity): its weights are damaged, or 16 bits overflow; "
     "fetch the checkpoint again, or use --dtype float32"
 )
 
 
+# eq=False: a request is itself, also beside one with the same fields, and can be the key of a dict.
 @dataclass(eq=False)
 class Request:
     """One answer that is wanted."""
@@ -68,8 +69,9 @@ class Sequence:
     """A request inside the engine."""
 
     request: Request | None  # None: it has ended
+    # In NumPy: a step reads and writes single numbers of each sequence, for which a tensor is slow.
     tokens: np.ndarray  # the prompt, then room for the answer
-    total: int  # tokens that are known
+    total: int  # tokens that are known, prompt and answer; total - fed of them are still to be computed
     positions: np.ndarray  # (n, len(tokens)) or (len(tokens),)
     given: int  # tokens of the prompt
     encoder: int  # of them, those that an encoder sees; the others are rows of the pool
@@ -98,11 +100,12 @@ class Sequence:
     @property
     def decodes(self) -> bool:
         """Whether one token is left to compute, and others are there."""
-        first = self.running[0]
+        first = self.running[0]  # beams go in step: what holds for one holds for all
         return first.fed > 0 and first.total - first.fed == 1
 
     def row(self, token: int) -> int:
         """Rows of the pool that the tokens before this one take."""
+        # What only an encoder sees has its keys and values in the memory, not among the rows.
         return max(0, token - self.encoder)
 
 
@@ -129,6 +132,7 @@ class Pool:
 
     def grow(self, size: int) -> None:
         """To that many rows, if it has fewer."""
+        # For generate(), which learns one by one what it needs; a server's pool has its size from the start.
         if size <= self.size:
             return
         for buffers in (self.layers, self.memory):
@@ -141,6 +145,7 @@ class Pool:
 
     def take(self, rows: int) -> int | None:
         """The first row of a range that is free, None where there is no such gap."""
+        # The first gap: ranges gather at the beginning, and the rest of the pool stays in one piece.
         for n, (first, end) in enumerate(self.free):
             if end - first >= rows:
                 self.free[n : n + 1] = [(first + rows, end)] if end - first > rows else []
@@ -161,6 +166,7 @@ class Pool:
 
     def clear(self, first: int, rows: int) -> None:
         """Attention may look at rows behind a sequence's keys, and drop what it finds; NaN would stay."""
+        # A probability of zero times NaN is NaN.
         for pair in (*self.layers.values(), *self.memory.values()):
             for x in pair:
                 x[first : first + rows] = 0
@@ -189,7 +195,7 @@ class KVCache:
         self.pool, self.starts, self.past, self.memory_lengths = pool, starts, past, memory
         self.encode = encode  # an encoder-decoder's prompts: the stream holds the encoder's tokens too
         self.rows: Tensor | None = None  # (T,) where the stream's tokens go, known at the first layer
-        self.keys: list[tuple[int, int]] = []
+        self.keys: list[tuple[int, int]] = []  # (first row, end) that each segment attends to
 
     def attend(
         self,
@@ -209,14 +215,17 @@ class KVCache:
         before its own (P-tuning).
         """
         before = self.pool.before
+        # The first layer works out for all of them where the tokens go; a device gets it in one copy.
         if self.rows is None:
             counts = cu_seqlens.diff().tolist()
             first = [s + before + n for s, n in zip(self.starts, self.past, strict=True)]
             self.keys = [(s, f + n) for s, f, n in zip(self.starts, first, counts, strict=True)]
             self.rows = ranges_of(first, counts).to(q.device)
         pair = self.buffers(self.pool.layers, layer, k, v)
+        # Written before they are read: a token sees itself, and earlier ones of its own piece.
         for buffer, x in zip(pair, (k, v), strict=True):
             buffer.index_copy_(0, self.rows, x)
+        # The prefix lies in front of each sequence's own rows, so attention needs no second range.
         if before:
             new = [s for s, n in zip(self.starts, self.past, strict=True) if n == 0]
             for buffer, x in zip(pair, tuned, strict=True):
@@ -248,6 +257,7 @@ class KVCache:
         return max(self.past)
 
     def buffers(self, where: dict, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        # Made by what comes: the pool need not know a layer's heads, their width, dtype and device.
         if layer not in where:
             where[layer] = tuple(x.new_zeros(self.pool.size, *x.shape[1:]) for x in (k, v))
         return where[layer]
@@ -338,6 +348,7 @@ class Engine:
         # how a prompt may enter: in "chunks"; "whole", where later tokens change what earlier ones are; or
         # "alone", in a pass without running sequences
         self.prefill = model.prefill
+        # A word of one token ends an answer by itself; of several the last ones must be compared.
         stop_words = processor.stop_words if stop_words is None else stop_words
         self.end_tokens = {word[0] for word in stop_words if len(word) == 1}
         self.end_words = [word for word in stop_words if len(word) > 1]
@@ -348,6 +359,7 @@ class Engine:
         self.sampler = Sampler(max_running, sorted(self.end_tokens))
         self.free_slots = list(range(max_running))[::-1]
         self.queue: deque[Sequence] = deque()
+        # A sequence is in one of three places: it waits, it runs, or it has ended and its rows may be of use.
         self.active: list[Sequence] = []  # in the order in which they came
         self.kept: list[Sequence] = []  # their rows are still there, the latest used last
         self.by_request: dict[Request, Sequence] = {}
@@ -360,6 +372,7 @@ class Engine:
         """ValueError in one line where it can never run."""
         sequence = self.sequence(request)
         how = request.how
+        # All rows that it may ever need are its own from the start: no answer is cut off for another's sake.
         if sequence.rows > self.pool.size:
             raise ValueError(
                 f"the prompt's {sequence.given} tokens and max_new_tokens={how.max_new_tokens} need "
@@ -379,6 +392,7 @@ class Engine:
             raise ValueError(f"adapter {request.adapter!r} is not here; there is {names}")
         given = len(prompt["input_ids"])
         room = room_for(model, prompt["input_ids"], how.max_new_tokens)
+        # The prompt's last token is the one that the decoder starts with.
         encoder = given - 1 if model.encoder_decoder else 0
         stopped = request.stopped
         if request.stop:
@@ -390,12 +404,14 @@ class Engine:
             raise ValueError(f"logit_bias: token {bad[0]}; expected 0 to {size - 1}")
         tokens = np.zeros(given + room, np.int64)
         tokens[:given] = prompt["input_ids"]
+        # The answer's are known already: each step takes a column, (n,) or a number, and computes nothing.
         positions = np.asarray(prompt.get("position_ids", np.arange(given)))
         step = np.asarray(model.position_step)
         later = positions[..., -1:] + step * np.arange(1, room + 1)
         images = prompt.get("pixel_values")
         if images is None:
             images = [self.processor.load_image(image) for image in prompt.get("images", ())]
+        # Of the pixels, not of a file's bytes: what the model sees decides whether keys are the same.
         digests = [digest_of(pixels) for pixels in images]
         group = model.cache_group(given)
         return Sequence(
@@ -460,9 +476,11 @@ class Engine:
         """Tokens of `a`'s prompt that begin like the first `known` of `b`; at least one is left over."""
         if a.group != b.group:
             return 0
+        # One is left over, since logits come of a token that is computed, not of cached keys.
         n = min(a.given - 1, known)
         differs = (a.tokens[:n] != b.tokens[:n]).nonzero()[0]
         n = int(differs[0]) if len(differs) else n
+        # All images have the same tokens at their places, so those say nothing of which image it is.
         for place in a.digests.keys() | b.digests.keys():
             if place < n and a.digests.get(place) != b.digests.get(place):
                 n = place
@@ -474,7 +492,9 @@ class Engine:
     def admit(self, sequence: Sequence) -> bool:
         """Gives it rows, and what another sequence has computed of its prompt. False: it has to wait."""
         donor, shared = None, 0
+        # Also from one that still runs: what is written of a sequence never changes.
         for other in [*self.active, *self.kept]:
+            # Beams trade places, so behind the prompt their rows are of one beam now and of another later.
             known = min(other.fed, other.given) if other.beams else other.fed
             n = self.common_prefix(sequence, other, known)
             if n > shared:
@@ -484,8 +504,7 @@ class Engine:
                 return False
         start = self.pool.take(sequence.rows)
         if start is None:
-            kept = [(k.start, k.start + k.rows) for k in self.kept]
-            if not self.pool.would_fit(sequence.rows, kept):
+            if self.pool_is_short(sequence):
                 return False
             while start is None:  # the longest unused first, the donor last
                 victim = next((k for k in self.kept if k is not donor), donor)
@@ -495,6 +514,7 @@ class Engine:
                 self.pool.give_back(victim.start, victim.rows)
                 start = self.pool.take(sequence.rows)
         sequence.start, sequence.slot = start, self.free_slots.pop()
+        # A copy, not a reference: ranges stay whole, so attention needs no table of pages.
         if donor is not None:
             rows = sequence.row(shared) + self.pool.before
             self.pool.copy(donor.start, start, rows, sequence.encoder)
@@ -534,6 +554,7 @@ class Engine:
         taken = {before[p].start for p in parents}
         free = [s for s in range(leader.start, leader.start + leader.rows, rows) if s not in taken]
         heirs = []
+        # A parent with one heir costs nothing: in most steps most beams go on from themselves.
         for n, p in enumerate(parents):
             s = before[p]
             if p in parents[:n]:
@@ -549,6 +570,8 @@ class Engine:
 
     def schedule(self) -> list[tuple[Sequence, int]]:
         """(sequence, tokens of it) of the next pass."""
+        # Running sequences first: a long prompt may slow an answer down, never stop it. What is left of the
+        # budget goes to prompts that have begun, then to new ones.
         whole, alone = self.prefill != "chunks", self.prefill == "alone"
         decode = [(x, 1) for s in self.active for x in s.running if s.decodes]
         prompts, left = [], self.step_tokens - (0 if alone else len(decode))
@@ -585,6 +608,7 @@ class Engine:
 
     def in_turn(self) -> list[Sequence]:
         """The waiting ones that are next: the fewer answers its client has before it, the earlier."""
+        # So a client with a thousand requests holds up nobody else's first one.
         before = Counter(s.request.client for s in self.active)
         turns = []
         for n, sequence in enumerate(self.queue):
@@ -594,6 +618,7 @@ class Engine:
         return [sequence for *_, sequence in sorted(turns)[: self.max_running]]
 
     def pool_is_short(self, sequence: Sequence) -> bool:
+        """Whether it must wait for running ones to end: what is only kept would not make room enough."""
         kept = [(k.start, k.start + k.rows) for k in self.kept]
         return not self.pool.would_fit(sequence.rows, kept)
 
@@ -642,6 +667,8 @@ class Engine:
         counts = [count for _, _, count in entries]
         bounds = np.cumsum([0, *counts])
         prefixes = [s.request.prompt.get("prefix_len", 0) for s, _, _ in entries]
+        # Which features lie in these pieces, and at which rows of the stream: a piece may begin or end inside
+        # an image.
         features, places = [], []
         Q = self.model.num_image_tokens
         for (s, first, count), start in zip(entries, bounds.tolist(), strict=False):
@@ -690,6 +717,7 @@ class Engine:
                 for key, pixels in zip(s.feature_keys, s.images, strict=True):
                     if key not in self.features:
                         needed.setdefault(adapter, {})[key] = pixels
+        # Equal images of one step are encoded once: `needed` is by what an image is, not by who asks.
         found = {}
         for adapter, images in needed.items():
             keys = list(images)
@@ -705,6 +733,7 @@ class Engine:
                 for key, x in zip(s.feature_keys, s.features, strict=True):
                     self.features[key] = x
                     self.features.move_to_end(key)
+        # The longest unused go first. What a running sequence needs it holds itself.
         self.feature_bytes += sum(x.numel() * x.element_size() for x in found.values())
         while self.feature_bytes > self.feature_limit:
             _, x = self.features.popitem(last=False)
@@ -740,12 +769,14 @@ class Engine:
         """A token more for each."""
         if not sequences:
             return []
+        # Before its first token: the sampler's tables have the logits' width, dtype and device.
         for s, row in zip(sequences, logits, strict=True):
             if s.total == s.given:
                 how = s.request.how
                 least = max(how.min_new_tokens, how.min_length - (s.given - s.encoder))
                 self.sampler.join(s.slot, s, penalised_tokens(self.model, s.request.prompt), least, row)
         tokens, finite, logprobs = self.sampler(logits, [s.slot for s in sequences])
+        # What a device has computed is read once a step, in one copy.
         tokens, finite = torch.stack((tokens, finite.long())).tolist()
         chosen, best = self.report(sequences, tokens, logprobs)
         events = []
@@ -763,6 +794,7 @@ class Engine:
         """A token more for each beam of a request; at the end, the tokens of its best answer."""
         if not bool(logits.isfinite().all()):
             return [self.failed(leader)]
+        # Nothing is told while it runs: the best answer may still become another one.
         beams = leader.beams
         if (chosen := beams.advance(logits)) is not None:
             self.fork(leader, *chosen)
