@@ -192,10 +192,14 @@ def test_two_ranks_and_a_killed_run_are_equal(tmp_path, kind, method):
     assert_same_run(two, once, 1e-5, 1e-4)
 
 
+TP, PP = {"tensor_parallel_degree": 2}, {"pipeline_parallel_degree": 2}
+PISSA, DORA = ({**ADAPTERS[method], "modules_to_save": ["lm_head"]} for method in ("PiSSA", "DoRA"))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [{"tensor_parallel_degree": 2}, {"pipeline_parallel_degree": 2}])
-def test_tensor_and_pipeline_parallel_are_equal(base, dataset, tmp_path, layout):
-    options = {**RATES, "max_steps": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+@pytest.mark.parametrize("layout, method", [(TP, RATES), (PP, RATES), (TP, PISSA), (PP, DORA)])
+def test_tensor_and_pipeline_parallel_are_equal(base, dataset, tmp_path, layout, method):
+    options = {**method, "max_steps": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     run(arguments(base, dataset, tmp_path / "one", **options))
     run(arguments(base, dataset, tmp_path / "two", **options, **layout), world=2)
     assert_same_run(tmp_path / "two", tmp_path / "one")
