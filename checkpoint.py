@@ -383,25 +383,33 @@ class Weights:
                 begun += count
         return tensor
 
-    def in_place(self, name: str, param: torch.Tensor) -> bool:
-        """Whether a parameter's own memory takes the tensor as it stands in the file."""
-        _, _, _, dtype, offset = self._entries[name]
-        plain = param.device.type == "cpu" and param.dtype == dtype and param.is_contiguous()
-        return plain and offset is not None
+    def in_pieces(self, name: str, param: torch.Tensor) -> bool:
+        """Whether read_into() can fill the parameter: it is whole, and no pickle holds the tensor."""
+        whole = not parallel.is_sharded(param) and not hasattr(param, "cut")
+        return whole and param.device.type == "cpu" and param.is_contiguous() and self._entries[name][4]
 
-    def read_into(self, name: str, param: torch.Tensor) -> float:
-        """Reads the tensor into a parameter's own memory, see in_place(). -> its largest absolute value,
-        looked for a piece at a time, while a core's cache still holds it; ValueError for NaN or infinity."""
-        path, _, _, dtype, offset = self._entries[name]
-        # The bits as integers: ordered like the numbers, and cheaper to look through.
-        values, most = integers(param), 0
+    def as_it_is(self, name: str, param: torch.Tensor, dtype: torch.dtype | None) -> bool:
+        """Whether it needs no cast."""
+        return param.dtype == self.dtype(name) and dtype in (None, param.dtype)
+
+    def read_into(self, name: str, param: torch.Tensor, dtype: torch.dtype | None = None) -> float:
+        """Reads the tensor into a parameter, rounded to `dtype` first. -> its largest absolute value, looked
+        for a piece at a time, while a core's cache still holds it; ValueError for NaN or infinity."""
+        path, _, _, kind, offset = self._entries[name]
+        count, room, most = PIECE_BYTES // kind.itemsize, None, 0
+        if not self.as_it_is(name, param, dtype):
+            room = torch.empty(count, dtype=kind)
         with open(path, "rb", buffering=0) as f:
             f.seek(offset)
-            for start in range(0, len(values), PIECE_BYTES // dtype.itemsize):
-                piece = values[start : start + PIECE_BYTES // dtype.itemsize]
-                fill(piece, f, name)
-                most = max(most, magnitude(piece))
-        return finite(most, dtype, f"{self.directory}: {name}")
+            for piece in param.detach().view(-1).split(count):
+                read = piece if room is None else room[: len(piece)]
+                # The bits as integers: ordered like the numbers, and cheaper to look through.
+                bits = integers(read)
+                fill(bits, f, name)
+                most = max(most, magnitude(bits))
+                if room is not None:
+                    piece.copy_(read if dtype is None else read.to(dtype))
+        return finite(most, kind, f"{self.directory}: {name}")
 
     def scratch(self) -> torch.Tensor:
         """Room for any one tensor. Fresh memory for each would leave the heap full of holes: up to 1.6x the
@@ -477,7 +485,7 @@ PIECE_BYTES = 1 << 19
 
 def fill(values: np.ndarray, file, name: str) -> None:
     """Reads an array's bytes from where the file stands."""
-    buffer = memoryview(values).cast("B")
+    buffer = memoryview(values).cast("B") if values.size else b""
     while len(buffer):
         count = file.readinto(buffer)  # at most 2 GiB in one call on Linux
         if not count:
@@ -704,14 +712,13 @@ def load_into(params: dict, weights: Weights, dtype: torch.dtype | None = None, 
 def _load(params: dict, weights: Weights, dtype: torch.dtype | None, names: list[str]) -> float:
     """-> the largest value that was read. One tensor at a time: a model as large as the memory has no room
     for a second copy."""
-
-    def as_it_is(param) -> bool:
-        return not parallel.is_sharded(param) and not hasattr(param, "cut") and dtype in (None, param.dtype)
-
-    straight = [n for n in names if as_it_is(params[n]) and weights.in_place(n, params[n])]
-    # reading and looking at what was read take as long as each other: threads do both at a time
+    whole = [n for n in names if weights.in_pieces(n, params[n])]
+    straight = [n for n in whole if weights.as_it_is(n, params[n], dtype)]
+    # Reading and looking at what was read take as long as each other: threads do both at a time.
     with contextlib.closing(in_threads(lambda n: weights.read_into(n, params[n]), straight)) as found:
         highs = dict(zip(straight, found, strict=True))
+    # To cast, torch has threads of its own.
+    highs |= {n: weights.read_into(n, params[n], dtype) for n in whole if n not in highs}
     scratch = weights.scratch() if len(highs) < len(names) else None
     for name in names:
         param, read = params[name], None
