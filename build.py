@@ -257,7 +257,8 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
         hold_in_few_bits(model, whole, cfg.quantize)
 
     # After the last that asks for an nn.Linear, and before what changes a module's class or forward itself.
-    adopt(model)
+    if world.device.type == "cpu":
+        adopt(model)
 
     # Compile, then 16-bit copies, then recompute around both, since it frees them with the rest. Sharding is
     # outermost: fully_shard's hooks gather the weights that a recomputed block uses again. One rank has

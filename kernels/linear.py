@@ -68,13 +68,10 @@ def mkl_is_slow() -> bool:
 
 def faster(a: Tensor, b: Tensor) -> bool:
     """Whether oneDNN is for a (M, K) times b (K, N)."""
-    return (
-        a.dtype == b.dtype == torch.float32
-        and a.device.type == "cpu"
-        and a.numel() * b.shape[1] >= LARGE
-        and mkl_is_slow()
-        and not torch.compiler.is_compiling()
-    )
+    if torch.compiler.is_compiling():  # first: a size that is asked for would make a program for it alone
+        return False
+    here = a.dtype == b.dtype == torch.float32 and a.device.type == "cpu"
+    return here and a.numel() * b.shape[1] >= LARGE and mkl_is_slow()
 
 
 def mm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -114,8 +111,9 @@ def put_for_weight(layer: nn.Linear, few: nn.Module) -> None:
 
 
 def adopt(model: nn.Module) -> None:
-    """Has the plain linear layers compute as `linear` says; others do by themselves."""
-    for layer in model.modules():
+    """Has the plain linear layers compute as `linear` says, where that may be faster; others do by
+    themselves."""
+    for layer in model.modules() if mkl_is_slow() else ():
         if type(layer) is nn.Linear:
             layer.__class__ = AnyLinear
 
