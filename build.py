@@ -257,8 +257,7 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
         hold_in_few_bits(model, whole, cfg.quantize)
 
     # After the last that asks for an nn.Linear, and before what changes a module's class or forward itself.
-    if world.device.type == "cpu":
-        adopt(model)
+    adopt(model, world.device)
 
     # Compile, then 16-bit copies, then recompute around both, since it frees them with the rest. Sharding is
     # outermost: fully_shard's hooks gather the weights that a recomputed block uses again. One rank has
@@ -286,11 +285,8 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
         found = load_init_from(cfg.init_from, definition, parameters, shapes, base_names)
         if world.main:
             print(f"{found} from {directory}")
-    for name in parameters.keys() - base_names:  # prefix and adapter: what no checkpoint has
-        if name.endswith(lora.MAGNITUDE):
-            lora.begin_magnitude(name, parameters[name], weights.read, checkpoint.copy_full_)
-        else:
-            draw(name, parameters[name], model.init_weights if name in new else lora.init_lora, cfg.seed)
+    # Prefix and adapter: what no checkpoint has.
+    draw({n: p for n, p in parameters.items() if n not in base_names}, new, model, weights, cfg.seed)
     pissa = cfg.init_lora_weights == "pissa"
     starts = lora.take_principal(model, lora_modules, weights.read, checkpoint.copy_full_) if pissa else None
     if cfg.lora_path:
@@ -299,12 +295,19 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
     return Built(model, whole, definition, lora_modules, stages, learning_rates, starts)
 
 
-def draw(name: str, param: nn.Parameter, init, seed: int) -> None:
-    """A parameter's initial values, drawn whole and then cut: the same on any layout."""
-    full = torch.empty(parallel.whole_shape(param))
-    with torch.no_grad():
-        init(name, full, named_generator(seed, name))
-    checkpoint.copy_full_(param, full)
+def draw(
+    parameters: dict, prefix: set[str], model: nn.Module, weights: checkpoint.Weights, seed: int
+) -> None:
+    """Initial values, drawn whole and then cut: the same on any layout. `prefix`: names that are P-tuning's,
+    the others are an adapter's."""
+    for name, param in parameters.items():
+        if name.endswith(lora.MAGNITUDE):
+            lora.begin_magnitude(name, param, weights.read, checkpoint.copy_full_)
+            continue
+        full, init = torch.empty(parallel.whole_shape(param)), model.init_weights
+        with torch.no_grad():
+            (init if name in prefix else lora.init_lora)(name, full, named_generator(seed, name))
+        checkpoint.copy_full_(param, full)
 
 
 def add_adapter(model: nn.Module, definition: vlm.Model, cfg: Config, base: Path | None = None) -> list[str]:

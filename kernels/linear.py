@@ -1,7 +1,7 @@
 """Linear layers on a CPU: oneDNN's products where they were measured faster than MKL's, which F.linear takes.
 
-    adopt(model)        # a model that trains: large fp32 products on AMD's CPUs, 2.1 to 2.7 times as fast
-    pack(model)         # one that answers, for good: it can be neither trained nor saved from here on
+    adopt(model, device)  # a model that trains: large fp32 products on AMD's CPUs, 2.1 to 2.7 times as fast
+    pack(model)           # one that answers, for good: it can be neither trained nor saved from here on
 
 Packed weights have an order of the CPU's own. CPU time of all products of a step, 29M fp32 weights, one core
 of a Zen 5, 1 / 8 / 256 rows: F.linear 7.2 / 12.8 / 161 ms, packed 4.0 / 6.0 / 63 ms; in bf16 with 1 / 8 / 64
@@ -110,10 +110,10 @@ def put_for_weight(layer: nn.Linear, few: nn.Module) -> None:
         layer.__class__ = AnyLinear
 
 
-def adopt(model: nn.Module) -> None:
+def adopt(model: nn.Module, device: torch.device) -> None:
     """Has the plain linear layers compute as `linear` says, where that may be faster; others do by
     themselves."""
-    for layer in model.modules() if mkl_is_slow() else ():
+    for layer in model.modules() if device.type == "cpu" and mkl_is_slow() else ():
         if type(layer) is nn.Linear:
             layer.__class__ = AnyLinear
 

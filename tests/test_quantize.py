@@ -214,7 +214,7 @@ def test_adopted_linear_layers_give_torchs_results_and_gradients(monkeypatch, ro
         return [y, *torch.autograd.grad((y * weights).sum(), trained)]
 
     expected, calls = passes(), Products()
-    linear.adopt(model)
+    linear.adopt(model, torch.device("cpu"))
     with calls:
         found = passes()
     assert all(type(layer) is linear.AnyLinear for layer in model)
