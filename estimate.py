@@ -2,12 +2,15 @@
 hardware's limit.
 
     torchrun --nproc_per_node 8 train.py configs/qwen_vl/sft.json --sharding stage1 --dry_run
+    python estimate.py plan --model qwen-vl-7b --gpus 64  # the best layouts (plan.py)
 
 A step's forward and backward pass run on the meta device, where tensors have shapes and no memory, and what
 is alive at a time is added up; weights, optimiser and messages are arithmetic. tests/test_estimate.py holds
 it to a tenth of the peak of live tensors in 36 layouts. What is no tensor (a library's own buffers, NCCL's,
 the allocator's gaps) is not counted.
 """
+
+import python_version  # noqa: F401  (first: it says which Python is needed)
 
 import collections
 import contextlib
