@@ -25,7 +25,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -273,9 +273,19 @@ def read_tokenizer(*paths, make=None):
 # ---- weights in
 
 
+class Place(NamedTuple):
+    """Where a tensor lies."""
+
+    path: Path
+    key: str  # its name in the file
+    shape: torch.Size
+    dtype: torch.dtype
+    offset: int | None  # of its bytes in a .safetensors file; None in a pickle, which only torch can open
+
+
 class Weights:
-    """The tensors of a checkpoint directory by name. `stems`: its
-    files' names without .safetensors and .bin."""
+    """The tensors of a checkpoint directory by name. `stems`: its files' names without .safetensors and .bin.
+    Made, it has looked at every header and at no value."""
 
     def __init__(self, directory, ignore=(), aliases=None, stems=("model", "pytorch_model")):
         self.directory = directory = Path(directory)
@@ -302,65 +312,67 @@ class Weights:
                     raise ValueError(
                         f"{where} names the file {shard!r}; expected .safetensors or .bin files beside it"
                     )
-        self._entries = {}  # name -> (path, name in the file, shape, dtype, offset or None for .bin)
-        self._shard = (None, None)  # the one .bin shard that is open: (path, tensors)
+        self._places: dict[str, Place] = {}
+        # The one .bin shard that is open: (path, tensors). Two of them open would be two in memory.
+        self._shard = (None, None)
         self.metadata: dict[str, str] = {}  # of a .safetensors file
         for shard in sorted({*weight_map.values()}) if weight_map else [file_name]:
             path = directory / shard
             if not path.is_file():
                 raise ValueError(f"{path} is missing but {file_name} names it; fetch it again")
             if shard.endswith(".safetensors"):
-                entries, self.metadata = _safetensors_entries(path)
+                places, self.metadata = _safetensors_places(path)
             else:
-                entries = self._bin_entries(path)
-            for name, entry in entries.items():
+                places = self._bin_places(path)
+            for name, place in places.items():
                 if weight_map is None or weight_map.get(name) == shard:
-                    self._entries[name] = entry
+                    self._places[name] = place
                 # A shard with more than the index says: the two are of different downloads.
                 elif name not in weight_map and not _matches(name, [*ignore, *(aliases or {})]):
                     raise ValueError(
                         f"{path} holds {name!r}, which {file_name} does not name; fetch both again"
                     )
+        # The other way round: a shard with less than the index says was cut, or is of another download.
         for name, shard in (weight_map or {}).items():
-            if name not in self._entries:
+            if name not in self._places:
                 raise ValueError(
                     f"{directory / shard} does not hold {name!r}, which {file_name} says; fetch it again"
                 )
-        for name in [n for n in self._entries if _matches(n, ignore)]:
-            del self._entries[name]
+        for name in [n for n in self._places if _matches(n, ignore)]:
+            del self._places[name]
         for alias, name in (aliases or {}).items():
-            if alias not in self._entries:
+            if alias not in self._places:
                 continue
-            if name not in self._entries:  # a file may hold the tied tensor under any of its names
-                self._entries[name] = self._entries[alias]
+            if name not in self._places:  # a file may hold the tied tensor under any of its names
+                self._places[name] = self._places[alias]
             # Both there: they must agree, or one of them would be lost without a word.
             elif not torch.equal(self.read(alias), self.read(name)):
                 raise ValueError(
                     f"{directory}: {alias} and {name} are one tied tensor in this model, but their values "
                     "differ; use weights whose two are equal"
                 )
-            del self._entries[alias]
-        self.names = set(self._entries)
+            del self._places[alias]
+        self.names = set(self._places)
 
     def untie(self, aliases: dict[str, str]) -> None:
         """Hold the tied weights under each of their names {alias: name} from now on."""
         for alias, name in aliases.items():
-            self._entries[alias] = self._entries[name]
-        self.names = set(self._entries)
+            self._places[alias] = self._places[name]
+        self.names = set(self._places)
 
     def __iter__(self):
-        return iter(self._entries)  # in file order, so that each .bin shard is opened once
+        return iter(self._places)  # in file order, so that each .bin shard is opened once
 
     def shape(self, name: str) -> torch.Size:
-        return self._entries[name][2]
+        return self._places[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._entries[name][3]
+        return self._places[name].dtype
 
     def read(self, name: str, scratch: torch.Tensor | None = None, rows: list | None = None) -> torch.Tensor:
         """One tensor in memory of its own, or in what `scratch()` gave: then it is valid until the next read.
         rows [(first, end), ...]: only these of the first dimension, one behind the other."""
-        path, key, shape, dtype, offset = self._entries[name]
+        path, key, shape, dtype, offset = self._places[name]
         if rows is not None:
             shape = torch.Size((sum(b - a for a, b in rows), *shape[1:]))
         if offset is None:
@@ -385,8 +397,9 @@ class Weights:
 
     def in_pieces(self, name: str, param: torch.Tensor) -> bool:
         """Whether read_into() can fill the parameter: it is whole, and no pickle holds the tensor."""
+        # A shard or a cut takes rows from here and there; a device's memory is no place to read a file into.
         whole = not parallel.is_sharded(param) and not hasattr(param, "cut")
-        return whole and param.device.type == "cpu" and param.is_contiguous() and self._entries[name][4]
+        return whole and param.device.type == "cpu" and param.is_contiguous() and self._places[name].offset
 
     def as_it_is(self, name: str, param: torch.Tensor, dtype: torch.dtype | None) -> bool:
         """Whether it needs no cast."""
@@ -395,20 +408,22 @@ class Weights:
     def read_into(self, name: str, param: torch.Tensor, dtype: torch.dtype | None = None) -> float:
         """Reads the tensor into a parameter, rounded to `dtype` first. -> its largest absolute value, looked
         for a piece at a time, while a core's cache still holds it; ValueError for NaN or infinity."""
-        path, _, _, kind, offset = self._entries[name]
-        count, room, most = PIECE_BYTES // kind.itemsize, None, 0
-        if not self.as_it_is(name, param, dtype):
-            room = torch.empty(count, dtype=kind)
+        path, _, _, kind, offset = self._places[name]
+        count, most, straight = PIECE_BYTES // kind.itemsize, 0, self.as_it_is(name, param, dtype)
+        values = param.detach().view(-1)
+        room = values if straight else torch.empty(count, dtype=kind)
+        # The bits as integers: ordered like the numbers, and cheaper to look through.
+        bits = integers(room)
         with open(path, "rb", buffering=0) as f:
             f.seek(offset)
-            for piece in param.detach().view(-1).split(count):
-                read = piece if room is None else room[: len(piece)]
-                # The bits as integers: ordered like the numbers, and cheaper to look through.
-                bits = integers(read)
-                fill(bits, f, name)
-                most = max(most, magnitude(bits))
-                if room is not None:
-                    piece.copy_(read if dtype is None else read.to(dtype))
+            for start in range(0, len(values), count):
+                end = min(start + count, len(values))
+                piece = bits[start:end] if straight else bits[: end - start]
+                fill(piece, f, name)
+                most = max(most, magnitude(piece))
+                if not straight:
+                    read = room[: end - start]
+                    values[start:end].copy_(read if dtype is None else read.to(dtype))
         return finite(most, kind, f"{self.directory}: {name}")
 
     def scratch(self) -> torch.Tensor:
@@ -417,17 +432,18 @@ class Weights:
         # Of the largest tensor: one buffer serves all of them.
         sizes = [
             math.prod(shape) * dtype.itemsize
-            for _, _, shape, dtype, offset in self._entries.values()
-            if offset
+            for _, _, shape, dtype, offset in self._places.values()
+            if offset  # a pickle's tensors are in memory already
         ]
         return torch.empty(max(sizes, default=0), dtype=torch.uint8)
 
     def sample(self) -> str:
         """Some values of every tensor, and the coarsest precision, as text: it tells other weights from
         these."""
+        # No checksum: it would read all of them at every start, and know no copy in another precision.
         values, eps = {}, 0.0
         for name in self:
-            path, key, shape, dtype, offset = self._entries[name]
+            path, key, shape, dtype, offset = self._places[name]
             # Eight values from the middle: the first rows of an embedding are often alike.
             count = min(8, math.prod(shape))
             first = (math.prod(shape) - count) // 2
@@ -454,17 +470,17 @@ class Weights:
         coarse = 0.0 if eps == eps2 else max(float(eps), float(eps2))
         return bool((np.abs(a - b) <= coarse * np.abs(a) + (1e-7 if coarse else 0.0)).all())
 
-    def _bin_entries(self, path: Path) -> dict:
+    def _bin_places(self, path: Path) -> dict[str, Place]:
         tensors = self._open_bin(path)
         check_state(tensors, path)
-        return {name: (path, name, t.shape, t.dtype, None) for name, t in tensors.items()}
+        return {name: Place(path, name, t.shape, t.dtype, None) for name, t in tensors.items()}
 
     def _open_bin(self, path: Path) -> dict:
         if self._shard[0] != path:
             self._shard = (None, None)  # close the previous one first
             try:
                 try:
-                    # weights_only: nothing of a pickle is run.
+                    # weights_only: nothing of a pickle is run. mmap: what is not asked for is not read.
                     tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
                 except RuntimeError as e:
                     if "mmap can only be used" not in str(e):
@@ -485,9 +501,10 @@ PIECE_BYTES = 1 << 19
 
 def fill(values: np.ndarray, file, name: str) -> None:
     """Reads an array's bytes from where the file stands."""
-    buffer = memoryview(values).cast("B") if values.size else b""
+    buffer = memoryview(values).cast("B")
     while len(buffer):
-        count = file.readinto(buffer)  # at most 2 GiB in one call on Linux
+        # Linux reads at most 2 GiB in one call; a network's file system may give less.
+        count = file.readinto(buffer)
         if not count:
             raise ValueError(f"{file.name} ended while {name!r} was read; fetch it again")
         buffer = buffer[count:]
@@ -530,8 +547,8 @@ def _matches(name: str, patterns) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
-def _safetensors_entries(path: Path) -> tuple[dict, dict]:
-    """-> (entries, metadata)."""
+def _safetensors_places(path: Path) -> tuple[dict[str, Place], dict]:
+    """-> (places, metadata)."""
     try:
         # The library checks all of it: the header, and that the tensors lie behind it without gaps or
         # overlaps, to the end of the file. It does not say where they lie, and what it maps is copied once
@@ -544,14 +561,15 @@ def _safetensors_entries(path: Path) -> tuple[dict, dict]:
     except SafetensorError as e:
         raise ValueError(f"{path} is cut short or no safetensors file ({e}); fetch it again") from None
     header.pop("__metadata__", None)
-    entries = {}
+    places = {}
     for name, info in header.items():
         if info["dtype"] not in SAFETENSORS_DTYPES:
             known = ", ".join(SAFETENSORS_DTYPES)
             raise ValueError(f"{path}: {name!r} has dtype {info['dtype']}; supported: {known}")
-        dtype, place = SAFETENSORS_DTYPES[info["dtype"]], 8 + size + info["data_offsets"][0]
-        entries[name] = (path, name, torch.Size(info["shape"]), dtype, place)
-    return entries, metadata
+        # Offsets count from behind the header, which stands behind its own size.
+        dtype, offset = SAFETENSORS_DTYPES[info["dtype"]], 8 + size + info["data_offsets"][0]
+        places[name] = Place(path, name, torch.Size(info["shape"]), dtype, offset)
+    return places, metadata
 
 
 def check_names(expected: dict, weights: Weights, ignore=()) -> None:
@@ -593,8 +611,8 @@ def magnitude(values: np.ndarray) -> int:
     if not values.size:
         return 0
     # Read as unsigned, the sign bit makes negative numbers the largest.
-    negative = int(values.view(f"u{values.itemsize}").max())
-    return max(int(values.max()), negative - sign if negative >= sign else 0)
+    negative = int(np.maximum.reduce(values.view(f"u{values.itemsize}")))
+    return max(int(np.maximum.reduce(values)), negative - sign if negative >= sign else 0)
 
 
 def finite(bits: int, dtype: torch.dtype, name: str) -> float:
@@ -606,6 +624,7 @@ def finite(bits: int, dtype: torch.dtype, name: str) -> float:
 
 def largest(tensor: torch.Tensor, name: str) -> float:
     """The largest absolute value. ValueError for NaN or infinity."""
+    # Integers (weights in few bits) have neither.
     if not tensor.is_floating_point():
         return float(tensor.abs().max()) if tensor.numel() else 0.0
     return finite(magnitude(integers(tensor.cpu())), tensor.dtype, name)
@@ -627,7 +646,9 @@ def rows_held(param: torch.Tensor) -> list[tuple[int, int]] | None:
     by_rows = cut is not None and cut.dim == 0
     if not parallel.is_sharded(param) and not by_rows:
         return None
-    start, end = 0, len(param)  # of the tensor-parallel part
+    # First the rank's part of the tensor-parallel cut, of that its shard, and then where these rows stand in
+    # the file: packed blocks (q, k, v) make several ranges of them.
+    start, end = 0, len(param)
     if parallel.is_sharded(param):
         shape, first = parallel.place_of_shard(param)
         start, end = first[0], first[0] + shape[0] if math.prod(shape) else first[0]
@@ -637,6 +658,7 @@ def rows_held(param: torch.Tensor) -> list[tuple[int, int]] | None:
 @torch.no_grad()
 def copy_rows_(param: torch.Tensor, rows: torch.Tensor) -> None:
     """Copy what rows_held() names into a parameter, casting."""
+    # A cut by columns: whole rows were read.
     if hasattr(param, "cut") and param.cut.dim:
         rows = param.cut.take(rows)
     parallel.local(param).copy_(rows)
@@ -661,8 +683,8 @@ def _gathered_rows(x) -> torch.Tensor | None:
     (dim,) = [i for i, place in enumerate(x.placements) if place.is_shard(0)]
     if any(place for i, place in enumerate(x.device_mesh.get_coordinate()) if i != dim):
         return None  # a replica: its twin on the first one sends
-    # ranks hold `rows`, the last ones fewer
-    local, rows = (x.to_local(), -(-len(x) // x.device_mesh.size(dim)))
+    local, rows = x.to_local(), -(-len(x) // x.device_mesh.size(dim))
+    # The last ranks hold fewer rows, and a gather takes equally many: filled up, and cut off behind it.
     if len(local) < rows:
         local = torch.cat((local, local.new_zeros(rows - len(local), *x.shape[1:])))
     parts = _gather(local.contiguous(), x.device_mesh.get_group(dim))
@@ -681,6 +703,7 @@ def _gather(part: torch.Tensor, group) -> list[torch.Tensor] | None:  # all rank
 def in_threads(call, items: list) -> Iterator:
     """call(item) of each in order, by as many threads as torch has; what has not begun when one raises is
     not done."""
+    # Reading and numpy let other threads go on.
     pool = ThreadPoolExecutor(torch.get_num_threads())
     try:
         yield from pool.map(call, items)
@@ -695,12 +718,14 @@ def load_into(params: dict, weights: Weights, dtype: torch.dtype | None = None, 
     dtype: round to this first (None: only the parameter's own dtype counts). skip: names left alone on both
     sides.
     """
+    # Before anything is overwritten.
     check_names({name: parallel.whole_shape(p) for name, p in params.items()}, weights, ignore=skip)
     problem, peak, skip = None, 0.0, set(skip)
     try:
         peak = _load(params, weights, dtype, [name for name in weights if name not in skip])
     except (ValueError, OSError) as e:
         problem = str(e)
+    # A rank that raised alone would leave the others in their next collective.
     found = parallel.from_all((problem, peak))
     if problem := next((said for said, _ in found if said), None):
         raise ValueError(problem)
