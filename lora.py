@@ -13,6 +13,7 @@ import contextlib
 import difflib
 import fnmatch
 import functools
+import json
 import math
 import os
 import re
@@ -798,8 +799,8 @@ def load_adapter(
             _to_lora(model, name, rank, scaling, config.get("lora_dropout", 0.0))
             if config.get("use_dora"):
                 add_magnitude(module)
-        elif bool(config.get("use_dora")) != (module.lora_magnitude_vector is not None):
-            raise ValueError(f"{directory} has use_dora={bool(config.get('use_dora'))}; train it on as it is")
+        elif (theirs := bool(config.get("use_dora"))) != (module.lora_magnitude_vector is not None):
+            raise ValueError(f"{directory} has use_dora={json.dumps(theirs)}; set use_dora to the adapter's")
         elif module.rank != rank or not math.isclose(module.scaling, scaling):
             raise ValueError(
                 f"{directory}: {name} has rank {rank} and scaling {scaling:g}, "

@@ -283,6 +283,11 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
         ValueError, match="scaling 3, but lora_rank, lora_alpha and use_rslora give rank 2 and scaling 4"
     ):
         lora.load_adapter(other, tmp_path)
+    lora.inject(other := Toy(), TARGETS, 2, 6, 0)
+    for name in names:
+        lora.add_magnitude(other.get_submodule(name))
+    with pytest.raises(ValueError, match="use_dora=false; set use_dora to the adapter's"):
+        lora.load_adapter(other, tmp_path)
     lora.inject(other := Toy(), [r"h\.\d\..*"], 2, 6, 0)
     with pytest.raises(ValueError, match="no tensors for h.0.c_proj"):
         lora.load_adapter(other, tmp_path)
