@@ -449,8 +449,11 @@ def run(args, how: Decoding) -> int:
     if args.output:
         checkpoint.check_place(args.output, "output", keep=[p for e in index.entries for p in e.paths])
     check_what_is_asked(conversations, args, retrieving)
+    kind = args.quantize or cfg.quantize
+    few = kind or model_config.get("quantize")  # which a directory of quantize.py's says itself
     print(
-        f"scoring {directory} ({vlm.kind_of(model_config)}, {processor.stage}, {dtype}) with "
+        f"scoring {directory} ({vlm.kind_of(model_config)}, {processor.stage}, {dtype}"
+        f"{f', {few}' if few else ''}) with "
         f"{f'adapter {adapter}' if adapter else 'no adapter'} on "
         + ", ".join(f"{e.label} ({', '.join(e.paths)})" for e in index.entries)
         + (f", settings of {source}" if source else ""),
@@ -458,7 +461,6 @@ def run(args, how: Decoding) -> int:
     )
     if args.output and Path(args.output).is_file():
         say_again(args.output)
-    kind = args.quantize or cfg.quantize
     model = load(directory, processor, dtype, args.device, kind, adapter)
     print(f"device {args.device}, kernels: {kernels}", file=sys.stderr)
     result = {
@@ -468,7 +470,7 @@ def run(args, how: Decoding) -> int:
         "dataset": [e.settings for e in index.entries],
         "prompt_format": processor.stage,
         "dtype": dtype,
-        "quantize": kind,
+        "quantize": few,
         "metric_version": metrics.VERSION,
         "complete": True,
     }

@@ -14,6 +14,7 @@ from test_train_visualglm import glm_base  # noqa: F401 (a fixture)
 
 import checkpoint
 import data
+import evaluate
 import generate
 import lora
 import records
@@ -165,6 +166,14 @@ def test_a_quantized_checkpoint_is_read_back(bases, tmp_path, capsys, name, kind
     answer = capsys.readouterr().out
     assert generate.main(["--model_name_or_path", out, *question]) == 0
     assert capsys.readouterr().out == answer
+    (tmp_path / "q.jsonl").write_text('{"image": "a.png", "question": "what?", "answer": "red"}')
+    files = ["--data_files", str(tmp_path / "q.jsonl"), "--output", str(tmp_path / "r.json")]
+    assert evaluate.main(["--model_name_or_path", out, *files, "--max_new_tokens", "2"]) == 0
+    said = capsys.readouterr().out  # not taken for the whole weights, whose score is published
+    assert (
+        f", {kind}) with no adapter" in said
+        and json.loads((tmp_path / "r.json").read_text())["quantize"] == kind
+    )
     for main, more, words in (
         (train.main, ["--dataset", str(tmp_path), "--max_steps", "1"], "holds weights in"),
         (generate.main, [*question, "--quantize", kind], "already; leave it out"),
