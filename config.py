@@ -804,12 +804,6 @@ def validate_dataset(cfg: Config) -> None:
                 f"dataset.{split} is {shown(entries)}; expected a list of entries with data_files"
             )
         cfg.dataset[split] = [check_entry(f"dataset.{split}[{n}]", entry) for n, entry in enumerate(entries)]
-        for path in (p for e in cfg.dataset[split] for p in data.listed(e["data_files"]) if os.path.isdir(p)):
-            if Path(cfg.output_dir).resolve().is_relative_to(Path(path).resolve()):
-                raise ValueError(
-                    f"output_dir={cfg.output_dir} lies in {path}, whose files are the data: they would be "
-                    "others after each save; choose a directory elsewhere"
-                )
     if cfg.eval_split and cfg.dataset.get("eval"):
         raise ValueError(f"eval_split={cfg.eval_split} and the dataset's eval entries; use one of the two")
     evaluates = cfg.evaluation_strategy != "no", cfg.do_eval, cfg.sample_steps

@@ -98,6 +98,18 @@ def check_jitter(cfg: Config, plan: data.Plan) -> None:
             )
 
 
+def check_output(cfg: Config) -> None:
+    """ValueError for an output_dir in a folder of data: its files would be data too, others after each
+    save."""
+    entries = [entry for split in (cfg.dataset or {}).values() for entry in split]
+    for path in (p for entry in entries for p in data.listed(entry["data_files"]) if os.path.isdir(p)):
+        if Path(cfg.output_dir).resolve().is_relative_to(Path(path).resolve()):
+            raise ValueError(
+                f"output_dir={cfg.output_dir} lies in {path}, whose files are the data; choose a directory "
+                "elsewhere"
+            )
+
+
 def check_eval_use(cfg: Config) -> None:
     """Says that evaluation data stand unused; an unused file that is not there is refused like a used one."""
     entries = (cfg.dataset or {}).get("eval") or []
@@ -282,6 +294,7 @@ def prepare(
     # Before the data is read, which takes minutes for a large set.
     run_dir.check_seen(meeting)
     check_stage(cfg, definition)
+    check_output(cfg)
     processor = definition.processor(directory, cfg.stage)
     plan = read_plan(cfg, "train", processor, meeting)
     check_jitter(cfg, plan)

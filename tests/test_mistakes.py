@@ -189,6 +189,12 @@ def test_output_directory_that_is_no_run(capfd, base, dataset, tmp_path):
     )
     fails(capfd, train.main, common(base, dataset, tmp_path / "thesis.txt"), "is a file")
     assert (tmp_path / "thesis.txt").read_text() == "precious"
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    png(folder / "a.png")
+    (folder / "a.txt").write_text("red")
+    out = tmp_path / "folder/../folder/out"
+    fails(capfd, train.main, common(base, {"train": [{"data_files": str(folder)}]}, out), "lies in", folder)
 
 
 @pytest.mark.parametrize("case", ["missing", "extra", "shape", "truncated", "no config", "wrong tokenizer"])
