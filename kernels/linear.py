@@ -63,7 +63,11 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor:
 def mkl_is_slow() -> bool:
     """On this CPU, in fp32."""
     about = Path("/proc/cpuinfo")
-    return about.exists() and "AuthenticAMD" in about.read_text() and torch.backends.mkldnn.is_available()
+    return (
+        about.exists()
+        and "AuthenticAMD" in about.read_text(encoding="utf-8", errors="replace")
+        and torch.backends.mkldnn.is_available()
+    )
 
 
 def faster(a: Tensor, b: Tensor) -> bool:
