@@ -687,9 +687,10 @@ def dry_run(cfg: Config, config: dict, definition, plan, world_size: int) -> str
 def main() -> int:
     import plan  # which needs this file
 
-    if sys.argv[1:2] != ["plan"]:
+    argv = sys.argv[1:]
+    if argv[:1] not in (["plan"], ["-h"], ["--help"]):
         raise ValueError("expected: estimate.py plan --model qwen-vl-7b --gpus 64 (--help lists all)")
-    return plan.main(sys.argv[2:])
+    return plan.main(argv[argv[0] == "plan" :])
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def test_command_is_understood(copy, monkeypatch, capfd, command):
         if not re.search(r"--init_from|--lora_path|grounding", command):
             run([*argv, *([] if "--dry_run" in argv else ["--dry_run"])], world, main)
         return
-    run([*(word for word in argv if word in ("check", "preview", "bench")), "--help"], main=main)
+    run([*(word for word in argv if word in ("check", "preview", "bench", "plan")), "--help"], main=main)
     known = capfd.readouterr().out
     flags = [word for word in argv if word.startswith("--")]
     assert known and not [flag for flag in flags if not re.search(rf"{flag}\b", known)], known
