@@ -17,7 +17,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import signal
 import sys
 import threading
@@ -37,7 +36,7 @@ import checkpoint
 import terminal
 import vlm
 from images import short
-from record_files import JsonLines, open_files, read_document
+from record_files import JsonLines, open_files, read_system
 from records import READERS, BadRecord, Conversation, conversations_of, one_record, say_keys, unused_keys
 from terminal import cut, nearest, one_line
 
@@ -209,29 +208,6 @@ def share_of(record) -> float:
     # 48 bits: a float holds them exactly.
     digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
-
-
-def read_system(path: str | None) -> str | None:
-    """System text of a PaddleNLP chat template, {"system": "<|im_start|>system\\n...<|im_end|>"} or plain
-    text."""
-    if path is None:
-        return None
-    if not isinstance(path, str):
-        raise ValueError(f"chat_template must be the path of a file, got {cut(path)}")
-    if os.path.isdir(path):
-        raise ValueError(f"chat_template={cut(path)} is a directory; give the file with the template")
-    if not os.path.isfile(path):
-        print(f"warning: no chat_template file {path}; the model's own template is used", file=sys.stderr)
-        return None
-    document = read_document(path)
-    system = document.get("system") if isinstance(document, dict) else None
-    if system is None:
-        return None
-    if not isinstance(system, str):
-        raise ValueError(f"{path}: 'system' must be a text, got {cut(system)}")
-    # The template's markers are the tokenizer's business: the text between them is what counts.
-    match = re.fullmatch(r"\s*<\|im_start\|>system\n(.*?)<\|im_end\|>\s*", system, re.S)
-    return match.group(1) if match else system
 
 
 def open_entries(entries: list[dict]) -> list[Entry]:

@@ -11,6 +11,7 @@ import functools
 import io
 import json
 import os
+import re
 import sys
 from array import array
 from collections import Counter
@@ -420,3 +421,26 @@ def vqa_v2(path: str, document: dict, annotations: dict) -> list[dict]:
         name = files.get(image) if files else f"{subset}/COCO_{subset}_{int(image):012d}.jpg"
         records.append({**annotation, **question, "image": name})
     return records
+
+
+def read_system(path: str | None) -> str | None:
+    """System text of a PaddleNLP chat template, {"system": "<|im_start|>system\\n...<|im_end|>"} or plain
+    text."""
+    if path is None:
+        return None
+    if not isinstance(path, str):
+        raise ValueError(f"chat_template must be the path of a file, got {cut(path)}")
+    if os.path.isdir(path):
+        raise ValueError(f"chat_template={cut(path)} is a directory; give the file with the template")
+    if not os.path.isfile(path):
+        print(f"warning: no chat_template file {path}; the model's own template is used", file=sys.stderr)
+        return None
+    document = read_document(path)
+    system = document.get("system") if isinstance(document, dict) else None
+    if system is None:
+        return None
+    if not isinstance(system, str):
+        raise ValueError(f"{path}: 'system' must be a text, got {cut(system)}")
+    # The template's markers are the tokenizer's business: the text between them is what counts.
+    match = re.fullmatch(r"\s*<\|im_start\|>system\n(.*?)<\|im_end\|>\s*", system, re.S)
+    return match.group(1) if match else system
