@@ -353,9 +353,10 @@ class Measurer:
         return found
 
 
-def ends_with_parent() -> None:
-    """For a worker: it ends when its parent does, however that dies;
-    signals of a terminal are the parent's."""
+def begin_worker(_=None) -> None:
+    """In a process of its own: it takes one core, ends when its parent does, however that dies, and leaves
+    signals of a terminal to it."""
+    torch.set_num_threads(1)
     # Ctrl-C reaches the whole group: the parent decides, and its workers end with it.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -377,9 +378,7 @@ _measurer = None  # in a forked worker of measure_all: the parent's Measurer
 def _start_worker(measurer):
     global _measurer
     _measurer = measurer
-    # One core each: workers are many.
-    torch.set_num_threads(1)
-    ends_with_parent()
+    begin_worker()
 
 
 def _measure_in_worker(task):
@@ -478,10 +477,10 @@ def read_index(path: Path) -> tuple[np.ndarray, list, list] | None:
         if index_checksum(rows, listing) == checksum:
             problems, files = json.loads(listing)
             return rows, [tuple(p) for p in problems], files
+        problem = "does not fit its checksum"
     except Exception as e:  # a damaged archive raises all sorts of errors
-        print(f"warning: {path} is damaged ({one_line(e)}) and is made again", file=sys.stderr)
-        return None
-    print(f"warning: {path} does not fit its checksum and is made again", file=sys.stderr)
+        problem = f"is damaged ({one_line(e)})"
+    print(f"warning: {path} {problem} and is made again", file=sys.stderr)
     return None
 
 
@@ -924,7 +923,7 @@ class TrainLoader:
             batch_size=None,
             collate_fn=lambda item: item,
             num_workers=self.num_workers,
-            worker_init_fn=_start_loading,
+            worker_init_fn=begin_worker,
             # Forked: index, entries and tokenizer are shared, not sent.
             multiprocessing_context="fork" if self.num_workers else None,
         )
@@ -935,11 +934,6 @@ class TrainLoader:
             if "DataLoader worker" not in str(e) or "exited unexpectedly" not in str(e):
                 raise
             raise ValueError(f"a data worker died (out of memory?); lower num_workers: {one_line(e)}") from e
-
-
-def _start_loading(worker):
-    torch.set_num_threads(1)
-    ends_with_parent()
 
 
 # --------------------------------------------------------------------------------------------------
