@@ -98,6 +98,22 @@ def check_jitter(cfg: Config, plan: data.Plan) -> None:
             )
 
 
+def say_shared(plan: data.Plan, eval_plan: data.Plan) -> None:
+    """Names what is trained on and evaluated: its score would say nothing of what is unseen."""
+    # By content; of one file, two splits or two shares are different records.
+    trained, asked = (
+        [e for e in p.index.entries if not (e.splits or e.eval_split)] for p in (plan, eval_plan)
+    )
+    known = {digest for entry in trained for digest in entry.digests}
+    for entry in asked:
+        if known.issuperset(entry.digests):
+            print(
+                f"warning: the eval entry {entry.label} ({', '.join(entry.paths)}) is trained on too; "
+                "--eval_split 0.05 keeps a share back",
+                file=sys.stderr,
+            )
+
+
 def check_output(cfg: Config) -> None:
     """ValueError for an output_dir in a folder of data: its files would be data too, others after each
     save."""
@@ -308,6 +324,8 @@ def prepare(
     # Before the process group: still one line and the end.
     if evaluating:
         check_metric(cfg, eval_plan)
+        if meeting.main:
+            say_shared(plan, eval_plan)
     # The layout as it will be; there is no process group yet.
     pp, replicas, shards, _ = parallel.layout(
         meeting.size,

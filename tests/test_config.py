@@ -2,13 +2,17 @@
 
 import json
 import math
+import shutil
 import typing
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from ranks import exit_codes, script, start
 
 import config
 import data as loading
+import resume
 import train
 
 HINTS = typing.get_type_hints(config.Config)
@@ -238,6 +242,25 @@ def test_unused_evaluation_data_are_said(base, dataset, tmp_path, capfd, given):
     err = capfd.readouterr().err
     assert codes == [expected], err
     assert ("nope.jsonl" if expected else "are not evaluated in this run") in err
+
+
+def test_evaluation_on_what_is_trained_on_is_said(base, dataset, tmp_path, capfd):
+    """By content, under whatever name; not of two shares of one file."""
+    entry = dataset["train"][0]
+    copied = {**entry, "data_files": str(shutil.copy(entry["data_files"], tmp_path / "other.jsonl"))}
+    copied["image_root"] = str(Path(entry["data_files"]).parent)
+    data = {"train": [entry], "eval": [*dataset["eval"], copied]}
+    argv = ["--model_name_or_path", base, "--output_dir", tmp_path / "out", "--do_eval", "true"]
+    argv += ["--max_steps", "1", "--num_workers", "0", "--max_length", "128", "--dataset", json.dumps(data)]
+    assert exit_codes(start(script, train.main, [str(word) for word in argv])) == [0]
+    err = capfd.readouterr().err
+    assert err.count("is trained on too") == 1 and "other.jsonl) is trained on too" in err
+    index = {
+        split: SimpleNamespace(entries=loading.open_entries(entries))
+        for split, entries in loading.hold_out({"train": [entry]}, 0.5).items()
+    }
+    resume.say_shared(*(SimpleNamespace(index=index[split]) for split in ("train", "eval")))
+    assert "trained on" not in capfd.readouterr().err
 
 
 def test_a_directory_is_no_chat_template(tmp_path):
