@@ -52,6 +52,7 @@ DEFAULT_DATASET = {
 ENTRY_KEYS = "name data_files image_root weight max_samples chat_template splits eval_split eval_part".split()
 # torch's cross entropy knows it as "no target".
 IGNORE = -100
+CHANGED = "the file was changed after this run had read it; restore it, or begin again"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -295,7 +296,10 @@ class Index:
 
     def conversation(self, number: int) -> Conversation:
         # Read anew: the row says which record, and which of its samples.
-        return self.entries[self.entry[number]].conversations(int(self.record[number]))[self.part[number]]
+        found, part = self.entries[self.entry[number]].conversations(int(self.record[number])), self.part
+        if part[number] >= len(found):
+            raise BadRecord(self.where(number), CHANGED)
+        return found[part[number]]
 
 
 class Measurer:
@@ -782,6 +786,7 @@ def load_sample(plan: Plan, number: int, epoch: int, processor, image_jitter=0.0
     # Whatever a record does wrong, here or in its images, is that record's fault and has its name.
     with one_record(conversation.where):
         sample = processor.encode(conversation, plan.max_length)
+        demand(len(sample["input_ids"]) == plan.index.length[number], CHANGED)
         attach_images(sample, processor, features, image_jitter, seed=key)
     sample.update(sample_id=f"{conversation.where}#{conversation.id}", dataset_id=entry, key=key)
     return sample

@@ -75,9 +75,9 @@ class Planner:
 
     def __init__(self, cfg: Config, config: dict, card):
         self.card, self.definition, self.parts = card, vlm.find(config), {}
-        self.model = estimate.network(cfg, config, self.definition)
-        if len(self.model.LOSSES) > 1:
+        if len(self.definition.network(config).LOSSES) > 1:
             raise ValueError(f"--model {cfg.model_name_or_path}: expected one that is trained for one loss")
+        self.model = estimate.network(cfg, config, self.definition)
         alone = list(layouts(cfg, 1, 1, 1))  # one sample, without recomputation and with it
         one = estimate.streams(None, alone[0])[1]
         self.flops = [estimate.step_flops(self.model, one, estimate.layout_of(c, 1)) for c in alone]

@@ -391,6 +391,22 @@ def test_an_index_is_gone_on_with(tmp_path, monkeypatch, change, again, more):
     assert (build(cache).rows == fresh.rows).all() and len(measured) == len(fresh.problems)
 
 
+@pytest.mark.parametrize("other", [["one two", "six"], ["one", "two", "x"]])
+def test_a_file_that_changes_during_a_run_is_said(tmp_path, other):
+    """Captions are lost, or have another number of words than the step was planned with."""
+    picture(tmp_path / "a.png")
+    path = tmp_path / "a.jsonl"
+
+    def write(captions):
+        path.write_text(json.dumps({"image": "a.png", "caption": captions}).ljust(99))
+
+    write(["one two", "three four five", "six"])
+    plan = data.Plan(data.build_index([{"data_files": str(path)}], Processor(), 64, None), 0, 64)
+    write(other)
+    (_, _, (batch,)), *_ = data.TrainLoader(plan, Processor(), range(1), data.Deal(per_device_batch=3))
+    assert batch.bad and all(reason == data.CHANGED for _, reason in batch.bad), batch.bad
+
+
 def test_bad_records_are_counted_and_listed(tmp_path):
     picture(tmp_path / "a.png")
     lines = [json.dumps({"conversations": [["q", "a"]]})] * 100

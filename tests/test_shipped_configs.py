@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 from ranks import run
 
+import estimate
+import vlm
+from config import parse_config
 from runs import make_grounding
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,3 +42,12 @@ def test_configuration_starts(tmp_path, capfd, monkeypatch, name):
         shape = SHAPES.get(name) or SHAPES[str(Path(name).parent)]
         run([name, *out, "--model_name_or_path", shape, "--dry_run"])
         assert "GiB" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("shape", ["blip2-opt-2.7b", "blip2-flan-t5-xl"])
+def test_one_lora_configuration_serves_both_language_models(shape):
+    values = vlm.shape(shape)
+    cfg = parse_config(["configs/blip2/lora.json", "--model_name_or_path", shape])
+    model = estimate.network(cfg, values, vlm.find(values))
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert names and all(".lora_" in name and "language_model" in name for name in names)
