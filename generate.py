@@ -300,8 +300,8 @@ def load_quantized(directory, processor, dtype: str, device, kind: str, lora_pat
     print(f"{quantize.quantize(model, kind, probe)} (against {dtype})", file=sys.stderr)
     if torch.device(device).type == "cpu" and (kind == "nf4" or dtype != "bfloat16"):
         print(
-            f"note: on a CPU {kind} in {dtype} saves memory, but answers slower than whole weights; "
-            "int8 and int4 with --dtype bfloat16 do not",
+            f"note: on a CPU {kind} in {dtype} saves memory, but answers slower than whole weights; int8 and "
+            "int4 with --dtype bfloat16 are about as fast",
             file=sys.stderr,
         )
     return model.to(device)
