@@ -168,25 +168,37 @@ class QwenTokenizer:
         whole.normalizer, whole.decoder = normalizers.NFC(), decoders.ByteLevel()
         return whole.to_str()
 
+    def path_at(self, ids: list[int], start: int, strict: bool) -> bytes | None:
+        """The path that the image span from `start` on holds: bytes, then pads; None if it holds none."""
+        if self.img_end not in ids[start:]:
+            return None
+        span = ids[start + 1 : ids.index(self.img_end, start)]
+        path = span[: span.index(self.img_pad)] if self.img_pad in span else None
+        if path is not None and all(token < 256 for token in path):
+            return bytes(path)
+        if strict:
+            raise ValueError(f"an image span without a path and a pad, at place {start}")
+        return None
+
     def decode(
         self,
         ids: list[int],
         skip_special: bool = False,
         keep_image_special: bool = False,
         errors: str = "replace",
+        strict: bool = False,
     ) -> str:
-        """Text of the ids; an image span becomes `<img>path</img>` again. ValueError for a span without a
-        pad, as the original."""
+        """Text of the ids; an image span becomes `<img>path</img>` again. What a model may say and no path
+        has, a span without a pad or with other tokens than bytes, is the text of its tokens; ValueError if
+        `strict`, as in the original."""
         out, i = b"", 0
         kept_tags = {self.special[t] for t in VISION_TAGS[:6]} if keep_image_special else set()
         ids = [int(t) for t in ids]
         while i < len(ids):
             token = ids[i]
-            if token == self.img_start and self.img_end in ids[i:]:
-                end = ids.index(self.img_end, i)
-                path = bytes(ids[i + 1 : ids.index(self.img_pad, i + 1, end)])
+            if token == self.img_start and (path := self.path_at(ids, i, strict)) is not None:
                 out += path if skip_special else b"<img>" + path + b"</img>"
-                i = end
+                i = ids.index(self.img_end, i)
             elif token < self.num_base_tokens:
                 out += self.token_bytes[token]
             elif token in self.special_text and (not skip_special or token in kept_tags):

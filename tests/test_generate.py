@@ -2,6 +2,7 @@
 command line."""
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,9 @@ import merge
 import model_qwen_vl as qwen
 import records
 import sampling
+import vlm
+
+SAMPLES = Path(__file__).resolve().parent.parent / "samples"
 
 
 @pytest.fixture(scope="module")
@@ -519,3 +523,29 @@ def test_command_line_answers_requests(tmp_path):
 def test_the_type_of_weights_is_the_checkpoints_on_a_gpu(tmp_path, named, device, dtype):
     (tmp_path / "config.json").write_text(json.dumps(named))
     assert g.default_dtype(str(tmp_path), device) == dtype
+
+
+@pytest.mark.parametrize("name", ["tiny_qwen_vl", "tiny_visualglm", "tiny_blip2"])
+def test_whatever_a_model_says_is_a_text(name):
+    """Ids in any order, marks of images most of all: a model that is sampled from may say them."""
+    directory, rng = SAMPLES / name, random.Random(0)
+    values = checkpoint.read_config(directory)
+    definition = vlm.find(values)
+    processor, size = definition.processor(directory), definition.network(values).config.vocab_size
+    marks = definition.probe_batch(processor).input_ids.unique().tolist()  # of an image and its question
+    for _ in range(300):
+        ids = [rng.choice((rng.randrange(size), rng.choice(marks))) for _ in range(rng.randrange(1, 30))]
+        assert isinstance(processor.decode(ids), str) and isinstance(processor.tokenizer.decode(ids), str)
+
+
+def test_an_image_mark_in_an_answer_is_its_text():
+    """As the tag that it is, in front of what stands behind it; a path between marks is a path."""
+    tokenizer = qwen.load_processor(SAMPLES / "tiny_qwen_vl").tokenizer
+    start, end, pad = tokenizer.img_start, tokenizer.img_end, tokenizer.img_pad
+    said = tokenizer.encode("a cat")
+    assert tokenizer.decode([start, *said, end]) == "<img>a cat</img>"
+    assert tokenizer.decode([start, end, *said]) == "<img></img>a cat"
+    assert tokenizer.decode([start, *b"a.png", pad, pad, end]) == "<img>a.png</img>"
+    for wrong in ([start, end], [start, 300, pad, end]):
+        with pytest.raises(ValueError, match="without a path"):
+            tokenizer.decode(wrong, strict=True)

@@ -330,7 +330,7 @@ def test_golden_tokenizer_strings(tokenizer, tokenizer_golden):
             assert tokenizer.encode(s["text"], special="vision") == s["ids_image_specials_only"], s["text"]
         if s.get("decode_error"):
             with pytest.raises(ValueError):
-                tokenizer.decode(s["ids"])
+                tokenizer.decode(s["ids"], strict=True)
             continue
         assert tokenizer.decode(s["ids"]) == s["decoded"], s["text"]
         assert tokenizer.decode(s["ids"], skip_special=True) == s["decoded_skip_special"], s["text"]
