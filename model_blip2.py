@@ -731,12 +731,7 @@ class Blip2Processor:
                 "tokenizer and config.json do not belong together: texts begin and end with tokens "
                 f"{tokenizer.begin} and {tokenizer.eos}; by text_config with {begin} and {eos}"
             )
-        if (stage == "pretrain1") != stage1:
-            kind = "a stage-1" if stage1 else "a captioning"
-            raise ValueError(
-                f"stage={stage} and {kind} checkpoint do not go together: pretrain1 takes a stage-1 "
-                "checkpoint, the others don't"
-            )
+        MODEL.check_stage(stage, config.raw)
         # What the contract (vlm.Processor) asks for.
         self.config, self.tokenizer, self.stage = config, tokenizer, stage
         self.image_size, self.num_image_tokens = config.vision.image_size, config.num_query_tokens

@@ -443,6 +443,9 @@ def read_state(directory) -> dict:
     kinds |= {"best_step": int | None, "facts": dict | None, "scaler": dict | None, "run": str | None}
     for key, kind in {**kinds, "best_metric": number, "evaluated": bool | None}.items():
         schema.check(state.get(key), kind, f"{path}: {key}")
+    for key in ("epoch", "units", "bad", "samples", "since_best"):
+        if (state.get(key) or 0) < 0:
+            raise ValueError(f"{path}: {key} is {state[key]}; expected 0 or more; fetch or write it again")
     state.pop("train_state", None)
     name = Path(directory).resolve().name
     if state["step"] < 0 or name.startswith("checkpoint-") and name != f"checkpoint-{state['step']}":
@@ -496,6 +499,10 @@ class Log:
         if cfg.do_train:
             with checkpoint.atomic_file(self.path, "w") as file:
                 file.write("".join(line + "\n" for line in kept))
+        elif self.path.exists() and not (text := self.path.read_bytes()).endswith(b"\n"):
+            os.truncate(
+                self.path, text.rfind(b"\n") + 1
+            )  # a killed run's half line: ours would be glued to it
         self.file = open(self.path, "a", encoding="utf-8")
         self.progress = terminal.Progress(total, enabled=not cfg.disable_tqdm)
         run_id = run_dir.start.id

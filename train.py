@@ -957,6 +957,7 @@ def main(argv: list[str] | None = None) -> int:
 def dry_run(cfg: Config, config: dict, definition: vlm.Model, directory: Path | None) -> int:
     """Prints what the run would need (estimate.py). A preset has no tokenizer, so no data: full streams."""
     check_stage(cfg, definition)
+    definition.check_stage(cfg.stage, config)
     plan = None
     if directory is not None:
         entries = (cfg.dataset or data.DEFAULT_DATASET)["train"]

@@ -280,9 +280,16 @@ class Model:
         if missing := [f.name for f in fields(self) if getattr(self, f.name) is REQUIRED]:
             raise ValueError(f"MODEL lacks {', '.join(missing)}; vlm.Model says what each is")
 
-    def check_stage(self, stage: str) -> None:
+    def check_stage(self, stage: str, config: dict | None = None) -> None:
+        """ValueError for a stage that this model does not have, or not with such a checkpoint."""
         if stage not in self.stages:
             raise ValueError(f"stage={stage!r}; expected one of {', '.join(self.stages)} for this model")
+        if config is not None and (stage in self.contrasted) != bool(self.retrieval_stage(config)):
+            kind, taking = "captioning" if stage in self.contrasted else "stage-1", ", ".join(self.contrasted)
+            raise ValueError(
+                f"stage={stage} and a {kind} checkpoint do not go together: {taking} takes a stage-1 "
+                "checkpoint, the others don't"
+            )
 
     def network(self, config: dict) -> nn.Module:
         """The model without weights, on the meta device. ValueError with the list of what its class lacks."""

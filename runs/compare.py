@@ -8,6 +8,7 @@ Reads run.json or train_config.json and log.jsonl of each; also while a run goes
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def log(run: Path) -> list[dict]:
         try:
             record = parsed(line, where)
             wanted = {"step", "tokens_per_s"} if "loss" in record else {"step"}
-            for key in wanted | {"loss", "eval_loss"} & record.keys():
+            for key in wanted | {k for k in record if k == "loss" or k.startswith("eval_")}:
                 if not isinstance(record.get(key), int | float):
                     raise ValueError(f"{where}: {key} is {record.get(key)!r}; expected a number")
         except ValueError:
@@ -89,9 +90,13 @@ def table(names: list[str], rows: dict[str, list[str]]) -> str:
     )
 
 
-def shown(value) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
+def shown(values: list) -> list[str]:
+    """Values of a setting; of long ones the place where they begin to differ."""
+    texts = [json.dumps(value, ensure_ascii=False, sort_keys=True) for value in values]
+    if max(map(len, texts)) <= 60:
+        return texts
+    start = max(0, len(os.path.commonprefix(texts)) - 20)
+    return ["..." * (start > 0) + (t if len(t) <= 57 else t[:54] + "...") for t in (x[start:] for x in texts)]
 
 
 def picture(names: list[str], logs: list[list[dict]], out: Path) -> None:
@@ -123,8 +128,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {e}", file=sys.stderr)
         return 1
     names, keys = [str(run) for run in args.runs], dict.fromkeys(key for c in configs for key in c)
-    differ = {k: [shown(c.get(k)) for c in configs] for k in keys if k not in ABOUT}
-    differ = {k: values for k, values in differ.items() if len(set(values)) > 1}
+    differ = {k: shown([c.get(k) for c in configs]) for k in keys if k not in ABOUT}
+    differ = {k: texts for k, texts in differ.items() if len(set(texts)) > 1}
     print(table(names, differ) if differ else "all settings are equal")
     rows = [summary(records) for records in logs]
     columns = dict.fromkeys(key for row in rows for key in row)

@@ -44,10 +44,9 @@ def test_configuration_starts(tmp_path, capfd, monkeypatch, name):
         assert "GiB" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("shape", ["blip2-opt-2.7b", "blip2-flan-t5-xl"])
-def test_one_lora_configuration_serves_both_language_models(shape):
-    values = vlm.shape(shape)
-    cfg = parse_config(["configs/blip2/lora.json", "--model_name_or_path", shape])
+def test_the_lora_configuration_serves_flan_t5_too():
+    values = vlm.shape("blip2-flan-t5-xl")
+    cfg = parse_config(["configs/blip2/lora.json", "--model_name_or_path", "blip2-flan-t5-xl"])
     model = estimate.network(cfg, values, vlm.find(values))
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     assert names and all(".lora_" in name and "language_model" in name for name in names)

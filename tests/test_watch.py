@@ -5,13 +5,16 @@ import json
 import os
 import re
 import signal
+import types
 from pathlib import Path
 
 import pytest
 from ranks import Replaced, run
 from test_train import arguments, assert_same_run, losses
 
+import run_dir
 import train
+from config import Config
 from runs import compare
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -186,6 +189,7 @@ def test_runs_side_by_side(base, dataset, tmp_path, capsys):
         ("{}", '{"step": 1, "loss": null, "tokens_per_s": 3}\n{}\n', "log.jsonl:1: loss is None"),
         ("{}", '{"step": 1, "loss": 2.0}\n{}\n', "log.jsonl:1: tokens_per_s is None"),
         ("{}", '{"step": 1, "lo\n{"step": 2}\n', "log.jsonl:1: not valid JSON"),
+        ("{}", '{"step": 1, "eval_x": "0.5"}\n{}\n', "log.jsonl:1: eval_x is '0.5'"),
         (None, "", "is no run"),
     ):
         (bad / "train_config.json").write_bytes((config or "").encode(errors="surrogatepass"))
@@ -196,3 +200,23 @@ def test_runs_side_by_side(base, dataset, tmp_path, capsys):
         assert compare.main([str(a), str(bad)]) == 1
         error = capsys.readouterr().err
         assert error.startswith("error: ") and words in error and error.count("\n") == 1, error
+
+
+def test_settings_that_differ_far_behind_are_shown(tmp_path, capsys):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        dataset = {"train": [{"data_files": "d" * 200 + name, "image_root": "e" * 200}]}
+        (tmp_path / name / "train_config.json").write_text(json.dumps({"dataset": dataset, "seed": 0}))
+    assert compare.main([str(tmp_path / "one"), str(tmp_path / "two")]) == 0
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("dataset"))
+    assert "done" in row and "dtwo" in row and len(row) < 160
+
+
+def test_an_evaluation_is_not_written_behind_half_a_line(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 3}\n{"step": 4, "lo')
+    where = types.SimpleNamespace(path=tmp_path, log_path=lambda: path, start=types.SimpleNamespace(id="a"))
+    log_file = run_dir.Log(Config(do_train=False, do_eval=True), where, 3, 3, True)
+    log_file.write({"step": 3, "eval_loss": 1.0})
+    log_file.close()
+    assert log(tmp_path) == [{"step": 3}, {"step": 3, "eval_loss": 1.0}]
