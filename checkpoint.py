@@ -514,6 +514,8 @@ def check_state(tensors, path) -> None:
     """ValueError unless what a pickle held is a dictionary of names and plain tensors."""
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise ValueError(f"{path} is not a plain dictionary of tensors; save its state dict alone")
+    if not tensors:
+        raise ValueError(f"{path} holds no tensor; save the model's state dict")
     for name, t in tensors.items():
         if not isinstance(name, str):
             raise ValueError(f"{path}: a tensor has the name {name!r}; expected text")

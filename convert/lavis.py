@@ -342,6 +342,11 @@ def main(argv: list[str] | None = None) -> int:
     add("out")
     add("--image_size", type=int, required=True)
     args = parser.parse_args(argv)
+    out = Path(args.out)
+    if args.command != "export" and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not empty; name a new directory")
+    if (place := getattr(args, "tokenizer", None)) and not Path(place).is_dir():
+        raise ValueError(f"--tokenizer {place} is no directory; give the one that has the tokenizer's files")
     args.run(args)
     print(f"written: {args.out}")
     return 0

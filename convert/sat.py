@@ -187,6 +187,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.target.exists():
         raise ValueError(f"{args.target} exists; choose another directory")
+    if args.tokenizer and (args.direction == "export" or not args.tokenizer.is_dir()):
+        raise ValueError(
+            f"--tokenizer {args.tokenizer}: expected with import, a directory with ice_text.model"
+        )
     if args.direction == "import":
         import_sat(args.source, args.target, args.qkv == "split", args.tokenizer)
         print(

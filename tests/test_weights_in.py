@@ -774,6 +774,13 @@ def test_lavis_commands(tmp_path):
     assert large.pop(name).shape[1] == (128 // config["vision_config"]["patch_size"]) ** 2 + 1
     assert not [n for n in large if not torch.equal(large[n], whole[n].float())]
     refused("--config", lavis.main, ["import", str(tmp_path / "none.pth"), "--out", str(tmp_path / "y")])
+    lavis.main(["export", str(base), "--out", str(file)])
+    onto = [["import", str(file), "--base", str(base), "--out"], ["resize", "--image_size", "128", str(base)]]
+    for argv in (*onto, ["init", str(base), "--tower", str(file), "--out"]):
+        refused("exists and is not empty", lavis.main, [*argv, str(tmp_path / "large")])
+    nowhere = ["--tokenizer", str(tmp_path / "none")]
+    refused("is no directory", lavis.main, [*onto[0], str(tmp_path / "y"), *nowhere])
+    refused("ice_text", sat.main, ["import", str(base), str(tmp_path / "y"), "--qkv", "split", *nowhere])
 
 
 def test_damaged_lavis_files(tmp_path):
@@ -814,6 +821,6 @@ def test_damaged_lavis_files(tmp_path):
         refused(None, import_lavis, {"model": {**state, **change}})
     for gone in ("visual_encoder.blocks.0.attn.q_bias", "visual_encoder.blocks.0.attn.v_bias", name):
         refused(None, import_lavis, {"model": {n: t for n, t in state.items() if n != gone}})
-    for saved in ([1], {"model": [1]}, Evil()):
+    for saved in ([1], {"model": [1]}, {"model": {}}, Evil()):
         refused(None, import_lavis, saved)
     assert not out.exists() and not (tmp_path / "ran").exists()
