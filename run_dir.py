@@ -438,11 +438,13 @@ def read_state(directory) -> dict:
     path = Path(directory) / "trainer_state.json"
     state = schema.read_json(path, "expected a checkpoint-N directory of a training run")
     number = float | int | None
-    kinds = {"step": int, "epoch": int | None, "units": int | None, "bad": int | None, "samples": int | None}
-    kinds |= {"since_best": int | None, "probe": dict | None}
+    kinds = {"step": int, "epoch": int | None, "units": int | None, "bad": int, "samples": int}
+    kinds |= {"since_best": int, "probe": dict | None}
     kinds |= {"best_step": int | None, "facts": dict | None, "scaler": dict | None, "run": str | None}
     for key, kind in {**kinds, "best_metric": number, "evaluated": bool | None}.items():
-        schema.check(state.get(key), kind, f"{path}: {key}")
+        # Runs of before some of them were counted have no such key.
+        if key in state or key == "step":
+            schema.check(state.get(key), kind, f"{path}: {key}")
     for key in ("epoch", "units", "bad", "samples", "since_best"):
         if (state.get(key) or 0) < 0:
             raise ValueError(f"{path}: {key} is {state[key]}; expected 0 or more; fetch or write it again")

@@ -213,10 +213,11 @@ def write_model(
         state = {**state, name: resize_positions(state[name], grid, grid)}
     missing, unknown = sorted(shapes.keys() - state.keys()), sorted(state.keys() - shapes.keys())
     if missing or unknown:
+        found = {"are missing": missing, "have no place": unknown}
+        said = [f"{len(n)} tensors {what} ({', '.join(n[:3])})" for what, n in found.items() if n]
         raise ValueError(
-            f"{len(missing)} tensors are missing ({', '.join(missing[:3])}), {len(unknown)} have no place "
-            f"({', '.join(unknown[:3])}); give the other files too (eva_vit_g.pth, --base with the language "
-            "model) and the config.json that belongs to them"
+            f"{', '.join(said)}; give the other files too (eva_vit_g.pth, --base with the language model) "
+            "and the config.json that belongs to them"
         )
     wrong = [
         f"{n} is {tuple(state[n].shape)}, expected {tuple(s)}"

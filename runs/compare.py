@@ -50,8 +50,10 @@ def log(run: Path) -> list[dict]:
             record = parsed(line, where)
             wanted = {"step", "tokens_per_s"} if "loss" in record else {"step"}
             for key in wanted | {k for k in record if k == "loss" or k.startswith("eval_")}:
-                if not isinstance(record.get(key), int | float):
-                    raise ValueError(f"{where}: {key} is {record.get(key)!r}; expected a number")
+                value = record.get(key)
+                # a whole number of 400 digits is none that a loss can be
+                if not isinstance(value, int | float) or isinstance(value, int) and abs(value) > 1 << 60:
+                    raise ValueError(f"{where}: {key} is {value!r:.40}; expected a number")
         except ValueError:
             if n < len(lines):
                 raise

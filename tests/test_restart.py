@@ -18,6 +18,7 @@ from test_train import arguments, losses
 
 import checkpoint
 import train
+from run_dir import read_state
 
 LORA = {
     "lora": True,
@@ -380,3 +381,17 @@ def test_nothing_that_is_not_finite_is_published(base, dataset, tmp_path, capfd)
         run(argv, main=Replaced("train.clip_and_step", ruined))
     assert "the last checkpoint stands" in capfd.readouterr().err and not checkpoints(tmp_path / "out")
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"bad": None}, {"samples": None}, {"since_best": -1}, {"step": None}, {"bad": "0"}]
+)
+def test_a_state_that_no_run_wrote_is_refused(tmp_path, wrong):
+    """By its key, not behind the start; keys of today are missing in states of before."""
+    path = tmp_path / "checkpoint-3" / "trainer_state.json"
+    path.parent.mkdir()
+    path.write_text('{"step": 3}')
+    assert read_state(path.parent) == {"step": 3}
+    path.write_text(json.dumps({"step": 3, "bad": 0, "samples": 6, "since_best": 0} | wrong))
+    with pytest.raises(ValueError, match=f"trainer_state.json: {next(iter(wrong))}"):
+        read_state(path.parent)

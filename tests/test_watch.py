@@ -190,6 +190,7 @@ def test_runs_side_by_side(base, dataset, tmp_path, capsys):
         ("{}", '{"step": 1, "loss": 2.0}\n{}\n', "log.jsonl:1: tokens_per_s is None"),
         ("{}", '{"step": 1, "lo\n{"step": 2}\n', "log.jsonl:1: not valid JSON"),
         ("{}", '{"step": 1, "eval_x": "0.5"}\n{}\n', "log.jsonl:1: eval_x is '0.5'"),
+        ("{}", '{"step": 1, "eval_x": 1' + 400 * "0" + "}\n{}\n", "log.jsonl:1: eval_x is 1000"),
         (None, "", "is no run"),
     ):
         (bad / "train_config.json").write_bytes((config or "").encode(errors="surrogatepass"))
