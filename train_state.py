@@ -8,6 +8,7 @@ shard); with a parallel.Cut it is a tensor-parallel rank's part of a larger one.
 https://pytorch.org/docs/stable/distributed.checkpoint.html
 """
 
+import enum
 import os
 import pickle
 import warnings
@@ -30,6 +31,13 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 import parallel
 from checkpoint import SAFETENSORS_DTYPES, file_digest, reason_of, write_json
 from schema import check, read_json
+
+
+def member(kind, name: str):
+    """In the place of getattr, which gives anything of anything."""
+    if isinstance(kind, type) and issubclass(kind, enum.Enum) and name in kind.__members__:
+        return kind[name]
+    raise pickle.UnpicklingError(f"it asks for {name!r} of {kind!r}, which describes no tensor")
 
 
 class StateReader(dcp.FileSystemReader):
@@ -56,6 +64,8 @@ class StateReader(dcp.FileSystemReader):
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str):
+            if (module, name) == ("builtins", "getattr"):
+                return member  # so does Python 3.11.0 to 3.11.3 name one of an enumeration
             if name not in StateReader.KNOWN.get(module, ()):
                 raise pickle.UnpicklingError(f"it asks for {module}.{name}, which describes no tensor")
             if name == "WindowsPath" or name == "PosixPath":  # of the system that saved it

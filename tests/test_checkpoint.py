@@ -14,6 +14,7 @@ import torch.distributed as dist
 from ranks import together
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -495,7 +496,14 @@ class Evil:
         return os.system, (f"touch {os.environ['EVIL']}",)
 
 
-@pytest.mark.parametrize("metadata", [Evil(), {"a": 1}, [], b"", b"\x80\x04cos\nsystem\n."])
+class Getattr:
+    """What a class of those that are known has, which is no member of an enumeration."""
+
+    def __reduce__(self):
+        return getattr, (Metadata, "__init__")
+
+
+@pytest.mark.parametrize("metadata", [Evil(), Getattr(), {"a": 1}, [], b"", b"\x80\x04cos\nsystem\n."])
 def test_resuming_runs_no_code_of_the_checkpoint(tmp_path, metadata, monkeypatch):
     """Neither a pickle that names a function, nor another object or half a pickle, in .metadata."""
     monkeypatch.setenv("EVIL", str(tmp_path / "ran"))
@@ -506,6 +514,21 @@ def test_resuming_runs_no_code_of_the_checkpoint(tmp_path, metadata, monkeypatch
     with pytest.raises(ValueError, match="train_state can't be read"):
         train_state.load_train_state(tmp_path, params, optimizer)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "reduced", [lambda x, _: (getattr, (type(x), x.name)), lambda x, _: (type(x), (x.value,))]
+)
+def test_every_pythons_state_is_read(tmp_path, monkeypatch, reduced):
+    """Members of an enumeration as Python 3.11.0 to 3.11.3 pickles them, and as others do."""
+    monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", reduced)
+    _, params, optimizer = toy(sharded=False)
+    train_state.save_train_state(tmp_path, params, optimizer, {"step": 7})
+    before = {n: p.detach().clone() for n, p in params.items()}
+    for p in params.values():
+        p.data.zero_()
+    assert train_state.load_train_state(tmp_path, params, optimizer) == {"step": 7}
+    assert all(torch.equal(params[n], before[n]) for n in params)
 
 
 def test_files_are_whole_or_not_there_and_follow_the_umask(tmp_path):
