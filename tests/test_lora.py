@@ -563,6 +563,7 @@ def killed_merge(kill_at: int, count: Path) -> None:
     os._exit(merge.main(["--model_name_or_path", "base"]))
 
 
+@pytest.mark.slow
 def test_a_killed_merge_loses_nothing(merge_setup):
     """kill -9 at each of its changes, over an earlier merge: that is
     there, or put back by the same command."""

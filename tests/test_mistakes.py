@@ -320,6 +320,7 @@ def adapter(base, dataset, out, *options):
     return {n.split("base_model.model.")[1] for n in load_file(out / "adapter_model.safetensors")}
 
 
+@pytest.mark.slow
 def test_an_adapter_is_trained_on_as_a_whole(base, dataset, tmp_path, capfd):
     first = adapter(
         base,
