@@ -32,7 +32,17 @@ import checkpoint
 import train
 
 CONTEXT = get_context("forkserver" if sys.platform == "linux" else "spawn")
-CONTEXT.set_forkserver_preload(["ranks", "evaluate", "generate", "merge"])
+# What ranks are forked with: also what a run loads late, or each of them would take a second to load it.
+LATE = (
+    "_dynamo",
+    "distributed.checkpoint",
+    "distributed.fsdp",
+    "distributed.pipelining",
+    "distributed.tensor",
+)
+CONTEXT.set_forkserver_preload(
+    ["ranks", "train", "evaluate", "generate", "merge", "train_state", *(f"torch.{name}" for name in LATE)]
+)
 HANGS = 600  # seconds after which a rank is taken for hanging: a guard, no measure
 GRACE = 60  # seconds that the other ranks have to notice that one has failed
 
