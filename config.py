@@ -29,13 +29,7 @@ import pipeline
 import terminal
 from terminal import nearest
 
-MODEL, DATA, RUN, OPTIMISER = (
-    "model and stage",
-    "data",
-    "the run",
-    "optimiser: AdamW, no decay on biases and norms",
-)
-SPEED, ADAPTER, LAYOUT, OUTPUT = "precision and speed", "adapters", "many devices", "output"
+RUN, SPEED = "the run", "precision and speed"  # titles in --help that keys of two classes stand under
 MODELS = tuple(sorted(path.stem.removeprefix("model_") for path in data.ROOT.glob("model_*.py")))
 METRICS = ("eval_loss", *(f"eval_{s}" for scores in metrics.SCORES.values() for s in scores))
 STRATEGIES = ("no", "epoch", "steps")
@@ -51,135 +45,111 @@ LONGEST = 2**20  # above any stream's tokens
 MB = 1_000_000
 
 
-def key(group: str, default, help: str, **rules):
+def key(default, help: str, **rules):
     """A field of the configuration. Rules: `low` and `high` (inclusive), `above` and `below` (exclusive),
     `off` (a number outside of them that means off), `choices`, `path` (a file name), `filled` (a list must
-    not be empty)."""
-    return field(default=default, metadata={"group": group, "help": help, **rules})
+    not be empty); `group`: the title in --help of this key and those that follow."""
+    return field(default=default, metadata={"help": help, **rules})
 
 
 @dataclass
 class Config:
     model: str | None = key(
-        MODEL, None, "model file; by default the checkpoint's own", choices=(None, *MODELS)
+        None, "model file; by default the checkpoint's own", group="model and stage", choices=(None, *MODELS)
     )
     model_name_or_path: str = key(
-        MODEL,
-        "tiny",
-        "a checkpoint directory, or a preset; tiny is the model's small one in samples/",
-        path=True,
+        "tiny", "a checkpoint directory, or a preset; tiny is the model's small one in samples/", path=True
     )
     stage: str = key(
-        MODEL, "sft", "sft, or the model's own: pretrain (Qwen-VL, VisualGLM), pretrain1, pretrain2 (BLIP-2)"
+        "sft", "sft, or the model's own: pretrain (Qwen-VL, VisualGLM), pretrain1, pretrain2 (BLIP-2)"
     )
     init_from: str | None = key(
-        MODEL,
         None,
         "checkpoint whose tensors replace those of the same name: stage 2 begins with stage 1's",
         path=True,
     )
-    freeze_include: list[str] | None = key(
-        MODEL, None, "fnmatch patterns on parameter names: these are frozen"
-    )
+    freeze_include: list[str] | None = key(None, "fnmatch patterns on parameter names: these are frozen")
     freeze_exclude: list[str] | None = key(
-        MODEL, None, "patterns carved out of freeze_include, or of what lora freezes: these train"
+        None, "patterns carved out of freeze_include, or of what lora freezes: these train"
     )
 
     dataset: dict | str | None = key(
-        DATA,
         None,
         'FILE, FILE,EVAL_FILE, a folder, or {"train": [entry, ...], "eval": [...]}; by default samples/; '
         '"probe": [...] is scored before and after training, to see what is forgotten',
+        group="data",
     )
-    eval_split: float = key(DATA, 0.0, "share of the training records that evaluates instead", low=0, below=1)
-    mixtoken: bool = key(DATA, False, "fill each stream up to max_length tokens")
-    max_length: int = key(DATA, 2048, "tokens of a stream, and the cap for one sample", low=1, high=LONGEST)
-    max_images: int | None = key(DATA, None, "images of a stream at most", low=1, high=LONGEST)
-    max_bad_samples: float = key(
-        DATA, 0.01, "share of unusable records above which the run stops", low=0, high=1
-    )
+    eval_split: float = key(0.0, "share of the training records that evaluates instead", low=0, below=1)
+    mixtoken: bool = key(False, "fill each stream up to max_length tokens")
+    max_length: int = key(2048, "tokens of a stream, and the cap for one sample", low=1, high=LONGEST)
+    max_images: int | None = key(None, "images of a stream at most", low=1, high=LONGEST)
+    max_bad_samples: float = key(0.01, "share of unusable records above which the run stops", low=0, high=1)
     evaluation: dict | None = key(
-        DATA,
         None,
         "for evaluate.py (configs/*/eval_*.json): prompt, decoding, metric, score of a published evaluation",
         shown="RECIPE",
     )
     image_jitter: float = key(
-        DATA,
         0.0,
         "training images move by up to this share of a side, scale by it, turn by so many radians",
         low=0,
         high=1,
     )
-    cache_image_features: bool = key(DATA, False, "encode each image once; only with a frozen vision tower")
-    num_workers: int = key(DATA, 2, "data processes of a rank; 0: in the training process", low=0, high=1024)
+    cache_image_features: bool = key(False, "encode each image once; only with a frozen vision tower")
+    num_workers: int = key(2, "data processes of a rank; 0: in the training process", low=0, high=1024)
 
-    output_dir: str = key(RUN, "output", "directory of checkpoints, log and final model", path=True)
+    output_dir: str = key("output", "directory of checkpoints, log and final model", group=RUN, path=True)
     overwrite_output_dir: bool = key(
-        RUN, False, "start anew instead of continuing the run that is there (resume: no)"
+        False, "start anew instead of continuing the run that is there (resume: no)"
     )
     resume_from_checkpoint: str | bool | None = key(
-        RUN, None, "a checkpoint directory, or true: the last one of output_dir (resume: PATH)", path=True
+        None, "a checkpoint directory, or true: the last one of output_dir (resume: PATH)", path=True
     )
-    accept_changed_data: bool = key(
-        RUN, False, "continue although the data have changed since the checkpoint"
-    )
-    num_train_epochs: float = key(RUN, 1, "passes over the data", above=0, high=100_000)
-    max_steps: int | None = key(RUN, None, "updates, instead of num_train_epochs", low=1, high=COUNT)
+    accept_changed_data: bool = key(False, "continue although the data have changed since the checkpoint")
+    num_train_epochs: float = key(1, "passes over the data", above=0, high=100_000)
+    max_steps: int | None = key(None, "updates, instead of num_train_epochs", low=1, high=COUNT)
     per_device_train_batch_size: int = key(
-        RUN, 1, "samples of a micro-batch, or streams with mixtoken", low=1, high=65_536
+        1, "samples of a micro-batch, or streams with mixtoken", low=1, high=65_536
     )
-    per_device_eval_batch_size: int = key(RUN, 1, "the same in evaluation", low=1, high=65_536)
-    gradient_accumulation_steps: int = key(RUN, 1, "micro-batches of an update", low=1, high=65_536)
+    per_device_eval_batch_size: int = key(1, "the same in evaluation", low=1, high=65_536)
+    gradient_accumulation_steps: int = key(1, "micro-batches of an update", low=1, high=65_536)
     eval_accumulation_steps: int | None = key(
-        RUN, None, "eval batches kept on the device before they move to the host", low=1, high=COUNT
+        None, "eval batches kept on the device before they move to the host", low=1, high=COUNT
     )
-    do_train: bool = key(RUN, True, "train")
-    do_eval: bool = key(RUN, False, "evaluate at the end too")
-    save_strategy: str = key(RUN, "steps", "when checkpoints are saved (save)", choices=STRATEGIES)
-    save_steps: int = key(RUN, 500, "interval of save_strategy=steps", low=1, high=COUNT)
+    do_train: bool = key(True, "train")
+    do_eval: bool = key(False, "evaluate at the end too")
+    save_strategy: str = key("steps", "when checkpoints are saved (save)", choices=STRATEGIES)
+    save_steps: int = key(500, "interval of save_strategy=steps", low=1, high=COUNT)
     save_total_limit: int | None = key(
-        RUN, None, "newest checkpoints kept, the best one besides", low=1, high=COUNT
+        None, "newest checkpoints kept, the best one besides", low=1, high=COUNT
     )
-    evaluation_strategy: str = key(
-        RUN, "no", "when the eval entries are evaluated (evaluate)", choices=STRATEGIES
-    )
+    evaluation_strategy: str = key("no", "when the eval entries are evaluated (evaluate)", choices=STRATEGIES)
     eval_steps: int | None = key(
-        RUN, None, "interval of evaluation_strategy=steps; by default save_steps", low=1, high=COUNT
+        None, "interval of evaluation_strategy=steps; by default save_steps", low=1, high=COUNT
     )
     eval_with_do_generation: bool = key(
-        RUN,
         False,
         "evaluation answers the questions too: eval_cider, eval_vqa_accuracy, ... by the records' format",
     )
-    load_best_model_at_end: bool = key(
-        RUN, False, "publish the best evaluated checkpoint instead of the last one"
-    )
+    load_best_model_at_end: bool = key(False, "publish the best evaluated checkpoint instead of the last one")
     metric_for_best_model: str = key(
-        RUN,
-        "eval_loss",
-        "eval_loss: the lower the better; others need eval_with_do_generation",
-        choices=METRICS,
+        "eval_loss", "eval_loss: the lower the better; others need eval_with_do_generation", choices=METRICS
     )
     early_stopping_patience: int | None = key(
-        RUN,
         None,
         "evaluations in a row that are not better than the best one, after which the run ends",
         low=1,
         high=COUNT,
     )
     sample_steps: int | None = key(
-        RUN,
-        None,
-        "interval of greedy answers to four fixed eval questions, shown and logged",
-        low=1,
-        high=COUNT,
+        None, "interval of greedy answers to four fixed eval questions, shown and logged", low=1, high=COUNT
     )
-    seed: int = key(RUN, 42, "of order, initial values, dropout", low=0, high=2**32 - 1)
+    seed: int = key(42, "of order, initial values, dropout", low=0, high=2**32 - 1)
 
-    learning_rate: float = key(OPTIMISER, 5e-5, "peak of the schedule", low=0, high=10)
+    learning_rate: float = key(
+        5e-5, "peak of the schedule", group="optimiser: AdamW, no decay on biases and norms", low=0, high=10
+    )
     learning_rate_rules: dict | None = key(
-        OPTIMISER,
         None,
         "other peaks by fnmatch pattern on parameter names, the first match counts; the schedule, eta_min "
         "and warmup_start_lr scale with each",
@@ -188,107 +158,78 @@ class Config:
         high=10,
     )
     vision_lr_decay: float = key(
-        OPTIMISER,
-        1.0,
-        "the vision tower's rate falls by this factor a layer, from its last one",
-        above=0,
-        high=1,
+        1.0, "the vision tower's rate falls by this factor a layer, from its last one", above=0, high=1
     )
     loraplus_lr_ratio: float = key(
-        OPTIMISER, 1.0, "LoRA+: the rate of LoRA's B matrices is so many times that of A", above=0, high=1000
+        1.0, "LoRA+: the rate of LoRA's B matrices is so many times that of A", above=0, high=1000
     )
-    adam_beta1: float = key(OPTIMISER, 0.9, "decay of the mean of gradients", low=0, below=1)
-    adam_beta2: float = key(OPTIMISER, 0.999, "decay of the mean of squared gradients", low=0, below=1)
-    adam_epsilon: float = key(OPTIMISER, 1e-8, "added to the root of the squares' mean", above=0, high=1)
-    weight_decay: float = key(OPTIMISER, 0.0, "decoupled weight decay", low=0, high=10)
-    max_grad_norm: float = key(
-        OPTIMISER, 1.0, "gradients are scaled down to this norm; 0: never", low=0, high=1e9
-    )
-    decay_scalars: bool = key(
-        OPTIMISER, False, "weight decay on single numbers too (LAVIS decays its temperature)"
-    )
+    adam_beta1: float = key(0.9, "decay of the mean of gradients", low=0, below=1)
+    adam_beta2: float = key(0.999, "decay of the mean of squared gradients", low=0, below=1)
+    adam_epsilon: float = key(1e-8, "added to the root of the squares' mean", above=0, high=1)
+    weight_decay: float = key(0.0, "decoupled weight decay", low=0, high=10)
+    max_grad_norm: float = key(1.0, "gradients are scaled down to this norm; 0: never", low=0, high=1e9)
+    decay_scalars: bool = key(False, "weight decay on single numbers too (LAVIS decays its temperature)")
     lr_scheduler_type: str = key(
-        OPTIMISER,
         "linear",
         "shape after the warm-up; cosine_epochs steps down once an epoch, as LAVIS",
         choices=("linear", "cosine", "constant", "cosine_epochs"),
     )
-    warmup_ratio: float = key(OPTIMISER, 0.0, "share of the updates that warm up", low=0, high=1)
-    warmup_steps: int = key(OPTIMISER, 0, "updates that warm up; wins over warmup_ratio", low=0, high=COUNT)
-    warmup_start_lr: float = key(OPTIMISER, 0.0, "where the warm-up begins", low=0, high=10)
-    eta_min: float = key(OPTIMISER, 0.0, "where linear and cosine end", low=0, high=10)
-
-    bf16: bool = key(SPEED, False, "compute in bfloat16 (precision)")
-    fp16: bool = key(SPEED, False, "compute in float16 with a loss scaler (precision)")
-    fp16_opt_level: str = key(
-        SPEED,
-        "O1",
-        "O1: fp32 weights, autocast; O2: 16-bit weights, fp32 masters (precision)",
-        choices=("O1", "O2"),
-    )
-    recompute: bool = key(
-        SPEED, False, "compute activations again in the backward pass instead of keeping them"
-    )
-    compile: bool = key(SPEED, False, "torch.compile of the blocks")
-    use_flash_attention: str | bool = key(
-        SPEED,
-        "auto",
-        "auto: Triton kernels on a GPU; true: these or an error; false: plain PyTorch",
-        choices=("auto", True, False),
-    )
-
-    lora: bool = key(ADAPTER, False, "train low-rank adapters instead of the weights")
-    lora_rank: int = key(ADAPTER, 8, "rank of the adapters", low=1, high=4096)
-    lora_alpha: float = key(
-        ADAPTER, 16, "their update is scaled by lora_alpha / lora_rank", above=0, high=100_000
-    )
-    use_rslora: bool = key(ADAPTER, False, "scale by lora_alpha / sqrt(lora_rank) (rank-stabilised LoRA)")
-    init_lora_weights: str | bool = key(
-        ADAPTER,
-        True,
-        "true: updates begin at zero; pissa: adapters begin as the largest part of their layer's weight, and "
-        "are saved as plain ones of twice the rank",
-        choices=(True, "pissa"),
-    )
-    use_dora: bool = key(
-        ADAPTER, False, "the length of each row of an adapted weight trains by itself (DoRA)"
-    )
+    warmup_ratio: float = key(0.0, "share of the updates that warm up", low=0, high=1)
+    warmup_steps: int = key(0, "updates that warm up; wins over warmup_ratio", low=0, high=COUNT)
+    warmup_start_lr: float = key(0.0, "where the warm-up begins", low=0, high=10)
+    eta_min: float = key(0.0, "where linear and cosine end", low=0, high=10)
     neftune_noise_alpha: float = key(
-        OPTIMISER,
         0.0,
         "training adds uniform noise of up to this / sqrt(tokens of the sample x hidden size) to the tokens' "
         "embeddings (NEFTune)",
         low=0,
         high=1000,
     )
-    lora_dropout: float = key(ADAPTER, 0.05, "share of an adapter's inputs that is dropped", low=0, below=1)
+
+    bf16: bool = key(False, "compute in bfloat16 (precision)", group=SPEED)
+    fp16: bool = key(False, "compute in float16 with a loss scaler (precision)")
+    fp16_opt_level: str = key(
+        "O1", "O1: fp32 weights, autocast; O2: 16-bit weights, fp32 masters (precision)", choices=("O1", "O2")
+    )
+    recompute: bool = key(False, "compute activations again in the backward pass instead of keeping them")
+    compile: bool = key(False, "torch.compile of the blocks")
+    use_flash_attention: str | bool = key(
+        "auto",
+        "auto: Triton kernels on a GPU; true: these or an error; false: plain PyTorch",
+        choices=("auto", True, False),
+    )
+
+    lora: bool = key(False, "train low-rank adapters instead of the weights", group="adapters")
+    lora_rank: int = key(8, "rank of the adapters", low=1, high=4096)
+    lora_alpha: float = key(16, "their update is scaled by lora_alpha / lora_rank", above=0, high=100_000)
+    use_rslora: bool = key(False, "scale by lora_alpha / sqrt(lora_rank) (rank-stabilised LoRA)")
+    init_lora_weights: str | bool = key(
+        True,
+        "true: updates begin at zero; pissa: adapters begin as the largest part of their layer's weight, and "
+        "are saved as plain ones of twice the rank",
+        choices=(True, "pissa"),
+    )
+    use_dora: bool = key(False, "the length of each row of an adapted weight trains by itself (DoRA)")
+    lora_dropout: float = key(0.05, "share of an adapter's inputs that is dropped", low=0, below=1)
     lora_target_modules: list[str] | None = key(
-        ADAPTER,
-        None,
-        "regular expressions, full match on module names; by default the model's own",
-        filled=True,
+        None, "regular expressions, full match on module names; by default the model's own", filled=True
     )
     modules_to_save: list[str] | None = key(
-        ADAPTER,
         None,
         "modules that train whole beside the adapter, saved in its file: full names, or their last parts",
         filled=True,
     )
     quantize: str | None = key(
-        ADAPTER,
         None,
         "frozen weights of the language model's blocks in NF4 (QLoRA: 4.1 bits each) or int8, whole on each "
         "rank",
         choices=(None, "nf4", "int8"),
     )
-    lora_path: str | None = key(ADAPTER, None, "adapter directory to start from", path=True)
+    lora_path: str | None = key(None, "adapter directory to start from", path=True)
     lora_split: bool = key(
-        ADAPTER,
-        False,
-        "an A and a B for each of q, k, v in a packed weight, as SwissArmyTransformer has them",
+        False, "an A and a B for each of q, k, v in a packed weight, as SwissArmyTransformer has them"
     )
     pre_seq_len: int | None = key(
-        ADAPTER,
         None,
         "P-tuning: only so many keys and values in front of every sample are trained",
         low=1,
@@ -296,60 +237,48 @@ class Config:
     )
 
     tensor_parallel_degree: int = key(
-        LAYOUT, 1, "ranks that hold a layer together", low=1, high=65_536, off=-1
+        1, "ranks that hold a layer together", group="many devices", low=1, high=65_536, off=-1
     )
     pipeline_parallel_degree: int = key(
-        LAYOUT,
-        1,
-        "pipeline stages; their micro-batches are gradient_accumulation_steps",
-        low=1,
-        high=65_536,
-        off=-1,
+        1, "pipeline stages; their micro-batches are gradient_accumulation_steps", low=1, high=65_536, off=-1
     )
     pipeline_schedule: str = key(
-        LAYOUT,
         "1f1b",
         "1f1b keeps few micro-batches' activations; gpipe runs all forward, then all backward passes; "
         "interleaved is 1f1b with two stages on each rank",
         choices=pipeline.SCHEDULES,
     )
     sharding: str | None = key(
-        LAYOUT,
         None,
         "ZeRO over data-parallel ranks: of optimiser state, gradients too, weights too",
         choices=(None, *parallel.STAGES),
     )
     sharding_parallel_degree: int | None = key(
-        LAYOUT,
-        None,
-        "ranks of a sharding group; by default all data-parallel ranks",
-        low=1,
-        high=65_536,
-        off=-1,
+        None, "ranks of a sharding group; by default all data-parallel ranks", low=1, high=65_536, off=-1
     )
 
     logging_steps: int = key(
-        OUTPUT,
         10,
         "updates between reads of the loss, with a printed line; log.jsonl has every one",
+        group="output",
         low=1,
         high=COUNT,
     )
-    disable_tqdm: bool = key(OUTPUT, False, "no progress bar")
+    disable_tqdm: bool = key(False, "no progress bar")
     report_to: list[str] | None = key(
-        OUTPUT, None, "other logs, whose package must be installed", choices=(None, "none", *loggers.PACKAGES)
+        None, "other logs, whose package must be installed", choices=(None, "none", *loggers.PACKAGES)
     )
-    benchmark: bool = key(OUTPUT, False, "print samples/s, tokens/s and peak memory at the end")
-    skip_memory_metrics: bool = key(OUTPUT, True, "leave out the peak memory at the end")
-    dry_run: bool = key(OUTPUT, False, "print memory, steps and FLOPs of the run, and stop")
+    benchmark: bool = key(False, "print samples/s, tokens/s and peak memory at the end")
+    skip_memory_metrics: bool = key(True, "leave out the peak memory at the end")
+    dry_run: bool = key(False, "print memory, steps and FLOPs of the run, and stop")
 
 
 @dataclass
 class PreviewConfig(Config):
     """What `data.py` takes besides."""
 
-    packs: int = key("preview", 2, "streams that are shown", low=1, high=COUNT)
-    out: str = key("preview", "preview", "folder for images with their boxes drawn", path=True)
+    packs: int = key(2, "streams that are shown", group="preview", low=1, high=COUNT)
+    out: str = key("preview", "folder for images with their boxes drawn", path=True)
 
 
 @dataclass
@@ -357,52 +286,38 @@ class Short:
     """Keys that say in one word what several of Config's say; they are translated into those."""
 
     precision: str | None = key(
-        SPEED,
         None,
         "bf16, fp16: autocast over fp32 weights; -master: 16-bit weights with fp32 master copies",
+        group=SPEED,
         choices=(None, *PRECISIONS),
     )
     resume: str | None = key(
-        RUN,
         None,
         "auto: continue the run of output_dir if there is one; no: start anew; PATH: that checkpoint",
+        group=RUN,
         path=True,
     )
     save: int | str | None = key(
-        RUN, None, "a number of updates, epoch, or no", choices=(None, *STRATEGIES), low=1, high=COUNT
+        None, "a number of updates, epoch, or no", choices=(None, *STRATEGIES), low=1, high=COUNT
     )
-    evaluate: int | str | None = key(RUN, None, "likewise", choices=(None, *STRATEGIES), low=1, high=COUNT)
+    evaluate: int | str | None = key(None, "likewise", choices=(None, *STRATEGIES), low=1, high=COUNT)
 
 
 @dataclass
 class EntryKeys:
     """An entry of the dataset; data.Entry opens it."""
 
-    name: str | None = key(
-        "an entry of the dataset", None, "format of the records; by default told from their shape"
-    )
-    data_files: list[str] = key(
-        "an entry of the dataset", None, "a path or a list of paths", filled=True, path=True
-    )
-    image_root: str | None = key(
-        "an entry of the dataset", None, "folder that images are relative to", path=True
-    )
+    name: str | None = key(None, "format of the records; by default told from their shape")
+    data_files: list[str] = key(None, "a path or a list of paths", filled=True, path=True)
+    image_root: str | None = key(None, "folder that images are relative to", path=True)
     weight: float | None = key(
-        "an entry of the dataset",
-        None,
-        "share of the entry in a mixture, relative to the others'",
-        low=0,
-        high=1e9,
+        None, "share of the entry in a mixture, relative to the others'", low=0, high=1e9
     )
-    max_samples: int | None = key("an entry of the dataset", None, "records taken at most", low=1, high=COUNT)
-    chat_template: str | None = key("an entry of the dataset", None, "file with a system text", path=True)
-    splits: list[str] | None = key(
-        "an entry of the dataset", None, "only records whose split is one of these", filled=True
-    )
-    eval_split: float = key(
-        "an entry of the dataset", 0.0, "share of its records that evaluates", low=0, below=1
-    )
-    eval_part: bool = key("an entry of the dataset", False, "whether this entry is that share, or the rest")
+    max_samples: int | None = key(None, "records taken at most", low=1, high=COUNT)
+    chat_template: str | None = key(None, "file with a system text", path=True)
+    splits: list[str] | None = key(None, "only records whose split is one of these", filled=True)
+    eval_split: float = key(0.0, "share of its records that evaluates", low=0, below=1)
+    eval_part: bool = key(False, "whether this entry is that share, or the rest")
 
 
 def _other_scheduler(name, source: dict) -> dict:
@@ -520,7 +435,7 @@ def convert(name: str, value, kind, rules):
     elif isinstance(value, int | float) and not isinstance(value, bool):
         check_number(name, value, rules)
     if "choices" in rules and isinstance(value, bool | str | list | None):
-        allowed = [c for c in rules["choices"]]
+        allowed = rules["choices"]
         for item in value if isinstance(value, list) else [value]:
             if not any(item is c or (isinstance(c, str) and item == c) for c in allowed):
                 known = ", ".join("null" if c is None else json.dumps(c).strip('"') for c in allowed)
@@ -579,13 +494,8 @@ def loads(text: str, where: str):
 def here_or_shipped(path: str) -> str:
     """A file of configs/ or samples/ is found from every working directory."""
     shipped = data.ROOT / path
-    return (
-        str(shipped)
-        if not os.path.exists(path)
-        and Path(path).parts[:1] in (("configs",), ("samples",))
-        and (shipped.exists())
-        else path
-    )
+    ours = Path(path).parts[:1] in (("configs",), ("samples",)) and shipped.exists()
+    return str(shipped) if ours and not os.path.exists(path) else path
 
 
 def read_file(path: str) -> dict:
@@ -923,8 +833,10 @@ def help_text(cls=Config, usage: str = "train.py [CONFIG.json ...] [--key value 
     """Every key by group: its type, meaning, default and bounds."""
     hints = typing.get_type_hints(cls) | typing.get_type_hints(Short) | typing.get_type_hints(EntryKeys)
     groups: dict[str, list] = {}
+    title = ""
     for f in (*fields(cls), *fields(Short)):
-        groups.setdefault(f.metadata["group"], []).append(f)
+        title = f.metadata.get("group", title)
+        groups.setdefault(title, []).append(f)
     lines = [
         f"usage: {usage}",
         "",
