@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 import checkpoint
 import parallel
-from dropout import Dropout, dropout_rows
 from kernels.attention import attention
+from kernels.dropout import Dropout, dropout_rows
 from kernels.linear import product
 from kernels.norm import rms_norm
 from schema import Depth, Epsilon, Share, Size, TokenId

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 import parallel
 from blip2_language import segments
-from dropout import dropout_rows, name_dropouts
-from kernels.dropout import mix
+from kernels.dropout import dropout_rows, mix, name_dropouts
 from kernels.linear_cross_entropy import IGNORE_INDEX
 from model_blip2 import (
     Blip2Config,

@@ -589,12 +589,16 @@ def check_names(expected: dict, weights: Weights, ignore=()) -> None:
                 f"{name} is {weights.dtype(name)}, expected floating point (quantised files are not read)"
             )
     if problems:
-        # Eight are enough to see what is the matter.
-        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(
-            f"the weights do not fit the model: {'; '.join(problems[:8])}{more}; "
-            "use the config.json that belongs to these weights"
+            f"the weights do not fit the model: {shortened(problems)}; use the config.json that belongs to "
+            "these weights"
         )
+
+
+def shortened(problems: list[str]) -> str:
+    """In one line; eight are enough to see what is the matter."""
+    more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+    return "; ".join(problems[:8]) + more
 
 
 # A float's bits without its sign are ordered as integers, NaN and infinity last, and numpy finds the largest
@@ -913,11 +917,8 @@ def _all_or_none(path):
     # Held back until all ranks have said how it went for them.
     except Exception as e:
         error = e
-    reasons = [None if error is None else reason_of(error)]
-    if dist.is_initialized():
-        reasons = [None] * dist.get_world_size()
-        # all ranks: nobody goes on with half a checkpoint
-        dist.all_gather_object(reasons, None if error is None else reason_of(error))
+    # all ranks: nobody goes on with half a checkpoint
+    reasons = parallel.from_all(None if error is None else reason_of(error))
     if isinstance(error, OSError | SafetensorError):
         raise SaveError(path, reason_of(error)) from error
     if error is not None:

@@ -20,7 +20,7 @@ import parallel
 import vlm
 from build import autocast, matches
 from config import Config
-from dropout import Dropout
+from kernels.dropout import Dropout
 from lora import LoraLinear
 from run_dir import Signals, Stopped
 

@@ -32,9 +32,8 @@ import parallel
 import quantize
 import schema
 import vlm
-from dropout import Rows
 from kernels.dispatch import autocast_dtype, without_autocast
-from kernels.dropout import Mask, drop, dropout
+from kernels.dropout import Mask, Rows, drop, dropout
 from kernels.linear import AnyLinear, linear
 
 PREFIX = "base_model.model."  # PEFT puts it before every name

@@ -30,10 +30,9 @@ import parallel
 import schema
 import vlm
 from blip2_language import OPT, T5, TEXT_CONFIGS, Blip2Tokenizer, OPTConfig, T5Config
-from dropout import Dropout, dropout_rows, name_dropouts
 from images import open_image
 from kernels.attention import attention
-from kernels.dropout import keys_of_rows
+from kernels.dropout import Dropout, dropout_rows, keys_of_rows, name_dropouts
 from kernels.linear_cross_entropy import IGNORE_INDEX
 from records import front_image, refuse_boxes, text_of
 from schema import Depth, Epsilon, Pixels, Scale, Share, Size, TokenId, demand

@@ -25,9 +25,9 @@ import checkpoint
 import parallel
 import schema
 import vlm
-from dropout import dropout_rows
 from images import open_image
 from kernels.attention import attention
+from kernels.dropout import dropout_rows
 from kernels.linear_cross_entropy import IGNORE_INDEX
 from kernels.rotary import rotary
 from records import front_image, refuse_boxes, text_of

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
-from dropout import with_rows_of_now
+from kernels.dropout import with_rows_of_now
 from kernels.linear_cross_entropy import linear_cross_entropy
 from meeting import TIMEOUT, Meeting
 

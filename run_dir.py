@@ -529,7 +529,8 @@ class Log:
                 f"({r['supervised']:.0%} supervised) | data {r['data']:.0%} | mem {r['mem_gib']:.1f}G{sets}",
                 flush=True,
             )
-        self.progress.update(r["step"], f"loss {r['loss']:.4f}")
+        if self.progress.enabled:
+            self.progress.update(r["step"], f"loss {r['loss']:.4f}")
 
     def close(self) -> None:
         self.progress.close()

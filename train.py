@@ -36,6 +36,7 @@ import parallel
 import rates
 import schema
 import terminal
+import train_state
 import vlm
 import watch
 from build import (
@@ -53,9 +54,8 @@ from config import Config, parse_config
 from draw import draw_loss
 from features import cache_features
 from kernels import dispatch
-from loss_scale import LossScaler
 from meeting import Meeting
-from rates import learning_rate_at
+from rates import LossScaler, learning_rate_at
 from resume import Prepared, check_eval_use, is_finished, prepare
 from run_dir import HARMLESS, Log, RunDir, Signals, Stopped, explained, goes_on, shown
 from terminal import one_line
@@ -395,8 +395,6 @@ def save_checkpoint(path: Path, run: "Run") -> None:  # all ranks
                 checkpoint.write_json(temporary / "config.json", config)
                 checkpoint.copy_side_files(run.directory, temporary)
         # Each rank writes its own shards; any other layout can read them.
-        import train_state  # here: what torch loads for it takes a second, which other commands need not
-
         train_state.save_train_state(temporary, run.trainable, run.optimizer, run.state)
 
 
@@ -513,8 +511,6 @@ class Run:
         self.start_step = self.saved_at = state["step"]
         if start.resume is None:
             return
-        import train_state
-
         train_state.load_train_state(start.resume, self.trainable, self.optimizer)
         if state.get("scaler"):
             self.scaler.load(state["scaler"])
@@ -797,7 +793,7 @@ class Run:
                 clock = time.perf_counter()
                 self.after_step(stop)
                 clock = time.perf_counter() if self.saved_at == step + 1 else clock
-                if watch.stops_early(self):
+                if cfg.early_stopping_patience is not None and watch.stops_early(self):
                     break
             # The final model is a checkpoint like any other, published in the output directory itself.
             self.finish()
@@ -835,8 +831,6 @@ class Run:
             final = state["best_step"]
             best = out / f"checkpoint-{final}"
             # Evaluated below as it will be published.
-            import train_state
-
             train_state.load_train_state(best, self.trainable, self.optimizer)
             self.say(f"best model: {best} with {cfg.metric_for_best_model} {state['best_metric']:.4f}")
         elif cfg.load_best_model_at_end:

@@ -16,21 +16,43 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 import parallel
-from checkpoint import SAFETENSORS_DTYPES, file_digest, reason_of, write_json
+from checkpoint import SAFETENSORS_DTYPES, file_digest, reason_of, shortened, write_json
 from schema import check, read_json
+
+# torch.distributed.checkpoint is imported where it is used: it takes a second of CPU time, which commands
+# that neither save nor resume do without.
+
+
+# ---- the index of a state, without running what a pickle may ask for
+
+PATHS = ("PosixPath", "PurePosixPath", "WindowsPath")
+KNOWN = {  # what describes tensors
+    "torch.distributed.checkpoint.metadata": (
+        "Metadata TensorStorageMetadata TensorProperties _MEM_FORMAT_ENCODING ChunkStorageMetadata "
+        "MetadataIndex StorageMeta".split()
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch": ("Size", *(str(dtype).removeprefix("torch.") for dtype in SAFETENSORS_DTYPES.values())),
+    "torch.serialization": ("_get_layout",),
+    "pathlib": PATHS,
+    "pathlib._local": PATHS,  # Python 3.13 has them there
+    "collections": ("OrderedDict",),
+}
+
+
+class TensorsOnly(pickle.Unpickler):
+    """Knows the classes that describe tensors, and nothing that could be run."""
+
+    def find_class(self, module: str, name: str):
+        if (module, name) == ("builtins", "getattr"):
+            return member  # so does Python 3.11.0 to 3.11.3 name one of an enumeration
+        if name not in KNOWN.get(module, ()):
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which describes no tensor")
+        if name in PATHS:  # of the system that saved it
+            name, module = "PurePosixPath", "pathlib"
+        return super().find_class(module, name)
 
 
 def member(kind, name: str):
@@ -40,70 +62,43 @@ def member(kind, name: str):
     raise pickle.UnpicklingError(f"it asks for {name!r} of {kind!r}, which describes no tensor")
 
 
-class StateReader(dcp.FileSystemReader):
-    """Reads a training state without running what its pickled .metadata may ask for: only the classes that
-    describe tensors are known."""
+def read_metadata(folder: Path):
+    """Which tensors a state holds, and where in its files each piece of them lies."""
+    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-    KNOWN = {
-        "torch.distributed.checkpoint.metadata": (
-            "Metadata",
-            "TensorStorageMetadata",
-            "TensorProperties",
-            "_MEM_FORMAT_ENCODING",
-            "ChunkStorageMetadata",
-            "MetadataIndex",
-            "StorageMeta",
-        ),
-        "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-        "torch": ("Size", *(str(dtype).removeprefix("torch.") for dtype in SAFETENSORS_DTYPES.values())),
-        "torch.serialization": ("_get_layout",),
-        "pathlib": ("PosixPath", "PurePosixPath", "WindowsPath"),
-        "pathlib._local": ("PosixPath", "PurePosixPath", "WindowsPath"),
-        "collections": ("OrderedDict",),
-    }
+    with open(folder / ".metadata", "rb") as file:
+        metadata = TensorsOnly(file).load()
+    tensors = getattr(metadata, "state_dict_metadata", None)
+    if not isinstance(metadata, Metadata) or not isinstance(tensors, dict):
+        raise pickle.UnpicklingError("it describes no training state")
+    if not all(isinstance(t, TensorStorageMetadata) for t in tensors.values()):
+        raise pickle.UnpicklingError("it holds something else than tensors")
+    for place in metadata.storage_data.values():
+        # A path out of the directory would read what it likes.
+        if os.path.basename(place.relative_path) != place.relative_path:
+            raise pickle.UnpicklingError(
+                f"it names the file {place.relative_path!r} outside of the directory"
+            )
+    return metadata
 
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module: str, name: str):
-            if (module, name) == ("builtins", "getattr"):
-                return member  # so does Python 3.11.0 to 3.11.3 name one of an enumeration
-            if name not in StateReader.KNOWN.get(module, ()):
-                raise pickle.UnpicklingError(f"it asks for {module}.{name}, which describes no tensor")
-            if name == "WindowsPath" or name == "PosixPath":  # of the system that saved it
-                name, module = "PurePosixPath", "pathlib"
-            return super().find_class(module, name)
 
-    def read_metadata(self, *args, **kwargs) -> Metadata:
-        with open(Path(self.path) / ".metadata", "rb") as file:
-            metadata = StateReader.Unpickler(file).load()
-        tensors = getattr(metadata, "state_dict_metadata", None)
-        if not isinstance(metadata, Metadata) or not isinstance(tensors, dict):
-            raise pickle.UnpicklingError("it describes no training state")
-        if not all(isinstance(t, TensorStorageMetadata) for t in tensors.values()):
-            raise pickle.UnpicklingError("it holds something else than tensors")
-        for place in metadata.storage_data.values():
-            if os.path.basename(place.relative_path) != place.relative_path:
-                raise pickle.UnpicklingError(
-                    f"it names the file {place.relative_path!r} outside of the directory"
-                )
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+# ---- a whole state, all ranks
 
 
 def save_train_state(directory, params: dict, optimizer: torch.optim.Optimizer, extra: dict) -> None:
     """Write {name: parameter} and AdamW's state to train_state/, and `extra` to trainer_state.json. all
     ranks."""
+    import torch.distributed.checkpoint as dcp
+
     folder, rank = Path(directory) / "train_state", dist.get_rank() if dist.is_initialized() else 0
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
             dcp.save(_train_state(params, optimizer), storage_writer=dcp.FileSystemWriter(folder))
-        except CheckpointException as e:  # which is no Exception
+        except dcp.CheckpointException as e:  # which is no Exception
             raise OSError(0, reason_of(first_failure(e))) from e
-    digests = [{p.name: file_digest(p) for p in sorted(folder.glob(f"__{rank}_*.distcp"))}]
-    if dist.is_initialized():
-        mine, digests = digests[0], [None] * dist.get_world_size()
-        dist.all_gather_object(digests, mine)
+    # Each rank reads back the files that it wrote.
+    digests = parallel.from_all({p.name: file_digest(p) for p in sorted(folder.glob(f"__{rank}_*.distcp"))})
     if rank == 0:  # last: it marks a complete state
         files = {name: digest for part in digests for name, digest in part.items()}
         write_json(Path(directory) / "trainer_state.json", {**extra, "train_state": files})
@@ -111,8 +106,8 @@ def save_train_state(directory, params: dict, optimizer: torch.optim.Optimizer, 
 
 def first_failure(error: BaseException) -> BaseException:
     """What went wrong on the first rank, where torch.distributed.checkpoint lists what did on each."""
-    while isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
+    while failures := getattr(error, "failures", None):
+        error = next(iter(failures.values()))[0]
     return error
 
 
@@ -127,19 +122,21 @@ def check_train_state(directory, files: dict) -> None:
                 problem = f"{path} has changed since it was saved"
         except OSError as e:
             problem = f"{path}: {e.strerror}"
-    problems = [problem]
-    if dist.is_initialized():
-        problems = [None] * size
-        dist.all_gather_object(problems, problem)
-    if problem := next(filter(None, problems), None):
+    if problem := next(filter(None, parallel.from_all(problem)), None):
         raise ValueError(
             f"{problem}: the checkpoint is damaged; remove {directory} to resume from an earlier one"
         )
 
 
+# What torch meets in a damaged index or file.
+DAMAGED = (EOFError, pickle.UnpicklingError, AttributeError, TypeError, IndexError)
+
+
 def load_train_state(directory, params: dict, optimizer: torch.optim.Optimizer) -> dict:
-    """Read back what save_train_state wrote, bit for bit, on any
-    number of ranks; returns `extra`. all ranks."""
+    """Read back what save_train_state wrote, bit for bit, on any number of ranks; returns `extra`. all
+    ranks."""
+    import torch.distributed.checkpoint as dcp
+
     directory = Path(directory)
     extra = read_json(directory / "trainer_state.json", "expected a checkpoint-N directory of a training run")
     files = extra.pop("train_state", {})
@@ -147,14 +144,11 @@ def load_train_state(directory, params: dict, optimizer: torch.optim.Optimizer) 
     check_train_state(directory, files)
     state = _train_state(params, optimizer)
     try:
-        reader = StateReader(directory / "train_state")
-        saved = reader.read_metadata().state_dict_metadata
-        here = {name: (tuple(t.shape), t.dtype) for name, t in state.items()}
+        metadata = read_metadata(directory / "train_state")
+        saved = metadata.state_dict_metadata
+        held = parallel.from_all({name: (tuple(t.shape), t.dtype) for name, t in state.items()})
         # pipeline stages hold different names; all ranks must come to the same verdict
-        if dist.is_initialized():
-            gathered = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, here)
-            here = {name: value for part in gathered for name, value in part.items()}
+        here = {name: value for part in held for name, value in part.items()}
         problems = [f"missing {name}" for name in sorted(set(here) - set(saved))]
         problems += [f"unexpected {name}" for name in sorted(set(saved) - set(here))]
         for name in sorted(set(saved) & set(here)):  # dcp.load would cast silently
@@ -162,28 +156,24 @@ def load_train_state(directory, params: dict, optimizer: torch.optim.Optimizer) 
             if was != here[name]:
                 problems.append(f"{name} is {was[1]} {was[0]}, expected {here[name][1]} {here[name][0]}")
         if problems:
-            more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
             raise ValueError(
-                f"{directory} is another run's training state: {'; '.join(problems[:8])}{more}; resume with "
-                "the model, precision and trainable parameters it was saved with, or set overwrite_output_dir"
+                f"{directory} is another run's training state: {shortened(problems)}; resume with the model, "
+                "precision and trainable parameters it was saved with, or set overwrite_output_dir"
             )
+        reader = dcp.FileSystemReader(directory / "train_state")
+        reader.read_metadata = lambda **kwargs: metadata  # torch's own would unpickle it without a look
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(state, storage_reader=reader)
-    except (
-        OSError,
-        EOFError,
-        pickle.UnpicklingError,
-        CheckpointException,
-        AttributeError,
-        TypeError,
-        IndexError,
-    ) as e:
+    except (OSError, dcp.CheckpointException, *DAMAGED) as e:
         raise ValueError(
             f"{directory}/train_state can't be read ({reason_of(first_failure(e))}); remove "
             f"{directory} to resume from an earlier one"
         ) from None
     return extra
+
+
+# ---- its tensors
 
 
 class Pieces(torch.Tensor):
@@ -211,7 +201,12 @@ class Pieces(torch.Tensor):
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         raise NotImplementedError(f"{function} of a tensor without memory")
 
-    def __create_write_items__(self, name: str, _) -> list[WriteItem]:
+    # What torch.distributed.checkpoint asks of a tensor of a kind that it does not know.
+
+    def __create_write_items__(self, name: str, _) -> list:
+        from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
+        from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
         properties = TensorProperties.create_from_tensor(self.local)
         items = zip(self.pieces, self.__create_chunk_list__(), strict=True)
         return [
@@ -223,10 +218,12 @@ class Pieces(torch.Tensor):
             for place, chunk in items
         ]
 
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+    def __create_chunk_list__(self) -> list:
+        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
         return [ChunkStorageMetadata(torch.Size(place), piece.size()) for place, piece in self.pieces.items()]
 
-    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
+    def __get_tensor_shard__(self, index) -> torch.Tensor:
         return self.pieces[tuple(index.offset)]
 
 

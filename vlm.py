@@ -23,8 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import parallel
-from dropout import dropout_rows
-from kernels.dropout import uniform
+from kernels.dropout import dropout_rows, uniform
 from kernels.linear import linear
 from kernels.linear_cross_entropy import IGNORE_INDEX
 

@@ -1,16 +1,22 @@
 """Dropout whose mask is a hash of (row key, channel, seed) and nothing else, made where it is used.
 
-So the mask is the same in any packing, layout, number of processes and recomputation, and nothing is kept
-for the backward pass: it hashes again. The Triton kernel hashes and multiplies in one launch. On a CPU, numpy
-does it in place on blocks that fit a core's cache: (512, 1024) take 0.3 ms instead of 3.8 ms of one core by
-`dropout_ref`, which makes a whole tensor at each of its 14 steps.
+    with dropout_rows(batch.dropout_keys):              # the model says whose rows its adapters see
+        x = block(x, ctx)
+
+The keys travel with the data (data.collate: a hash of seed, epoch, sample, position), so the mask is the
+same in any packing, layout, number of processes and recomputation: there is no state to save, and nothing is
+kept for the backward pass, which hashes again. The Triton kernel hashes and multiplies in one launch. On a
+CPU, numpy does it in place on blocks that fit a core's cache: (512, 1024) take 0.3 ms instead of 3.8 ms of
+one core by `dropout_ref`, which makes a whole tensor at each of its 14 steps.
 """
 
+import contextlib
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels.dispatch import jit, tl, triton, use_triton
 from kernels.norm import warps
@@ -236,3 +242,57 @@ def dropout(x: Tensor, mask: Mask, divisor: float = 1.0, impl: str = "auto") -> 
     if torch.compiler.is_compiling():  # which fuses the definition
         return dropout_ref(x, mask, divisor)
     return _Dropout.apply(x, mask, divisor, impl)
+
+
+# --------------------------------------------------------------------------------------------------
+# In a model
+
+
+class Rows:
+    """Whose rows the adapters see just now; changed by dropout_rows alone."""
+
+    keys: Tensor | None = None  # None: no dropout
+    images: int = 0  # not 0: a key is that of an image, and there are so many
+
+
+@contextlib.contextmanager
+def dropout_rows(keys: Tensor | None, images: int = 0):
+    """Inside, adapters see rows with these dropout keys: one a row, or one for each of so many images."""
+    before = Rows.keys, Rows.images
+    Rows.keys, Rows.images = keys, images
+    try:
+        yield
+    finally:
+        Rows.keys, Rows.images = before
+
+
+def with_rows_of_now(function):
+    """The function as it would run now, whenever it runs: recomputation happens in the backward pass."""
+    now = Rows.keys, Rows.images
+
+    def run(*args):
+        with dropout_rows(*now):
+            return function(*args)
+
+    return run
+
+
+class Dropout(nn.Module):
+    """Zeroes entries with probability p in training, by a hash of row key, channel and place in the model."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p, self.seed = p, 0
+
+    def forward(self, x: Tensor, keys: Tensor | None, first_channel: int = 0) -> Tensor:
+        """first_channel: of x's last dimension, where x holds a tensor-parallel rank's channels alone."""
+        if not self.training or keys is None or self.p == 0:
+            return x
+        return dropout(x, Mask(keys, self.p, self.seed, first_channel), 1 - self.p)
+
+
+def name_dropouts(model: nn.Module) -> None:
+    """Masks differ between places."""
+    for name, module in model.named_modules():
+        if isinstance(module, Dropout):
+            module.seed = zlib.crc32(name.encode()) >> 1

@@ -39,7 +39,7 @@ import plan
 import train
 import vlm
 from kernels import attention
-from loss_scale import LossScaler
+from rates import LossScaler
 
 WORDS = "one two three four five six seven "
 

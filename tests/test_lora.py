@@ -17,12 +17,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint as recomputed
 
-import dropout
 import lora
 import merge
 import model_visualglm
 import vlm
 from checkpoint import cli, copy_full_, gathered, load_into, open_weights
+from kernels import dropout
 from kernels.dropout import Mask, drop, dropout_mask, dropout_ref
 
 
