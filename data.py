@@ -48,8 +48,6 @@ DEFAULT_DATASET = {
     ]
     for split, file in (("train", "train.jsonl"), ("eval", "val.jsonl"))
 }
-# Every key that an entry may have. Another one is refused: it would be a setting that nothing reads.
-ENTRY_KEYS = "name data_files image_root weight max_samples chat_template splits eval_split eval_part".split()
 # torch's cross entropy knows it as "no target".
 IGNORE = -100
 CHANGED = "the file was changed after this run had read it; restore it, or begin again"
@@ -64,52 +62,29 @@ class Entry:
     read."""
 
     def __init__(self, settings: dict):
-        demand(
-            isinstance(settings, dict),
-            f"a dataset entry must be an object with data_files, got {cut(settings)}",
-        )
-        # Checked before a file is opened: a large one takes a while.
-        for key in settings:
-            known = nearest(key, ENTRY_KEYS)
-            demand(key in ENTRY_KEYS, f"unknown key {cut(key)} in a dataset entry{known}")
+        """settings: the keys of config.EntryKeys, of their types (config.check_entry)."""
+        self.settings, self.name = settings, settings.get("name")
         # PaddleMIX's files name the reader; others leave it to the records' own keys.
-        name = self.name = settings.get("name")
-        if name is not None and (not isinstance(name, str) or name not in READERS):
+        if self.name is not None and self.name not in READERS:
+            known = f"{', '.join(READERS)}{nearest(self.name, READERS)}"
             raise ValueError(
-                f"unknown dataset name {cut(name)}; known: {', '.join(READERS)}{nearest(name, READERS)}; "
+                f"unknown dataset name {cut(self.name)}; known: {known}; "
                 "without a name records are recognised by their keys"
             )
         # Several files are one sequence: VQAv2 has its questions in one and its answers in another.
-        files = settings.get("data_files")
-        self.paths = paths = listed(files)
-        texts = isinstance(paths, list) and paths and all(isinstance(p, str) for p in paths)
-        demand(texts, f"data_files must be a path or a list of paths, got {cut(files)}")
-        for path in paths:
-            there = "\0" not in path and (os.path.isfile(path) or os.path.isdir(path))
-            demand(there, f"data_files: no file {cut(path, 300)} (working directory {os.getcwd()})")
-        # What messages call the entry by.
-        what = name or paths[0]
-        self.settings, self.image_root = settings, settings.get("image_root")
-        self.weight, self.max_samples = settings.get("weight"), settings.get("max_samples")
-        root, most = self.image_root, self.max_samples
-        folder = root is None or isinstance(root, str) and os.path.isdir(root)
-        demand(folder, f"image_root {cut(root)} of {what} is no directory")
-        number = self.weight is None or is_number(self.weight, 0)
-        demand(number, f"weight={cut(self.weight)} of {what} must be a number >= 0")
-        # true is an int in Python, and no number here (is_number).
-        whole = most is None or isinstance(most, int) and is_number(most, 1)
-        demand(whole, f"max_samples={cut(most)} of {what} must be an integer >= 1")
-        splits = settings.get("splits")
-        self.splits = [splits] if isinstance(splits, str) else splits
-        names = isinstance(self.splits, list) and self.splits and all(isinstance(s, str) for s in self.splits)
-        demand(
-            self.splits is None or names, f"splits={cut(splits)} of {what} must be a name or a list of names"
-        )
+        self.paths = listed(settings["data_files"])
+        for path in self.paths:
+            if not os.path.isfile(path) and not os.path.isdir(path):
+                raise ValueError(f"data_files: no file {cut(path, 300)} (working directory {os.getcwd()})")
+        self.image_root = settings.get("image_root")
+        if self.image_root is not None and not os.path.isdir(self.image_root):
+            raise ValueError(
+                f"image_root {cut(self.image_root)} of {self.name or self.paths[0]} is no directory"
+            )
+        self.weight, self.max_samples = settings.get("weight"), int(settings.get("max_samples") or 0)
+        self.splits = listed(settings.get("splits"))
         # hold_out() sets both: the entry stands twice, once for each part.
         self.eval_split, self.eval_part = settings.get("eval_split") or 0.0, bool(settings.get("eval_part"))
-        share = is_number(self.eval_split, 0) and self.eval_split < 1
-        said = f"eval_split={cut(self.eval_split)} of {what}"
-        demand(share, f"{said} must be a share from 0 up to, not including, 1")
         self.system = read_system(settings.get("chat_template"))
         try:
             # Lines of JSONL are found here, and read when they are needed.
@@ -189,19 +164,9 @@ class Entry:
             )
 
 
-def listed(files):
-    """A path is a list of one."""
-    return [files] if isinstance(files, str) else files
-
-
-def demand(holds, message: str) -> None:
-    if not holds:
-        raise ValueError(message)
-
-
-def is_number(value, least: float) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value >= least
+def listed(names):
+    """A name alone is a list of one."""
+    return [names] if isinstance(names, str) else names
 
 
 def share_of(record) -> float:
@@ -239,10 +204,8 @@ def say_unused_keys(entries: list[Entry], first: int = 100) -> None:
             print(f"warning: {entry.label}: splits leaves out none: no record has a 'split'", file=sys.stderr)
 
 
-def dataset_of(value: str | dict) -> dict:
-    """What the key `dataset` means: itself, or for "FILE[,EVAL_FILE]" (files or folders) entries of these."""
-    if not isinstance(value, str):
-        return value
+def dataset_of(value: str) -> dict:
+    """What the key `dataset` means as "FILE[,EVAL_FILE]" (files or folders): entries of these."""
     # A path may have a comma in it: what exists is meant as it is.
     paths = [value] if os.path.exists(value) else [path.strip() for path in value.split(",")]
     if len(paths) > 2 or not all(paths):
@@ -256,12 +219,11 @@ def hold_out(dataset: dict, share: float) -> dict:
     """The dataset with `share` of its training records as the evaluation set."""
     if not share:
         return dataset
-    if dataset.get("eval"):
-        raise ValueError(f"eval_split={share:g} and evaluation entries are both given; use one")
     # The same files in both parts; share_of says which part a record is in.
-    entries = [entry for entry in dataset.get("train") or [] if isinstance(entry, dict)]
     parts = {
-        split: [{**entry, "eval_split": share, "eval_part": split == "eval"} for entry in entries]
+        split: [
+            {**entry, "eval_split": share, "eval_part": split == "eval"} for entry in dataset.get("train", [])
+        ]
         for split in ("train", "eval")
     }
     return {**dataset, **parts}
@@ -786,7 +748,8 @@ def load_sample(plan: Plan, number: int, epoch: int, processor, image_jitter=0.0
     # Whatever a record does wrong, here or in its images, is that record's fault and has its name.
     with one_record(conversation.where):
         sample = processor.encode(conversation, plan.max_length)
-        demand(len(sample["input_ids"]) == plan.index.length[number], CHANGED)
+        if len(sample["input_ids"]) != plan.index.length[number]:
+            raise ValueError(CHANGED)
         attach_images(sample, processor, features, image_jitter, seed=key)
     sample.update(sample_id=f"{conversation.where}#{conversation.id}", dataset_id=entry, key=key)
     return sample

@@ -146,13 +146,12 @@ def score(
     several."""
     whole: dict[str, float] = {}
     each: list[dict[str, float]] = [{} for _ in answers]
-    for name, function in metrics.METRICS.items():
+    for name in metrics.SCORES:
         rows = [i for i, c in enumerate(conversations) if name in (names or metrics.OF_KIND[c.kind])]
         if not rows:
             continue
-        for key, (total, own) in function(
-            [answers[i] for i in rows], [conversations[i].answers for i in rows]
-        ).items():
+        references = [conversations[i].answers for i in rows]
+        for key, (total, own) in metrics.scores_of(name, [answers[i] for i in rows], references).items():
             whole[key] = total
             sources = defaultdict(list)
             for i, value in zip(rows, own, strict=True):
@@ -320,7 +319,7 @@ def main(argv: list[str] | None = None) -> int:
         help="format of --data_files; default: each record's own keys tell",
     )
     add("--image_root", default=None, help="directory of the images of --data_files")
-    names = [*metrics.METRICS, "retrieval"]
+    names = [*metrics.SCORES, "retrieval"]
     add(
         "--metric",
         action="append",

@@ -222,8 +222,18 @@ def cider_d(candidates: list[list[str]], references: list[list[list[str]]]) -> t
     return sum(scores) / len(scores), scores
 
 
+def caption_scores(answers: list[str], references: list[list[str]]) -> dict[str, tuple[float, list[float]]]:
+    candidates = [ptb_tokens(a) for a in answers]
+    refs = [[ptb_tokens(r) for r in some] for some in references]
+    result = {"cider": cider_d(candidates, refs)}
+    corpus, each = bleu(candidates, refs)
+    for n in range(4):
+        result[f"bleu_{n + 1}"] = corpus[n], [scores[n] for scores in each]
+    return {**result, "rouge_l": rouge_l(candidates, refs)}
+
+
 # --------------------------------------------------------------------------------------------------
-# Answers
+# Answers: a score of one beside its references
 
 VQA_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 VQA_NUMBERS = {
@@ -276,63 +286,31 @@ def vqa_accuracy(prediction: str, answers: list[str]) -> float:
     return (matches * min(1.0, (matches - 1) / 3) + (people - matches) * min(1.0, matches / 3)) / people
 
 
-# --------------------------------------------------------------------------------------------------
-# Sets of answers. A name scores (answers, references of each) as {name: (whole set's, each answer's)}.
-
-
-def caption_scores(answers: list[str], references: list[list[str]]) -> dict[str, tuple[float, list[float]]]:
-    candidates, refs = (
-        [ptb_tokens(a) for a in answers],
-        [[ptb_tokens(r) for r in some] for some in references],
-    )
-    result = {"cider": cider_d(candidates, refs)}
-    corpus, each = bleu(candidates, refs)
-    for n in range(4):
-        result[f"bleu_{n + 1}"] = corpus[n], [scores[n] for scores in each]
-    return {**result, "rouge_l": rouge_l(candidates, refs)}
-
-
-def mean_score(name: str, scores: list[float]) -> dict[str, tuple[float, list[float]]]:
-    return {name: (sum(scores) / len(scores), scores)}
-
-
-def vqa_scores(answers: list[str], references: list[list[str]]) -> dict[str, tuple[float, list[float]]]:
-    return mean_score(
-        "vqa_accuracy", [vqa_accuracy(a, some) for a, some in zip(answers, references, strict=True)]
-    )
-
-
-def exact_match_scores(
-    answers: list[str], references: list[list[str]]
-) -> dict[str, tuple[float, list[float]]]:
+def exact_match(answer: str, references: list[str]) -> float:
     """Equal to one of the references, blanks at both ends aside."""
-    pairs = zip(answers, references, strict=True)
-    return mean_score("accuracy", [float(a.strip() in {r.strip() for r in some}) for a, some in pairs])
+    return float(answer.strip() in {r.strip() for r in references})
 
 
-def any_case_scores(answers: list[str], references: list[list[str]]) -> dict[str, tuple[float, list[float]]]:
+def any_case(answer: str, references: list[str]) -> float:
     """Equal to one of the references, blanks at both ends and the case aside (AI2D, OCR-VQA)."""
-    pairs = zip(answers, references, strict=True)
-    same = [float(a.strip().lower() in {r.strip().lower() for r in some}) for a, some in pairs]
-    return mean_score("any_case_accuracy", same)
+    return float(answer.strip().lower() in {r.strip().lower() for r in references})
 
 
-def gqa_answer(text: str) -> str:
-    """What Qwen-VL's evaluation takes of an answer to GQA: in its first clause, what stands behind the first
-    of each of these words and before the first " of"."""
-    text = re.split("[.,!]", text.strip())[0].lower()
+# GQA's exact match. Two published ways to clean the answers: Qwen-VL's, and LAVIS's for BLIP-2, by VQAv2's
+# rules, where the reference stays as it is.
+
+
+def gqa_qwen(answer: str, references: list[str]) -> float:
+    """Qwen-VL's evaluation takes of an answer, in its first clause, what stands behind the first of each of
+    these words and before the first " of"."""
+    text = re.split("[.,!]", answer.strip())[0].lower()
     for word in ("is ", "are ", "a ", "an ", "the "):  # in the middle of a word too: sic
         text = text.split(word)[1] if word in text else text
-    return text.split(" of")[0].strip()
+    return any_case(text.split(" of")[0], references)
 
 
-def gqa_scores(answers: list[str], references: list[list[str]]) -> dict[str, tuple[float, list[float]]]:
-    """GQA's exact match. Two published ways to clean the answers: Qwen-VL's, and LAVIS's for BLIP-2, by
-    VQAv2's rules; the reference stays as it is."""
-    pairs = list(zip(answers, references, strict=True))
-    qwen = [float(gqa_answer(a) in {r.strip().lower() for r in some}) for a, some in pairs]
-    lavis = [float(vqa_words(vqa_punctuation(a.strip())) in some) for a, some in pairs]
-    return mean_score("gqa_accuracy", qwen) | mean_score("gqa_accuracy_lavis", lavis)
+def gqa_lavis(answer: str, references: list[str]) -> float:
+    return float(vqa_words(vqa_punctuation(answer.strip())) in references)
 
 
 def edit_distance(a: str, b: str) -> int:
@@ -345,20 +323,17 @@ def edit_distance(a: str, b: str) -> int:
     return row[-1]
 
 
-def anls_scores(answers: list[str], references: list[list[str]]) -> dict[str, tuple[float, list[float]]]:
+def anls(answer: str, references: list[str]) -> float:
     """1 - edit distance / length of the longer, with the nearest reference; 0 below a half. The distance is
     of texts in lower case with single blanks, the length of the texts as they are: so in DocVQA's script."""
 
-    def distance(answer: str, reference: str) -> float:
+    def distance(reference: str) -> float:
         longer = max(len(answer), len(reference))
         plain = [" ".join(text.lower().split()) for text in (reference, answer)]
         return edit_distance(*plain) / longer if longer else 0.0
 
-    scores = []
-    for answer, some in zip(answers, references, strict=True):
-        score = 1 - min(distance(answer, r) for r in some)
-        scores.append(score if score >= 0.5 else 0.0)
-    return mean_score("anls", scores)
+    similar = 1 - min(map(distance, references))
+    return similar if similar >= 0.5 else 0.0
 
 
 def relaxed_match(answer: str, reference: str) -> bool:
@@ -376,13 +351,14 @@ def relaxed_match(answer: str, reference: str) -> bool:
     return answer.lower() == reference.lower()
 
 
-def relaxed_scores(answers: list[str], references: list[list[str]]) -> dict[str, tuple[float, list[float]]]:
-    """Relaxed accuracy. Qwen-VL's script gives answer and reference in each other's place, so that 5% is of
-    the answer: its published score is the second one."""
-    pairs = [(a.strip(), some) for a, some in zip(answers, references, strict=True)]
-    own = [float(any(relaxed_match(a, r) for r in some)) for a, some in pairs]
-    swapped = [float(any(relaxed_match(r, a) for r in some)) for a, some in pairs]
-    return mean_score("relaxed_accuracy", own) | mean_score("relaxed_accuracy_qwen", swapped)
+def relaxed(answer: str, references: list[str]) -> float:
+    return float(any(relaxed_match(answer.strip(), r) for r in references))
+
+
+def relaxed_qwen(answer: str, references: list[str]) -> float:
+    """Qwen-VL's script gives answer and reference in each other's place, so that 5% is of the answer: its
+    published score is this one."""
+    return float(any(relaxed_match(r, answer.strip()) for r in references))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -410,51 +386,64 @@ def overlap(a: list[float], b: list[float]) -> float:
     return width * height / union if union > 0 else 0.0
 
 
-def box_scores(answers: list[str], references: list[list[str]]) -> dict[str, tuple[float, list[float]]]:
-    """Acc@0.5: whether the answer's first box and the reference's have an IoU of at least a half; and the mean
-    IoU. Where a reference has several boxes (all things of a class), the one that it meets best."""
-    ious = []
-    for answer, some in zip(answers, references, strict=True):
-        best = 0.0
-        for reference in some:
-            size = SIZE.search(reference)
-            width, height = map(int, size.groups()) if size else (999, 999)
-            sides = (width, height) * 2
-            box = [v / 999 * side for v, side in zip(first_box(answer), sides, strict=True)]
-            targets = [first_box(f"({a}),({b})") for a, b in CORNERS.findall(reference)]
-            best = max([best, *(overlap(box, target) for target in targets)])
-        ious.append(best)
-    return mean_score("acc@0.5", [float(iou >= 0.5) for iou in ious]) | mean_score("mean_iou", ious)
+def best_iou(answer: str, references: list[str]) -> float:
+    """Of the answer's first box with the reference's. Where a reference has several boxes (all things of a
+    class), the one that it meets best."""
+    best = 0.0
+    for reference in references:
+        size = SIZE.search(reference)
+        width, height = map(int, size.groups()) if size else (999, 999)
+        sides = (width, height) * 2
+        box = [v / 999 * side for v, side in zip(first_box(answer), sides, strict=True)]
+        targets = [first_box(f"({a}),({b})") for a, b in CORNERS.findall(reference)]
+        best = max([best, *(overlap(box, target) for target in targets)])
+    return best
 
 
-METRICS = {
-    "caption": caption_scores,
-    "vqa_accuracy": vqa_scores,
-    "exact_match": exact_match_scores,
-    "any_case": any_case_scores,
-    "gqa": gqa_scores,
-    "anls": anls_scores,
-    "relaxed_accuracy": relaxed_scores,
-    "grounding": box_scores,
+def box_found(answer: str, references: list[str]) -> float:
+    """For Acc@0.5: whether the IoU is at least a half."""
+    return float(best_iou(answer, references) >= 0.5)
+
+
+# --------------------------------------------------------------------------------------------------
+# Sets of answers
+
+# metric -> {score: of one answer and its references}; the set's score is the mean
+BY_ANSWER = {
+    "vqa_accuracy": {"vqa_accuracy": vqa_accuracy},
+    "exact_match": {"accuracy": exact_match},
+    "any_case": {"any_case_accuracy": any_case},
+    "gqa": {"gqa_accuracy": gqa_qwen, "gqa_accuracy_lavis": gqa_lavis},
+    "anls": {"anls": anls},
+    "relaxed_accuracy": {"relaxed_accuracy": relaxed, "relaxed_accuracy_qwen": relaxed_qwen},
+    "grounding": {"acc@0.5": box_found, "mean_iou": best_iou},
 }
-OF_KIND = {  # of a conversation
+SCORES = {  # of each metric
+    # of the whole set alone: document frequencies and lengths are the corpus'
+    "caption": ("cider", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l"),
+    **{metric: tuple(scores) for metric, scores in BY_ANSWER.items()},
+}
+OF_KIND = {  # the metrics of a conversation
     "caption": ["caption"],
     "vqa": ["vqa_accuracy", "exact_match"],
     "grounding": ["grounding"],
     "chat": ["exact_match"],
 }
-SCORES = {  # of each metric
-    "caption": ("cider", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l"),
-    "vqa_accuracy": ("vqa_accuracy",),
-    "exact_match": ("accuracy",),
-    "any_case": ("any_case_accuracy",),
-    "gqa": ("gqa_accuracy", "gqa_accuracy_lavis"),
-    "anls": ("anls",),
-    "relaxed_accuracy": ("relaxed_accuracy", "relaxed_accuracy_qwen"),
-    "grounding": ("acc@0.5", "mean_iou"),
-}
+
+
+def scores_of(
+    metric: str, answers: list[str], references: list[list[str]]
+) -> dict[str, tuple[float, list[float]]]:
+    """{score: (the whole set's, each answer's)}"""
+    if metric == "caption":
+        return caption_scores(answers, references)
+    found = {}
+    for name, function in BY_ANSWER[metric].items():
+        each = [function(answer, some) for answer, some in zip(answers, references, strict=True)]
+        found[name] = sum(each) / len(each), each
+    return found
 
 
 def scores_of_kinds(kinds: set[str]) -> list[str]:
     """The names of the scores that conversations of these kinds get."""
-    return [name for metric in METRICS if any(metric in OF_KIND[k] for k in kinds) for name in SCORES[metric]]
+    return [name for metric in SCORES if any(metric in OF_KIND[k] for k in kinds) for name in SCORES[metric]]

@@ -24,7 +24,7 @@ WITHIN = 0.005  # of the published score: differences of kernels and library ver
 class Recipe:
     """The key "evaluation" of a configuration."""
 
-    metric: str  # of metrics.METRICS
+    metric: str  # of metrics.SCORES
     score: str  # the one that was published
     expected: float
     records: int | None  # of the whole set, as evaluate.py counts them (a caption's images); None: not known

@@ -428,8 +428,6 @@ def read_system(path: str | None) -> str | None:
     text."""
     if path is None:
         return None
-    if not isinstance(path, str):
-        raise ValueError(f"chat_template must be the path of a file, got {cut(path)}")
     if os.path.isdir(path):
         raise ValueError(f"chat_template={cut(path)} is a directory; give the file with the template")
     if not os.path.isfile(path):

@@ -112,6 +112,8 @@ CASES = [  # a file's text, and what its line says
             ({"weight": math.nan}, "weight"),
             ({"weight": True}, "weight"),
             ({"weight": "1"}, "weight"),
+            ({"weight": -1}, "weight"),
+            ({"max_samples": 0}, "max_samples"),
             ({"max_samples": True}, "max_samples"),
             ({"max_samples": 1e30}, "max_samples"),
             ({"splits": 5}, "splits"),

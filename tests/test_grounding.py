@@ -242,7 +242,7 @@ ANSWERS = {  # metric -> score -> (answer, references, value)
 
 def test_boxes_by_hand():
     answers, references, expected = zip(*BOXES.values(), strict=True)
-    scores = metrics.box_scores(list(answers), [[r] for r in references])
+    scores = metrics.scores_of("grounding", list(answers), [[r] for r in references])
     assert scores["mean_iou"][1] == pytest.approx(expected)
     hits = [float(iou >= 0.5) for iou in expected]
     assert scores["acc@0.5"] == (pytest.approx(sum(hits) / len(hits)), hits)
@@ -252,7 +252,7 @@ def test_boxes_by_hand():
 def test_answers_by_hand(metric):
     for score, cases in ANSWERS[metric].items():
         answers, references, expected = map(list, zip(*cases, strict=True))
-        assert metrics.METRICS[metric](answers, references)[score][1] == pytest.approx(expected), score
+        assert metrics.scores_of(metric, answers, references)[score][1] == pytest.approx(expected), score
 
 
 @pytest.mark.parametrize("metric", ["grounding", *ANSWERS])

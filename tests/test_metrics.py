@@ -107,13 +107,13 @@ def test_caption_tokens(text, expected):
 
 
 def test_fewer_than_ten_answers_count_as_ten():
-    whole, own = metrics.vqa_scores(
-        ["red", "Red", "cat", "x"], [["red"], ["red", "blue"], ["cat", "dog"], ["y"]]
+    whole, own = metrics.scores_of(
+        "vqa_accuracy", ["red", "Red", "cat", "x"], [["red"], ["red", "blue"], ["cat", "dog"], ["y"]]
     )["vqa_accuracy"]
     assert own == [1.0, 1.0, 1.0, 0.0] and whole == 0.75
     for some in (["cat", "dog", "x"], ["cat", "x", "cat", "dog", "y", "z"]):  # in any order
         turned = [some[i:] + some[:i] for i in range(len(some))]
-        assert len(set(metrics.vqa_scores(["cat"] * len(some), turned)["vqa_accuracy"][1])) == 1
+        assert len({metrics.vqa_accuracy("cat", answers) for answers in turned}) == 1
 
 
 @pytest.mark.parametrize(

@@ -504,8 +504,6 @@ def test_eval_split_parts_the_records_by_their_content(folder):
     fewer = parts(lines[:200])[0]  # and whatever else the file holds
     assert fewer["eval"] == found["eval"] & {f"q{n}" for n in range(200)}
     assert len(whole["train"][1]) == 1 and not whole["eval"][1]  # a broken line is named once
-    with pytest.raises(ValueError, match="both given"):
-        data.hold_out({"train": [{}], "eval": [{}]}, 0.1)
 
 
 def test_files_that_do_not_belong_together_are_refused(folder):
