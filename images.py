@@ -21,22 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 89_478_485  # PIL's own warning threshold; a larger image is refused before it is decoded
 # Raster formats alone: of the others PIL hands some (PostScript) to programs that interpret them
-FORMATS = (
-    "PNG",
-    "JPEG",
-    "MPO",
-    "WEBP",
-    "GIF",
-    "BMP",
-    "DIB",
-    "TIFF",
-    "PPM",
-    "JPEG2000",
-    "AVIF",
-    "ICO",
-    "TGA",
-    "QOI",
-)
+FORMATS = tuple("PNG JPEG MPO WEBP GIF BMP DIB TIFF PPM JPEG2000 AVIF ICO TGA QOI".split())
 DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?((?:;[\w.+-]+=[^;,]*)*)(;base64)?,", re.I)
 
 

@@ -22,35 +22,10 @@ from terminal import cut, one_line
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 IMAGE_KEYS = ("image", "images", "img", "image_path", "image_paths", "image_file", "image_url", "file_name")
-TABLE_KEYS = {
-    *IMAGE_KEYS,
-    "caption",
-    "captions",
-    "text",
-    "question",
-    "answer",
-    "answers",
-    "query",
-    "response",
-    "prompt",
-    "completion",
-    "instruction",
-    "output",
-    "label",
-    "messages",
-    "conversations",
-}
-LIST_KEYS = {
-    *IMAGE_KEYS,
-    "caption",
-    "captions",
-    "answers",
-    "messages",
-    "conversations",
-    "history",
-    "objects",
-    "bbox",
-}
+# Columns that make a table one of records; and those whose cells may hold a list or an object
+TABLE_KEYS = {*IMAGE_KEYS, *"caption captions text question answer answers query response prompt".split()}
+TABLE_KEYS |= set("completion instruction output label messages conversations".split())
+LIST_KEYS = {*IMAGE_KEYS, *"caption captions answers messages conversations history objects bbox".split()}
 
 
 def unique_keys(pairs: list) -> dict:

@@ -3,11 +3,14 @@
     (source,) = record_files.open_files(["train.jsonl"])
     conversations_of(source[0], source.where(0), "", 0)     # [Conversation(...)]
 
-Top to bottom: the door for bad records -> images of a turn -> readers by shape -> requests. A record is
-recognised by its own keys: Qwen-VL's [user, assistant] pairs with <img> tags, LLaVA and ShareGPT (from/value,
-<image> where each image stands), ms-swift and LLaMA-Factory and TRL (messages and images, query/response,
-objects), OpenAI's content parts, instruction/input/output, captions, questions with answers. A key that would
-change what a record means is understood or the record is refused; nothing is dropped.
+The way of a record: reader_of() recognises it by its own keys -> its reader gives [(kind, turns, answers)] ->
+conversations_of() finds the images' files, writes boxes into the text, checks what is left -> Conversation. A
+format of your own is a reader beside read_caption() and its keys in reader_of() and CONTENT_KEYS.
+
+Known are Qwen-VL's [user, assistant] pairs with <img> tags, LLaVA and ShareGPT (from/value, <image> where
+each image stands), ms-swift and LLaMA-Factory and TRL (messages and images, query/response, objects),
+OpenAI's content parts, instruction/input/output, captions, questions with answers. A key that would change
+what a record means is understood or the record is refused; nothing is dropped.
 """
 
 import math
@@ -50,7 +53,7 @@ class one_record:
 
 
 # --------------------------------------------------------------------------------------------------
-# images of a turn
+# a turn: texts and images in their order
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,12 @@ class Conversation:
     @property
     def images(self) -> list[str]:
         """Sources of the images in order."""
-        return [part.source for _, content in self.turns for part in content if isinstance(part, ImageRef)]
+        return sources_of(self.turns)
+
+
+def sources_of(turns: list[tuple[str, Content]]) -> list[str]:
+    """Of the images in order."""
+    return [part.source for _, content in turns for part in content if isinstance(part, ImageRef)]
 
 
 def text_of(content: Content) -> str:
@@ -130,11 +138,9 @@ def image_source(value) -> str:
     """An image's source out of a path, a URL or an object that holds one."""
     if isinstance(value, dict):
         found = [value[key] for key in ("url", "path", "image", "image_url") if value.get(key)]
-        if (
-            len(found) != 1
-            or set(value) - {"url", "path", "image", "image_url", "detail", "bytes", "type"}
-            or value.get("bytes")
-        ):
+        # Hugging Face writes {"bytes": null, "path": ...}
+        extra = set(value) - {"url", "path", "image", "image_url", "detail", "bytes", "type"}
+        if len(found) != 1 or extra or value.get("bytes"):
             raise ValueError(f"an image object needs one of url and path, got {cut(sorted(value))}")
         value = found[0]
     if not isinstance(value, str) or not value.strip():
@@ -183,7 +189,7 @@ def place_images(turns: list[tuple[str, list]], sources: list[str]) -> None:
     """Puts the k-th image where the k-th placeholder stands; without placeholders, all in front of the first
     question. Images that tags in the text name already must be the same ones."""
     places = [(content, n) for _, content in turns for n, part in enumerate(content) if part is PICTURE]
-    named = [part.source for _, content in turns for part in content if isinstance(part, ImageRef)]
+    named = sources_of(turns)
     if named and not places and sources and sources == named:
         return
     if named and sources:
@@ -226,22 +232,23 @@ def resolve_image(path: str, image_root: str | None, folder: str) -> str:
     raise ValueError(f"image {shown} not found; tried {', '.join(map(images.short, dict.fromkeys(tried)))}")
 
 
-# ------------------------------------------------------------------------------------------------
-# readers: one turns a record into [(kind, turns, answers)]; most give one, a caption list several
+def resolved(content: Content, image_root: str | None, folder: str) -> Content:
+    """The content with the files that its images' paths mean."""
+    return [
+        ImageRef(resolve_image(part.source, image_root, folder), part.wording)
+        if isinstance(part, ImageRef)
+        else part
+        for part in content
+    ]
+
+
+# --------------------------------------------------------------------------------------------------
+# keys: what a reader does not know is refused if it could change what the record means
 
 # What some reader takes as a record's content. Beside another kind's keys it would be dropped: refused.
-CONTENT_KEYS = {
-    *TABLE_KEYS.difference(IMAGE_KEYS),
-    "conversation",
-    "multiple_choice_answer",
-    "system",
-    "history",
-    "input",
-    "objects",
-    "bbox",
-    "ref",
-    "sent",
-}
+CONTENT_KEYS = TABLE_KEYS.difference(IMAGE_KEYS).union(
+    "conversation multiple_choice_answer system history input objects bbox ref sent".split()
+)
 MEDIA_WORD = re.compile(r"image|img|picture|photo|video|audio|speech|media|frames?$|pixel", re.I)
 ABOUT_MEDIA = re.compile(  # facts about an image, no image
     r"_(ids?|sizes?|width|height|sources?|licen[sc]es?|credits?|authors?|types?|formats?|hash|md5|sha\d*|"
@@ -262,17 +269,8 @@ ELSEWHERE = re.compile(
 )
 # Shares of the loss, of a record or a turn: all there is here is the whole
 WEIGHTS = ("loss", "loss_scale", "loss_weight", "weight", "sample_weight", "train", "trainable")
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-}
-
-
+# Facts about a record that no reader needs
+ABOUT = set("id question_id image_id question_type answer_type source split width height".split())
 EMPTY = (None, "", [], {})
 
 
@@ -322,13 +320,12 @@ def check_keys(record: dict, known: set[str]) -> None:
             raise ValueError(
                 f"the key {key!r} does not go with {others}: two kinds of record in one; keep one"
             )
+        # by the key's name; or by a file's name under any key, where the record has no other image
+        number = isinstance(value, bool | int | float)
+        named = MEDIA_WORD.search(key) and not ABOUT_MEDIA.search(key) and not number
         many = value if isinstance(value, list) else [value]
+        # 4096: a path has no more, and a long text need not be searched
         file = any(isinstance(v, str) and len(v) < 4096 and MEDIA_FILE.fullmatch(v) for v in many)
-        named = (
-            MEDIA_WORD.search(key)
-            and not ABOUT_MEDIA.search(key)
-            and not isinstance(value, bool | int | float)
-        )
         no_image = all(is_empty(record.get(key)) for key in IMAGE_KEYS)
         if named or (file and no_image and key not in ("id", "source")):
             raise ValueError(
@@ -337,33 +334,27 @@ def check_keys(record: dict, known: set[str]) -> None:
             )
 
 
-# Facts about a record that no reader needs
-ABOUT = {
-    "id",
-    "question_id",
-    "image_id",
-    "question_type",
-    "answer_type",
-    "source",
-    "split",
-    "width",
-    "height",
-}
+TURN_KEYS = {"role", "content", "from", "value", *IMAGE_KEYS}
 
 
 def unused_keys(record) -> set[str]:
     """The record's keys that nothing reads and that are not refused either: they may be a misspelt one."""
     if not isinstance(record, dict):
         return set()
-    found = set(record) - CONTENT_KEYS - set(IMAGE_KEYS) - ABOUT - set(WEIGHTS)
+    found = set(record).difference(CONTENT_KEYS, IMAGE_KEYS, ABOUT, WEIGHTS)
     turns = record.get("messages") or record.get("conversations")
     for turn in turns if isinstance(turns, list) else ():
         if isinstance(turn, dict):
-            found |= {f"{key} (of a turn)" for key in set(turn) - TURN_KEYS - {*WEIGHTS}}
+            found |= {f"{key} (of a turn)" for key in set(turn).difference(TURN_KEYS, WEIGHTS)}
     return found
 
 
-def read_caption(record: dict, answered: bool = True):
+# --------------------------------------------------------------------------------------------------
+# captions and questions. A reader takes (record, answered), and gives [(kind, turns, answers)]: mostly one,
+# of a list of captions several; not answered: the record is a request, and its answer may lack
+
+
+def read_caption(record: dict, answered: bool):
     known = {"caption", "captions", "text", *IMAGE_KEYS}
     check_keys(record, known)
     keys = [key for key in ("caption", "captions", "text") if not is_empty(record.get(key))]
@@ -398,7 +389,7 @@ def answer_text(value) -> str:
     return str(value)
 
 
-def read_vqa(record: dict, answered: bool = True):
+def read_vqa(record: dict, answered: bool):
     """The answer learned is "answer", VQAv2's "multiple_choice_answer", or else the most frequent of
     "answers"."""
     check_keys(record, {"question", "answer", "answers", "multiple_choice_answer", *IMAGE_KEYS})
@@ -413,13 +404,9 @@ def read_vqa(record: dict, answered: bool = True):
     if not isinstance(answers, list):
         raise ValueError(f"'answers' must be a list, got {cut(answers)}")
     answers = [answer_text(a) for a in answers]
-    answer = (
-        answer_text(answer)
-        if answer is not None
-        else Counter(answers).most_common(1)[0][0]
-        if answers
-        else ""
-    )
+    if answer is None and answers:
+        answer = Counter(answers).most_common(1)[0][0]
+    answer = "" if answer is None else answer_text(answer)
     if answered and not says_something(answer):
         raise ValueError("no answer: expected 'answer' or a non-empty list 'answers'")
     found = given_images(record)
@@ -429,222 +416,24 @@ def read_vqa(record: dict, answered: bool = True):
     return [("vqa", turns, answers or [answer])]
 
 
-def asked_and_answered(question: str, answer: str, sources: list[str]) -> list[tuple[str, list]]:
+def asked_and_answered(question: str, answer: str, sources: list[str]) -> list[tuple[str, Content]]:
     turns = [("user", parts_of_text(question)), ("assistant", [answer])]
     place_images(turns, sources)
     return turns
 
 
-def read_visualglm(record: dict, answered: bool = True):
+def read_visualglm(record: dict, answered: bool):
     check_keys(record, {"img", "prompt", "label"})
     image, question = image_source(record.get("img")), text_value(record.get("prompt"), "'prompt'")
     answer = text_value(record.get("label"), "'label'") if answered else ""
     return [("vqa", asked_and_answered(question, answer, [image]), [answer])]
 
 
-def single_exchange(record: dict) -> list[tuple[str, object]]:
-    """[(role, content)] of a record whose question and answer have keys of their own: query/response,
-    instruction/input/output, prompt/completion; "history" holds the pairs before."""
-    asked = next(key for key in ASKED if not is_empty(record.get(key)))
-    replied = [key for key in REPLIED if not is_empty(record.get(key))]
-    if len(replied) > 1:
-        raise ValueError(f"the keys {' and '.join(map(repr, replied))} both answer {asked!r}; keep one")
-    raw = []
-    history = record.get("history")
-    if not is_empty(history) and not isinstance(history, list):
-        raise ValueError(f"'history' must be a list of [question, answer], got {cut(history)}")
-    for pair in history or []:
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise ValueError(f"'history' must be a list of [question, answer], got {cut(pair)}")
-        raw += [("user", pair[0]), ("assistant", pair[1])]
-    question = record[asked]
-    if asked == "instruction" and not is_empty(extra := record.get("input")):
-        question = text_value(question, "'instruction'") + "\n" + text_value(extra, "'input'")
-    if isinstance(question, list) and question and isinstance(question[0], dict) and "role" in question[0]:
-        raw += [message_of(n, m) for n, m in enumerate(question)]  # TRL's conversational prompt
-    else:
-        raw.append(("user", question))
-    answer = record[replied[0]] if replied else None
-    if isinstance(answer, list) and answer and isinstance(answer[0], dict) and "role" in answer[0]:
-        raw += [message_of(n, m) for n, m in enumerate(answer)]
-    elif answer is not None:
-        raw.append(("assistant", answer))
-    return raw
+# --------------------------------------------------------------------------------------------------
+# boxes
 
 
-ASKED, REPLIED = ("query", "instruction", "prompt"), ("response", "output", "completion", "answer")
-TURN_KEYS = {"role", "content", "from", "value", *IMAGE_KEYS}
-
-
-def message_of(n: int, message) -> tuple[object, object]:
-    """(role, content) of one message in OpenAI's or ShareGPT's form, with its own images in place."""
-    if not isinstance(message, dict):
-        raise ValueError(f"turn {n} must be an object with role and content, got {cut(message)}")
-    for role_key, text_key in (("from", "value"), ("role", "content")):
-        if message.keys() == {role_key, text_key}:  # most have nothing else to look at
-            return message[role_key], message[text_key]
-    given = [key for key in ("role", "content", "from", "value") if not is_empty(message.get(key))]
-    role_key, text_key = ("role", "content") if {"role", "content"} & {*given} else ("from", "value")
-    if other := next((key for key in given if key not in (role_key, text_key)), None):
-        raise ValueError(
-            f"turn {n} has {other!r} beside {role_key!r} and {text_key!r}; keep one of the pairs"
-        )
-    # what is no answer is not learned anyway
-    learned = ROLES.get(str(message.get(role_key))) == "assistant"
-    try:
-        check_keys(message, TURN_KEYS if learned else TURN_KEYS | {*WEIGHTS})
-    except ValueError as e:
-        raise ValueError(f"turn {n}: {e}") from None
-    content = message.get(text_key)
-    if own := given_images(message):
-        content = read_content(content)
-        place_images([("user", content)], own)
-    return message.get(role_key), content
-
-
-def raw_turns(record: dict) -> list[tuple[object, object]]:
-    """[(role, content)] of a chat record as they stand there."""
-    shapes = [
-        key for key in ("messages", "conversations", "conversation", *ASKED) if not is_empty(record.get(key))
-    ]
-    if len(shapes) != 1:
-        found = (
-            f"both {shapes[0]!r} and {shapes[1]!r}" if shapes else f"none of them among {cut(sorted(record))}"
-        )
-        raise ValueError(
-            f"a chat needs one of 'messages', 'conversations', 'query', 'instruction', 'prompt'; {found}"
-        )
-    own = {shapes[0], "system", "objects", *IMAGE_KEYS}
-    if shapes[0] in ASKED:
-        own |= {*REPLIED, "history"} | ({"input"} if shapes[0] == "instruction" else set())
-    check_keys(record, own)
-    if shapes[0] in ASKED:
-        return single_exchange(record)
-    turns = record[shapes[0]]
-    if not isinstance(turns, list):
-        raise ValueError(f"{shapes[0]!r} must be a list of turns, got {cut(turns)}")
-    raw = []
-    for n, turn in enumerate(turns):
-        if isinstance(turn, list) and len(turn) == 2 and shapes[0] != "messages":
-            raw += [("user", turn[0]), ("assistant", turn[1])]
-        elif isinstance(turn, list):
-            raise ValueError(
-                f"{shapes[0]}[{n}] is neither a [user, assistant] pair nor an object with role and text"
-            )
-        else:
-            raw.append(message_of(n, turn))
-    return raw
-
-
-def chat_turns(record: dict, answered: bool = True) -> list[tuple[str, list]]:
-    """[(role, content), ...] of a chat record in any of its shapes; users and assistants alternate. Images
-    are in place. answered: the last turn is the assistant's; else a last answer is dropped."""
-    turns = []
-    for n, (role, content) in enumerate(raw_turns(record)):
-        if not isinstance(role, str) or role not in ROLES:
-            raise ValueError(f"turn {n}: expected a role among {', '.join(ROLES)}, got {cut(role)}")
-        try:
-            parts = read_content(content)
-        except ValueError as e:
-            raise ValueError(f"turn {n} ({role}): {e}") from None
-        # an image alone asks something, and answers nothing
-        empty = not any(
-            says_something(part) if isinstance(part, str) else ROLES[role] != "assistant" for part in parts
-        )
-        if empty and ROLES[role] != "system":
-            raise ValueError(f"turn {n} ({role}) has no text")
-        if not empty:  # an empty system text is none
-            turns.append((ROLES[role], parts))
-    if not is_empty(system := record.get("system")):
-        if turns and turns[0][0] == "system" and text_of(turns[0][1]) != system:
-            raise ValueError("the record's 'system' and its first turn are two different system texts")
-        if not turns or turns[0][0] != "system":
-            turns.insert(0, ("system", [text_value(system, "'system'")]))
-    roles = [role for role, _ in turns[1 if turns and turns[0][0] == "system" else 0 :]]
-    if not roles or roles != [("user", "assistant")[i % 2] for i in range(len(roles))]:
-        raise ValueError(
-            f"turns must alternate user, assistant and begin with user, got {', '.join(roles)[:80]}"
-        )
-    place_images(turns, given_images(record))
-    if turns[0][0] == "system" and not all(isinstance(part, str) for part in turns[0][1]):
-        raise ValueError("an image in the system text")
-    if answered and turns[-1][0] != "assistant":
-        raise ValueError(f"the last turn must be the assistant's, got {turns[-1][0]}")
-    return turns if answered or turns[-1][0] == "user" else turns[:-1]
-
-
-def fill_objects(turns: list[tuple[str, list]], objects) -> None:
-    """ms-swift's "objects": names and boxes that take the places of <ref-object> and <bbox> in the text, in
-    pixels of their image unless "bbox_type" is "norm1". Sources: its documentation of custom datasets."""
-    text = "".join([text_of(content) for _, content in turns])
-    marks = {"ref": "<ref-object>", "bbox": "<bbox>"}
-    if is_empty(objects):
-        if found := [mark for mark in marks.values() if mark in text]:
-            raise ValueError(f"{found[0]} in the text, but the record has no 'objects'")
-        return
-    if not isinstance(objects, dict) or set(objects) - {"ref", "bbox", "bbox_type", "image_id"}:
-        raise ValueError(
-            f"'objects' must be an object with ref, bbox, bbox_type and image_id, got {cut(objects)}"
-        )
-    refs, boxes = objects.get("ref") or [], objects.get("bbox") or []
-    kind, owners = objects.get("bbox_type") or "real", objects.get("image_id") or [0] * len(boxes)
-    if kind not in ("real", "norm1"):
-        raise ValueError(f"bbox_type must be real or norm1, got {cut(kind)}")
-    for key, values in (("ref", refs), ("bbox", boxes)):
-        if not isinstance(values, list) or text.count(marks[key]) != len(values):
-            raise ValueError(
-                f"{cut(values)} under objects.{key}, but the text has {text.count(marks[key])} {marks[key]}"
-            )
-    if not isinstance(owners, list) or len(owners) != len(boxes):
-        raise ValueError(f"objects.image_id must name an image for each of the {len(boxes)} boxes")
-    sources = [part.source for _, content in turns for part in content if isinstance(part, ImageRef)]
-    fillings = {
-        "<ref-object>": iter([f"<ref>{text_value(ref, 'objects.ref')}</ref>" for ref in refs]),
-        "<bbox>": iter(
-            [box_text(box, kind, owner, sources) for box, owner in zip(boxes, owners, strict=True)]
-        ),
-    }
-    for _, content in turns:
-        for n, part in enumerate(content):
-            if isinstance(part, str):
-                content[n] = re.sub("<ref-object>|<bbox>", lambda match: next(fillings[match[0]]), part)
-
-
-def box_text(box, kind: str, owner: int, sources: list[str]) -> str:
-    """A box of "objects" in thousandths of its image's sides."""
-    if not isinstance(owner, int) or not 0 <= owner < len(sources):
-        raise ValueError(f"objects.image_id names image {cut(owner)}, the record has {len(sources)}")
-    size = images.image_size(sources[owner]) if kind == "real" else (1, 1)
-    return thousandths(inside(box, size), size)
-
-
-def inside(box, size: tuple[int, int]) -> list[float]:
-    """x1, y1, x2, y2 of a box that lies in its image. Half a pixel beyond an edge is the annotator's rounding
-    and is cut off."""
-    numbers = (
-        isinstance(box, list)
-        and len(box) == 4
-        and all(isinstance(v, int | float) and not isinstance(v, bool) for v in box)
-    )
-    if not numbers or not all(map(math.isfinite, box)):
-        raise ValueError(f"a box must be four numbers x1, y1, x2, y2, got {cut(box)}")
-    if max(box) <= 1 < min(size) and any(v % 1 for v in box):
-        raise ValueError(f"box {cut(box)} has shares of the image's sides; expected pixels")
-    slack = 0.5 if size != (1, 1) else 0.0
-    cut_off = [min(max(v, 0), side) for v, side in zip(box, size * 2, strict=True)]
-    far = any(abs(v - w) > slack for v, w in zip(box, cut_off, strict=True))
-    if far or cut_off[0] > cut_off[2] or cut_off[1] > cut_off[3]:
-        raise ValueError(f"box {cut(box)} does not lie in its image of {size[0]}x{size[1]}")
-    return cut_off
-
-
-def thousandths(box: list[float], size: tuple[int, int]) -> str:
-    """A box in pixels in Qwen-VL's form: corners from 0 to 999 over the image's sides."""
-    x1, y1, x2, y2 = (min(999, int(1000 * v / side)) for v, side in zip(box, size * 2, strict=True))
-    return f"<box>({x1},{y1}),({x2},{y2})</box>"
-
-
-def read_boxes(record: dict, answered: bool = True):
+def read_boxes(record: dict, answered: bool):
     """What is asked for ("ref", or RefCOCO's "sent") and its boxes in pixels: "bbox" is one [x1, y1, x2, y2]
     or a list of them. They are put in when the image is found, by fill_boxes."""
     check_keys(record, {"ref", "sent", "bbox", "width", "height", *IMAGE_KEYS})
@@ -683,6 +472,29 @@ def fill_boxes(turns: list[tuple[str, list]], record: dict) -> list[str]:
     return [f"{pixels} of {size[0]}x{size[1]}"]
 
 
+def inside(box, size: tuple[int, int]) -> list[float]:
+    """x1, y1, x2, y2 of a box that lies in its image. Half a pixel beyond an edge is the annotator's rounding
+    and is cut off."""
+    four = isinstance(box, list) and len(box) == 4
+    numbers = four and all(isinstance(v, int | float) and not isinstance(v, bool) for v in box)
+    if not numbers or not all(map(math.isfinite, box)):
+        raise ValueError(f"a box must be four numbers x1, y1, x2, y2, got {cut(box)}")
+    if max(box) <= 1 < min(size) and any(v % 1 for v in box):
+        raise ValueError(f"box {cut(box)} has shares of the image's sides; expected pixels")
+    slack = 0.5 if size != (1, 1) else 0.0  # of shares of a side there is no half a pixel
+    cut_off = [min(max(v, 0), side) for v, side in zip(box, size * 2, strict=True)]
+    far = any(abs(v - w) > slack for v, w in zip(box, cut_off, strict=True))
+    if far or cut_off[0] > cut_off[2] or cut_off[1] > cut_off[3]:
+        raise ValueError(f"box {cut(box)} does not lie in its image of {size[0]}x{size[1]}")
+    return cut_off
+
+
+def thousandths(box: list[float], size: tuple[int, int]) -> str:
+    """A box in pixels in Qwen-VL's form: corners from 0 to 999 over the image's sides."""
+    x1, y1, x2, y2 = (min(999, int(1000 * v / side)) for v, side in zip(box, size * 2, strict=True))
+    return f"<box>({x1},{y1}),({x2},{y2})</box>"
+
+
 def refuse_boxes(conversation: Conversation, model: str) -> None:
     """Of a model whose text has no form for a box."""
     if conversation.boxes:
@@ -691,9 +503,185 @@ def refuse_boxes(conversation: Conversation, model: str) -> None:
         )
 
 
-def read_chat(record: dict, answered: bool = True):
+# --------------------------------------------------------------------------------------------------
+# chats
+
+ASKED, REPLIED = ("query", "instruction", "prompt"), ("response", "output", "completion", "answer")
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"}
+ROLES |= dict.fromkeys(("assistant", "gpt", "model"), "assistant")
+
+
+def read_chat(record: dict, answered: bool):
     return [("chat", chat_turns(record, answered), [])]  # its answer is known when its boxes are
 
+
+def chat_turns(record: dict, answered: bool) -> list[tuple[str, list]]:
+    """[(role, content), ...] of a chat record in any of its shapes; users and assistants alternate. Images
+    are in place. answered: the last turn is the assistant's; else a last answer is dropped."""
+    turns = []
+    for n, (role, content) in enumerate(raw_turns(record)):
+        if not isinstance(role, str) or role not in ROLES:
+            raise ValueError(f"turn {n}: expected a role among {', '.join(ROLES)}, got {cut(role)}")
+        try:
+            parts = read_content(content)
+        except ValueError as e:
+            raise ValueError(f"turn {n} ({role}): {e}") from None
+        # an image alone asks something, and answers nothing
+        empty = not any(
+            says_something(part) if isinstance(part, str) else ROLES[role] != "assistant" for part in parts
+        )
+        if empty and ROLES[role] != "system":
+            raise ValueError(f"turn {n} ({role}) has no text")
+        if not empty:  # an empty system text is none
+            turns.append((ROLES[role], parts))
+    if not is_empty(system := record.get("system")):
+        if turns and turns[0][0] == "system" and text_of(turns[0][1]) != system:
+            raise ValueError("the record's 'system' and its first turn are two different system texts")
+        if not turns or turns[0][0] != "system":
+            turns.insert(0, ("system", [text_value(system, "'system'")]))
+    roles = [role for role, _ in turns[1 if turns and turns[0][0] == "system" else 0 :]]
+    if not roles or roles != [("user", "assistant")[i % 2] for i in range(len(roles))]:
+        raise ValueError(
+            f"turns must alternate user, assistant and begin with user, got {', '.join(roles)[:80]}"
+        )
+    place_images(turns, given_images(record))
+    if turns[0][0] == "system" and not all(isinstance(part, str) for part in turns[0][1]):
+        raise ValueError("an image in the system text")
+    if answered and turns[-1][0] != "assistant":
+        raise ValueError(f"the last turn must be the assistant's, got {turns[-1][0]}")
+    return turns if answered or turns[-1][0] == "user" else turns[:-1]
+
+
+def raw_turns(record: dict) -> list[tuple[object, object]]:
+    """[(role, content)] of a chat record as they stand there."""
+    shapes = [
+        key for key in ("messages", "conversations", "conversation", *ASKED) if not is_empty(record.get(key))
+    ]
+    if len(shapes) != 1:
+        found = (
+            f"both {shapes[0]!r} and {shapes[1]!r}" if shapes else f"none of them among {cut(sorted(record))}"
+        )
+        raise ValueError(
+            f"a chat needs one of 'messages', 'conversations', 'query', 'instruction', 'prompt'; {found}"
+        )
+    own = {shapes[0], "system", "objects", *IMAGE_KEYS}
+    if shapes[0] in ASKED:
+        own |= {*REPLIED, "history"} | ({"input"} if shapes[0] == "instruction" else set())
+    check_keys(record, own)
+    if shapes[0] in ASKED:
+        return single_exchange(record)
+    turns = record[shapes[0]]
+    if not isinstance(turns, list):
+        raise ValueError(f"{shapes[0]!r} must be a list of turns, got {cut(turns)}")
+    raw = []
+    for n, turn in enumerate(turns):
+        if isinstance(turn, list) and len(turn) == 2 and shapes[0] != "messages":
+            raw += [("user", turn[0]), ("assistant", turn[1])]
+        elif isinstance(turn, list):
+            raise ValueError(
+                f"{shapes[0]}[{n}] is neither a [user, assistant] pair nor an object with role and text"
+            )
+        else:
+            raw.append(message_of(n, turn))
+    return raw
+
+
+def single_exchange(record: dict) -> list[tuple[object, object]]:
+    """[(role, content)] of a record whose question and answer have keys of their own: query/response,
+    instruction/input/output, prompt/completion; "history" holds the pairs before."""
+    asked = next(key for key in ASKED if not is_empty(record.get(key)))
+    replied = [key for key in REPLIED if not is_empty(record.get(key))]
+    if len(replied) > 1:
+        raise ValueError(f"the keys {' and '.join(map(repr, replied))} both answer {asked!r}; keep one")
+    raw, history = [], [] if is_empty(record.get("history")) else record["history"]
+    for pair in history if isinstance(history, list) else [history]:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError(f"'history' must be a list of [question, answer], got {cut(pair)}")
+        raw += [("user", pair[0]), ("assistant", pair[1])]
+    question = record[asked]
+    if asked == "instruction" and not is_empty(extra := record.get("input")):
+        question = text_value(question, "'instruction'") + "\n" + text_value(extra, "'input'")
+    return raw + turns_of("user", question) + (turns_of("assistant", record[replied[0]]) if replied else [])
+
+
+def turns_of(role: str, said) -> list[tuple[object, object]]:
+    """What somebody said: a turn of that role, or TRL's conversational form, a list of messages."""
+    if isinstance(said, list) and said and isinstance(said[0], dict) and "role" in said[0]:
+        return [message_of(n, message) for n, message in enumerate(said)]
+    return [(role, said)]
+
+
+def message_of(n: int, message) -> tuple[object, object]:
+    """(role, content) of one message in OpenAI's or ShareGPT's form, with its own images in place."""
+    if not isinstance(message, dict):
+        raise ValueError(f"turn {n} must be an object with role and content, got {cut(message)}")
+    for role_key, text_key in (("from", "value"), ("role", "content")):
+        if message.keys() == {role_key, text_key}:  # most have nothing else to look at
+            return message[role_key], message[text_key]
+    given = [key for key in ("role", "content", "from", "value") if not is_empty(message.get(key))]
+    role_key, text_key = ("role", "content") if {"role", "content"} & {*given} else ("from", "value")
+    if other := next((key for key in given if key not in (role_key, text_key)), None):
+        raise ValueError(
+            f"turn {n} has {other!r} beside {role_key!r} and {text_key!r}; keep one of the pairs"
+        )
+    # what is no answer is not learned anyway
+    learned = ROLES.get(str(message.get(role_key))) == "assistant"
+    try:
+        check_keys(message, TURN_KEYS if learned else TURN_KEYS | {*WEIGHTS})
+    except ValueError as e:
+        raise ValueError(f"turn {n}: {e}") from None
+    content = message.get(text_key)
+    if own := given_images(message):
+        content = read_content(content)
+        place_images([("user", content)], own)
+    return message.get(role_key), content
+
+
+def fill_objects(turns: list[tuple[str, list]], objects) -> None:
+    """ms-swift's "objects": names and boxes that take the places of <ref-object> and <bbox> in the text, in
+    pixels of their image unless "bbox_type" is "norm1". Sources: its documentation of custom datasets."""
+    text = "".join([text_of(content) for _, content in turns])
+    marks = {"ref": "<ref-object>", "bbox": "<bbox>"}
+    if is_empty(objects):
+        if found := [mark for mark in marks.values() if mark in text]:
+            raise ValueError(f"{found[0]} in the text, but the record has no 'objects'")
+        return
+    if not isinstance(objects, dict) or set(objects) - {"ref", "bbox", "bbox_type", "image_id"}:
+        raise ValueError(
+            f"'objects' must be an object with ref, bbox, bbox_type and image_id, got {cut(objects)}"
+        )
+    refs, boxes = objects.get("ref") or [], objects.get("bbox") or []
+    kind, owners = objects.get("bbox_type") or "real", objects.get("image_id") or [0] * len(boxes)
+    if kind not in ("real", "norm1"):
+        raise ValueError(f"bbox_type must be real or norm1, got {cut(kind)}")
+    for key, values in (("ref", refs), ("bbox", boxes)):
+        if not isinstance(values, list) or text.count(marks[key]) != len(values):
+            raise ValueError(
+                f"{cut(values)} under objects.{key}, but the text has {text.count(marks[key])} {marks[key]}"
+            )
+    if not isinstance(owners, list) or len(owners) != len(boxes):
+        raise ValueError(f"objects.image_id must name an image for each of the {len(boxes)} boxes")
+    sources, boxes = sources_of(turns), zip(boxes, owners, strict=True)
+    names = [f"<ref>{text_value(ref, 'objects.ref')}</ref>" for ref in refs]
+    written = [box_text(box, kind, owner, sources) for box, owner in boxes]
+    # each mark takes the next one of its kind, through all turns
+    fillings = {"<ref-object>": iter(names), "<bbox>": iter(written)}
+    for _, content in turns:
+        for n, part in enumerate(content):
+            if isinstance(part, str):
+                content[n] = re.sub("<ref-object>|<bbox>", lambda match: next(fillings[match[0]]), part)
+
+
+def box_text(box, kind: str, owner: int, sources: list[str]) -> str:
+    """A box of "objects" in thousandths of its image's sides."""
+    if not isinstance(owner, int) or not 0 <= owner < len(sources):
+        raise ValueError(f"objects.image_id names image {cut(owner)}, the record has {len(sources)}")
+    size = images.image_size(sources[owner]) if kind == "real" else (1, 1)
+    return thousandths(inside(box, size), size)
+
+
+# --------------------------------------------------------------------------------------------------
+# a record
 
 READERS = {
     "chatml_dataset": read_chat,
@@ -750,14 +738,9 @@ def conversations_of(
         raise ValueError(f"{key!r} must be a number or a text of at most 200 characters, got {cut(id)}")
     source, found = record.get("source"), []
     source = source if isinstance(source, str) and source else name or "data"
-
-    def resolved(part):
-        if isinstance(part, str):
-            return part
-        return ImageRef(resolve_image(part.source, image_root, folder), part.wording)
-
     for kind, turns, answers in (READERS[name] if name else reader_of(record))(record, answered):
-        turns = [(role, [resolved(part) for part in content]) for role, content in turns]
+        turns = [(role, resolved(content, image_root, folder)) for role, content in turns]
+        # boxes in pixels are written as shares of the image, whose size only its file says
         if kind == "chat":
             fill_objects(turns, record.get("objects"))
             answers = [text_of(turns[-1][1])] if answered else []
@@ -802,28 +785,19 @@ def say_keys(what: str, keys) -> None:
         print(f"note: {what}: keys that are not used: {names}", file=sys.stderr)
 
 
-def request(
-    turns: list[tuple[str, str | Content]], images: list[str], where: str, folder: str = "", id: str = "0"
-) -> Conversation:
+def request(turns: list[tuple[str, str | Content]], images: list[str], where: str) -> Conversation:
     """A chat to be answered. A turn may be a text with <img>PATH</img> tags; `images` stand before the last
     one's."""
-
-    def found(part):
-        return (
-            ImageRef(resolve_image(part.source, None, folder), part.wording)
-            if isinstance(part, ImageRef)
-            else part
-        )
-
     parts = [
         (role, parts_of_text(content) if isinstance(content, str) else content) for role, content in turns
     ]
     place_images([("user", parts[-1][1])], images)
     if any(not isinstance(part, str) for role, content in parts if role == "system" for part in content):
         raise ValueError(f"{where}: an image in the system text; images belong into the question")
-    turns = [(role, list(map(found, content))) for role, content in parts]
+    turns = [(role, resolved(content, None, "")) for role, content in parts]
+    # what a model has said may hold anything
     check_text([turn for turn in turns if turn[0] != "assistant"])
-    return Conversation(id, turns, "chat", where, [], "request")
+    return Conversation("0", turns, "chat", where, [], "request")
 
 
 def read_requests(path: str, elsewhere=()) -> tuple[list[Conversation], list[BadRecord]]:

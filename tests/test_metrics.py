@@ -123,7 +123,7 @@ def test_fewer_than_ten_answers_count_as_ten():
 def test_each_of_ten_people_counts(prediction, answers, expected):
     """Through the reader, as training and evaluation take the references."""
     record = {"image": "a.png", "question": "q", "answers": [{"answer": a} for a in answers]}
-    ((kind, turns, references),) = read_vqa(record)
+    ((kind, turns, references),) = read_vqa(record, True)
     c = Conversation("0", turns, kind, "f:1", references, "s")
     (merged,) = evaluate.merge_references([c], [0])
     assert evaluate.score([merged], [prediction])[0]["vqa_accuracy"] == pytest.approx(expected, abs=1e-12)
