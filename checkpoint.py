@@ -55,18 +55,10 @@ SAFETENSORS_DTYPES = {
 }
 
 # What makes a directory of weights a checkpoint that loads by itself.
-SIDE_FILES = [
-    "qwen.tiktoken",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "*.model",
-    "vocab.*",
-    "merges.txt",
-]
+SIDE_FILES = (
+    "qwen.tiktoken tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json "
+    "generation_config.json preprocessor_config.json *.model vocab.* merges.txt"
+).split()
 
 
 class SaveError(OSError):
@@ -401,15 +393,11 @@ class Weights:
         whole = not parallel.is_sharded(param) and not hasattr(param, "cut")
         return whole and param.device.type == "cpu" and param.is_contiguous() and self._places[name].offset
 
-    def as_it_is(self, name: str, param: torch.Tensor, dtype: torch.dtype | None) -> bool:
-        """Whether it needs no cast."""
-        return param.dtype == self.dtype(name) and dtype in (None, param.dtype)
-
-    def read_into(self, name: str, param: torch.Tensor, dtype: torch.dtype | None = None) -> float:
-        """Reads the tensor into a parameter, rounded to `dtype` first. -> its largest absolute value, looked
-        for a piece at a time, while a core's cache still holds it; ValueError for NaN or infinity."""
+    def read_into(self, name: str, param: torch.Tensor) -> float:
+        """Reads the tensor into a parameter. -> its largest absolute value, looked for a piece at a time,
+        while a core's cache still holds it; ValueError for NaN or infinity."""
         path, _, _, kind, offset = self._places[name]
-        count, most, straight = PIECE_BYTES // kind.itemsize, 0, self.as_it_is(name, param, dtype)
+        count, most, straight = PIECE_BYTES // kind.itemsize, 0, param.dtype == kind
         values = param.detach().view(-1)
         room = values if straight else torch.empty(count, dtype=kind)
         # The bits as integers: ordered like the numbers, and cheaper to look through.
@@ -422,8 +410,7 @@ class Weights:
                 fill(piece, f, name)
                 most = max(most, magnitude(piece))
                 if not straight:
-                    read = room[: end - start]
-                    values[start:end].copy_(read if dtype is None else read.to(dtype))
+                    values[start:end].copy_(room[: end - start])
         return finite(most, kind, f"{self.directory}: {name}")
 
     def scratch(self) -> torch.Tensor:
@@ -717,18 +704,15 @@ def in_threads(call, items: list) -> Iterator:
         pool.shutdown(cancel_futures=True)
 
 
-def load_into(params: dict, weights: Weights, dtype: torch.dtype | None = None, skip=()) -> None:  # all ranks
+def load_into(params: dict, weights: Weights, skip=()) -> None:  # all ranks
     """Strict copy of the weights into {name: parameter}, one tensor at a time. Each rank reads the rows that
-    it holds a part of; what is wrong with any of them is said on all.
-
-    dtype: round to this first (None: only the parameter's own dtype counts). skip: names left alone on both
-    sides.
+    it holds a part of; what is wrong with any of them is said on all. skip: names left alone on both sides.
     """
     # Before anything is overwritten.
     check_names({name: parallel.whole_shape(p) for name, p in params.items()}, weights, ignore=skip)
     problem, peak, skip = None, 0.0, set(skip)
     try:
-        peak = _load(params, weights, dtype, [name for name in weights if name not in skip])
+        peak = _load(params, weights, [name for name in weights if name not in skip])
     except (ValueError, OSError) as e:
         problem = str(e)
     # A rank that raised alone would leave the others in their next collective.
@@ -740,16 +724,16 @@ def load_into(params: dict, weights: Weights, dtype: torch.dtype | None = None, 
         raise ValueError("every weight is zero; the file was never written in full: fetch it again")
 
 
-def _load(params: dict, weights: Weights, dtype: torch.dtype | None, names: list[str]) -> float:
+def _load(params: dict, weights: Weights, names: list[str]) -> float:
     """-> the largest value that was read. One tensor at a time: a model as large as the memory has no room
     for a second copy."""
     whole = [n for n in names if weights.in_pieces(n, params[n])]
-    straight = [n for n in whole if weights.as_it_is(n, params[n], dtype)]
+    straight = [n for n in whole if params[n].dtype == weights.dtype(n)]
     # Reading and looking at what was read take as long as each other: threads do both at a time.
     with contextlib.closing(in_threads(lambda n: weights.read_into(n, params[n]), straight)) as found:
         highs = dict(zip(straight, found, strict=True))
     # To cast, torch has threads of its own.
-    highs |= {n: weights.read_into(n, params[n], dtype) for n in whole if n not in highs}
+    highs |= {n: weights.read_into(n, params[n]) for n in whole if n not in highs}
     scratch = weights.scratch() if len(highs) < len(names) else None
     for name in names:
         param, read = params[name], None
@@ -757,13 +741,13 @@ def _load(params: dict, weights: Weights, dtype: torch.dtype | None, names: list
             read = weights.read(name, scratch, rows_held(param))
             highs[name] = largest(read, f"{weights.directory}: {name}")
         # A cast to fp16 makes infinity of what is above 65,504.
-        for kind in (dtype, param.dtype):
-            if kind is not None and highs[name] > torch.finfo(kind).max:
-                raise ValueError(
-                    f"{name} has a value of {highs[name]:.3g}, too large for {kind}; use bfloat16 or float32"
-                )
+        if highs[name] > torch.finfo(param.dtype).max:
+            raise ValueError(
+                f"{name} has a value of {highs[name]:.3g}, too large for {param.dtype}; use bfloat16 or "
+                "float32"
+            )
         if read is not None:
-            copy_rows_(param, read if dtype is None else read.to(dtype))
+            copy_rows_(param, read)
     return max(highs.values(), default=0.0)
 
 
@@ -786,19 +770,29 @@ def save_tensors(tensors: dict, path, metadata: dict[str, str]) -> None:
 
 
 def save_weights(
-    directory, named_tensors, max_shard_bytes: int = 5 * 10**9, write: bool = True, convert=None
+    directory,
+    named_tensors,
+    max_shard_bytes: int = 5 * 10**9,
+    write: bool = True,
+    convert=None,
+    pickled: bool = False,
 ) -> None:
-    """Write model.safetensors, or shards with an index, holding one shard in memory at most.
+    """Write model.safetensors (pickled: pytorch_model.bin), or shards with an index, holding one shard in
+    memory at most.
 
     The iterable may gather (collectives), so every rank consumes all of it, also after a failed write;
     with write=False a rank keeps and writes nothing. convert(name, tensor): what is written of it.
     """
+    stem, suffix = ("pytorch_model", ".bin") if pickled else ("model", ".safetensors")
     # Shards are named when their number is known; until then by their turn.
     directory, shard, shard_bytes, files, names, error = Path(directory), {}, 0, [], {}, None
 
     def flush():
-        path = directory / f"shard-{len(files)}.safetensors"
-        save_file(shard, path, metadata={"format": "pt"})
+        path = directory / f"shard-{len(files)}{suffix}"
+        if pickled:
+            torch.save(dict(shard), path)
+        else:
+            save_file(shard, path, metadata={"format": "pt"})
         files.append((path, list(shard)))
         shard.clear()
 
@@ -829,16 +823,16 @@ def save_weights(
         return
     flush()
     if len(files) == 1:
-        files[0][0].rename(directory / "model.safetensors")
+        files[0][0].rename(directory / f"{stem}{suffix}")
         return
     weight_map = {}
     for i, (path, shard_names) in enumerate(files, 1):
-        file_name = f"model-{i:05d}-of-{len(files):05d}.safetensors"
+        file_name = f"{stem}-{i:05d}-of-{len(files):05d}{suffix}"
         path.rename(directory / file_name)
         weight_map |= dict.fromkeys(shard_names, file_name)
     # transformers' format of an index.
     index = {"metadata": {"total_size": sum(names.values())}, "weight_map": weight_map}
-    write_json(directory / "model.safetensors.index.json", index)
+    write_json(directory / f"{stem}{suffix}.index.json", index)
 
 
 def copy_side_files(source, target) -> None:

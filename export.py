@@ -24,17 +24,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, processors
 from torch import Tensor, nn
 
 import checkpoint
 import data
 import merge
+import quantize
 import terminal
 import vlm
 from generate import DTYPES, load_model
-from quantize import KINDS, quantize, replace_weight
 
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's, for all three
 
@@ -73,11 +72,7 @@ class Source:
         if high > torch.finfo(dtype).max:
             raise ValueError(f"{name} has a value of {high:.3g}, too large for {dtype}; use --dtype bfloat16")
         if self.quantize and name in self.rounded:
-            linear = nn.Linear(*tensor.shape[::-1], bias=False, device="meta")
-            linear.weight = nn.Parameter(tensor, requires_grad=False)
-            few = replace_weight(linear, self.quantize)
-            few.fill(tensor)
-            tensor = few.weight(torch.float32)
+            tensor = quantize.rounded(tensor, self.quantize)
         return tensor.to(dtype)
 
 
@@ -93,38 +88,13 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * (1024 if match[3] else 1000) ** ("KMG".index(match[2]) + 1))
 
 
-def plan_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
-    """Names in their order, a new shard where the next tensor would go beyond `limit` bytes."""
-    shards, room = [], 0
-    for name, size in sizes.items():
-        if not shards or size > room:
-            shards.append([])
-            room = limit
-        shards[-1].append(name)
-        room -= size
-    return shards
-
-
 def write_weights(
-    directory: Path, read: Callable[[str], Tensor], sizes: dict[str, int], limit: int, pickled: bool
+    directory: Path, read: Callable[[str], Tensor], names: list[str], limit: int, pickled: bool
 ) -> None:
-    """model.safetensors or pytorch_model.bin, or shards with an index; one shard is in memory at a time."""
-    shards = plan_shards(sizes, limit)
-    stem, suffix = ("pytorch_model", ".bin") if pickled else ("model", ".safetensors")
-    weight_map = {}
-    for number, names in enumerate(shards, 1):
-        part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-        tensors = {name: read(name).contiguous() for name in names}
-        if pickled:
-            torch.save(tensors, directory / f"{stem}{part}{suffix}")
-        else:
-            save_file(tensors, directory / f"{stem}{part}{suffix}", metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, f"{stem}{part}{suffix}")
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        checkpoint.write_json(directory / f"{stem}{suffix}.index.json", index)
+    """Files of at most `limit` bytes in the names' order, each tensor read back from them."""
+    checkpoint.save_weights(directory, ((name, read(name)) for name in names), limit, pickled=pickled)
     written = checkpoint.open_weights(directory)
-    for name in sizes:
+    for name in names:
         if not torch.equal(merge.bits(written.read(name)), merge.bits(read(name).contiguous())):
             raise ValueError(f"self-check failed: {name} read back differs; check the disk")
 
@@ -236,12 +206,8 @@ def export_transformers(source: Source, directory: Path, options: dict) -> str:
     names = [n for n in source.weights if not any(fnmatch.fnmatch(n, head) for head in heads)]
     if left := len(source.weights.names) - len(names):
         print(f"note: {left} tensors of stage 1 (temp, cls) are left out: transformers' class has none")
-    write_weights(directory, source.read, sizes_of(source, names), limit, pickled=False)
+    write_weights(directory, source.read, names, limit, pickled=False)
     return f"transformers.{config['architectures'][0]}.from_pretrained('{{}}')"
-
-
-def sizes_of(source: Source, names: list[str]) -> dict[str, int]:
-    return {name: source.weights.shape(name).numel() * source.dtype_of(name).itemsize for name in names}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -256,8 +222,8 @@ class Release:
     tokenizer: dict  # tokenizer_config.json
     generation: Callable[[Source, object], dict]
     vocabulary: str  # the tokenizer's file
-    code: tuple[str, ...]
-    order: tuple[str, ...]  # patterns: tensors are written in the order of the first that they match
+    code: str  # its Python modules
+    order: str  # patterns: tensors are written in the order of the first that they match
     loader: str
     buffers: Callable[[Source], dict[str, Tensor]] = lambda source: {}  # in the files, computed here
 
@@ -311,23 +277,8 @@ RELEASES = {
         },
         generation=qwen_generation,
         vocabulary="qwen.tiktoken",
-        code=tuple(
-            f"{name}.py"
-            for name in (
-                "modeling_qwen",
-                "configuration_qwen",
-                "tokenization_qwen",
-                "qwen_generation_utils",
-                "visual",
-            )
-        ),
-        order=(
-            "transformer.wte.*",
-            "transformer.h.*",
-            "transformer.ln_f.*",
-            "transformer.visual.*",
-            "lm_head.*",
-        ),
+        code="modeling_qwen configuration_qwen tokenization_qwen qwen_generation_utils visual",
+        order="transformer.wte.* transformer.h.* transformer.ln_f.* transformer.visual.* lm_head.*",
         loader="transformers.AutoModelForCausalLM.from_pretrained('{}', trust_remote_code=True)",
     ),
     "visualglm": Release(
@@ -348,25 +299,17 @@ RELEASES = {
         },
         generation=lambda source, processor: {},
         vocabulary="ice_text.model",
-        code=tuple(
-            f"{name}.py"
-            for name in (
-                "modeling_chatglm",
-                "configuration_chatglm",
-                "tokenization_chatglm",
-                "quantization",
-                "visual",
-            )
-        ),
-        order=("transformer.*", "lm_head.*", "image_encoder.*"),
+        code="modeling_chatglm configuration_chatglm tokenization_chatglm quantization visual",
+        order="transformer.* lm_head.* image_encoder.*",
         loader="transformers.AutoModel.from_pretrained('{}', trust_remote_code=True)",
         buffers=visualglm_buffers,
     ),
 }
 
 
-def published_order(names: list[str], order: tuple[str, ...]) -> list[str]:
-    return sorted(names, key=lambda n: next(i for i, p in enumerate(order) if fnmatch.fnmatch(n, p)))
+def published_order(names: list[str], order: str) -> list[str]:
+    patterns = order.split()
+    return sorted(names, key=lambda n: next(i for i, p in enumerate(patterns) if fnmatch.fnmatch(n, p)))
 
 
 def export_original(source: Source, directory: Path, options: dict) -> str:
@@ -393,25 +336,28 @@ def export_original(source: Source, directory: Path, options: dict) -> str:
     copy_code(release, Path(code or source.directory), directory, required=code is not None)
     buffers = release.buffers(source)
     names = published_order([n for n, _ in source.model.named_parameters()], release.order)
-    sizes = sizes_of(source, names) | {n: t.numel() * t.itemsize for n, t in buffers.items()}
-    read = lambda name: buffers[name].clone() if name in buffers else source.read(name)  # noqa: E731
-    write_weights(directory, read, sizes, limit, pickled=True)
+
+    def read(name: str) -> Tensor:
+        return buffers[name].clone() if name in buffers else source.read(name)
+
+    write_weights(directory, read, [*names, *(n for n in buffers if n not in names)], limit, pickled=True)
     return release.loader
 
 
 def copy_code(release: Release, where: Path, directory: Path, required: bool) -> None:
     """The original's Python from a directory that has it: all of it, or none and a word on that."""
-    if missing := [name for name in release.code if not (where / name).is_file()]:
+    names = [f"{module}.py" for module in release.code.split()]
+    if missing := [name for name in names if not (where / name).is_file()]:
         if required:
             raise ValueError(
                 f"--remote_code {where} lacks {', '.join(missing)}; name a directory of the original release"
             )
         print(
-            f"note: the original's code is not part of the export; put {', '.join(release.code)} of the "
+            f"note: the original's code is not part of the export; put {', '.join(names)} of the "
             "release beside the weights, or name a directory that has them with --remote_code"
         )
         return
-    for name in release.code:
+    for name in names:
         shutil.copyfile(where / name, directory / name)
 
 
@@ -425,7 +371,7 @@ def export_static(source: Source, directory: Path, options: dict) -> str:
     model = load_model(source.directory, source.dtype or torch.float32)
     processor = source.definition.processor(source.directory, source.stage())
     if source.quantize:
-        print(quantize(model, source.quantize))
+        print(quantize.quantize(model, source.quantize))
     export_static.write(model, processor, source.directory, directory, options["compile"], MEAN, STD)
     return "python {}/run_static.py --image image.png --prompt 'What is this?'"
 
@@ -494,7 +440,7 @@ def main(argv: list[str] | None = None) -> int:
     dtypes = ["keep", *DTYPES]
     add("--dtype", default="keep", choices=dtypes, help="of the written weights (static: keep is float32)")
     rounding = "round the blocks' weights as generate.py does; only a static package keeps them small"
-    add("--quantize", choices=KINDS, help=rounding)
+    add("--quantize", choices=quantize.KINDS, help=rounding)
     sizes = [
         f"{form}: {f.options['max_shard_size']}"
         for form, f in FORMATS.items()

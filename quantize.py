@@ -157,10 +157,10 @@ def empty(kind: str, shape, device=None) -> nn.Module:
 
 
 def rounded(weight: Tensor, kind: str) -> Tensor:
-    """The weight as few bits give it back."""
+    """The weight in fp32 as few bits give it back."""
     few = empty(kind, weight.shape, weight.device)
     few.fill(weight)
-    return few.weight(weight.dtype)
+    return few.weight(torch.float32)
 
 
 def layers(model: nn.Module) -> dict[str, nn.Linear]:
