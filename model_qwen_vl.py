@@ -654,11 +654,10 @@ def chat_ids(
         header = tk.encode(role) + tk.newline
         content = tk.encode(text, strict_paths=strict_paths)
         ids += [tk.im_start, *header, *content, tk.im_end, *tk.newline]
-        labels += [tk.im_start, *[IGNORE_INDEX] * len(header)]
         # What the official script learns: the assistant's words and, of every block, its markers. Nobody's
         # role name is learned.
-        labels += content if role == "assistant" else [IGNORE_INDEX] * len(content)
-        labels += [tk.im_end, *tk.newline]
+        learned = content if role == "assistant" else [IGNORE_INDEX] * len(content)
+        labels += [tk.im_start, *[IGNORE_INDEX] * len(header), *learned, tk.im_end, *tk.newline]
     return ids, labels
 
 
@@ -750,7 +749,7 @@ class QwenVLProcessor:
                     continue
                 count += 1
                 # Its own words win, or a text that ends in them would say "Picture 1: Picture 1: ".
-                worded = part.wording is not None or re.search(r"Picture \d+: ?$", text)
+                worded = part.wording is not None or text and re.search(r"Picture \d+: ?$", text)
                 before, after = part.wording or ("", "")
                 if not worded and self.stage != "pretrain":
                     before, after = f"Picture {count}: ", "\n"
@@ -797,16 +796,16 @@ class QwenVLProcessor:
             ids, labels = chat_ids(tk, turns, system[0] if system else SYSTEM)
         ids, labels = np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int32)
         # An image takes the places behind <img>; what stands there is replaced by its features.
-        starts = np.flatnonzero(ids == tk.img_start) + 1
-        if len(starts) != len(conversation.images):
-            raise ValueError(f"{len(conversation.images)} images, but the text has {len(starts)} tags <img>")
+        starts, images = ((ids == tk.img_start).nonzero()[0] + 1).tolist(), conversation.images
+        if len(starts) != len(images):
+            raise ValueError(f"{len(images)} images, but the text has {len(starts)} tags <img>")
         # Text is cut from the end; what is left must still be whole.
         length = min(len(ids), max_length)
         for start in starts:
             # A cut inside an image would leave places without features: it goes as a whole.
             if start - 1 < length < start + self.num_image_tokens + 1:
-                length = int(start) - 1
-        starts = [int(s) for s in starts if s < length]
+                length = start - 1
+        starts = [start for start in starts if start < length]
         for start in starts:
             # Features cannot be predicted.
             labels[start : start + self.num_image_tokens] = IGNORE_INDEX
@@ -823,7 +822,7 @@ class QwenVLProcessor:
             "input_ids": ids[:length],
             "labels": labels[:length],
             "image_starts": starts,
-            "images": conversation.images[: len(starts)],
+            "images": images[: len(starts)],
             "truncated": length < len(ids),
         }
 

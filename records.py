@@ -19,6 +19,7 @@ import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from typing import NamedTuple
 from urllib.parse import unquote, urlparse
 
 import images
@@ -56,8 +57,7 @@ class one_record:
 # a turn: texts and images in their order
 
 
-@dataclass(frozen=True)
-class ImageRef:
+class ImageRef(NamedTuple):
     """An image at its place in a turn."""
 
     source: str  # a file's path, or a data URL
@@ -212,11 +212,13 @@ def resolve_image(path: str, image_root: str | None, folder: str) -> str:
     A data URL is itself."""
     if images.is_data_url(path):
         return path
-    shown = images.short(path)
-    if re.match(r"[a-z][a-z0-9+.-]+://", path, re.I):
+    shown = path
+    if "://" in path and re.match(r"[a-z][a-z0-9+.-]+://", path, re.I):
         url = urlparse(path)
         if url.scheme.lower() != "file" or url.netloc not in ("", "localhost"):
-            raise ValueError(f"image {shown} is a URL; download it first and give the file's path")
+            raise ValueError(
+                f"image {images.short(shown)} is a URL; download it first and give the file's path"
+            )
         path = unquote(url.path)
     if "\0" in path:
         raise ValueError(f"image {cut(path)} has a NUL character in its path")
@@ -224,12 +226,15 @@ def resolve_image(path: str, image_root: str | None, folder: str) -> str:
         tried = [path]
     else:
         if image_root and os.path.normpath(path).split(os.sep)[0] == os.pardir:
-            raise ValueError(f"image {shown} leaves image_root {image_root}; give a path inside it")
+            raise ValueError(
+                f"image {images.short(shown)} leaves image_root {image_root}; give a path inside it"
+            )
         tried = [os.path.join(root, path) for root in (image_root, folder) if root] + [path]
-    for place in dict.fromkeys(tried):
+    for place in tried:
         if os.path.isfile(place):
             return place
-    raise ValueError(f"image {shown} not found; tried {', '.join(map(images.short, dict.fromkeys(tried)))}")
+    tried = ", ".join(map(images.short, dict.fromkeys(tried)))
+    raise ValueError(f"image {images.short(shown)} not found; tried {tried}")
 
 
 def resolved(content: Content, image_root: str | None, folder: str) -> Content:
@@ -280,7 +285,7 @@ def is_empty(value) -> bool:
 
 def says_something(text: str) -> bool:
     """Whether there is more to see than blanks and what is invisible."""
-    return any(c.isprintable() and not c.isspace() for c in text)
+    return text[:1].isalnum() or any(c.isprintable() and not c.isspace() for c in text)
 
 
 def text_value(value, what: str) -> str:
@@ -292,9 +297,7 @@ def text_value(value, what: str) -> str:
 
 def given_images(record: dict) -> list[str]:
     """The images that a record names beside its text."""
-    if record.keys().isdisjoint(IMAGE_KEYS):
-        return []
-    keys = [key for key in IMAGE_KEYS if record.get(key) not in (None, [])]
+    keys = [key for key in IMAGE_KEYS if key in record and record[key] not in (None, [])]
     if len(keys) > 1:
         raise ValueError(f"the keys {' and '.join(map(repr, keys))} both name images; keep one")
     values = record[keys[0]] if keys else []
@@ -389,10 +392,13 @@ def answer_text(value) -> str:
     return str(value)
 
 
+VQA_KEYS = {"question", "answer", "answers", "multiple_choice_answer", *IMAGE_KEYS}
+
+
 def read_vqa(record: dict, answered: bool):
     """The answer learned is "answer", VQAv2's "multiple_choice_answer", or else the most frequent of
     "answers"."""
-    check_keys(record, {"question", "answer", "answers", "multiple_choice_answer", *IMAGE_KEYS})
+    check_keys(record, VQA_KEYS)
     said = [v for k in ("answer", "multiple_choice_answer") if (v := record.get(k)) is not None]
     if len(said) > 1 and said[0] != said[1]:
         raise ValueError(f"'answer' is {cut(said[0])}, 'multiple_choice_answer' {cut(said[1])}; keep one")
