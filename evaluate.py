@@ -392,6 +392,7 @@ def check_what_is_asked(conversations: list[Conversation], args, retrieving: boo
     if retrieving and args.prompt is not None:
         raise ValueError("--prompt has no effect where images and texts are ranked; leave it out")
     for c in conversations:
+        recipes.asked(c, args.prompt)  # says what it cannot word
         if args.prompt is not None and "{}" not in args.prompt and question(c):
             raise ValueError(f"{c.where}: --prompt {args.prompt!r} has no {{}} for the question it asks")
         if "grounding" in (args.metric or ()) and not all(map(metrics.CORNERS.search, c.answers)):

@@ -76,7 +76,9 @@ def open_image(source: str | os.PathLike) -> Image.Image:
         with Image.open(io.BytesIO(read_bytes(source)), formats=readable(FORMATS)) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels, at most {MAX_PIXELS:,} are opened")
-            return rgb(upright(image))
+            image.load()
+            wide = image.mode.startswith("I") or image.mode == "F"
+            return rgb(upright(eight_bits(image) if wide else image))
     except FileNotFoundError:
         raise ValueError(f"{short(source)}: no such image") from None
     except UnidentifiedImageError:
@@ -106,7 +108,6 @@ def image_size(source: str | os.PathLike) -> tuple[int, int]:
 
 def upright(image: Image.Image) -> Image.Image:
     """Turned as its EXIF orientation says; damaged EXIF data says nothing."""
-    image.load()
     try:
         return ImageOps.exif_transpose(image)
     except Exception:
@@ -114,8 +115,6 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        image = eight_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         ground = Image.new("RGBA", image.size, "white")
@@ -126,8 +125,11 @@ def rgb(image: Image.Image) -> Image.Image:
 def eight_bits(image: Image.Image) -> Image.Image:
     """Grey numbers of 16 or 32 bits or floats, scaled by their range: that of the 16-bit format; of numbers
     that say nothing themselves 0..1 (floats), 0..255 or 0..65535 if they lie within, else from their least to
-    their largest."""
-    values = np.asarray(image).astype(np.float64)
+    their largest. Of these Pillow heeds neither a TIFF's sign and white zero nor a transparent number."""
+    tags, values = getattr(image, "tag_v2", {}), np.asarray(image)
+    if image.mode == "I" and tags.get(258) == (32,) and tags.get(339, (1,)) == (1,):
+        values = values.view(np.uint32)
+    values = values.astype(np.float64)
     if not np.isfinite(values).all():
         raise ValueError("NaN or infinity among its pixels")
     low, high = values.min(), values.max()
@@ -138,7 +140,13 @@ def eight_bits(image: Image.Image) -> Image.Image:
         if low >= 0 and high <= ranges[-1]:
             low, high = 0, next(limit for limit in ranges if high <= limit)
     scaled = (values - low) * (255 / (high - low)) if high > low else np.zeros_like(values)
-    return Image.fromarray(np.rint(scaled).astype(np.uint8))
+    if tags.get(262) == 0:  # its zero is white
+        scaled = 255 - scaled
+    grey, about = Image.fromarray(np.rint(scaled).astype(np.uint8)), {**image.info}
+    if (clear := about.pop("transparency", None)) is not None:
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    grey.info = about  # the orientation is in it
+    return grey
 
 
 def is_constant(image: Image.Image) -> bool:

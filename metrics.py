@@ -325,10 +325,10 @@ def edit_distance(a: str, b: str) -> int:
 
 def anls(answer: str, references: list[str]) -> float:
     """1 - edit distance / length of the longer, with the nearest reference; 0 below a half. The distance is
-    of texts in lower case with single blanks, the length of the texts as they are: so in DocVQA's script."""
+    of texts in lower case with single blanks, the length of the texts in upper case: so in DocVQA's script."""
 
     def distance(reference: str) -> float:
-        longer = max(len(answer), len(reference))
+        longer = max(len(answer.upper()), len(reference.upper()))
         plain = [" ".join(text.lower().split()) for text in (reference, answer)]
         return edit_distance(*plain) / longer if longer else 0.0
 
@@ -372,10 +372,10 @@ def first_box(answer: str) -> list[float]:
     """[x1, y1, x2, y2] of the first box of an answer; zeros, which meet nothing, if it is none."""
     found = CORNERS.search(answer)
     try:
-        box = [float(v) for corner in found.groups() for v in corner.split(",")] if found else []
-    except ValueError:
-        box = []
-    return box if len(box) == 4 and all(map(math.isfinite, box)) else [0.0] * 4
+        (x1, y1), (x2, y2) = (map(float, corner.split(",")) for corner in found.groups())
+    except (AttributeError, ValueError):
+        return [0.0] * 4
+    return [x1, y1, x2, y2] if all(map(math.isfinite, (x1, y1, x2, y2))) else [0.0] * 4
 
 
 def overlap(a: list[float], b: list[float]) -> float:

@@ -34,8 +34,9 @@ from images import open_image
 from kernels.attention import attention
 from kernels.dropout import Dropout, dropout_rows, keys_of_rows, name_dropouts
 from kernels.linear_cross_entropy import IGNORE_INDEX
-from records import front_image, refuse_boxes, text_of
+from records import front_image, refuse_boxes, says_something, text_of
 from schema import Depth, Epsilon, Pixels, Scale, Share, Size, TokenId, demand
+from terminal import cut
 from vlm import Batch, even_segments
 
 # --------------------------------------------------------------------------------------------------
@@ -751,8 +752,8 @@ class Blip2Processor:
     def fingerprint(self) -> str:
         """Changes whenever the same conversation could get other ids."""
         vocabulary = hashlib.sha256(self.tokenizer.model.to_str().encode()).hexdigest()
-        # 4: raised by hand when encode() changes, so that cached indices are made anew.
-        return f"blip2-4-{self.stage}-{self.num_image_tokens}-{self.config.max_positions}-{vocabulary}"
+        # 5: raised by hand when encode() changes, so that cached indices are made anew.
+        return f"blip2-5-{self.stage}-{self.num_image_tokens}-{self.config.max_positions}-{vocabulary}"
 
     # same as model_qwen_vl.QwenVLProcessor.load_image
     def load_image(self, source: str | Path) -> Tensor:
@@ -800,6 +801,10 @@ class Blip2Processor:
         LAVIS keeps is kept)."""
         tk, Q = self.tokenizer, self.num_image_tokens
         prompt, answer = self.texts(conversation)
+        if not says_something(answer):  # LAVIS's wording of captions has no . ! " ( ) * # : ; ~
+            raise ValueError(
+                f"nothing is left of {cut(conversation.answers)} in BLIP-2's wording of captions"
+            )
         # The image's places come first and are never cut.
         room = max_length - Q
         if room < 4:
@@ -811,8 +816,9 @@ class Blip2Processor:
             supervised, truncated = ids[1:], len(text) > room - 2
         elif self.kind == "t5":  # question </s>, then the decoder's start, answer </s>
             question, reply = tk.encode(prompt), tk.encode(answer)
-            # Both stacks must have a row: neither side may take all of the room.
-            head = [*question[: room // 2 - 1], tk.eos, tk.begin]
+            # Both stacks must have a row: a question takes the room that its answer leaves, and half of it
+            # at least.
+            head = [*question[: max(room // 2 - 1, room - len(reply) - 3)], tk.eos, tk.begin]
             supervised = [*reply[: room - len(head) - 1], tk.eos]
             ids, truncated = head + supervised, len(head) + len(supervised) < len(question) + len(reply) + 3
         else:  # </s> question answer "\n"; without a question </s> is learned too, as LAVIS does

@@ -727,8 +727,8 @@ class QwenVLProcessor:
     def fingerprint(self) -> str:
         """Changes whenever the same conversation could get other ids."""
         vocabulary = hashlib.sha256(self.tokenizer.bpe.to_str().encode()).hexdigest()
-        # 2: raised by hand when encode() changes, so that cached indices are made anew.
-        return f"qwen_vl-2-{self.stage}-{self.num_image_tokens}-{vocabulary}"
+        # 3: raised by hand when encode() changes, so that cached indices are made anew.
+        return f"qwen_vl-3-{self.stage}-{self.num_image_tokens}-{vocabulary}"
 
     def load_image(self, source: str | Path) -> Tensor:
         """(3, H, W) fp32 of a file or data URL. ValueError naming it for anything that is no whole image."""

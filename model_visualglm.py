@@ -741,8 +741,8 @@ class VisualGLMProcessor:
     def fingerprint(self) -> str:
         """Changes whenever the same conversation could get other ids."""
         language, slots = self.config.prompt_language, self.num_image_tokens
-        # 2: raised by hand when encode() changes, so that cached indices are made anew.
-        return f"visualglm-2-{self.stage}-{language}-{slots}-{self.tokenizer.fingerprint}"
+        # 3: raised by hand when encode() changes, so that cached indices are made anew.
+        return f"visualglm-3-{self.stage}-{language}-{slots}-{self.tokenizer.fingerprint}"
 
     # same as model_qwen_vl.QwenVLProcessor.load_image
     def load_image(self, source: str | Path) -> Tensor:

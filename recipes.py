@@ -60,10 +60,18 @@ def asked(conversation: Conversation, prompt: str | None) -> Conversation:
     """The question in the recipe's wording: a chat, whose text every processor takes as it is."""
     if prompt is None:
         return conversation
-    content = next(content for role, content in conversation.turns if role == "user")
+    system = [turn for turn in conversation.turns if turn[0] == "system"]
+    (content, *more) = [content for role, content in conversation.turns if role == "user"]
+    places = [n for n, part in enumerate(content) if isinstance(part, ImageRef)] or [0]
+    inside = text_of(content[: places[-1]]).strip() and text_of(content[places[0] :]).strip()
+    if more or inside:
+        what = "several questions" if more else "images inside its text"
+        raise ValueError(
+            f"{conversation.where}: --prompt words one question behind its images; this has {what}"
+        )
     text = prompt.replace("{}", text_of(content).strip())
     parts = [ImageRef(part.source) for part in content if isinstance(part, ImageRef)]
-    return replace(conversation, turns=[("user", [*parts, text])], kind="chat")
+    return replace(conversation, turns=[*system, ("user", [*parts, text])], kind="chat")
 
 
 def deviations(recipe: Recipe, config: dict, changed: dict, answered: int, options: dict) -> list[str]:

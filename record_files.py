@@ -36,7 +36,20 @@ def unique_keys(pairs: list) -> dict:
     return found
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)  # json.loads makes one for every line
+class Written(float):
+    """A number of a file, whose text is the one written there: the answer 1.50 is no "1.5"."""
+
+    def __new__(cls, text: str):
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    def __str__(self):
+        return self.text
+
+
+# json.loads makes one for every line
+DECODER = json.JSONDecoder(object_pairs_hook=unique_keys, parse_float=Written)
 
 
 def parse_json(text: str):
@@ -205,7 +218,9 @@ def cell_value(column: str, cell: str):
 def read_folder(path: str) -> list:
     """A folder of images beside .txt files of the same name, each line of which is a caption of the image; or
     one that describes itself in metadata.jsonl or metadata.csv."""
-    files = sorted(p for p in Path(path).rglob("*") if p.is_file() and not p.name.startswith("."))
+    hidden = re.compile(r"(^|/)\.")
+    found = (p for p in Path(path).rglob("*") if not hidden.search(p.relative_to(path).as_posix()))
+    files = sorted(p for p in found if p.is_file())
     described = [n for n in ("metadata.jsonl", "metadata.csv") if (Path(path) / n).is_file()]
     if len(described) > 1:
         raise ValueError(f"{path} has both {' and '.join(described)}; keep one")

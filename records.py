@@ -762,7 +762,9 @@ def conversations_of(
 
 # Other projects' words for the place of an image or a film, which would be learned as text
 LEFT_OVER = re.compile(
-    r"</?\|?\s*(image|img|video|audio)s?([ _-]?(\d+|placeholder|here|pad|token|start|end))*\s*/?\|?>", re.I
+    r"</?\|?\s*((start|begin|end)_of_)?(image|img|video|audio|vision)s?"
+    r"([ _-]?(\d+|placeholder|here|pad|(soft_)?token|start|end|context|content|bos|eos|sep))*\s*/?\|?>",
+    re.I,
 )
 
 

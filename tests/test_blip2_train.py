@@ -21,6 +21,7 @@ import metrics
 import model_blip2 as blip2
 import train
 from convert import lavis
+from records import Conversation, ImageRef
 
 WORDS = [f"w{i}" for i in range(20)]
 
@@ -386,6 +387,22 @@ def test_retrieval_and_captions_are_scored(bases, dataset, tmp_path, kind):
         assert scores[name] == pytest.approx((rank < k).float().mean().item())
     rank = (similarity > similarity.diag()[None]).sum(0)
     assert scores["itc_image_r10"] == pytest.approx((rank < 10).float().mean().item())
+
+
+@pytest.mark.parametrize("kind", ["pretrain1", "opt", "t5"])
+def test_nothing_is_cut_that_fits_and_a_caption_is_left(bases, dataset, kind):
+    processor = blip2.load_processor(bases[kind], "pretrain1" if kind == "pretrain1" else "sft")
+    turns = [("user", [ImageRef("a.png"), "one two three four five six seven"]), ("assistant", ["eight"])]
+    chat = Conversation("0", turns, "chat", "f:1", ["eight"], "s")
+    whole = processor.encode(chat, 512)
+    length = len(whole["input_ids"])
+    for limit in (length, length + 1):
+        sample = processor.encode(chat, limit)
+        assert sample["input_ids"].tolist() == whole["input_ids"].tolist() and not sample["truncated"]
+    assert processor.encode(chat, length - 1)["truncated"]
+    caption = Conversation("0", [turns[0], ("assistant", ["!!! ..."])], "caption", "f:1", ["!!! ..."], "s")
+    with pytest.raises(ValueError, match="nothing is left of .* in BLIP-2's wording"):
+        processor.encode(caption, 512)
 
 
 @pytest.mark.parametrize("beams", [1, 2])

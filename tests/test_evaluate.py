@@ -192,6 +192,14 @@ def cut(tmp_path):
     [
         (["--boxes", "{}/0.png"], "0.png: File exists"),
         (["--prompt", "Answer:"], "d.jsonl:1: --prompt 'Answer:' has no {}"),
+        (
+            ["--prompt", "{} Answer:", "--data_files", "{}/two.jsonl"],
+            "two.jsonl:1: --prompt words one question",
+        ),
+        (
+            ["--prompt", "{} Answer:", "--data_files", "{}/in.jsonl"],
+            "in.jsonl:1: --prompt words one question",
+        ),
         (["--metric", "grounding"], "d.jsonl:1: metric=grounding, and a reference has no box"),
         (["--output", "{}/d.jsonl"], "is what is read, and would be lost"),
     ],
@@ -200,13 +208,16 @@ def test_what_cannot_be_scored_or_kept_is_refused_first(
     cut, base, tmp_path, capsys, monkeypatch, options, words
 ):
     monkeypatch.setattr(evaluate, "load", None)  # nothing is loaded by then
+    for name, asked in (("two", ["<image>q", "a", "q?", "b"]), ("in", ["is <image> red?", "yes"])):
+        turns = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(asked)]
+        write(tmp_path / f"{name}.jsonl", {"messages": turns, "images": ["0.png"]})
     before = Path(cut).read_bytes()
     argv = [
         "--model_name_or_path",
         str(base),
         "--data_files",
         cut,
-        *(o.replace("{}", str(tmp_path)) for o in options),
+        *(o.replace("{}/", f"{tmp_path}/") for o in options),
     ]
     assert checkpoint.cli(lambda: evaluate.main(argv)) == 1
     assert words in capsys.readouterr().err.splitlines()[-1] and Path(cut).read_bytes() == before

@@ -186,6 +186,7 @@ BOXES = {  # answer, reference, IoU
     "of a chat": ("(0,0),(999,999)", "It is <box>(0,0),(999,333)</box>", 1 / 3),
     "turned": ("(999,999),(0,0)", "<box>(0,0),(200,100)</box> of 200x100", 0.0),
     "no box": ("no bus", "<box>(0,0),(200,100)</box> of 200x100", 0.0),
+    "three and one": ("(0,0,999),(999)", "<box>(0,0),(200,100)</box> of 200x100", 0.0),
     "words": ("(a,b),(c,d)", "<box>(0,0),(200,100)</box> of 200x100", 0.0),
     "infinite": ("(0,0),(inf,nan)", "<box>(0,0),(200,100)</box> of 200x100", 0.0),
 }
@@ -197,6 +198,7 @@ ANSWERS = {  # metric -> score -> (answer, references, value)
             ("abcd", ["abxy"], 0.5),
             ("abc", ["xyc"], 0.0),  # two of three are wrong: below a half
             ("", ["a"], 0.0),
+            ("stra\u00dfe", ["stras"], 1 - 2 / 7),  # "STRASSE" has seven letters
             ("1998", ["1997", "1998"], 1.0),
         ]
     },

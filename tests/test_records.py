@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -343,7 +344,17 @@ BAD["two answers"] = ({"query": "q", "response": "x", "output": "y"}, "both answ
 # What other projects write where an image stands, and what stands where none can be
 for _word in ("<Image>", "<IMAGE>", "<image >", "<image_1>", "<image 1>", "<|image_1|>", "<ImageHere>"):
     BAD[f"{_word} in a question"] = (llava(f"{_word}\nq", "x", image="a.png"), f"turn 0 (user) has {_word}")
-for _word in ("<image-placeholder>", "<|image_pad|>", "<image/>", "<video>", "<audio>", "<video_2>"):
+for _word in (
+    "<image-placeholder>",
+    "<|image_pad|>",
+    "<image/>",
+    "<video>",
+    "<audio>",
+    "<video_2>",
+    "<start_of_image>",
+    "<IMG_CONTEXT>",
+    "<|vision_start|>",
+):
     BAD[f"{_word} in a question"] = (llava(f"q {_word}", "x"), f"turn 0 (user) has {_word}")
 BAD["place in a caption"] = ({**_caption, "caption": "<image> Red."}, "turn 1 (assistant) has <image>")
 BAD["tag in a caption"] = ({**_caption, "caption": "<img>b.png</img>x"}, "turn 1 (assistant) has <img>")
@@ -386,9 +397,10 @@ def test_numbers_of_a_vqa_file_are_text(folder):
         "image": "a.png",
         "question": "How many?",
         "answer": 2,
-        "answers": [{"answer": 2}, {"answer": "3"}],
+        "answers": [{"answer": 2}, {"answer": "3"}, 1.50, 1e3],
     }
-    assert read(folder, record).answers == ["2", "3"]
+    (folder / "records.jsonl").write_text(json.dumps(record).replace("1.5", "1.50").replace("1000.0", "1e3"))
+    assert entry_of(folder / "records.jsonl")[0][0].answers == ["2", "3", "1.50", "1e3"]
 
 
 def test_no_message_repeats_a_data_url(folder):
@@ -451,6 +463,9 @@ def test_tables(folder, suffix, delimiter):
 def test_a_folder_of_captioned_images(folder, capsys):
     (folder / "a.txt").write_text("one\r\n\ntwo\u2028tail\n", encoding="utf-8")
     (folder / "lost.txt").write_text("x", encoding="utf-8")
+    (folder / ".cache").mkdir()
+    for name in ("a.png", "a.txt"):
+        shutil.copy(folder / name, folder / ".cache")
     found, bad = entry_of(folder)
     assert [(c.images, c.turns[1][1]) for c in found] == [
         ([str(folder / "a.png")], [t]) for t in ("one", "two\u2028tail")
@@ -602,6 +617,25 @@ def test_more_than_eight_bits_are_scaled_by_their_range(folder):
         ("wide.tiff", (ramp / 100 - 300).astype(np.float32)),
     ):
         assert np.abs(saved(folder, name, Image.fromarray(array)) - expected).max() <= 1, name
+
+    def retold(array, tag, told, meant):
+        Image.fromarray(array).save(folder / "x.tiff")
+        old, new = (struct.pack("<HHIHH", tag, 3, 1, value, 0) for value in (told, meant))
+        content = (folder / "x.tiff").read_bytes()
+        assert content.count(old) == 1
+        (folder / "x.tiff").write_bytes(content.replace(old, new))
+        return np.asarray(open_image(folder / "x.tiff"), np.int64)
+
+    unsigned = retold((ramp.astype(np.uint32) << 16).view(np.int32), 339, 2, 1)
+    assert np.abs(unsigned - expected).max() <= 1
+    zero_is_white = retold(ramp, 262, 1, 0)
+    assert np.abs(zero_is_white - (255 - expected)).max() <= 1
+    exif = Image.Exif()
+    exif[274] = 6
+    turned = saved(folder, "turned.png", Image.fromarray(ramp), exif=exif, transparency=int(ramp[0, 0]))
+    assert (turned[0, -1] == 255).all() and np.abs(turned - np.rot90(expected, -1)).max(2).ravel()[
+        64:
+    ].max() <= 1
     with pytest.raises(ValueError, match="NaN or infinity"):
         saved(folder, "nan.tiff", Image.fromarray(np.full((4, 4), np.nan, np.float32)))
 
