@@ -35,8 +35,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 import parallel
-import terminal
-from meeting import between_ranks
+from meeting import between_ranks, check_environment
 from schema import Pixels, check, read_json, require
 from terminal import printable
 
@@ -78,7 +77,7 @@ def cli(main) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        terminal.check_environment()
+        check_environment()
         return main()
     # `python data.py preview | head` is no error of anybody's.
     except BrokenPipeError:

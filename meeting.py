@@ -30,6 +30,56 @@ GRACE = timedelta(seconds=15)  # that this rank has to end by itself when anothe
 HOW = "torchrun --master_addr, --master_port or --rdzv_endpoint"
 
 
+# ---- the environment that torchrun or srun makes
+
+
+def check_environment() -> None:
+    """RANK, WORLD_SIZE and their like, which torchrun sets, are numbers that fit together, or none of them is
+    set."""
+    take_ranks_of_slurm()
+    numbers = {}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"):
+        text = os.environ.get(name)
+        if text is not None and not re.fullmatch(r"\d{1,9}", text):
+            raise ValueError(
+                f"the environment has {name}={text[:40]!r}, expected a number; unset it, or use torchrun"
+            )
+        numbers[name] = None if text is None else int(text)
+    rank, size = numbers["RANK"], numbers["WORLD_SIZE"]
+    if size == 0:
+        raise ValueError("the environment has WORLD_SIZE=0, expected 1 or more; unset it, or use torchrun")
+    if rank is not None and size is None:
+        raise ValueError(f"the environment has RANK={rank} but no WORLD_SIZE; unset it, or use torchrun")
+    if rank is not None and rank >= size:
+        raise ValueError(
+            f"the environment has RANK={rank} with WORLD_SIZE={size}; unset both, or use torchrun"
+        )
+
+
+def take_ranks_of_slurm() -> None:
+    """The tasks that srun starts are ranks, as if torchrun had started them. Without it each would be a run
+    of its own, in the one output directory."""
+    said = os.environ.get
+    tasks = said("SLURM_STEP_NUM_TASKS") or (
+        said("SLURM_NTASKS") if said("SLURM_PROCID", "0") != "0" else None
+    )
+    if (
+        {"RANK", "WORLD_SIZE"} & os.environ.keys()
+        or not re.fullmatch(r"\d{1,9}", tasks or "")
+        or int(tasks) < 2
+    ):
+        return
+    nodes = said("SLURM_STEP_NODELIST") or said("SLURM_JOB_NODELIST") or said("SLURM_NODELIST") or ""
+    # "gpu[07-09,12]-ib,login": the first name is gpu07-ib
+    name, number, rest = re.match(r"([^,\[]*)(?:\[(\w+)[^\]]*\]([^,]*))?", nodes).groups(default="")
+    job, step = (re.sub(r"\D", "", said(key, "")) or "0" for key in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    place = {"RANK": said("SLURM_PROCID", "0"), "WORLD_SIZE": tasks, "LOCAL_RANK": said("SLURM_LOCALID", "0")}
+    place["MASTER_ADDR"] = said("MASTER_ADDR") or name + number + rest
+    # jobs that share a machine get ports of their own
+    place["MASTER_PORT"] = said("MASTER_PORT") or str(20000 + (31 * int(job) + int(step)) % 20000)
+    os.environ.update(place)
+
+
 def restart_count() -> int:
     """How often torchrun has started all ranks again, since one had died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))

@@ -31,39 +31,21 @@ from config import Config
 from meeting import Meeting, between_ranks, restart_count
 from terminal import one_line
 
-# Settings that change no trained value: a finished run with others of them is the same finished run.
-HARMLESS = {
-    "num_workers",
-    "logging_steps",
-    "disable_tqdm",
-    "report_to",
-    "sample_steps",
-    "benchmark",
-    "skip_memory_metrics",
-    "dry_run",
-    "use_flash_attention",
-    "compile",
-    "recompute",
-    "save_total_limit",
-    "accept_changed_data",
-    "overwrite_output_dir",
-    "resume_from_checkpoint",
-    "output_dir",
-    "tensor_parallel_degree",
-    "pipeline_parallel_degree",
-    "pipeline_schedule",
-    "sharding",
-    "sharding_parallel_degree",
-}
-# With these changed, a command is still a restart of the one before.
-RESTARTED_WITH = HARMLESS | {
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "save_steps",
-    "max_steps",
-}
-RESTARTED_WITH |= {"per_device_eval_batch_size", "eval_accumulation_steps", "num_train_epochs"}
-RESTARTED_WITH |= {"early_stopping_patience"}
+# What a command asks of the output directory.
+REQUEST = {"overwrite_output_dir", "resume_from_checkpoint"}
+# Settings that change no trained value: a finished run with others of them is the same finished run. What is
+# said and kept of a run, how it is computed, and on which ranks.
+HARMLESS = REQUEST | set(
+    "output_dir logging_steps disable_tqdm report_to sample_steps benchmark skip_memory_metrics dry_run "
+    "save_total_limit accept_changed_data num_workers use_flash_attention compile recompute sharding "
+    "sharding_parallel_degree tensor_parallel_degree pipeline_parallel_degree pipeline_schedule".split()
+)
+# With these changed, a command is still a restart of the one before: another number of ranks or another
+# memory asks for other batches, and a run may be made longer.
+RESTARTED_WITH = HARMLESS | set(
+    "per_device_train_batch_size gradient_accumulation_steps per_device_eval_batch_size "
+    "eval_accumulation_steps save_steps max_steps num_train_epochs early_stopping_patience".split()
+)
 SEEN = 60  # seconds after which a file of another machine must be seen: NFS keeps what it knows so long
 PUBLISHED = ("*model*.safetensors*", "adapter_config.json", "loss.png")
 
@@ -240,14 +222,8 @@ class RunDir:
         """run.json; of a run of before there was one, what its other files say; None without a run."""
         if (self.path / "run.json").exists():
             record = schema.read_json(self.path / "run.json", "")
-            kinds = {
-                "id": str | None,
-                "settings": dict,
-                "request": dict,
-                "lineage": list,
-                "finished": int | None,
-            }
-            for key, kind in kinds.items():
+            kinds = {"id": str | None, "settings": dict, "request": dict, "lineage": list}
+            for key, kind in {**kinds, "finished": int | None}.items():
                 schema.check(record.get(key), kind, f"{self.path / 'run.json'}: {key}")
             if not all((self.path / name).exists() for name in record.get("published") or [""]):
                 record["finished"] = None  # what it published was removed
@@ -256,41 +232,25 @@ class RunDir:
             return None
         settings = schema.read_json(self.path / "train_config.json", "")
         last = checkpoint.last_checkpoint(self.path)
+        # The final model stands in the directory itself once a run is finished.
         is_published = any(p for pattern in PUBLISHED[:2] for p in self.path.glob(pattern))
         finished = int(last.name.split("-")[1]) if last and is_published else None
-        request = {key: settings.get(key) for key in ("overwrite_output_dir", "resume_from_checkpoint")}
-        return {"id": None, "settings": settings, "request": request, "lineage": [], "finished": finished}
-
-    def request(self) -> dict:
-        cfg = self.cfg
-        given = cfg.resume_from_checkpoint if isinstance(cfg.resume_from_checkpoint, str) else None
-        return {"overwrite_output_dir": bool(cfg.overwrite_output_dir), "resume_from_checkpoint": given}
+        return {"id": None, "settings": settings, "request": settings, "lineage": [], "finished": finished}
 
     def decide(self) -> Start:
         """rank 0, which holds the lock."""
         cfg, record, new = self.cfg, self.record(), uuid.uuid4().hex[:12]
-        given = self.request()["resume_from_checkpoint"]
+        request = request_in(asdict(cfg))
+        given = request["resume_from_checkpoint"]
         if record is None:
             start = Start(new, self.given_checkpoint(given))
         else:
-            old = record["settings"]
-            changed = {
-                k: [old.get(k), v]
-                for k, v in json.loads(json.dumps(asdict(cfg))).items()
-                if old.get(k, v) != v
-            }
-            changed = {
-                k: v
-                for k, v in changed.items()
-                if k not in ("overwrite_output_dir", "resume_from_checkpoint")
-            }
-            request = {
-                **record["request"],
-                "overwrite_output_dir": bool(record["request"].get("overwrite_output_dir")),
-            }
-            if not isinstance(request.get("resume_from_checkpoint"), str):
-                request["resume_from_checkpoint"] = None
-            restart = request == self.request() and not changed.keys() - RESTARTED_WITH
+            # As they come back from a file: lists for tuples. A key that the run there lacks is as it was.
+            old, now = record["settings"], json.loads(json.dumps(asdict(cfg)))
+            changed = {k: [old[k], v] for k, v in now.items() if k in old and old[k] != v}
+            changed = {k: v for k, v in changed.items() if k not in REQUEST}
+            # The same command again, after a kill perhaps, means the run that it began.
+            restart = request_in(record["request"]) == request and not changed.keys() - RESTARTED_WITH
             if given:
                 anew = not restart
             else:  # torchrun starts ranks again: then it is never a new run
@@ -366,22 +326,20 @@ class RunDir:
             self.take_over()
 
     def write_record(self, finished: int | None = None, published: list[str] = ()) -> None:
-        start, request, first = self.start, self.request(), start_of(self.start)
-        if not start.anew and (self.path / "run.json").exists():  # what its first start asked for stands
-            before = schema.read_json(self.path / "run.json", "")
-            request, first = before["request"], before.get("from")
-            published = published or before.get("published", [])
-        settings = asdict(self.cfg)
-        record = {
-            "id": start.id,
-            "settings": settings,
-            "request": request,
-            "from": first,
-            "lineage": start.lineage,
-        }
-        record |= {"clears": start.clears, "finished": finished, "published": list(published)}
-        if checkpoint_changed(self.path / "run.json", record):
-            checkpoint.write_json(self.path / "run.json", record)
+        start, path = self.start, self.path / "run.json"
+        request, first = request_in(asdict(self.cfg)), start.resume and os.path.abspath(start.resume)
+        before = schema.read_json(path, "") if path.exists() else None
+        if not start.anew:
+            first = None
+            if before:  # what its first start asked for stands
+                request, first = before["request"], before.get("from")
+                published = published or before.get("published", [])
+        record = {"id": start.id, "settings": asdict(self.cfg), "request": request, "from": first}
+        record |= {"lineage": start.lineage, "clears": start.clears, "finished": finished}
+        record |= {"published": list(published)}
+        # A restart that changes nothing writes nothing: on a full disk it can still say what is there.
+        if json.loads(json.dumps(record)) != before:
+            checkpoint.write_json(path, record)
 
     def take_over(self) -> None:
         """After the first checkpoint, or where nothing is to lose: settings and log of this run, and what an
@@ -398,6 +356,9 @@ class RunDir:
             for path in [p for pattern in PUBLISHED for p in self.path.glob(pattern)]:
                 path.unlink()
         self.waiting = False
+
+    # A kill may come between any two of these: run.json first says whose the checkpoint is that is saved
+    # next, and only once that is whole does anything of an earlier run go.
 
     def before_save(self) -> None:
         if self.waiting or not (self.path / "run.json").exists():
@@ -422,15 +383,11 @@ class RunDir:
         self.write_record(step, published)
 
 
-def start_of(start: Start) -> str | None:
-    return os.path.abspath(start.resume) if start.anew and start.resume else None
-
-
-def checkpoint_changed(path: Path, record: dict) -> bool:
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(record))
-    except (OSError, ValueError):
-        return True
+def request_in(settings: dict) -> dict:
+    """What settings ask of the output directory: only a checkpoint's path says where to begin."""
+    given = settings.get("resume_from_checkpoint")
+    anew = bool(settings.get("overwrite_output_dir"))
+    return {"overwrite_output_dir": anew, "resume_from_checkpoint": given if isinstance(given, str) else None}
 
 
 def read_state(directory) -> dict:
@@ -502,9 +459,8 @@ class Log:
             with checkpoint.atomic_file(self.path, "w") as file:
                 file.write("".join(line + "\n" for line in kept))
         elif self.path.exists() and not (text := self.path.read_bytes()).endswith(b"\n"):
-            os.truncate(
-                self.path, text.rfind(b"\n") + 1
-            )  # a killed run's half line: ours would be glued to it
+            # A killed run's half line: ours would be glued to it.
+            os.truncate(self.path, text.rfind(b"\n") + 1)
         self.file = open(self.path, "a", encoding="utf-8")
         self.progress = terminal.Progress(total, enabled=not cfg.disable_tqdm)
         run_id = run_dir.start.id

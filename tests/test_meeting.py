@@ -20,7 +20,6 @@ import checkpoint
 import meeting
 import parallel
 import run_dir
-import terminal
 import train
 
 
@@ -247,26 +246,26 @@ def slurm(monkeypatch):
 )
 def test_tasks_of_srun_are_ranks(slurm, nodes, first):
     slurm(**SRUN, SLURM_STEP_NODELIST=nodes)
-    terminal.check_environment()
+    meeting.check_environment()
     assert [os.environ[name] for name in RANKS[:4]] == ["5", "8", "1", first]
     assert 20000 <= int(os.environ["MASTER_PORT"]) < 40000
 
 
 def test_what_torchrun_says_stands(slurm):
     slurm(**SRUN, RANK="1", WORLD_SIZE="2")
-    terminal.check_environment()
+    meeting.check_environment()
     assert os.environ["RANK"] == "1" and os.environ["WORLD_SIZE"] == "2"
 
 
 def test_one_task_is_one_process(slurm):
     slurm(**SRUN | {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"})
-    terminal.check_environment()
+    meeting.check_environment()
     assert "RANK" not in os.environ and meeting.Meeting().size == 1
 
 
 def test_a_batch_script_that_forgot_srun_is_refused(slurm):
     slurm(SLURM_PROCID="0", SLURM_NTASKS="4")
-    terminal.check_environment()
+    meeting.check_environment()
     with pytest.raises(ValueError, match="SLURM has 4 tasks.*start all with srun"):
         meeting.Meeting()
 

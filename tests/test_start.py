@@ -10,7 +10,6 @@ import pytest
 
 import checkpoint
 import meeting
-import terminal
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("convert/*.py")])
@@ -55,7 +54,7 @@ def test_an_old_python_is_named(tmp_path):
 def test_nonsense_about_ranks_is_one_line(monkeypatch, capsys, environment):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
-    terminal.check_environment()
+    meeting.check_environment()
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert checkpoint.cli(lambda: 0) == 1
