@@ -15,6 +15,7 @@ with requirements-dev.txt. bench_timing.py says how, bench_kernels.py holds the 
 import python_version  # noqa: F401  (first: it says which Python is needed)
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -23,15 +24,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import build
 import checkpoint
 import config
+import data
 import generate
 import lora
 import parallel
@@ -50,52 +53,19 @@ CPU = torch.device("cpu")
 
 
 def blip2_config(small: bool) -> dict:
-    W, C, layers = (32, 64, 2) if small else (256, 512, 8)
-    vision = {
-        "model_type": "blip_2_vision_model",
-        "hidden_size": W,
-        "num_hidden_layers": 2 if small else 6,
-        "num_attention_heads": 4,
-        "intermediate_size": 4 * W,
-        "image_size": 56 if small else 112,
-        "patch_size": 14,
-    }
-    qformer = {
-        "model_type": "blip_2_qformer",
-        "hidden_size": W,
-        "num_hidden_layers": 2 if small else 4,
-        "num_attention_heads": 4,
-        "intermediate_size": 4 * W,
-        "encoder_hidden_size": W,
-        "max_position_embeddings": 64,
-        "vocab_size": 930,
-    }
-    text = {
-        "model_type": "opt",
-        "hidden_size": C,
-        "word_embed_proj_dim": C,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4 if small else 8,
-        "ffn_dim": 4 * C,
-        "max_position_embeddings": 1024,
-        "dropout": 0.1,
-        # OPT's own; in a model of this size it weighs more than in the published ones
-        "vocab_size": 1002 if small else 50_272,
-        "bos_token_id": 2,
-        "pad_token_id": 1,
-        "eos_token_id": 3,
-    }
-    return {
-        "architectures": ["Blip2ForConditionalGeneration"],
-        "model_type": "blip-2",
-        "num_query_tokens": 8 if small else 32,
-        "use_decoder_only_language_model": True,
-        "torch_dtype": "float32",
-        "vision_config": vision,
-        "qformer_config": qformer,
-        "text_config": text,
-        "image_token_index": text["vocab_size"] - 1,
-    }
+    base = checkpoint.read_config(ROOT / "samples/tiny_blip2") | {"torch_dtype": "float32"}
+    # streams are longer here than the sample's table of positions
+    text = base["text_config"] | {"max_position_embeddings": 1024}
+    if small:
+        return base | {"text_config": text}
+    inner = {"hidden_size": 256, "intermediate_size": 1024}
+    vision = base["vision_config"] | inner | {"num_hidden_layers": 6, "image_size": 112, "patch_size": 14}
+    qformer = base["qformer_config"] | inner | {"encoder_hidden_size": 256}
+    text |= {"hidden_size": 512, "word_embed_proj_dim": 512, "ffn_dim": 2048, "num_hidden_layers": 8}
+    # OPT's own vocabulary; in a model of this size it weighs more than in the published ones
+    text |= {"num_attention_heads": 8, "vocab_size": 50_272}
+    parts = {"vision_config": vision, "qformer_config": qformer, "text_config": text}
+    return base | parts | {"num_query_tokens": 32, "image_token_index": 50_271}
 
 
 def qwen_vl_config(small: bool) -> dict:
@@ -160,11 +130,10 @@ def write_adapter(directory: Path, base: Path, rank: int) -> Path:
 
 @dataclass
 class Work:
-    """Samples of one step: tokens of each behind its image, the share of them that is learned."""
+    """Samples of one step: tokens of each behind its image."""
 
     name: str
     lengths: list[int]
-    learned: float = 0.4
     dropout: bool = False
     dtype: torch.dtype = torch.float32
 
@@ -183,57 +152,48 @@ WORKS = [
 ]
 
 
-@dataclass
-class Samples:
-    """The same samples for both sides."""
+def samples_of(lengths: list[int], values: dict) -> list[vlm.Sample]:
+    """BLIP-2's samples for both sides: an image's places, then so many tokens, as data.collate takes them."""
+    g = torch.Generator().manual_seed(len(lengths))
+    Q, slot, side = (
+        values["num_query_tokens"],
+        values["image_token_index"],
+        values["vision_config"]["image_size"],
+    )
+    samples = []
+    for number, n in enumerate(lengths):
+        text = torch.randint(4, slot, (n,), generator=g)
+        text[0] = values["text_config"]["bos_token_id"]
+        pixels = torch.randn(3, side, side, generator=g)
+        sample = as_sample(torch.cat((torch.full((Q,), slot), text)), Q, learned_of(n), pixels)
+        samples.append(sample | {"key": (0, 0, number)})
+    return samples
 
-    ids: list[Tensor]  # of each: the image's places, then text
-    labels: list[Tensor]  # unshifted, -100 where nothing is learned
-    pixels: Tensor
 
-    @classmethod
-    def of(cls, work: Work, values: dict) -> "Samples":
-        g = torch.Generator().manual_seed(len(work.lengths))
-        Q, slot, side = (
-            values["num_query_tokens"],
-            values["image_token_index"],
-            values["vision_config"]["image_size"],
-        )
-        ids, labels = [], []
-        for n in work.lengths:
-            text = torch.randint(4, slot, (n,), generator=g)
-            text[0] = values["text_config"]["bos_token_id"]
-            ids.append(torch.cat((torch.full((Q,), slot), text)))
-            labels.append(ids[-1].clone())
-            labels[-1][: Q + n - max(1, int(work.learned * n))] = -100
-        return cls(ids, labels, torch.randn(len(ids), 3, side, side, generator=g))
+def learned_of(words: int) -> int:
+    """As many of a text's last tokens as a conversation's answers are of it."""
+    return max(1, int(0.4 * words))
 
-    def stream(self, image_tokens: int) -> vlm.Batch:
-        """Ours: one after another, nothing between them."""
-        lengths = [len(x) for x in self.ids]
-        starts = torch.tensor([0, *lengths]).cumsum(0)
-        targets = torch.cat([torch.cat((x[1:], torch.tensor([-100]))) for x in self.labels])
-        return vlm.Batch(
-            input_ids=torch.cat(self.ids),
-            position_ids=torch.cat([torch.arange(n) for n in lengths]),
-            cu_seqlens=starts.to(torch.int32),
-            targets=targets,
-            pixel_values=self.pixels,
-            image_positions=starts[:-1, None] + torch.arange(image_tokens),
-            dropout_keys=torch.randint(1 << 40, (sum(lengths),)),
-            image_dropout_keys=torch.arange(len(lengths)),
-        )
 
-    def padded(self, pad: int, left: bool = False) -> dict[str, Tensor]:
-        """Theirs: rows of the longest one's length."""
-        side = "left" if left else "right"
-        rows = {"input_ids": (self.ids, pad), "labels": (self.labels, -100)}
-        rows["attention_mask"] = [torch.ones_like(x) for x in self.ids], 0
-        found = {
-            name: nn.utils.rnn.pad_sequence(list(x), True, value, padding_side=side)
-            for name, (x, value) in rows.items()
-        }
-        return found | {"pixel_values": self.pixels}
+def as_sample(ids: Tensor, image_tokens: int, learned: int, pixels: Tensor) -> vlm.Sample:
+    """The last `learned` tokens have labels, which data.collate shifts."""
+    labels = ids.clone()
+    labels[: len(ids) - learned] = data.IGNORE
+    sample = {"input_ids": ids.numpy(), "labels": labels.numpy(), "num_image_tokens": image_tokens}
+    return sample | {"image_starts": [0], "images": [""], "pixel_values": [pixels]}
+
+
+def padded(samples: list[vlm.Sample], pad: int, left: bool = False) -> dict[str, Tensor]:
+    """What transformers take: rows of the longest one's length."""
+    ids, labels = ([torch.from_numpy(x[name]) for x in samples] for name in ("input_ids", "labels"))
+    rows = {"input_ids": (ids, pad), "labels": (labels, data.IGNORE)}
+    rows["attention_mask"] = [torch.ones_like(x) for x in ids], 0
+    side = "left" if left else "right"
+    found = {
+        name: nn.utils.rnn.pad_sequence(x, True, value, padding_side=side)
+        for name, (x, value) in rows.items()
+    }
+    return found | {"pixel_values": torch.stack([x["pixel_values"][0] for x in samples])}
 
 
 def world_of(dtype: torch.dtype) -> parallel.World:
@@ -315,83 +275,58 @@ def lora_rows(folder: Path, args) -> Iterator[Row]:
     Q, pad = values["num_query_tokens"], values["text_config"]["pad_token_id"]
     works = [w for w in WORKS if args.only in w.name]
     if args.small:
-        works = [Work(w.name, w.lengths[-2:], w.learned, w.dropout, w.dtype) for w in works]
-    sides: dict[str, Callable] = {}
-    memory: dict[str, dict[str, int]] = {}
+        works = [replace(w, lengths=w.lengths[-2:]) for w in works]
+    us, them = "ours", "transformers + peft"
+    models: dict[tuple, nn.Module] = {}
 
-    def steps(side: str, work: Work, dropout: bool):
-        samples = Samples.of(work, values)
-        if side == "ours":
-            return our_step(models[side, work.dtype], samples.stream(Q), dropout)
-        inputs = samples.padded(pad)
+    def step_of(side: str, work: Work, dropout: bool) -> Callable:
+        samples, key = samples_of(work.lengths, values), (side, work.dtype)
+        if key not in models:
+            theirs = base, adapter, values, work.dtype
+            models[key] = our_model(base, adapter, work.dtype) if side == us else their_model(*theirs)
+        if side == us:
+            return our_step(models[key], data.collate(samples), dropout)
+        inputs = padded(samples, pad)
         inputs["pixel_values"] = inputs["pixel_values"].to(work.dtype)
-        return their_step(models[side, work.dtype], inputs, dropout)
-
-    def make(side: str, dtype: torch.dtype) -> nn.Module:
-        return (
-            our_model(base, adapter, dtype) if side == "ours" else their_model(base, adapter, values, dtype)
-        )
+        return their_step(models[key], inputs, dropout)
 
     import peft  # noqa: F401  (here, so that neither side's memory holds the packages)
     import transformers  # noqa: F401
 
-    models: dict[tuple, nn.Module] = {}
-    for work in works:  # before anything is computed in this process
-        for side in ("ours", "transformers + peft"):
-
-            def prepare(side=side, work=work):
-                models[side, work.dtype] = make(side, work.dtype)
-                return steps(side, work, work.dropout)
-
-            memory.setdefault(work.name, {})[side] = peak_memory(prepare)
+    memory = {}
+    for work in works:  # each forks: before anything is computed in this process
+        for side in (us, them):
+            prepare = functools.partial(step_of, side, work, work.dropout)
+            memory[work.name, side] = peak_memory(prepare)
     for work in works:
-        for side in ("ours", "transformers + peft"):
-            if (side, work.dtype) not in models:
-                models[side, work.dtype] = make(side, work.dtype)
-        exact = work.dtype == torch.float32
-        ours, theirs = (steps(side, work, False)() for side in ("ours", "transformers + peft"))
-        for k, what in enumerate(("loss", "gradient norm")):
-            agree(f"{work.name}: {what}", ours[k], theirs[k], (1e-4 if exact else 3e-2) * (1 + 9 * k))
-        sides = {side: steps(side, work, work.dropout) for side in ("ours", "transformers + peft")}
-        sides["products"] = Products.of(sides["ours"]).replay
-        times = rounds(sides, args.rounds)
-        ours_mb, theirs_mb = (memory[work.name][side] / 1e6 for side in ("ours", "transformers + peft"))
-        yield row_of(
-            f"LoRA step, BLIP-2 OPT, {work.name}, {work.padding(Q):.0%} padding for them",
-            times,
-            "products",
-            **{
-                "loss": ours[0],
-                "ours, peak MB above the weights": ours_mb,
-                "transformers + peft, peak": theirs_mb / ours_mb,
-            },
-        )
+        allowed = 1e-4 if work.dtype == torch.float32 else 3e-2
+        ours, theirs = (step_of(side, work, False)() for side in (us, them))  # no two dropouts are equal
+        agree(f"{work.name}: loss", ours[0], theirs[0], allowed)
+        agree(f"{work.name}: gradient norm", ours[1], theirs[1], 10 * allowed)
+        sides = {side: step_of(side, work, work.dropout) for side in (us, them)}
+        sides["products"] = Products.of(sides[us]).replay
+        more = {"loss": ours[0], f"{us}, peak MB above the weights": memory[work.name, us] / 1e6}
+        more[f"{them}, peak"] = memory[work.name, them] / memory[work.name, us]
+        what = f"LoRA step, BLIP-2 OPT, {work.name}, {work.padding(Q):.0%} padding for them"
+        yield row_of(what, rounds(sides, args.rounds), "products", **more)
+
+
+def random_sample(model: nn.Module, words: int, learned: int, g: torch.Generator) -> vlm.Sample:
+    """Random tokens behind an image, of any model; the last ones are learned."""
+    T, axes = model.num_image_tokens + words, model.position_axes
+    ids = torch.randint(model.config.vocab_size // 2, (T,), generator=g)
+    pixels = torch.randn(3, *model.image_size, generator=g)
+    sample = as_sample(ids, model.num_image_tokens, learned, pixels)
+    if axes > 1:
+        sample["position_ids"] = np.stack([np.arange(T), *[np.zeros(T, int)] * (axes - 1)])
+    if model.prefill == "whole":
+        sample["prefix_len"] = T - learned
+    return sample
 
 
 def random_stream(model: nn.Module, lengths: list[int]) -> vlm.Batch:
-    """Random tokens with an image in front of each segment, 40% of the text learned."""
-    Q, g = model.num_image_tokens, torch.Generator().manual_seed(0)
-    lengths = [Q + n for n in lengths]
-    starts = torch.tensor([0, *lengths]).cumsum(0)
-    T, V = int(starts[-1]), model.config.vocab_size
-    places = starts[:-1, None] + torch.arange(Q)
-    targets = torch.randint(V // 2, (T,), generator=g)
-    positions = torch.cat([torch.arange(n) for n in lengths])
-    learned = torch.zeros(T, dtype=torch.bool)
-    for end, n in zip(starts[1:].tolist(), lengths, strict=True):
-        learned[end - max(1, int(0.4 * (n - Q))) - 1 : end - 1] = True
-    axes = model.position_axes
-    return vlm.Batch(
-        input_ids=torch.randint(V // 2, (T,), generator=g),
-        position_ids=positions if axes == 1 else torch.stack([positions, *[0 * positions] * (axes - 1)]),
-        cu_seqlens=starts.to(torch.int32),
-        targets=torch.where(learned, targets, -100),
-        pixel_values=torch.randn(len(lengths), 3, *model.image_size, generator=g),
-        image_positions=places,
-        prefix_lens=torch.tensor([Q + 2 for _ in lengths]) if model.prefill == "whole" else None,
-        dropout_keys=torch.randint(1 << 40, (T,), generator=g),
-        image_dropout_keys=torch.arange(len(lengths)),
-    )
+    g = torch.Generator().manual_seed(0)
+    return data.collate([random_sample(model, n, learned_of(n), g) for n in lengths])
 
 
 def full_rows(folder: Path, args) -> Iterator[Row]:
@@ -446,20 +381,14 @@ def generate_command(folder: Path, args) -> Iterator[Row]:
         if args.only not in name:
             continue
         lengths = [max(2, n // 8) for n in lengths] if args.small else lengths
-        samples = Samples.of(Work(name, lengths), values)
-        requests = [
-            {"input_ids": ids.numpy(), "image_starts": [0], "pixel_values": [pixels], "images": [""]}
-            for ids, pixels in zip(samples.ids, samples.pixels, strict=True)
-        ]
-        inputs = {k: x for k, x in samples.padded(pad, left=True).items() if k != "labels"}
+        requests = samples_of(lengths, values)
+        inputs = {k: x for k, x in padded(requests, pad, left=True).items() if k != "labels"}
 
         def we(requests=requests, beams=beams):
             if beams == 1:
                 return generate.generate(ours, requests, generate.Decoding(new), [])
-            return [
-                b[0][1]
-                for b in generate.beam_search(ours, requests, generate.Decoding(new, num_beams=beams), [])
-            ]
+            how = generate.Decoding(new, num_beams=beams)
+            return [found[0][1] for found in generate.beam_search(ours, requests, how, [])]
 
         def they(inputs=inputs, beams=beams):
             options = {"max_new_tokens": new, "do_sample": False, "num_beams": beams, "pad_token_id": pad}
@@ -571,8 +500,6 @@ def start_command(folder: Path, args) -> Iterator[Row]:
 
 def index_rows(folder: Path, args) -> list[Row]:
     """The length index of JSONL records, one process; floor: reading the JSON and tokenising the texts."""
-    import data
-
     count = 200 if args.small else 20_000
     path, processor = folder / "records.jsonl", data.load_processor(str(ROOT / "samples/tiny_qwen_vl"))
     image = ROOT / "samples/images/digits/0001.png"

@@ -11,6 +11,7 @@ that says why, and the others run. Without a GPU `gpu --small` runs every part o
 import python_version  # noqa: F401  (first: it says which Python is needed)
 
 import contextlib
+import functools
 import itertools
 import json
 import re
@@ -21,7 +22,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -71,12 +71,14 @@ def same(what: str, alternatives: Alternatives, allowed: float) -> None:
         agree(f"{what}: {name}", scale + error, scale, allowed)
 
 
-def gradients(call: Callable, inputs: list[Tensor]) -> Callable:
-    def step():
+def gradients(calls: Alternatives, inputs: list[Tensor]) -> Alternatives:
+    """Each with its backward pass."""
+
+    def step(call: Callable):
         y = call()
         return torch.autograd.grad(y, inputs, torch.ones_like(y))
 
-    return step
+    return {name: functools.partial(step, call) for name, call in calls.items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -189,7 +191,7 @@ def kernels_command(folder: Path, args) -> Iterator[Row]:
         q, k, v = inputs = [torch.randn(T, 8, 64, requires_grad=True) for _ in range(3)]
         calls = attention_alternatives(q, k, v, bounds_of(T))
         same(name, calls, 1e-4)
-        steps = {name: gradients(call, inputs) for name, call in calls.items()}
+        steps = gradients(calls, inputs)
         yield row_of(f"{name}, forward and backward", rounds(steps, args.rounds))
         if not args.small:
             calls["flex_attention, compiled"] = flex_alternative(q, k, v, bounds_of(T))
@@ -202,7 +204,7 @@ def kernels_command(folder: Path, args) -> Iterator[Row]:
         name = f"{name}, fp32, T={T}, forward and backward"
         if args.only in name:
             same(name, calls, 1e-5)
-            steps = {side: gradients(call, inputs) for side, call in calls.items()}
+            steps = gradients(calls, inputs)
             yield row_of(name, rounds(steps, args.rounds))
 
 
@@ -211,7 +213,7 @@ def loss_row(name: str, frozen: bool, args, N: int, C: int, V: int) -> Row:
     targets = torch.where(torch.rand(N) < 0.3, torch.randint(V, (N,)), IGNORE_INDEX)
     calls = loss_alternatives(h, w, targets)
     inputs = [h] if frozen else [h, w]
-    steps = {side: gradients(call, inputs) for side, call in calls.items()}
+    steps = gradients(calls, inputs)
     memory = {side: peak_memory(lambda step=step: step) for side, step in steps.items()}
     same(name, calls, 1e-4)
     rows = int((targets != IGNORE_INDEX).sum())
@@ -332,7 +334,7 @@ def attention_part(device, dtype, small: bool, folder: Path) -> list[Row]:
             times = on(device, calls, 10)
         rate = flops / median(times, "ours", True) / 1e12
         found.append(wall_row(f"{name}, forward", times, **{"ours, TFLOP/s": rate}))
-        steps = {side: gradients(call, inputs) for side, call in calls.items()}
+        steps = gradients(calls, inputs)
         times = on(device, steps, 10)
         peaks = {f"{side}, peak MB": peak_of(device, step) for side, step in steps.items()}
         rate = 3.5 * flops / median(times, "ours", True) / 1e12
@@ -351,13 +353,13 @@ def loss_part(device, dtype, small: bool, folder: Path) -> list[Row]:
         calls = loss_alternatives(h, w, targets)
         name = f"projection + cross entropy, {'frozen' if frozen else 'trained'} head, {dtype}, V={V:,}"
         same(name, calls, 1e-2)
-        steps = {side: gradients(call, [h] if frozen else [h, w]) for side, call in calls.items()}
+        steps = gradients(calls, [h] if frozen else [h, w])
         peaks = {f"{side}, peak MB": peak_of(device, step) for side, step in steps.items()}
         found.append(wall_row(name, on(device, steps, 10), **peaks))
     T, C, M = (64, 128, 160) if small else (8192, 4096, 11_008)
     for name, calls, inputs in elementwise(device, dtype, T, C, M):
         same(name, calls, 5e-2)
-        steps = {side: gradients(call, inputs) for side, call in calls.items()}
+        steps = gradients(calls, inputs)
         found.append(wall_row(f"{name}, {dtype}, T={T}, forward and backward", on(device, steps, 10)))
     return found
 
@@ -392,14 +394,8 @@ def full_width(kind: str, small: bool) -> dict:
     values = vlm.shape(names[kind])
 
     def shallow(part: dict) -> dict:
-        return {
-            k: shallow(v)
-            if isinstance(v, dict)
-            else 2
-            if k in ("num_hidden_layers", "num_layers", "layers")
-            else v
-            for k, v in part.items()
-        }
+        deep = ("num_hidden_layers", "num_layers", "layers")
+        return {k: shallow(v) if isinstance(v, dict) else 2 if k in deep else v for k, v in part.items()}
 
     return shallow(values)
 
@@ -455,12 +451,8 @@ def steps_part(kind: str, lora: bool) -> Callable:
             }
         finally:
             parallel.leave_world()
-        return [
-            Row(
-                f"{'LoRA' if lora else 'full'} step of {kind}, {T} tokens, {cfg.fp16_opt_level}",
-                measured(found),
-            )
-        ]
+        what = f"{'LoRA' if lora else 'full'} step of {kind}, {T} tokens, {cfg.fp16_opt_level}"
+        return [Row(what, measured(found))]
 
     return part
 
@@ -470,7 +462,6 @@ def decode_part(kind: str) -> Callable:
         """Decoding steps at full width with few layers: time, operations, share of the weights' reading."""
         base = bench.write_model(folder / kind, full_width(kind, small), torch.bfloat16)
         model, found = generate.load_model(base, dtype, device), []
-        Q, side, axes = model.num_image_tokens, model.image_size, model.position_axes - 1
         read = sum(p.numel() * p.element_size() for block in model.blocks for p in block.parameters())
         read += model.config.vocab_size * model.config.hidden_size * dtype.itemsize
         like = torch.empty(max(read // 4, 1), device=device)
@@ -478,13 +469,8 @@ def decode_part(kind: str) -> Callable:
         for batch in (1, 8):
             how, new = generate.Decoding(max_new_tokens=64), 8
             runner = engine.Engine(model, stop_words=[], cache_tokens=0, max_running=batch)
-            ids = torch.randint(model.config.vocab_size // 2, (Q + 24,)).to(torch.int32).numpy()
-            request = {"input_ids": ids, "image_starts": [0], "images": [""]}
-            request["pixel_values"] = [torch.zeros(3, *side, dtype=dtype)]
-            if model.position_axes > 1:
-                request["position_ids"] = np.stack([np.arange(Q + 24), *[np.zeros(Q + 24, int)] * axes])
-            if model.prefill == "whole":
-                request["prefix_len"] = Q + 23
+            request = bench.random_sample(model, 24, 1, torch.Generator().manual_seed(0))
+            request["pixel_values"] = [pixels.to(dtype) for pixels in request["pixel_values"]]
             wanted = [engine.Request(str(i), request, how, logprobs=-1) for i in range(batch)]
             sequences = [runner.sequence(r) for r in wanted]
             runner.pool.grow(sum(s.rows for s in sequences))
@@ -494,9 +480,12 @@ def decode_part(kind: str) -> Callable:
                 runner.step()
             times = on(device, {"step": runner.step}, 10)
             seconds = median(times, "step", wall=True)
-            figures = {"ms": 1e3 * seconds, "tokens/s": batch / seconds}
-            figures |= {"share of the copying bandwidth": read * copied / (8 * like.numel()) / seconds}
-            figures |= {"operations": Launches.of(runner.step)}
+            figures = {
+                "ms": 1e3 * seconds,
+                "tokens/s": batch / seconds,
+                "share of the copying bandwidth": read * copied / (8 * like.numel()) / seconds,
+                "operations": Launches.of(runner.step),
+            }
             found.append(Row(f"decoding step of {kind}, batch {batch}, {dtype}", figures))
         return found
 
