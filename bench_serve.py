@@ -23,6 +23,13 @@ import record_files
 import terminal
 
 
+def connect(url, timeout: float, api_key: str | None) -> tuple[http.client.HTTPConnection, str, dict]:
+    """-> (connection, the path before /v1, headers)"""
+    kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    return kind(url.hostname, url.port, timeout=timeout), url.path.rstrip("/").removesuffix("/v1"), headers
+
+
 def one_answer(url, args, number: int, image: str | None) -> dict:
     """Asks once and streams the answer: times of its pieces, its tokens, or the error."""
     content = [{"type": "text", "text": args.prompt.replace("{n}", str(number))}]
@@ -31,14 +38,11 @@ def one_answer(url, args, number: int, image: str | None) -> dict:
     body = {"messages": [{"role": "user", "content": content}], "stream": True, "max_tokens": args.max_tokens}
     body |= {"model": args.model_name, "stream_options": {"include_usage": True}, "temperature": 0}
     body |= args.body
-    headers = {"Content-Type": "application/json"}
-    headers |= {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
-    kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
-    connection = kind(url.hostname, url.port, timeout=600)
+    connection, path, headers = connect(url, 600, args.api_key)
     found = {"began": time.perf_counter(), "times": [], "tokens": 0, "error": None}
     try:
-        path = url.path.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
-        connection.request("POST", path, json.dumps(body), headers)
+        headers["Content-Type"] = "application/json"
+        connection.request("POST", f"{path}/v1/chat/completions", json.dumps(body), headers)
         response = connection.getresponse()
         if response.status != 200:
             found["error"] = f"status {response.status}"
@@ -61,35 +65,27 @@ def one_answer(url, args, number: int, image: str | None) -> dict:
     return found
 
 
-def percentiles(values: list[float]) -> str:
-    ordered = sorted(values) or [math.nan]
-    return " ".join(
-        f"{1000 * ordered[min(len(ordered) - 1, int(q * len(ordered)))]:9.1f}" for q in (0.5, 0.9, 0.99)
-    )
+def percentiles(seconds: list[float]) -> str:
+    """The median, the 90th and the 99th, in ms."""
+    ordered = sorted(seconds) or [math.nan]
+    places = (min(len(ordered) - 1, int(q * len(ordered))) for q in (0.5, 0.9, 0.99))
+    return " ".join(f"{1000 * ordered[place]:9.1f}" for place in places)
 
 
 def main(argv: list[str]) -> int:
     parser = terminal.Parser(prog="serve.py bench", description=__doc__)
     add = parser.add_argument
     add("url", help="the server, e.g. http://127.0.0.1:8000")
-    add(
-        "--concurrency",
-        type=int,
-        default=8,
-        help="closed loop: so many clients, each asks again when answered",
-    )
-    add(
-        "--rate",
-        type=float,
-        default=None,
-        help="requests a second with Poisson arrivals, instead of --concurrency",
-    )
+    clients = "closed loop: so many clients, each asks again when answered"
+    add("--concurrency", type=int, default=8, help=clients)
+    arrivals = "requests a second with Poisson arrivals, instead of --concurrency"
+    add("--rate", type=float, help=arrivals)
     add("--num_requests", type=int, default=64)
     add("--max_tokens", type=int, default=64)
     add("--prompt", default="Question {n}: describe the image.", help="{n}: the request's number")
     add("--image", action="append", default=[], help="image file; of several each request takes the next one")
-    add("--model_name", default=None, help="default: the first of the server's /v1/models")
-    add("--api_key", default=None)
+    add("--model_name", help="default: the first of the server's /v1/models")
+    add("--api_key")
     add("--ttft_ms", type=float, default=1000.0, help="goodput: first token within so many ms ...")
     add("--itl_ms", type=float, default=100.0, help="... and later ones on average every so many ms")
     add("--body", default="{}", help='more fields of each body as JSON, e.g. {"min_tokens": 64}')
@@ -130,11 +126,10 @@ def main(argv: list[str]) -> int:
 
 
 def first_model(url, api_key: str | None) -> str:
-    kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
-    connection = kind(url.hostname, url.port, timeout=30)
-    path = url.path.rstrip("/").removesuffix("/v1") + "/v1/models"
+    connection, path, headers = connect(url, 30, api_key)
+    path += "/v1/models"
     try:
-        connection.request("GET", path, headers={"Authorization": f"Bearer {api_key}"} if api_key else {})
+        connection.request("GET", path, headers=headers)
         return json.loads(connection.getresponse().read())["data"][0]["id"]
     except OSError as e:
         raise ValueError(

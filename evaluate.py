@@ -282,75 +282,43 @@ def settings(args) -> tuple[Config, str | None]:
         argv += ["--dataset", json.dumps({"eval": [entry]})]
     elif not source:
         argv += ["--dataset", json.dumps(data.DEFAULT_DATASET)]
-    given = {
-        "model": args.model,
-        "model_name_or_path": args.model_name_or_path,
-        "stage": args.stage,
-        "per_device_eval_batch_size": args.batch_size,
-        "max_bad_samples": args.max_bad_samples,
-    }
-    for key, value in given.items():
-        argv += [f"--{key}", str(value)] if value is not None else []
+    for key in ("model", "model_name_or_path", "stage", "batch_size", "max_bad_samples"):
+        if (value := getattr(args, key)) is not None:
+            argv += [f"--{'per_device_eval_batch_size' if key == 'batch_size' else key}", str(value)]
     return parse_config(argv), source
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = terminal.Parser(description=__doc__)
     add = parser.add_argument
-    add("config", nargs="?", default=None, help='training configuration whose "eval" entries are answered')
-    add("--model", default=None, help="whose samples/tiny_* to use if no checkpoint is named")
+    add("config", nargs="?", help='training configuration whose "eval" entries are answered')
+    add("--model", help="whose samples/tiny_* to use if no checkpoint is named")
     base = "checkpoint directory; default: the configuration's, the adapter's base"
-    add("--model_name_or_path", default=None, help=base)
-    add(
-        "--lora_path",
-        default=None,
-        help="adapter directory, applied without merging; default: the configuration's",
-    )
-    add(
-        "--data_files",
-        action="append",
-        default=None,
-        help="may be repeated; instead of the configuration's entries",
-    )
-    add(
-        "--name",
-        default=None,
-        choices=READERS,
-        help="format of --data_files; default: each record's own keys tell",
-    )
-    add("--image_root", default=None, help="directory of the images of --data_files")
-    names = [*metrics.SCORES, "retrieval"]
-    add(
-        "--metric",
-        action="append",
-        default=None,
-        choices=names,
-        help="instead of the format's own; may be repeated",
-    )
+    add("--model_name_or_path", help=base)
+    add("--lora_path", help="adapter directory, applied without merging; default: the configuration's")
+    add("--data_files", action="append", help="may be repeated; instead of the configuration's entries")
+    add("--name", choices=READERS, help="format of --data_files; default: each record's own keys tell")
+    add("--image_root", help="directory of the images of --data_files")
+    own = "instead of the format's own; may be repeated"
+    add("--metric", action="append", choices=[*metrics.SCORES, "retrieval"], help=own)
     own = "instead of the model's own wording of a question: a text in which {} is what the record asks"
-    add("--prompt", default=None, help=own)
-    add("--stage", default=None, help="of training, for its prompt format; default: the configuration's")
-    add("--boxes", default=None, help="folder for copies of the images with the boxes of the answers drawn")
-    add("--output", default=None, help="write answers, scores and settings as JSON here")
-    add("--batch_size", type=int, default=None, help="default: per_device_eval_batch_size, else 32")
+    add("--prompt", help=own)
+    add("--stage", help="of training, for its prompt format; default: the configuration's")
+    add("--boxes", help="folder for copies of the images with the boxes of the answers drawn")
+    add("--output", help="write answers, scores and settings as JSON here")
+    add("--batch_size", type=int, help="default: per_device_eval_batch_size, else 32")
     add("--rerank", type=int, default=128, help="retrieval: candidates that are matched")
     share = (
         "share of unusable records and images (named and left out) before the command fails; default: 0.01"
     )
-    add("--max_bad_samples", type=float, default=None, help=share)
+    add("--max_bad_samples", type=float, help=share)
     Decoding.add_arguments(parser, max_new_tokens=32)
-    held = "default: what the configuration's weights are held in, else float32"
-    add("--dtype", default=None, choices=DTYPES, help=held)
+    add("--dtype", choices=DTYPES, help="default: what the configuration's weights are held in, else float32")
     bits = "weights of the language model's blocks in 8 or 4 bits; default: the configuration's"
-    add("--quantize", default=None, choices=KINDS, help=bits)
+    add("--quantize", choices=KINDS, help=bits)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    choices = ("auto", "true", "false")
-    add(
-        "--use_flash_attention",
-        default=None,
-        choices=choices,
-        help="Triton kernels; auto: where there is a GPU",
-    )
+    kernels = "Triton kernels; auto: where there is a GPU"
+    add("--use_flash_attention", choices=("auto", "true", "false"), help=kernels)
     args = parser.parse_args(argv)
     if args.config and (recipe := recipes.recipe_of(read_file(args.config).get("evaluation"))):
         parser.set_defaults(prompt=recipe.prompt, **recipe.decoding)  # what the command line gives, wins
