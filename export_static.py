@@ -36,6 +36,7 @@ import run_static
 import terminal
 import vlm
 from kernels.attention import attention_even
+from kernels.linear import pack
 from vlm import Batch, even_segments
 
 
@@ -322,7 +323,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     package = run_static.Package(args.package)
     package.spec["stop_words"] = never = [[-1]]  # all answers are as long
-    model = generate.load_model(args.model_name_or_path)
+    model = pack(generate.load_model(args.model_name_or_path))  # as generate.py does
     processor = vlm.find(model.config.raw).processor(args.model_name_or_path)
     conversation = records.request([("user", args.prompt)], [args.image], "--prompt")
 

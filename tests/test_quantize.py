@@ -82,7 +82,7 @@ def test_printed_error_and_answers(bases, tmp_path, capsys, name, kind):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["qwen_vl", "visualglm", "opt", "t5"])
-def test_packed_weights_are_the_same_weights(bases, name, dtype):
+def test_packed_weights_are_the_same_weights(bases, name, dtype, monkeypatch):
     """Every linear layer's, the tower's and the head's too; a row is the same whatever stands beside it."""
     if not linear.possible(torch.empty(1, dtype=dtype)):
         pytest.skip(f"oneDNN has no {dtype} on this CPU")
@@ -91,6 +91,8 @@ def test_packed_weights_are_the_same_weights(bases, name, dtype):
     before = model.logits(model.hidden(probe)).float()
     found = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     weights = [m.weight.clone() for m in found]
+    # those of a published model are large enough, these are not
+    monkeypatch.setattr(linear, "WORTH_PACKING", 0)
     linear.pack(model)
     after = model.logits(model.hidden(probe)).float()
     assert (after - before).norm() / before.norm() < (1e-5 if dtype == torch.float32 else 0.03)
