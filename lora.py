@@ -376,7 +376,7 @@ def base_sample(directory: str | Path) -> str | None:
 def save_adapter(
     directory, model: nn.Module, made: LoraConfig, module_names: list[str], extra_trained, tensors, write=True
 ) -> None:
-    """adapter_config.json and adapter_model.safetensors, which PEFT reads too.
+    """The adapter's files.
 
     extra_trained: names of other parameters that were trained. Leaf modules are saved with all their
     parameters and listed in modules_to_save, as PEFT expects; it loads the others too. Tied weights are saved
@@ -393,17 +393,13 @@ def save_adapter(
             alpha_pattern["^" + name] = alpha
     owners = sorted({name.rpartition(".")[0] for name in extra_trained} - {*module_names})
     owners = [name for name in owners if not list(model.get_submodule(name).children())]
+    dora = [n for n in module_names if model.get_submodule(n).lora_magnitude_vector is not None]
     names = [f"{name}.lora_{side}.weight" for name in module_names for side in "AB"]
-    lengths = [
-        n + MAGNITUDE for n in module_names if model.get_submodule(n).lora_magnitude_vector is not None
-    ]
-    names += lengths
-    names += extra_trained
-    names += [
-        f"{owner}.{name}" for owner in owners for name, _ in model.get_submodule(owner).named_parameters()
-    ]
+    names += [*(name + MAGNITUDE for name in dora), *extra_trained]
+    # PEFT replaces a module to save as a whole, so its frozen parameters go along.
+    names += [f"{o}.{name}" for o in owners for name, _ in model.get_submodule(o).named_parameters()]
     for name in dict.fromkeys(names):
-        tensor = tensors(name)
+        tensor = tensors(name)  # all ranks, whoever writes
         if write:
             owner, _, key = name.rpartition(".")
             base = owner in module_names and not key.startswith("lora_")
@@ -421,33 +417,34 @@ def save_adapter(
             owners.append(alias.rpartition(".")[0])
     targets = list(module_names)
     others = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding | nn.Conv2d)}
-    # so a list would name those too
+    # PEFT takes the names of a list for the ends of longer ones too; an expression matches whole names.
     if any(other.endswith("." + name) for other in others for name in targets):
         targets = "|".join(map(re.escape, targets))
     sample = base_sample(made.base)
+    # With its start beside it an adapter has twice the rank, and its scaling must stay what it was.
+    doubled = 1 if not made.starts else math.sqrt(2) if made.rslora else 2
     config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
         "base_model_name_or_path": os.path.abspath(made.base) if sample else str(made.base),
         "r": made.rank * (2 if made.starts else 1),
-        "lora_alpha": made.alpha * (1 if not made.starts else math.sqrt(2) if made.rslora else 2),
+        "lora_alpha": made.alpha * doubled,
         "lora_dropout": made.dropout,
         "use_rslora": made.rslora,
-        "use_dora": bool(lengths),
+        "use_dora": bool(dora),
         "target_modules": targets,
-        "bias": "none",
-        "fan_in_fan_out": False,
         "modules_to_save": owners or None,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
-        "inference_mode": True,
     }
-    metadata = (
-        {"format": "pt"}
-        | ({"base": sample} if sample else {})
-        | ({"base_in": made.base_in} if made.base_in else {})
-    )
-    checkpoint.save_tensors(state, Path(directory) / "adapter_model.safetensors", metadata)
+    metadata = {"base": sample, "base_in": made.base_in}
+    write_adapter(directory, state, config, {key: said for key, said in metadata.items() if said})
+
+
+def write_adapter(directory, state: dict[str, torch.Tensor], config: dict, metadata: dict) -> None:
+    """adapter_config.json and adapter_model.safetensors, which PEFT reads too."""
+    plain = {"bias": "none", "fan_in_fan_out": False, "inference_mode": True}
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", **config, **plain}
+    place = Path(directory) / "adapter_model.safetensors"
+    checkpoint.save_tensors(state, place, {"format": "pt"} | metadata)
     checkpoint.write_json(Path(directory) / "adapter_config.json", config)
 
 
@@ -459,7 +456,7 @@ def combine(directories: list, weights: list[float], output) -> None:
     for other, said in zip(directories[1:], metadata[1:], strict=True):
         if {"base"} <= said.keys() & metadata[0].keys() and said["base"] != metadata[0]["base"]:
             raise ValueError(f"{other} and {directories[0]} were trained on different bases")
-    sides: dict[str, list[list[torch.Tensor]]] = {}
+    sides: dict[str, tuple[list, list]] = {}  # module -> all its A and all its B
     for directory, config, tensors, weight in zip(directories, configs, held, weights, strict=True):
         if config.get("use_dora"):
             raise ValueError(f"{directory} is DoRA's, whose effect is no sum; merge it alone")
@@ -469,34 +466,28 @@ def combine(directories: list, weights: list[float], output) -> None:
             )
         for name in dict.fromkeys(name.partition(".lora_")[0] for name in tensors):
             A, B = (tensors[f"{name}.lora_{side}.weight"].float() for side in "AB")
-            pair = sides.setdefault(name, [[], []])
-            pair[0].append(A)
-            pair[1].append(B * (weight * rank_and_scaling(config, name)[1]))
-    state = {
-        f"{PREFIX}{name}.lora_{side}.weight": torch.cat(parts, 1 - "BA".index(side))
-        for name, pair in sides.items()
-        for side, parts in zip("AB", pair, strict=True)
-    }
-    # each scaling is 1: alpha is the rank
-    ranks = {name: sum(len(A) for A in pair[0]) for name, pair in sides.items()}
+            all_A, all_B = sides.setdefault(name, ([], []))
+            all_A.append(A)
+            all_B.append(B * (weight * rank_and_scaling(config, name)[1]))
+    state = {}
+    for name, (all_A, all_B) in sides.items():
+        state[f"{PREFIX}{name}.lora_A.weight"] = torch.cat(all_A)  # (sum of ranks, in)
+        state[f"{PREFIX}{name}.lora_B.weight"] = torch.cat(all_B, 1)  # (out, sum of ranks)
+    # The updates hold their scalings by now, so each one here is 1: alpha is the rank.
+    ranks = {name: sum(map(len, all_A)) for name, (all_A, _) in sides.items()}
     rank = max(ranks.values())
     others = {"^" + re.escape(name): r for name, r in ranks.items() if r != rank}
     config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
         "base_model_name_or_path": configs[0].get("base_model_name_or_path"),
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "target_modules": "|".join(map(re.escape, sides)),
-        "bias": "none",
         "rank_pattern": others,
         "alpha_pattern": others,
-        "inference_mode": True,
     }
     common = {k: v for k, v in metadata[0].items() if all(said.get(k) == v for said in metadata)}
-    checkpoint.save_tensors(state, Path(output) / "adapter_model.safetensors", {"format": "pt"} | common)
-    checkpoint.write_json(Path(output) / "adapter_config.json", config)
+    write_adapter(output, state, config, common)
 
 
 def read_adapter_config(directory) -> dict:
@@ -517,9 +508,9 @@ def read_adapter_config(directory) -> dict:
             raise ValueError(
                 f"{path}: the key {key!r} is not known, and may change what is computed; remove it if not"
             )
-    expressions = [
-        (k, v) for k in ("target_modules", "exclude_modules") if isinstance(v := config.get(k), str)
-    ]
+    # What PEFT matches names by: of targets a text, not a list of names.
+    texts = {key: config.get(key) for key in ("target_modules", "exclude_modules")}
+    expressions = [(key, text) for key, text in texts.items() if isinstance(text, str)]
     for key in ("rank_pattern", "alpha_pattern", "layers_pattern", "modules_to_save"):
         value = config.get(key)
         expressions += [(key, v) for v in ([value] if isinstance(value, str) else value or ())]
@@ -555,9 +546,8 @@ def read_adapter(directory, aliases: dict[str, str] | None = None) -> tuple[dict
     config, weights = read_adapter_config(directory), _open_adapter(directory)
     tensors = {}
     for file_name in weights:
-        if not file_name.startswith(PREFIX) or re.search(
-            r"\.lora_(?!(A|B)\.weight$|magnitude_vector$)", file_name
-        ):
+        strange = re.search(r"\.lora_(?!(A|B)\.weight$|magnitude_vector$)", file_name)
+        if strange or not file_name.startswith(PREFIX):
             raise ValueError(f"{directory}: {file_name!r} is not a LoRA weight of a linear layer")
         if not weights.dtype(file_name).is_floating_point:
             raise ValueError(
@@ -566,8 +556,7 @@ def read_adapter(directory, aliases: dict[str, str] | None = None) -> tuple[dict
         tensor, name = weights.read(file_name), file_name.removeprefix(PREFIX).replace(".base_layer.", ".")
         checkpoint.largest(tensor, f"{directory}: {name}")
         tensors[name] = tensor
-    for name in {*(aliases or {}).values()}:
-        group = [name, *(alias for alias, original in aliases.items() if original == name)]
+    for group in tied(aliases or {}):
         held = [n for n in group if n in tensors]
         whole = len(held) == len(group)
         if held and not (whole and all(torch.equal(tensors[n], tensors[held[0]]) for n in held)):
@@ -576,10 +565,14 @@ def read_adapter(directory, aliases: dict[str, str] | None = None) -> tuple[dict
                 f"{'different values of them' if whole else 'only ' + ' and '.join(held)}: in PEFT they are "
                 "untied, which is not supported; save equal values of all of them (modules_to_save)"
             )
-        if held:
-            for alias in group[1:]:
-                del tensors[alias]
+        for alias in group[1:] if held else ():
+            del tensors[alias]
     return config, tensors
+
+
+def tied(aliases: dict[str, str]) -> list[list[str]]:
+    """All names of each tied tensor, the model's own first."""
+    return [[name, *(a for a, own in aliases.items() if own == name)] for name in {*aliases.values()}]
 
 
 def open_base(directory, adapter, definition) -> tuple[dict, checkpoint.Weights]:
@@ -590,12 +583,10 @@ def open_base(directory, adapter, definition) -> tuple[dict, checkpoint.Weights]
     weights = checkpoint.open_model(directory, definition)
     check_base(adapter, weights)
     aliases, apart = definition.aliases(config), False
-    for name in {*aliases.values()}:
-        group = [PREFIX + n for n in (name, *(a for a, original in aliases.items() if original == name))]
-        held = [n for n in group if n in own.names]
-        apart |= 0 < len(held) < len(group) or not all(
-            torch.equal(own.read(n), own.read(held[0])) for n in held
-        )
+    for group in tied(aliases):
+        held = [PREFIX + n for n in group if PREFIX + n in own.names]
+        same = all(torch.equal(own.read(n), own.read(held[0])) for n in held)
+        apart |= 0 < len(held) < len(group) or not same
     theirs = "auto_mapping" in read_adapter_config(adapter)  # PEFT's, which unties; else ours, incomplete
     if apart and theirs and (untied := definition.untied(config)) is not None:
         weights.untie(aliases)
@@ -647,14 +638,8 @@ def find_base(directory) -> str:
     adapter."""
     name = read_adapter_config(directory).get("base_model_name_or_path") or ""
     root = Path(__file__).resolve().parent
-    beside = Path(directory).resolve().parent / Path(name).name
-    for place in (
-        Path(name),
-        root / name,
-        Path(directory) / name,
-        beside,
-        root / "samples" / Path(name).name,
-    ):
+    last, beside = Path(name).name, Path(directory).resolve().parent
+    for place in (Path(name), root / name, Path(directory) / name, beside / last, root / "samples" / last):
         if name and "\0" not in name and (place / "config.json").is_file():
             return str(place)
     raise ValueError(
@@ -696,10 +681,8 @@ def adapter_updates(config: dict, tensors: dict, shapes: dict) -> tuple[dict, li
             )
         out_features, in_features = shapes[f"{module}.weight"]
         rank, scalings[module] = rank_and_scaling(config, module)
-        expected |= {
-            f"{module}.lora_A.weight": (rank, in_features),
-            f"{module}.lora_B.weight": (out_features, rank),
-        }
+        expected[f"{module}.lora_A.weight"] = rank, in_features
+        expected[f"{module}.lora_B.weight"] = out_features, rank
         if config.get("use_dora"):
             expected[module + MAGNITUDE] = (out_features,)
     extra = [name for name in tensors if ".lora_" not in name]
@@ -774,20 +757,16 @@ def load_adapter(
             if name in tensors:
                 copy(p, tensors[name])
         return names
-    shapes = {name: shape(p) for name, p in model.named_parameters()}
-    shapes |= {name: few.shape for name, few in quantize.weights_of(model).items()}
-    scalings, _ = adapter_updates(config, tensors, shapes)
+    scalings, _ = adapter_updates(config, tensors, shapes_of(model, shape))
     injected = {n for n, m in model.named_modules() if isinstance(m, LoraLinear)}
     if injected and injected != scalings.keys():
         here, there = sorted(injected - scalings.keys()), sorted(scalings.keys() - injected)
-        less = (
-            f"no tensors for {here[0]} ({len(here)} such modules), which has an adapter here" if here else ""
+        less = [f"no tensors for {n} ({len(here)} such modules), which has an adapter here" for n in here[:1]]
+        more = [f"tensors for {n} ({len(there)} such modules), which has no adapter here" for n in there[:1]]
+        raise ValueError(
+            f"{directory} has {' and '.join(less + more)}; leave lora_target_modules out to continue with "
+            "its own"
         )
-        more = (
-            f"tensors for {there[0]} ({len(there)} such modules), which has no adapter here" if there else ""
-        )
-        problem = " and ".join(filter(None, (less, more)))
-        raise ValueError(f"{directory} has {problem}; leave lora_target_modules out to continue with its own")
     for name, scaling in scalings.items():
         rank, module = tensors[f"{name}.lora_A.weight"].shape[0], model.get_submodule(name)
         if not isinstance(module, LoraLinear):
@@ -818,6 +797,12 @@ def load_adapter(
     return list(scalings)
 
 
+def shapes_of(model: nn.Module, shape=lambda param: param.shape) -> dict[str, torch.Size]:
+    """Of all weights, those in few bits included."""
+    few = {name: module.shape for name, module in quantize.weights_of(model).items()}
+    return {name: shape(p) for name, p in model.named_parameters()} | few
+
+
 @dataclass
 class Added:
     """What an adapter is beside the low-rank updates of its layers."""
@@ -833,8 +818,7 @@ def add_adapters(model: nn.Module, directories: dict[str, str]) -> dict[str, Add
     belong to the model."""
     patterns = vlm.find(model.config.raw).image_parameters
     parameters = dict(model.named_parameters())
-    shapes = {name: p.shape for name, p in parameters.items()}
-    shapes |= {name: few.shape for name, few in quantize.weights_of(model).items()}
+    shapes = shapes_of(model)
     like = next(model.parameters())  # an adapter's device and dtype
     added = {}
 
