@@ -204,6 +204,18 @@ def say_unused_keys(entries: list[Entry], first: int = 100) -> None:
             print(f"warning: {entry.label}: splits leaves out none: no record has a 'split'", file=sys.stderr)
 
 
+def say_unused(index: "Index") -> None:
+    """Names what of its entries has no effect: whole ones, their system text, keys, splits."""
+    for number, entry in enumerate(index.entries):
+        samples = np.flatnonzero(index.entry == number)
+        if not len(samples):
+            print(f"warning: {entry.label}: none of its records is used", file=sys.stderr)
+        elif entry.system and index.conversation(samples[0]).kind != "chat":
+            what = "chat_template has no effect on captions, questions and boxes"
+            print(f"warning: {entry.label}: {what}", file=sys.stderr)
+    say_unused_keys(index.entries)
+
+
 def dataset_of(value: str) -> dict:
     """What the key `dataset` means as "FILE[,EVAL_FILE]" (files or folders): entries of these."""
     # A path may have a comma in it: what exists is meant as it is.
@@ -747,6 +759,10 @@ def load_sample(plan: Plan, number: int, epoch: int, processor, image_jitter=0.0
     key = (plan.seed, epoch, int(number))  # all that is random in this sample is a function of it
     # Whatever a record does wrong, here or in its images, is that record's fault and has its name.
     with one_record(conversation.where):
+        if image_jitter and conversation.boxed:
+            raise ValueError(
+                "image_jitter moves images, but not the boxes in its text; leave image_jitter out"
+            )
         sample = processor.encode(conversation, plan.max_length)
         if len(sample["input_ids"]) != plan.index.length[number]:
             raise ValueError(CHANGED)

@@ -21,7 +21,7 @@ from data import (
     load_processor,
     model_directory,
     open_entries,
-    say_unused_keys,
+    say_unused,
 )
 from draw import draw_boxes
 from images import is_constant, open_image, short
@@ -40,7 +40,7 @@ def check(dataset: dict, processor, settings: dict) -> int:
         index = build_index(entries, processor, max_length, None, settings["num_workers"], **options)
         for where, reason in index.problems:
             print(f"{where}: {reason}")
-        say_unused_keys(index.entries)
+        say_unused(index)
         found += len(index.problems)
         if not len(index):
             print(f"{split}: no usable sample")
@@ -129,7 +129,7 @@ def preview(dataset: dict, processor, settings: dict) -> int:
     )
     for where, reason in index.problems:
         print(f"left out {where}: {reason}")
-    say_unused_keys(index.entries)
+    say_unused(index)
     plan = Plan(index, settings["seed"], max_length, settings["mixtoken"], settings["max_images"])
     for n, unit in enumerate(plan.units(0)[: settings["packs"]]):
         print(f"=== stream {n}: {len(unit)} samples, {index.length[unit].sum():,} of {max_length:,} tokens")

@@ -411,7 +411,7 @@ def run(args, how: Decoding) -> int:
     index = data.build_index(entries, processor, cfg.max_length, None, cfg.num_workers, max_bad_samples=1.0)
     bad = list(index.problems)
     name_bad(bad)
-    data.say_unused_keys(index.entries)
+    data.say_unused(index)
     conversations, numbers = [index.conversation(n) for n in range(len(index))], index.entry.tolist()
     total = len({c.where for c in conversations}) + len(bad)
     if args.output:

@@ -13,7 +13,7 @@ import re
 import unicodedata
 from collections import Counter
 
-VERSION = "2"  # changes whenever the same answers could get other scores
+VERSION = "3"  # changes whenever the same answers could get other scores
 
 # --------------------------------------------------------------------------------------------------
 # Caption tokens. Each rule's first matching group is the token; what follows the group is context that must
@@ -287,8 +287,10 @@ def vqa_accuracy(prediction: str, answers: list[str]) -> float:
 
 
 def exact_match(answer: str, references: list[str]) -> float:
-    """Equal to one of the references, blanks at both ends aside."""
-    return float(answer.strip() in {r.strip() for r in references})
+    """Equal to one of the references, blanks at both ends aside, and whether an accent is a character of its
+    own: tokenizers join it to its letter."""
+    found, *wanted = (unicodedata.normalize("NFC", text).strip() for text in (answer, *references))
+    return float(found in wanted)
 
 
 def any_case(answer: str, references: list[str]) -> float:

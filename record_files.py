@@ -160,13 +160,12 @@ def read_table(path: str) -> Records:
     parsed."""
     csv.field_size_limit(sys.maxsize)  # a data URL is long
     rows, places = [], []
+    text, delimiter = read_text(path), "\t" if is_tsv(path) else ","
     try:
-        reader = csv.reader(
-            # not splitlines(): a cell may hold U+2028 and other ends of lines that are none of a file
-            io.StringIO(read_text(path), newline=""),
-            delimiter="\t" if is_tsv(path) else ",",
-            strict=True,
-        )
+        # not splitlines(): a cell may hold U+2028 and other ends of lines that are none of a file
+        file, spaced = io.StringIO(text, newline=""), f"{delimiter} " in text.partition("\n")[0]
+        # "image, caption": where the header's cells begin with a blank, so do the others
+        reader = csv.reader(file, delimiter=delimiter, strict=True, skipinitialspace=spaced)
         header = [cell.strip() for cell in next(reader, [])]
         if repeated := [key for key, count in Counter(header).items() if count > 1]:
             raise ValueError(f"{path}:1: the column {repeated[0]!r} stands twice in the header")

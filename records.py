@@ -80,6 +80,11 @@ class Conversation:
     boxes: bool = False  # whether boxes in pixels were put into its text: not every model has a form for them
 
     @property
+    def boxed(self) -> bool:
+        """Whether its text has boxes, which an image must not move under."""
+        return self.boxes or any("<box>" in text_of(content) for _, content in self.turns)
+
+    @property
     def images(self) -> list[str]:
         """Sources of the images in order."""
         return sources_of(self.turns)
@@ -232,7 +237,9 @@ def resolve_image(path: str, image_root: str | None, folder: str) -> str:
         tried = [os.path.join(root, path) for root in (image_root, folder) if root] + [path]
     for place in tried:
         if os.path.isfile(place):
-            return place
+            # a.png and ./a.png are one image, whose captions belong together
+            plain = os.path.normpath(place)
+            return plain if plain == place or os.path.realpath(plain) == os.path.realpath(place) else place
     tried = ", ".join(map(images.short, dict.fromkeys(tried)))
     raise ValueError(f"image {images.short(shown)} not found; tried {tried}")
 
@@ -755,7 +762,7 @@ def conversations_of(
         if kind == "grounding":
             answers = fill_boxes(turns, record) if answered else []
         boxes = kind == "grounding" or not is_empty(record.get("objects"))
-        check_text(turns)
+        check_text(turns, [str(id), source, *answers])
         found.append(Conversation(str(id), turns, kind, where, answers, source, boxes))
     return found
 
@@ -768,19 +775,21 @@ LEFT_OVER = re.compile(
 )
 
 
-def check_text(turns: list[tuple[str, Content]]) -> None:
-    for n, (role, content) in enumerate(turns):
-        text = text_of(content)
+def check_text(turns: list[tuple[str, Content]], more: list[str] = ()) -> None:
+    """Refuses a turn's leftovers, and half characters in it or in `more`, which no file could hold."""
+    texts = [(f"turn {n} ({role})", text_of(content)) for n, (role, content) in enumerate(turns)]
+    for what, text in texts:
         if "<" in text and (found := LEFT_OVER.search(text)):
             raise ValueError(
-                f"turn {n} ({role}) has {found[0]} in its text, which stands for no image here; images stand "
+                f"{what} has {found[0]} in its text, which stands for no image here; images stand "
                 f"where {PLACEHOLDER} stands in a question or an answer of a chat"
             )
+    for what, text in [*texts, ("its id, source or an answer", "".join(more))]:
         try:
             text.encode()
         except UnicodeEncodeError as e:
             half = cut(e.object[e.start])
-            raise ValueError(f"turn {n} ({role}) has a lone surrogate, half a character: {half}") from None
+            raise ValueError(f"{what} has a lone surrogate, half a character: {half}") from None
 
 
 # --------------------------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ import watch
 from build import check_stage, total_steps
 from config import Config, differences
 from meeting import Meeting
-from records import text_of
 from run_dir import HARMLESS, RunDir, Start, read_state, shown
 
 
@@ -58,7 +57,7 @@ def read_plan(cfg: Config, split: str, processor, meeting: Meeting, **options) -
     index = data.build_index(*args, max_bad_samples=cfg.max_bad_samples)
     if meeting.main:
         meeting.share(f"{split} index", "made")
-        data.say_unused_keys(index.entries)
+        data.say_unused(index)
         # Ten are enough to see the kind; `data.py check` lists all.
         for where, reason in index.problems[:10]:
             print(f"warning: left out {where}: {reason}", file=sys.stderr)
@@ -88,10 +87,10 @@ def check_metric(cfg: Config, eval_plan: data.Plan) -> None:
 
 def check_jitter(cfg: Config, plan: data.Plan) -> None:
     """An image that moves takes its boxes away from what they are around."""
-    # One conversation of each entry: a file's records are of one kind.
+    # One conversation of each entry: most files are of one kind. Of others load_sample says it.
     for n in np.unique(plan.index.entry, return_index=True)[1] if cfg.image_jitter else ():
         conversation = plan.index.conversation(n)
-        if conversation.boxes or any("<box>" in text_of(content) for _, content in conversation.turns):
+        if conversation.boxed:
             raise ValueError(
                 f"image_jitter={cfg.image_jitter:g} moves images, but not the boxes in {conversation.where}; "
                 "leave image_jitter out"

@@ -275,6 +275,14 @@ def test_chat_template_splits_max_samples(tmp_path, capsys):
     lines = write(tmp_path / "b.jsonl", json.dumps({"query": "q", "response": "x", "subset": "val"}))
     data.say_unused_keys([data.Entry({"data_files": lines, "splits": ["val"]})])
     assert "splits leaves out none: no record has a 'split'" in capsys.readouterr().err
+    picture(tmp_path / "a.png")
+    asked = write(tmp_path / "c.json", [{"image": "a.png", "question": "q", "answer": "x"}])
+    lines = write(tmp_path / "d.jsonl", json.dumps({"query": "q", "response": "x", "split": "val"}))
+    none = {"data_files": lines, "splits": ["gone"]}
+    data.say_unused(index_of({"data_files": asked, "chat_template": str(template)}, none, max_bad_samples=0))
+    said = capsys.readouterr().err
+    assert "data:c: chat_template has no effect on captions, questions" in said
+    assert "data:d: none of its records is used" in said
 
 
 def test_image_places(tmp_path, monkeypatch):
@@ -288,7 +296,7 @@ def test_image_places(tmp_path, monkeypatch):
     assert resolve_image("all.png", None, str(folder)) == str(folder / "all.png")
     assert resolve_image("file.png", str(root), str(folder)) == str(folder / "file.png")
     assert resolve_image("cwd.png", str(root), str(folder)) == "cwd.png"
-    assert resolve_image("../here/cwd.png", None, str(folder)) == f"{folder}/../here/cwd.png"
+    assert resolve_image("../here/cwd.png", None, str(folder)) == str(here / "cwd.png")
     with pytest.raises(ValueError, match="leaves image_root"):
         resolve_image("x/../../here/cwd.png", str(root), str(folder))
     with pytest.raises(ValueError, match=f"tried {root}/no.png, {folder}/no.png, no.png"):

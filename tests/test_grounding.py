@@ -169,6 +169,10 @@ def test_images_may_not_move_under_their_boxes(street, tmp_path):
     )
     with pytest.raises(ValueError, match=r"image_jitter=0\.1 moves images, but not the boxes in .*a\.json"):
         train.main(argv)
+    processor = data.load_processor(ROOT / "samples/tiny_qwen_vl")
+    plan = data.Plan(data.build_index(dataset["train"], processor, 512, None), 0, 512)
+    with pytest.raises(BadRecord, match="image_jitter moves images, but not the boxes in its text"):
+        data.load_sample(plan, 0, 0, processor, image_jitter=0.1)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -300,6 +300,12 @@ BAD = {  # what is wrong -> (record, part of the reason)
         "two different system texts",
     ),
     "lone surrogate": (messages("q \ud83d", "x"), "lone surrogate"),
+    "half an id": (messages("q", "x", id="\ud83d"), "its id, source or an answer has a lone surrogate"),
+    "half a source": (messages("q", "x", source="\ud83d"), "has a lone surrogate"),
+    "half a reference": (
+        {"image": "a.png", "question": "q", "answers": ["x", "x", "\ud83d"]},
+        "has a lone surrogate",
+    ),
     "video part": (messages([{"type": "video", "video": "a.mp4"}], "x"), "neither text nor an image"),
     "url": ({"image": "https://example.org/a.png", "caption": "x"}, "is a URL"),
     "nul": ({"image": "a.png\0", "caption": "x"}, "NUL"),
@@ -455,6 +461,9 @@ def test_tables(folder, suffix, delimiter):
     assert found[2].answers == ["x", "y", "y"]
     assert [where for where, _ in bad] == [f"{path}:{n}" for n in (6, 7, 8, 9, 10)] and "2 cells" in bad[0][1]
     assert "5 cells" in bad[3][1] and "'answers' looks like JSON" in bad[4][1]
+    path.write_text(f"image{delimiter} question{delimiter} answer\na.png{delimiter} q?{delimiter} red one\n")
+    ((question, (_, answer)),) = [c.turns for c in entry_of(path)[0]]
+    assert (text_of(question[1]), answer) == ("q?", ["red one"])
     path.write_text(f"foo{delimiter}bar\n1{delimiter}2\n", encoding="utf-8")
     with pytest.raises(ValueError, match=f"{path}:1: the header .* names no known column"):
         data.Entry({"data_files": str(path)})
