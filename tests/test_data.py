@@ -277,8 +277,8 @@ def test_chat_template_splits_max_samples(tmp_path, capsys):
     assert "splits leaves out none: no record has a 'split'" in capsys.readouterr().err
     picture(tmp_path / "a.png")
     asked = write(tmp_path / "c.json", [{"image": "a.png", "question": "q", "answer": "x"}])
-    lines = write(tmp_path / "d.jsonl", json.dumps({"query": "q", "response": "x", "split": "val"}))
-    none = {"data_files": lines, "splits": ["gone"]}
+    other = write(tmp_path / "d.json", [{"query": "q", "response": "x", "split": "val"}])
+    none = {"data_files": other, "splits": ["gone"]}
     data.say_unused(index_of({"data_files": asked, "chat_template": str(template)}, none, max_bad_samples=0))
     said = capsys.readouterr().err
     assert "data:c: chat_template has no effect on captions, questions" in said
