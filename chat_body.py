@@ -13,6 +13,7 @@ import contextlib
 import http.client
 import io
 import ipaddress
+import json
 import math
 import re
 import secrets
@@ -54,7 +55,7 @@ DECODING = {
 SAME = ("temperature", "top_p", "top_k", "repetition_penalty", "num_beams", "length_penalty", "seed")
 DECODING |= {name: name for name in SAME}
 BEAMLESS = ("n", "logprobs", "logit_bias", "presence_penalty", "frequency_penalty")  # not with num_beams
-FLAGS = ("stream", "logprobs", "continue_final_message")
+FLAGS = ("stream", "logprobs", "continue_final_message", "add_generation_prompt")
 OTHERS = ("model", "messages", "stop", "stream_options", "logit_bias")
 # of no effect on an answer: accepted
 HARMLESS = (
@@ -66,14 +67,7 @@ HARMLESS = (
     "prompt_cache_key",
     "prediction",
 )
-HARMLESS += (
-    "prompt_cache_retention",
-    "parallel_tool_calls",
-    "request_id",
-    "priority",
-    "return_token_ids",
-    "add_generation_prompt",
-)
+HARMLESS += ("prompt_cache_retention", "parallel_tool_calls", "request_id", "priority")
 NEUTRAL = {  # would change the answer and is not there: accepted where it asks for nothing
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -90,6 +84,7 @@ NEUTRAL = {  # would change the answer and is not there: accepted where it asks 
     "min_p": (0, 0.0),
     "ignore_eos": (False,),
     "echo": (False,),
+    "return_token_ids": (False,),
     "stop_token_ids": ([],),
     "skip_special_tokens": (True,),
     "include_stop_str_in_output": (False,),
@@ -152,6 +147,10 @@ def read_wanted(content: bytes, limits, defaults: Decoding, vocab_size: int) -> 
             raise bad(name, "true or false", body[name])
     if not isinstance(body["model"], str):
         raise bad("model", "a model's name", body["model"])
+    go_on = body.get("continue_final_message", False)
+    if body.get("add_generation_prompt", not go_on) == go_on:
+        expected = f"{json.dumps(not go_on)}, with continue_final_message={json.dumps(go_on)}"
+        raise bad("add_generation_prompt", expected, go_on)
     if numbers.get("top_logprobs") and not body.get("logprobs"):
         raise Refused(400, "top_logprobs goes with logprobs=true", "top_logprobs")
     stream = body.get("stream", False)
@@ -161,7 +160,7 @@ def read_wanted(content: bytes, limits, defaults: Decoding, vocab_size: int) -> 
     for name in BEAMLESS if how.num_beams > 1 else ():
         if body.get(name) and not (name == "n" and body[name] == 1):
             raise Refused(400, f"{name} and num_beams={how.num_beams} do not go together", name)
-    turns, places, begun = read_messages(body["messages"], limits, body.get("continue_final_message", False))
+    turns, places, begun = read_messages(body["messages"], limits, go_on)
     return Wanted(
         model=body["model"],
         turns=turns,

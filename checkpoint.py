@@ -186,6 +186,8 @@ def leave(code: int) -> None:
 
 # ---- config.json
 
+NO_NUMBERS = {"torch_dtype", "dtype", "transformers_version", "_name_or_path"}  # keys that no result is of
+
 
 def read_config(directory) -> dict:
     path = Path(directory) / "config.json"
@@ -282,16 +284,17 @@ class Weights:
         self.directory = directory = Path(directory)
         safe, old = stems
         # The first that is there: safetensors before pickles, one file before shards.
-        for file_name in (
-            f"{safe}.safetensors",
-            f"{safe}.safetensors.index.json",
-            f"{old}.bin",
-            f"{old}.bin.index.json",
-        ):
-            if (directory / file_name).is_file():
-                break
-        else:
+        both = [
+            f"{stem}{end}" for stem in (f"{safe}.safetensors", f"{old}.bin") for end in ("", ".index.json")
+        ]
+        found = [name for name in both if (directory / name).is_file()]
+        if not found:
             raise ValueError(f"{directory} has no {safe}.safetensors or {old}.bin (or their .index.json)")
+        file_name = found[0]
+        if f"{file_name}.index.json" in found:
+            raise ValueError(
+                f"{directory} holds {file_name} and {file_name}.index.json; remove the older one"
+            )
         weight_map = None  # name -> shard
         if file_name.endswith(".index.json"):
             weight_map = read_json(directory / file_name, "").get("weight_map")
@@ -318,10 +321,10 @@ class Weights:
             for name, place in places.items():
                 if weight_map is None or weight_map.get(name) == shard:
                     self._places[name] = place
-                # A shard with more than the index says: the two are of different downloads.
-                elif name not in weight_map and not _matches(name, [*ignore, *(aliases or {})]):
+                # A shard with more than the index says of it: the two are of different downloads.
+                elif not _matches(name, [*ignore, *({*(aliases or {})} - weight_map.keys())]):
                     raise ValueError(
-                        f"{path} holds {name!r}, which {file_name} does not name; fetch both again"
+                        f"{path} holds {name!r}, which {file_name} does not say of it; fetch both again"
                     )
         # The other way round: a shard with less than the index says was cut, or is of another download.
         for name, shard in (weight_map or {}).items():

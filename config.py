@@ -325,6 +325,10 @@ def _other_scheduler(name, source: dict) -> dict:
         raise ValueError(
             f"lr_scheduler_name={shown(name)}; expected CosineDecayWithWarmup, or use lr_scheduler_type"
         )
+    if (ours := source.get("lr_scheduler_type", "cosine")) != "cosine":
+        raise ValueError(
+            f"lr_scheduler_name={name} and lr_scheduler_type={shown(ours)} contradict each other"
+        )
     return {"lr_scheduler_type": "cosine"}
 
 
@@ -686,6 +690,11 @@ def validate(cfg: Config) -> None:
             "lora=true",
         ),
         ("eval_steps", cfg.evaluation_strategy == "steps", "evaluation_strategy=steps"),
+        (
+            "save_steps",
+            "steps" in (cfg.save_strategy, cfg.eval_steps is None and cfg.evaluation_strategy),
+            "save_strategy=steps",
+        ),
         ("sharding_parallel_degree", cfg.sharding or cfg.sharding_parallel_degree in (-1, 1), "sharding"),
         ("pipeline_schedule", cfg.pipeline_parallel_degree > 1, "pipeline_parallel_degree"),
         ("warmup_ratio", not cfg.warmup_steps, "warmup_steps=0"),

@@ -111,9 +111,8 @@ def average(directories: list[Path], output: Path) -> None:
     if len(directories) < 2:
         raise ValueError(f"--average {directories[0]}: one checkpoint is its own mean; name two or more")
     configs = [checkpoint.read_config(d) for d in directories]
-    kept_apart = {"torch_dtype", "dtype", "transformers_version", "_name_or_path"}
     for directory, config in zip(directories, configs, strict=True):
-        for key in (config.keys() | configs[0].keys()) - kept_apart:
+        for key in (config.keys() | configs[0].keys()) - checkpoint.NO_NUMBERS:
             if config.get(key) != configs[0].get(key):
                 raise ValueError(
                     f"{directory} has {key}={config.get(key)!r}, {directories[0]} {configs[0].get(key)!r}: "

@@ -163,13 +163,16 @@ def check_contrast(cfg: Config, definition, dp_size: int, evaluating: bool) -> N
 
 
 def run_facts(
-    cfg: Config, definition, directory: Path, plan, eval_plan, ranks: int, global_batch: int
+    cfg: Config, definition, directory: Path, processor, plan, eval_plan, ranks: int, global_batch: int
 ) -> dict:
     """What a step and its sample are defined by; a checkpoint keeps it, and a resumed run is compared with
     it."""
     # A few values of each tensor: another base of the same shape is told from this one, without reading
     # gigabytes.
     base = [checkpoint.open_model(path, definition).sample() for path in (directory, cfg.init_from) if path]
+    # Equal weights under another epsilon or vocabulary are another model.
+    config = {k: v for k, v in checkpoint.read_config(directory).items() if k not in checkpoint.NO_NUMBERS}
+    of_base = data.short_hash([config, processor.fingerprint()])
     return {
         # Each of these changes which sample a step is, or which model it updates.
         "seed": cfg.seed,
@@ -184,6 +187,7 @@ def run_facts(
         "ranks": ranks,
         "eval_data": data.content_key(eval_plan.index.entries) if eval_plan else None,
         "base": hashlib.sha256(json.dumps(base).encode()).hexdigest()[:16],
+        "base_files": of_base,
         "lora_alpha": cfg.lora_alpha,
         "lora_split": cfg.lora_split,
         "use_rslora": cfg.use_rslora,
@@ -206,7 +210,17 @@ def check_facts(facts: dict, state: dict, cfg: Config, resume: str) -> None:
         return
     # What would make the next step another one. Learning rates and such may change: they are said as a
     # warning.
-    keys = ["seed", "mixtoken", "base", "lora_alpha", "lora_split", "use_rslora", "quantize", "stage"]
+    keys = [
+        "seed",
+        "mixtoken",
+        "base",
+        "base_files",
+        "lora_alpha",
+        "lora_split",
+        "use_rslora",
+        "quantize",
+        "stage",
+    ]
     keys += ["use_dora", "init_lora_weights", "modules_to_save", *rates.KEYS]
     # Packs depend on both; single samples do not: a longer limit cuts fewer of them.
     keys += ["max_length", "max_images"] if cfg.mixtoken else []
@@ -219,6 +233,7 @@ def check_facts(facts: dict, state: dict, cfg: Config, resume: str) -> None:
         "eval_data": "the eval data's key",
         "probe_data": "the probe data's key",
         "base": "the base weights' key",
+        "base_files": "the key of the base's config.json and vocabulary",
     }
     words["samples"] = "the number of usable samples"
     listed = "; ".join(f"{words.get(k, k)} is {facts[k]}, it was {saved[k]}" for k in changed)
@@ -336,7 +351,7 @@ def prepare(
     check_contrast(cfg, definition, replicas * shards, evaluating)
     # Samples (or packs) that one update averages over, on all ranks together.
     global_batch = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps * replicas * shards
-    facts = run_facts(cfg, definition, directory, plan, eval_plan, meeting.size, global_batch)
+    facts = run_facts(cfg, definition, directory, processor, plan, eval_plan, meeting.size, global_batch)
     facts["probe_data"] = data.content_key(probe_plan.index.entries) if probe_plan else None
     # A run that begins: nothing seen, nothing evaluated, so nothing to evaluate again.
     state = {"step": 0, "best_metric": None, "best_step": None, "bad": 0, "samples": 0, "evaluated": True}

@@ -245,10 +245,7 @@ class RunDir:
         if record is None:
             start = Start(new, self.given_checkpoint(given))
         else:
-            # As they come back from a file: lists for tuples. A key that the run there lacks is as it was.
-            old, now = record["settings"], json.loads(json.dumps(asdict(cfg)))
-            changed = {k: [old[k], v] for k, v in now.items() if k in old and old[k] != v}
-            changed = {k: v for k, v in changed.items() if k not in REQUEST}
+            changed = self.changed(record["settings"])
             # The same command again, after a kill perhaps, means the run that it began.
             restart = request_in(record["request"]) == request and not changed.keys() - RESTARTED_WITH
             if given:
@@ -266,9 +263,19 @@ class RunDir:
                 start.clears = bool(record.get("clears"))
                 own = self.own(start)
                 start.resume = str(own[-1]) if own else record.get("from")
+        if start.anew and given:  # the settings of its own run, where that still stands around it
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                text = (Path(given).resolve().parent / "train_config.json").read_text(encoding="utf-8")
+                start.changed = self.changed(dict(json.loads(text)))
         if cfg.resume_from_checkpoint is True and start.resume is None and not restart_count():
             raise ValueError(f"resume_from_checkpoint=true, but {self.path} has no complete checkpoint")
         return start
+
+    def changed(self, old: dict) -> dict:
+        """setting -> [`old`'s, this command's] where they differ, but for how it is to begin."""
+        # As they come back from a file: lists for tuples. A key that the run there lacks is as it was.
+        new = json.loads(json.dumps(asdict(self.cfg)))
+        return {k: [old[k], v] for k, v in new.items() if k in old and old[k] != v and k not in REQUEST}
 
     def given_checkpoint(self, given: str | None) -> str | None:
         if given and not (Path(given) / "trainer_state.json").exists():

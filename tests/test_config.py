@@ -106,6 +106,7 @@ CASES = [  # a file's text, and what its line says
     ('{"eval_split": 0.5, "do_eval": true}', "eval_split=0.5"),
     ('{"report_to": "mlflow"}', "report_to='mlflow'; expected one of"),
     ('{"lr_scheduler_name": []}', "lr_scheduler_name="),
+    ('{"lr_scheduler_name": "CosineDecayWithWarmup", "lr_scheduler_type": "linear"}', "contradict"),
     *(
         (json.dumps({"dataset": {"train": [{**ENTRY, **more}]}}), f"dataset.train[0].{key}")
         for more, key in [
@@ -207,6 +208,7 @@ def test_what_is_right_stays_accepted(tmp_path, capsys):
         (["--learning_rate", "0"], "nothing is learned"),
         (["--warmup_ratio", "1", "--dataset", "samples/flags_en/val.jsonl"], "rises until the end"),
         (["--max_steps", "9", "--warmup_steps", "9"], "warmup_steps=9"),
+        (["--save_strategy", "epoch", "--save_steps", "9"], "save_strategy=steps there is no effect"),
     ],
 )
 def test_keys_without_effect_are_named(capsys, argv, words):

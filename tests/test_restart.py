@@ -8,7 +8,9 @@ import signal
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from cells import thinned
@@ -17,7 +19,11 @@ from safetensors.torch import load_file
 from test_train import arguments, losses
 
 import checkpoint
+import data
 import train
+import vlm
+from config import Config
+from resume import check_facts, run_facts
 from run_dir import read_state
 
 LORA = {
@@ -198,8 +204,42 @@ def test_changed_data_is_refused_or_accepted(base, dataset, tmp_path, capfd, byt
     )
 
 
+VOCABULARIES = [  # a model, its vocabulary's file, two of its tokens
+    ("qwen_vl", "qwen.tiktoken", "IHRoaXM= ", "IG9m "),
+    ("visualglm", "tokenizer.json", '"答"', '"▁问:"'),
+    ("blip2", "vocab.json", '"!"', '"#"'),
+]
+
+
+@pytest.mark.parametrize("model, file, one, other", VOCABULARIES)
+def test_another_config_or_vocabulary_of_the_base_is_refused(tmp_path, model, file, one, other):
+    """Its weights may be equal: the next step would be another model's all the same."""
+    shutil.copytree(data.ROOT / f"samples/tiny_{model}", tmp_path, dirs_exist_ok=True)
+    plan, cfg = SimpleNamespace(index=data.Index([], np.zeros((0, 7)), [])), Config()
+
+    def facts() -> dict:
+        definition, processor = vlm.find(checkpoint.read_config(tmp_path)), data.load_processor(tmp_path)
+        return {"probe_data": None, **run_facts(cfg, definition, tmp_path, processor, plan, None, 1, 1)}
+
+    config, text, before = (tmp_path / "config.json").read_text(), (tmp_path / file).read_text(), facts()
+
+    def configured(**keys) -> None:
+        (tmp_path / "config.json").write_text(json.dumps({**json.loads(config), **keys}))
+
+    configured(torch_dtype="float32", transformers_version="5")
+    assert facts() == before
+    configured(initializer_range=0.5)
+    with pytest.raises(ValueError, match="config.json and vocabulary is"):
+        check_facts(facts(), {"facts": before}, cfg, "checkpoint-2")
+    configured()
+    assert one in text and other in text
+    (tmp_path / file).write_text(text.replace(one, "\0", 1).replace(other, one, 1).replace("\0", other, 1))
+    with pytest.raises(ValueError, match="config.json and vocabulary is"):
+        check_facts(facts(), {"facts": before}, cfg, "checkpoint-2")
+
+
 @pytest.mark.parametrize("how", thinned(["overwrite", "elsewhere", "rollback"], ["rollback"]))
-def test_a_restart_of_the_same_command_goes_on(base, dataset, tmp_path, how):
+def test_a_restart_of_the_same_command_goes_on(base, dataset, tmp_path, capfd, how):
     """Whatever the first start was told: to overwrite, or to begin from a checkpoint of another or of the
     same run."""
     first, options = (
@@ -218,6 +258,8 @@ def test_a_restart_of_the_same_command_goes_on(base, dataset, tmp_path, how):
     old = files(first)
     kept = shutil.copytree(first / "checkpoint-4", tmp_path / "kept" / "checkpoint-4")
     killed(argv, 2)  # before its first checkpoint: everything of the earlier run is there
+    said = "warning: continuing with other settings than the run began with: learning_rate"
+    assert (said in capfd.readouterr().err) == (how != "overwrite")
     assert out != first or {p: b for p, b in files(first).items() if p in old} == old
     killed(argv, 4)
     assert (

@@ -498,6 +498,9 @@ BAD = [  # what is changed in a good body, the field that the error names
     ({"num_beams": 2, "logprobs": True}, "logprobs"),
     ({"temprature": 1}, "temprature"),
     ({"continue_final_message": True}, "messages[0].role"),
+    ({"continue_final_message": True, "add_generation_prompt": True}, "add_generation_prompt"),
+    ({"add_generation_prompt": False}, "add_generation_prompt"),
+    ({"return_token_ids": True}, "return_token_ids"),
     ({"continue_final_message": 1}, "continue_final_message"),
     ({"max_tokens": 60_000}, "messages"),  # no room in the cache
 ]

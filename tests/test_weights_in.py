@@ -275,6 +275,17 @@ def test_indices(tmp_path, case):
     refused("index.json|x.safetensors", checkpoint.open_weights, tmp_path)
 
 
+def test_what_two_files_say_is_not_chosen_from(tmp_path):
+    """A tensor in two shards; a single file beside an index."""
+    for shard in ("x.safetensors", "y.safetensors"):
+        save_file({shard[0]: torch.ones(2), "twice": torch.ones(2)}, tmp_path / shard)
+    index = {"x": "x.safetensors", "twice": "x.safetensors", "y": "y.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    refused("y.safetensors holds 'twice'", checkpoint.open_weights, tmp_path)
+    (tmp_path / "x.safetensors").rename(tmp_path / "model.safetensors")
+    refused("model.safetensors and model.safetensors.index.json", checkpoint.open_weights, tmp_path)
+
+
 # ---- values
 
 
