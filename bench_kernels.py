@@ -403,16 +403,13 @@ def full_width(kind: str, small: bool) -> dict:
 def predicted(values: dict, cfg: config.Config, batch: vlm.Batch) -> tuple[float, float]:
     """What --dry_run says of this micro-batch: bytes at the peak, FLOPs."""
     definition = vlm.find(values)
-    model = definition.network(values)
-    if cfg.lora:
-        build.add_adapter(model, definition, cfg)
-    build.choose_trainable(model, definition, cfg)
+    model = estimate.network(cfg, values, definition)
     lengths = batch.cu_seqlens.diff().tolist()
     stream = estimate.Stream(sum(lengths), batch.num_supervised, len(lengths), lengths)
     layout, blocks = estimate.layout_of(cfg, 1), [range(len(model.blocks))]
     flops = estimate.step_flops(model, stream, layout)
     dtype = build.halve(model, cfg, {}) or torch.float32
-    return estimate.devices(model, definition, blocks, stream, layout, dtype)[0].total, flops
+    return sum(estimate.devices(model, definition, blocks, stream, layout, dtype)[0].values()), flops
 
 
 def product_rate(device, dtype, small: bool) -> float:

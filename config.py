@@ -52,6 +52,11 @@ def key(default, help: str, **rules):
     return field(default=default, metadata={"help": help, **rules})
 
 
+def count(default, help: str, **rules):
+    """A key whose value is a number of things."""
+    return key(default, help, low=1, high=COUNT, **rules)
+
+
 @dataclass
 class Config:
     model: str | None = key(
@@ -107,26 +112,22 @@ class Config:
     )
     accept_changed_data: bool = key(False, "continue although the data have changed since the checkpoint")
     num_train_epochs: float = key(1, "passes over the data", above=0, high=100_000)
-    max_steps: int | None = key(None, "updates, instead of num_train_epochs", low=1, high=COUNT)
+    max_steps: int | None = count(None, "updates, instead of num_train_epochs")
     per_device_train_batch_size: int = key(
         1, "samples of a micro-batch, or streams with mixtoken", low=1, high=65_536
     )
     per_device_eval_batch_size: int = key(1, "the same in evaluation", low=1, high=65_536)
     gradient_accumulation_steps: int = key(1, "micro-batches of an update", low=1, high=65_536)
-    eval_accumulation_steps: int | None = key(
-        None, "eval batches kept on the device before they move to the host", low=1, high=COUNT
+    eval_accumulation_steps: int | None = count(
+        None, "eval batches kept on the device before they move to the host"
     )
     do_train: bool = key(True, "train")
     do_eval: bool = key(False, "evaluate at the end too")
     save_strategy: str = key("steps", "when checkpoints are saved (save)", choices=STRATEGIES)
-    save_steps: int = key(500, "interval of save_strategy=steps", low=1, high=COUNT)
-    save_total_limit: int | None = key(
-        None, "newest checkpoints kept, the best one besides", low=1, high=COUNT
-    )
+    save_steps: int = count(500, "interval of save_strategy=steps")
+    save_total_limit: int | None = count(None, "newest checkpoints kept, the best one besides")
     evaluation_strategy: str = key("no", "when the eval entries are evaluated (evaluate)", choices=STRATEGIES)
-    eval_steps: int | None = key(
-        None, "interval of evaluation_strategy=steps; by default save_steps", low=1, high=COUNT
-    )
+    eval_steps: int | None = count(None, "interval of evaluation_strategy=steps; by default save_steps")
     eval_with_do_generation: bool = key(
         False,
         "evaluation answers the questions too: eval_cider, eval_vqa_accuracy, ... by the records' format",
@@ -135,14 +136,11 @@ class Config:
     metric_for_best_model: str = key(
         "eval_loss", "eval_loss: the lower the better; others need eval_with_do_generation", choices=METRICS
     )
-    early_stopping_patience: int | None = key(
-        None,
-        "evaluations in a row that are not better than the best one, after which the run ends",
-        low=1,
-        high=COUNT,
+    early_stopping_patience: int | None = count(
+        None, "evaluations in a row that are not better than the best one, after which the run ends"
     )
-    sample_steps: int | None = key(
-        None, "interval of greedy answers to four fixed eval questions, shown and logged", low=1, high=COUNT
+    sample_steps: int | None = count(
+        None, "interval of greedy answers to four fixed eval questions, shown and logged"
     )
     seed: int = key(42, "of order, initial values, dropout", low=0, high=2**32 - 1)
 
@@ -257,12 +255,8 @@ class Config:
         None, "ranks of a sharding group; by default all data-parallel ranks", low=1, high=65_536, off=-1
     )
 
-    logging_steps: int = key(
-        10,
-        "updates between reads of the loss, with a printed line; log.jsonl has every one",
-        group="output",
-        low=1,
-        high=COUNT,
+    logging_steps: int = count(
+        10, "updates between reads of the loss, with a printed line; log.jsonl has every one", group="output"
     )
     disable_tqdm: bool = key(False, "no progress bar")
     report_to: list[str] | None = key(
@@ -277,7 +271,7 @@ class Config:
 class PreviewConfig(Config):
     """What `data.py` takes besides."""
 
-    packs: int = key(2, "streams that are shown", group="preview", low=1, high=COUNT)
+    packs: int = count(2, "streams that are shown", group="preview")
     out: str = key("preview", "folder for images with their boxes drawn", path=True)
 
 
@@ -297,10 +291,8 @@ class Short:
         group=RUN,
         path=True,
     )
-    save: int | str | None = key(
-        None, "a number of updates, epoch, or no", choices=(None, *STRATEGIES), low=1, high=COUNT
-    )
-    evaluate: int | str | None = key(None, "likewise", choices=(None, *STRATEGIES), low=1, high=COUNT)
+    save: int | str | None = count(None, "a number of updates, epoch, or no", choices=(None, *STRATEGIES))
+    evaluate: int | str | None = count(None, "likewise", choices=(None, *STRATEGIES))
 
 
 @dataclass
@@ -313,7 +305,7 @@ class EntryKeys:
     weight: float | None = key(
         None, "share of the entry in a mixture, relative to the others'", low=0, high=1e9
     )
-    max_samples: int | None = key(None, "records taken at most", low=1, high=COUNT)
+    max_samples: int | None = count(None, "records taken at most")
     chat_template: str | None = key(None, "file with a system text", path=True)
     splits: list[str] | None = key(None, "only records whose split is one of these", filled=True)
     eval_split: float = key(0.0, "share of its records that evaluates", low=0, below=1)
@@ -563,10 +555,7 @@ def translate(where: str, given: dict, values: dict) -> None:
             if value not in ("auto", "no"):
                 says["resume_from_checkpoint"] = value
         else:
-            strategy, steps = {
-                "save": ("save_strategy", "save_steps"),
-                "evaluate": ("evaluation_strategy", "eval_steps"),
-            }[name]
+            strategy, steps = INTERVALS[name]
             says = {strategy: value} if isinstance(value, str) else {strategy: "steps", steps: value}
         for key, ours in says.items():
             if key in given and given[key] != ours:
@@ -579,6 +568,7 @@ def translate(where: str, given: dict, values: dict) -> None:
 
 
 SHORT = {f.name for f in fields(Short)}
+INTERVALS = {"save": ("save_strategy", "save_steps"), "evaluate": ("evaluation_strategy", "eval_steps")}
 
 
 def parse_config(argv: list[str], cls=Config, usage: str = "train.py [CONFIG.json ...] [--key value ...]"):

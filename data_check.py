@@ -20,7 +20,6 @@ from data import (
     build_index,
     load_processor,
     model_directory,
-    open_entries,
     say_unused,
 )
 from draw import draw_boxes
@@ -34,10 +33,8 @@ def check(dataset: dict, processor, settings: dict) -> int:
     unusable."""
     found = 0
     for split, entries in dataset.items():
-        max_length = settings["max_length"]
-        entries = open_entries(entries)
-        options = {"max_bad_samples": 1.0, "decode_images": True}
-        index = build_index(entries, processor, max_length, None, settings["num_workers"], **options)
+        # every problem is wanted, not the first few of too many
+        index = measured(entries, processor, settings, decode_images=True)
         for where, reason in index.problems:
             print(f"{where}: {reason}")
         say_unused(index)
@@ -46,14 +43,15 @@ def check(dataset: dict, processor, settings: dict) -> int:
             print(f"{split}: no usable sample")
             found += 1
             continue
-        doubts = 0
+        doubts = 0  # samples that train, and look wrong: they do not fail the command
         for where, doubt in odd_samples(index):
             print(f"{where}: note: {doubt}")
             doubts += 1
-        tokens = index.length.sum()
+        tokens, max_length = index.length.sum(), settings["max_length"]
+        # packed, whether the configuration packs or not: it shows what mixtoken would bring
         packs = len(Plan(index, settings["seed"], max_length, True, settings["max_images"]).units(0))
         print(
-            f"{split}: {sum(map(len, entries)):,} records, {len(index):,} samples, "
+            f"{split}: {sum(map(len, index.entries)):,} records, {len(index):,} samples, "
             f"{index.num_images.sum():,} images | tokens mean {index.length.mean():.1f} max "
             f"{index.length.max():,}, {index.num_supervised.sum() / tokens:.1%} supervised | "
             f"{index.truncated.sum():,} truncated | {packs:,} packs at max_length={max_length:,}, "
@@ -62,10 +60,16 @@ def check(dataset: dict, processor, settings: dict) -> int:
     return 1 if found else 0
 
 
+def measured(entries: list, processor, settings: dict, **more) -> Index:
+    """Of all usable records, however many are not; no cache, since images may have changed."""
+    size, workers = settings["max_length"], settings["num_workers"]
+    return build_index(entries, processor, size, None, workers, max_bad_samples=1.0, **more)
+
+
 def odd_samples(index: Index) -> Iterator[tuple[str, str]]:
     """(where, what) of samples that can be trained on and are probably not what was meant."""
-    seen: dict[str, bool] = {}
-    for number in np.flatnonzero(index.part == 0):
+    seen: dict[str, bool] = {}  # an image that many records name is opened once
+    for number in np.flatnonzero(index.part == 0):  # a record's other samples have the same images
         conversation = index.conversation(number)
         for source in conversation.images:
             if source not in seen:
@@ -76,13 +80,14 @@ def odd_samples(index: Index) -> Iterator[tuple[str, str]]:
             text = text_of(content)
             if problem := box_problems(text):
                 yield conversation.where, problem
+            # what other tools write where a table has no value
             if text.strip().lower() in ("nan", "null", "none", "n/a", "undefined", "<na>", "[]", "{}"):
                 yield conversation.where, f"the {role}'s text is {cut(text)}: a missing value?"
 
 
 def box_problems(text: str) -> str | None:
-    """What is wrong with the boxes of a text, whose corners are
-    thousandths of the image's sides: 0 to 999."""
+    """What is wrong with the boxes of a text, whose corners are thousandths of the image's sides: 0 to
+    999."""
     for box in re.findall(r"<box>(.*?)</box>", text, re.S):
         numbers = re.fullmatch(r"\s*\((\d+),(\d+)\),\((\d+),(\d+)\)\s*", box)
         if not numbers:
@@ -103,8 +108,9 @@ def coloured(sample: dict, processor) -> str:
         ("", "»", "", "") if plain else ("\033[36m", "\033[32m", "\033[90m", "\033[0m")
     )
     ids, supervised = sample["input_ids"], sample["labels"] != IGNORE
-    supervised[0] = False
+    supervised[0] = False  # nothing stands before it that could predict it
     Q, pieces, t = processor.num_image_tokens, [], 0
+    # first place -> (number, source): the image's Q places have ids that say nothing
     spans = dict(zip(sample["image_starts"], enumerate(sample["images"], 1), strict=True))
     while t < len(ids):
         if t in spans:
@@ -112,6 +118,7 @@ def coloured(sample: dict, processor) -> str:
             pieces.append(f"{image}[image {n}: {short(source)}, {Q} tokens]{end_colour}")
             t += Q
             continue
+        # one run of tokens of one colour: decoded together, since a character may be several tokens
         end = t + 1
         while end < len(ids) and end not in spans and supervised[end] == supervised[t]:
             end += 1
@@ -123,10 +130,7 @@ def coloured(sample: dict, processor) -> str:
 
 
 def preview(dataset: dict, processor, settings: dict) -> int:
-    max_length = settings["max_length"]
-    index = build_index(
-        dataset["train"], processor, max_length, None, settings["num_workers"], max_bad_samples=1.0
-    )
+    index, max_length = measured(dataset["train"], processor, settings), settings["max_length"]
     for where, reason in index.problems:
         print(f"left out {where}: {reason}")
     say_unused(index)
@@ -136,21 +140,17 @@ def preview(dataset: dict, processor, settings: dict) -> int:
         for number in map(int, unit):
             conversation = index.conversation(number)
             sample = processor.encode(conversation, max_length)
-            supervised = index.num_supervised[number]
-            print(
-                f"--- {conversation.where} | {len(sample['input_ids']):,} tokens, {supervised:,} supervised"
-            )
+            size, supervised = len(sample["input_ids"]), index.num_supervised[number]
+            print(f"--- {conversation.where} | {size:,} tokens, {supervised:,} supervised")
             print(coloured(sample, processor))
             drawing = os.path.join(settings["out"], f"sample_{number}.png")
-            if sample["images"] and draw_boxes(
-                sample["images"][-1], text_of(conversation.turns[-1][1]), drawing
-            ):
+            answer = text_of(conversation.turns[-1][1])
+            if sample["images"] and draw_boxes(sample["images"][-1], answer, drawing):
                 print(f"boxes: {drawing}")
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-
     argv = sys.argv[1:] if argv is None else argv
     usage = "data.py check|preview [CONFIG.json ...] [--key value ...]"
     commands = ("check", "preview", "-h", "--help")

@@ -26,22 +26,10 @@ CORNERS = re.compile(rf"\s*\({NUMBER},{NUMBER}\)\s*,?\s*\({NUMBER},{NUMBER}\)\s*
 # Fonts with Chinese, Japanese and Korean characters as Linux, macOS and Windows have them; PIL looks in their
 # folders
 FONTS = (
-    "NotoSansCJK-Regular.ttc",
-    "NotoSansCJKsc-Regular.otf",
-    "NotoSansSC-Regular.otf",
-    "SourceHanSansSC-Regular.otf",
-    "wqy-microhei.ttc",
-    "wqy-zenhei.ttc",
-    "DroidSansFallbackFull.ttf",
-    "uming.ttc",
-    "PingFang.ttc",
-    "Hiragino Sans GB.ttc",
-    "Arial Unicode.ttf",
-    "msyh.ttc",
-    "simsun.ttc",
-    "malgun.ttf",
-    "DejaVuSans.ttf",
-)
+    "NotoSansCJK-Regular.ttc, NotoSansCJKsc-Regular.otf, NotoSansSC-Regular.otf, "
+    "SourceHanSansSC-Regular.otf, wqy-microhei.ttc, wqy-zenhei.ttc, DroidSansFallbackFull.ttf, uming.ttc, "
+    "PingFang.ttc, Hiragino Sans GB.ttc, Arial Unicode.ttf, msyh.ttc, simsun.ttc, malgun.ttf, DejaVuSans.ttf"
+).split(", ")
 
 
 def boxes_of(text: str) -> tuple[list[tuple[str, list[float]]], list[str]]:
@@ -74,12 +62,8 @@ def font_for(text: str, size: int):
             absent = bytes(font.getmask("\U0010ffff"))  # the glyph that stands for what the font lacks
             if all(bytes(font.getmask(c)) != absent for c in set(text) if not c.isspace()):
                 return font
-        except (
-            OSError,
-            ImportError,
-            UnicodeEncodeError,
-        ):  # not here; or PIL's bitmap font, which has Latin-1 alone
-            continue
+        except (OSError, ImportError, UnicodeEncodeError):
+            continue  # not here; or PIL's bitmap font, which has Latin-1 alone
     return None
 
 
@@ -121,10 +105,8 @@ def draw_boxes(source: str, text: str, out: str | Path) -> int:
 def draw_loss(log_path: Path, out: Path) -> None:
     """The loss curve as an image: training in blue, evaluation in red."""
     records = [json.loads(line) for line in log_path.read_text(encoding="utf-8").splitlines()]
-    train = [(r["step"], r["loss"]) for r in records if "loss" in r and math.isfinite(r["loss"])]
-    evals = [
-        (r["step"], r["eval_loss"]) for r in records if "eval_loss" in r and math.isfinite(r["eval_loss"])
-    ]
+    train = [(r["step"], r["loss"]) for r in records if math.isfinite(r.get("loss", math.nan))]
+    evals = [(r["step"], r["eval_loss"]) for r in records if math.isfinite(r.get("eval_loss", math.nan))]
     if not train and not evals:
         return
     W, H, margin = 640, 400, 48

@@ -270,15 +270,7 @@ def meta_batch(stream: Stream, model: nn.Module) -> vlm.Batch:
     return batch
 
 
-@dataclass
-class Device:
-    """Bytes at the moment when the most is in use, by what they are for."""
-
-    parts: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def total(self) -> float:
-        return sum(self.parts.values())
+Memory = dict[str, float]  # bytes at the moment when the most is in use, by what they are for
 
 
 @dataclass
@@ -362,7 +354,7 @@ class Part:
         return {s: [modules[str(n)] for n in self.blocks[s]] for s in self.stages}
 
 
-def stage_memory(model: nn.Module, part: Part, hidden: float, peak: tuple[int, int], L: Layout) -> Device:
+def stage_memory(model: nn.Module, part: Part, hidden: float, peak: tuple[int, int], L: Layout) -> Memory:
     """Of one rank. `hidden`: bytes of hidden states (T, C); `peak`: of the passes."""
     trained, frozen = size(part.parameters, True), size(part.parameters, False)
     few = [*quantize.weights_of(model).values()]  # whole on each rank
@@ -377,11 +369,11 @@ def stage_memory(model: nn.Module, part: Part, hidden: float, peak: tuple[int, i
         received = sum((s > 0) + (s < len(part.blocks) - 1) for s in part.stages)
         communication += L.micro_batches * hidden * received
     base = {"optimiser": 2 * trained / L.shard, "communication": communication}
-    passes = Device(
-        {"weights": weights + gathered, **base, "gradients": peak[1], "activations": peak[0] - peak[1]}
-    )
-    step = Device({"weights": weights, **base, "gradients": trained / L.shard, "activations": 0.0})
-    return max(passes, step, key=lambda device: device.total)
+    # the passes, where weights are gathered; or the update, when activations are gone
+    activations = {"gradients": peak[1], "activations": peak[0] - peak[1]}
+    passes = {"weights": weights + gathered, **base, **activations}
+    step = {"weights": weights, **base, "gradients": trained / L.shard, "activations": 0.0}
+    return max(passes, step, key=lambda memory: sum(memory.values()))
 
 
 def heaviest_stream(plan, batch_size: int, steps: int = 10_000) -> Stream:
@@ -485,7 +477,7 @@ def of_rank(
     return mine, part
 
 
-def several_passes(model: nn.Module, stream: Stream, layout: Layout) -> _Live:
+def several_passes(model: nn.Module, stream: Stream, layout: Layout) -> tuple[float, float]:
     """In place of `passes` for a model whose passes depend on the data: by a formula, which no test has."""
     config, N, gradients = model.config, model.config.num_hidden_layers, size(model.parameters(), True)
     inner = 11 * config.hidden_size + 4 * config.mlp_width
@@ -495,7 +487,7 @@ def several_passes(model: nn.Module, stream: Stream, layout: Layout) -> _Live:
 
 def devices(
     model: nn.Module, definition, blocks: list[range], stream: Stream, layout: Layout, dtype
-) -> list[Device]:
+) -> list[Memory]:
     """Memory of each pipeline rank; `model` is on the meta device, with requires_grad as in training."""
     found, hidden = [], stream.tokens * model.config.hidden_size * dtype.itemsize
     for rank in range(layout.pp):
@@ -637,7 +629,7 @@ def dry_run(cfg: Config, config: dict, definition, plan, world_size: int) -> str
     o2 = layout.master
     blocks = pipeline_blocks(model, definition, cfg, sizes) if pp > 1 else [range(len(model.blocks))]
     found = devices(model, definition, blocks, heaviest, layout, dtype)
-    fullest = max(found, key=lambda device: device.total)
+    fullest = max(found, key=lambda memory: sum(memory.values()))
     micro = micro_batches * dp
     shares = ", ".join(f"{part} {value / sum(forward.values()):.0%}" for part, value in forward.items())
     where = f" (pipeline rank {found.index(fullest)} of {pp})" if pp > 1 else ""
@@ -648,7 +640,7 @@ def dry_run(cfg: Config, config: dict, definition, plan, world_size: int) -> str
         f"fullest device{where}, {world_size} processes: pp {pp} x dp {dp} x tp "
         f"{tp}, {cfg.sharding or 'no sharding'}:",
     ]
-    memory = {**fullest.parts, "sum": fullest.total}
+    memory = {**fullest, "sum": sum(fullest.values())}
     lines += [f"  {name:<14}{value / 2**30:>10.3f} GiB" for name, value in memory.items()]
     disk = (total if not cfg.lora else trainable) * (2 if o2 and not cfg.lora else 4) + trainable * 12
     lines.append(f"disk: {disk / 2**30:.2f} GiB a checkpoint, {cfg.save_total_limit or 'all'} of them kept")

@@ -403,9 +403,9 @@ def run(args, how: Decoding) -> int:
         raise ValueError(f'{source}: its dataset has no "eval" entry; name files with --data_files')
     processor = data.load_processor(directory, stage)
     batch_size = cfg.per_device_eval_batch_size if args.batch_size or source else 32
-    dtype = args.dtype or {"bf16": "bfloat16", "fp16": "float16"}.get(
-        next((k for k in ("bf16", "fp16") if getattr(cfg, k) and cfg.fp16_opt_level == "O2"), ""), "float32"
-    )
+    # autocast's weights are fp32
+    sixteen = "bfloat16" if cfg.bf16 else "float16" if cfg.fp16 else "float32"
+    dtype = args.dtype or (sixteen if cfg.fp16_opt_level == "O2" else "float32")
     # the samples of training's own evaluation; all problems are named, and counted when the others are
     # answered
     index = data.build_index(entries, processor, cfg.max_length, None, cfg.num_workers, max_bad_samples=1.0)

@@ -130,10 +130,12 @@ class Planner:
         ranks = {str([len(b) for b in c.blocks[r :: L.pp]]): r for r in range(L.pp - 2, 0, -1)}
         for rank in {0, L.pp - 1, *ranks.values()}:
             mine, part = self.part(c, rank)
-            if estimate.stage_memory(mine, part, hidden, (0, 0), L).total > room:  # before any activation
+            if (
+                sum(estimate.stage_memory(mine, part, hidden, (0, 0), L).values()) > room
+            ):  # before any activation
                 return False
             peak = estimate.passes(mine, self.definition, part, stream, L, self.dtype)
-            c.memory = max(c.memory, estimate.stage_memory(mine, part, hidden, peak, L).total)
+            c.memory = max(c.memory, sum(estimate.stage_memory(mine, part, hidden, peak, L).values()))
         return c.memory <= room
 
     def fastest(self, cfg: Config, gpus: int, samples: int, top: int) -> list[Candidate]:

@@ -303,14 +303,10 @@ def open_files(paths: list[str]) -> list:
 
 def coco_captions(path: str, document: dict) -> list[dict]:
     """One record an image, with all its captions."""
-    records = {
-        i["id"]: {
-            "image": i["file_name" if "image" not in i else "image"],
-            "image_id": i["id"],
-            "caption": [],
-        }
-        for i in document["images"]
-    }
+    records = {}
+    for i in document["images"]:
+        name = i["image" if "image" in i else "file_name"]
+        records[i["id"]] = {"image": name, "image_id": i["id"], "caption": []}
     if len(records) < len(document["images"]):
         raise ValueError(f"{path}: two images have one id")
     for annotation in document["annotations"]:
@@ -392,8 +388,7 @@ def voc_boxes(paths: list[str]) -> Records:
 
 
 def vqa_v2(path: str, document: dict, annotations: dict) -> list[dict]:
-    """Questions with their annotations. The published files name no
-    image: COCO's own file names are meant."""
+    """Questions with their annotations. The published files name no image: COCO's own names are meant."""
     files = {i["id"]: i["file_name"] for i in document.get("images", [])}
     subset, records = document.get("data_subtype", ""), []
     for question in document["questions"]:

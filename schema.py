@@ -104,13 +104,11 @@ def from_json(kind: type, values, where: str, **given):
 
 
 def require(values: dict, where: str, **expected) -> None:
-    """ValueError for a key that changes what is computed and has
-    another value than the only one supported."""
+    """ValueError for a key that changes what is computed and is not as the only supported value."""
     for key, value in expected.items():
-        if key in values and (
-            values[key] != value or isinstance(value, bool) != isinstance(values[key], bool)
-        ):
-            raise ValueError(f"{where}: {key} is {values[key]!r}; this model is computed with {value!r} only")
+        found = values.get(key, value)
+        if found != value or isinstance(found, bool) != isinstance(value, bool):  # 1 == True
+            raise ValueError(f"{where}: {key} is {found!r}; this model is computed with {value!r} only")
 
 
 def demand(holds: bool, message: str) -> None:

@@ -199,10 +199,7 @@ def test_flops_are_torchs(kind, trained, monkeypatch):
         settings["freeze_include"] = [TOWERS[kind]]
     cfg, values = config.Config(**settings), bench.CONFIGS[kind](True)
     definition = vlm.find(values)
-    model = definition.network(values)
-    if cfg.lora:
-        build.add_adapter(model, definition, cfg)
-    build.choose_trainable(model, definition, cfg)
+    model = estimate.network(cfg, values, definition)
     real = copy.deepcopy(model).to_empty(device="cpu").train()
     with torch.no_grad():
         for p in real.parameters():
