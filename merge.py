@@ -14,6 +14,7 @@ import contextlib
 import shlex
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -47,10 +48,8 @@ def merge(
     adapter, output = Path(adapter), Path(output)
     if not (adapter / "adapter_config.json").is_file():
         inside = sorted(adapter.glob("checkpoint-*/adapter_config.json"), key=lambda p: p.stat().st_mtime)
-        hint = (
-            f"; {inside[-1].parent} does: pass it as --lora_path" if inside else "; train one with lora=true"
-        )
-        raise ValueError(f"{adapter} holds no LoRA adapter (adapter_config.json){hint}")
+        hint = f"{inside[-1].parent} does: pass it as --lora_path" if inside else "train one with lora=true"
+        raise ValueError(f"{adapter} holds no LoRA adapter (adapter_config.json); {hint}")
     base = Path(base or find_base(adapter))
     if not (base / "config.json").is_file():
         raise ValueError(
@@ -79,27 +78,21 @@ def merge(
             f"whether they are {base}'s is not checked"
         )
     scalings, replaced = adapter_updates(config, lora, shapes)
-    if not any(is_changed(name, weights, scalings, lora) for name in weights):
+    update = Update(weights, scalings, lora, dtype)
+    if not any(map(update.changes, weights)):
         raise ValueError(
             f"the adapter in {adapter} changes nothing (all updates are zero): it was not trained"
         )
 
-    info = {
-        "base": str(base),
-        "adapter": str(adapter),
-        "dtype": str(dtype or "as the base"),
-        "modules": len(scalings),
-        "replaced": replaced,
-        **(says or {}),
-    }
+    info = {"base": str(base), "adapter": str(adapter), "dtype": str(dtype or "as the base")}
+    info |= {"modules": len(scalings), "replaced": replaced, **(says or {})}
     with checkpoint.atomic_dir(output) as directory:
-        tensors = ((name, merged_tensor(name, weights, scalings, lora, dtype)) for name in weights)
-        checkpoint.save_weights(directory, tensors)
+        checkpoint.save_weights(directory, ((name, update.merged(name)) for name in weights))
         if dtype is not None:
             model_config["torch_dtype"] = str(dtype).removeprefix("torch.")
         checkpoint.write_json(directory / "config.json", model_config)
         checkpoint.copy_side_files(base, directory)
-        info["changed_tensors"] = check_tensors(directory, weights, scalings, lora, dtype)
+        info["changed_tensors"] = check_tensors(directory, update)
         print(f"tensors: {info['changed_tensors']} changed as computed, {len(weights.names)} in all")
         info |= check_logits(definition, base, adapter, directory)
         checkpoint.write_json(directory / "merge_info.json", info)
@@ -142,53 +135,58 @@ def average(directories: list[Path], output: Path) -> None:
     print(f"{len(held[0].names)} tensors, each the mean of {len(held)}")
 
 
-def is_changed(name: str, weights: Weights, scalings: dict, lora: dict) -> bool:
-    if name in lora and not torch.equal(lora[name].float(), weights.read(name).float()):
-        return True
-    module = lora_module(name, scalings)
-    return module is not None and all(lora[f"{module}.lora_{side}.weight"].any() for side in "AB")
+@dataclass
+class Update:
+    """What an adapter makes of its base's weights, one at a time."""
+
+    weights: Weights  # the base's
+    scalings: dict[str, float]  # of the adapted modules
+    lora: dict[str, torch.Tensor]
+    dtype: torch.dtype | None = None  # of the results; None: the base's own
+
+    def module(self, name: str) -> str | None:
+        """The adapted module whose weight this is, if any."""
+        module = name.removesuffix(".weight")
+        return module if module != name and module in self.scalings else None
+
+    def changes(self, name: str) -> bool:
+        if name in self.lora and not torch.equal(self.lora[name].float(), self.weights.read(name).float()):
+            return True
+        # B A is zero where a side of it is, as it was before the training.
+        module = self.module(name)
+        return module is not None and all(self.lora[f"{module}.lora_{side}.weight"].any() for side in "AB")
+
+    def merged(self, name: str) -> torch.Tensor:
+        tensor = self.weights.read(name)
+        if not tensor.is_floating_point():
+            return tensor
+        rounded = self.dtype or tensor.dtype
+        if name in self.lora:  # a parameter that was trained whole
+            tensor = self.lora[name]
+        if module := self.module(name):
+            A, B = (self.lora[f"{module}.lora_{side}.weight"].float() for side in "AB")
+            # In fp32, (out, r) x (r, in): rounded once, when all is added.
+            tensor = tensor.float() + self.scalings[module] * (B @ A)
+            if (lengths := self.lora.get(module + MAGNITUDE)) is not None:
+                tensor *= (lengths.float() / tensor.norm(dim=1))[:, None]
+        return tensor.to(rounded)
 
 
-def lora_module(name: str, scalings: dict) -> str | None:
-    """The adapted module whose weight this is, if any."""
-    module = name.removesuffix(".weight")
-    return module if module != name and module in scalings else None
-
-
-def merged_tensor(
-    name: str, weights: Weights, scalings: dict, lora: dict, dtype: torch.dtype | None
-) -> torch.Tensor:
-    tensor = weights.read(name)
-    if not tensor.is_floating_point():
-        return tensor
-    rounded = dtype or tensor.dtype
-    if name in lora:  # a parameter that was trained whole
-        tensor = lora[name]
-    module = lora_module(name, scalings)
-    if module is not None:
-        A, B = lora[f"{module}.lora_A.weight"].float(), lora[f"{module}.lora_B.weight"].float()
-        tensor = tensor.float() + scalings[module] * (B @ A)
-        if (lengths := lora.get(module + MAGNITUDE)) is not None:
-            tensor *= (lengths.float() / tensor.norm(dim=1))[:, None]
-    return tensor.to(rounded)
-
-
-def check_tensors(
-    directory: Path, weights: Weights, scalings: dict, lora: dict, dtype: torch.dtype | None
-) -> int:
+def check_tensors(directory: Path, update: Update) -> int:
     """Read every tensor back: exactly as computed, changed only where the adapter says, finite. -> number
     changed."""
-    merged, changed = open_weights(directory), 0
+    merged, weights, changed = open_weights(directory), update.weights, 0
     if merged.names != weights.names:
         raise ValueError("self-check failed: the merged file holds other tensors than the base; report this")
     for name in weights:
         base, now = weights.read(name), merged.read(name)
         checkpoint.largest(base, f"{weights.directory}: {name}")
-        expected = base = base.to(dtype or base.dtype) if base.is_floating_point() else base
-        if is_changed(name, weights, scalings, lora):
-            expected = merged_tensor(name, weights, scalings, lora, dtype)
+        expected = base = base.to(update.dtype or base.dtype) if base.is_floating_point() else base
+        if update.changes(name):
+            expected = update.merged(name)
             changed += 1
-            if lora_module(name, scalings) and torch.equal(now, base):
+            # A small update of 16-bit weights may be less than half of their last bit.
+            if update.module(name) and torch.equal(now, base):
                 raise ValueError(
                     f"the update of {name} is lost in rounding to {now.dtype}; use --dtype float32"
                 )
@@ -230,11 +228,10 @@ def streamed_model(
         kept = {n: p.shape for n, p in model.named_parameters() if n not in shapes}
         kept |= {n: shapes[n] for n in contents(lora_path)[1] if n in shapes}
     few = {f"{name}.weight" for name in quantize.layers(model.requires_grad_(False))} if kind else ()
+    base = shapes.keys() - kept.keys()
     names, streamed = {p: name for name, p in model.named_parameters()}, set()
     for block in [*model.vision_blocks, *model.blocks]:
-        own = {
-            name: names[p] for name, p in block.named_parameters() if names[p] in shapes.keys() - kept.keys()
-        }
+        own = {name: names[p] for name, p in block.named_parameters() if names[p] in base}
         streamed.update(own.values())
 
         # a hook that knew the model would keep it alive: they know the block that they are called with
@@ -249,8 +246,9 @@ def streamed_model(
 
         block.register_forward_pre_hook(read)
         block.register_forward_hook(forget)
-    for name in shapes.keys() - streamed - kept.keys():
+    for name in base - streamed:
         set_parameter(model, name, weights.read(name).float())
+    # Room for what the adapter holds, which is loaded into it.
     for name, shape in kept.items():
         set_parameter(model, name, torch.empty(shape))
     if lora_path is not None:
@@ -325,25 +323,17 @@ def merge_average(args) -> int:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = terminal.Parser(description=__doc__)
-    parser.add_argument(
-        "--model_name_or_path", help="base checkpoint directory (default: the one the adapter names)"
-    )
-    parser.add_argument(
-        "--lora_path", nargs="+", default=["output"], help="directory of the adapter; several with --weights"
-    )
-    parser.add_argument(
-        "--weights", nargs="+", type=float, help="of several adapters: their updates times these are added"
-    )
-    parser.add_argument(
-        "--average", nargs="+", metavar="DIR", help="no adapter: the mean of the weights of these checkpoints"
-    )
-    parser.add_argument("--merge_model_path", default="merged", help="directory to write")
-    parser.add_argument(
-        "--dtype",
-        default="keep",
-        choices=["keep", "float32", "bfloat16", "float16"],
-        help="of the merged weights",
-    )
+    add = parser.add_argument
+    add("--model_name_or_path", help="base checkpoint directory (default: the one the adapter names)")
+    adapters = "directory of the adapter; several with --weights"
+    add("--lora_path", nargs="+", default=["output"], help=adapters)
+    factors = "of several adapters: their updates times these are added"
+    add("--weights", nargs="+", type=float, help=factors)
+    mean = "no adapter: the mean of the weights of these checkpoints"
+    add("--average", nargs="+", metavar="DIR", help=mean)
+    add("--merge_model_path", default="merged", help="directory to write")
+    dtypes = ["keep", "float32", "bfloat16", "float16"]
+    add("--dtype", default="keep", choices=dtypes, help="of the merged weights")
     args = parser.parse_args(argv)
     paths, count = args.lora_path, len(args.lora_path)
     if not argv and not (Path(paths[0]) / "adapter_config.json").is_file():

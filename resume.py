@@ -11,6 +11,7 @@ import io
 import json
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,7 +26,14 @@ import watch
 from build import check_stage, total_steps
 from config import Config, differences
 from meeting import Meeting
+from records import Conversation
 from run_dir import HARMLESS, RunDir, Start, read_state, shown
+
+# Each of these changes which sample a step is, or which model it updates: a checkpoint keeps it.
+KEPT = (
+    "seed mixtoken lora_alpha lora_split use_rslora quantize stage use_dora init_lora_weights "
+    "max_length max_images"
+).split()
 
 
 @dataclass
@@ -71,10 +79,8 @@ def read_plan(cfg: Config, split: str, processor, meeting: Meeting, **options) -
 
 
 def check_metric(cfg: Config, eval_plan: data.Plan) -> None:
-    # One conversation of each entry tells its kind, and so which scores there will be.
-    kinds = {
-        eval_plan.index.conversation(n).kind for n in np.unique(eval_plan.index.entry, return_index=True)[1]
-    }
+    # It tells the entry's kind, and so which scores there will be.
+    kinds = {conversation.kind for conversation in one_of_each(eval_plan)}
     # What an evaluation of these entries will put into the log.
     have = [f"eval_{name}" for name in metrics.scores_of_kinds(kinds)]
     # Now: an unknown name would show only behind the first evaluation.
@@ -85,11 +91,16 @@ def check_metric(cfg: Config, eval_plan: data.Plan) -> None:
         )
 
 
+def one_of_each(plan: data.Plan) -> Iterator[Conversation]:
+    """The first conversation of each entry."""
+    for n in np.unique(plan.index.entry, return_index=True)[1]:
+        yield plan.index.conversation(n)
+
+
 def check_jitter(cfg: Config, plan: data.Plan) -> None:
     """An image that moves takes its boxes away from what they are around."""
-    # One conversation of each entry: most files are of one kind. Of others load_sample says it.
-    for n in np.unique(plan.index.entry, return_index=True)[1] if cfg.image_jitter else ():
-        conversation = plan.index.conversation(n)
+    # Most files are of one kind. Of others load_sample says it.
+    for conversation in one_of_each(plan) if cfg.image_jitter else ():
         if conversation.boxed:
             raise ValueError(
                 f"image_jitter={cfg.image_jitter:g} moves images, but not the boxes in {conversation.where}; "
@@ -149,13 +160,9 @@ def check_eval_use(cfg: Config) -> None:
 def check_contrast(cfg: Config, definition, dp_size: int, evaluating: bool) -> None:
     """Where a micro-batch's samples are contrasted with each other, one alone has nothing to be told from."""
     # Only contrast looks across samples; elsewhere a micro-batch of one is fine.
-    if cfg.stage not in definition.contrasted:
-        return
-    for key, used in (
-        ("per_device_train_batch_size", cfg.do_train),
-        ("per_device_eval_batch_size", evaluating),
-    ):
-        if used and getattr(cfg, key) * dp_size < 2:
+    used = {"train": cfg.do_train, "eval": evaluating} if cfg.stage in definition.contrasted else {}
+    for key in [f"per_device_{name}_batch_size" for name, is_used in used.items() if is_used]:
+        if getattr(cfg, key) * dp_size < 2:
             raise ValueError(
                 f"{key}={getattr(cfg, key)} on {dp_size} data-parallel rank: stage={cfg.stage} contrasts the "
                 "pairs of a micro-batch, and one pair alone is its own negative; use at least 2"
@@ -163,7 +170,7 @@ def check_contrast(cfg: Config, definition, dp_size: int, evaluating: bool) -> N
 
 
 def run_facts(
-    cfg: Config, definition, directory: Path, processor, plan, eval_plan, ranks: int, global_batch: int
+    cfg: Config, definition, directory: Path, processor, plans: dict, ranks: int, global_batch: int
 ) -> dict:
     """What a step and its sample are defined by; a checkpoint keeps it, and a resumed run is compared with
     it."""
@@ -172,30 +179,18 @@ def run_facts(
     base = [checkpoint.open_model(path, definition).sample() for path in (directory, cfg.init_from) if path]
     # Equal weights under another epsilon or vocabulary are another model.
     config = {k: v for k, v in checkpoint.read_config(directory).items() if k not in checkpoint.NO_NUMBERS}
-    of_base = data.short_hash([config, processor.fingerprint()])
+    # By content, not by path: data may be moved between starts, not changed.
+    keys = {name: data.content_key(plan.index.entries) if plan else None for name, plan in plans.items()}
     return {
-        # Each of these changes which sample a step is, or which model it updates.
-        "seed": cfg.seed,
-        "mixtoken": cfg.mixtoken,
-        "max_length": cfg.max_length,
-        "max_images": cfg.max_images,
-        # By content, not by path: data may be moved between starts, not changed.
-        "data": data.content_key(plan.index.entries),
-        "samples": len(plan.index),
+        **{key: getattr(cfg, key) for key in KEPT},
+        **keys,
+        "samples": len(plans["data"].index),
         "global_batch": global_batch,
         # For the log alone: ranks may change, the global batch is what counts.
         "ranks": ranks,
-        "eval_data": data.content_key(eval_plan.index.entries) if eval_plan else None,
         "base": hashlib.sha256(json.dumps(base).encode()).hexdigest()[:16],
-        "base_files": of_base,
-        "lora_alpha": cfg.lora_alpha,
-        "lora_split": cfg.lora_split,
-        "use_rslora": cfg.use_rslora,
-        "use_dora": cfg.use_dora,
-        "init_lora_weights": cfg.init_lora_weights,
+        "base_files": data.short_hash([config, processor.fingerprint()]),
         "modules_to_save": sorted(cfg.modules_to_save or []),
-        "quantize": cfg.quantize,
-        "stage": cfg.stage,
         "metric": cfg.metric_for_best_model,
         **rates.facts(cfg),
     }
@@ -209,44 +204,25 @@ def check_facts(facts: dict, state: dict, cfg: Config, resume: str) -> None:
         print(f"{resume} does not say what it was trained on: the data and batch of this command are assumed")
         return
     # What would make the next step another one. Learning rates and such may change: they are said as a
-    # warning.
-    keys = [
-        "seed",
-        "mixtoken",
-        "base",
-        "base_files",
-        "lora_alpha",
-        "lora_split",
-        "use_rslora",
-        "quantize",
-        "stage",
-    ]
-    keys += ["use_dora", "init_lora_weights", "modules_to_save", *rates.KEYS]
-    # Packs depend on both; single samples do not: a longer limit cuts fewer of them.
-    keys += ["max_length", "max_images"] if cfg.mixtoken else []
+    # warning. Packs depend on both limits; single samples do not: a longer one cuts fewer of them.
+    keys = [k for k in KEPT if cfg.mixtoken or k not in ("max_length", "max_images")]
+    keys += ["base", "base_files", "modules_to_save", *rates.KEYS]
     of_data = ["data", "samples"]
     of_data += [k for k in ("eval_data", "probe_data") if saved.get(k) and facts[k]]
     changed = [k for k in keys + of_data if k in saved and saved[k] != facts[k]]
     # In a person's words where the fact is a hash.
-    words = {
-        "data": "the training data's key",
-        "eval_data": "the eval data's key",
-        "probe_data": "the probe data's key",
-        "base": "the base weights' key",
-        "base_files": "the key of the base's config.json and vocabulary",
-    }
-    words["samples"] = "the number of usable samples"
+    words = {"data": "the training data's key", "samples": "the number of usable samples"}
+    words |= {f"{split}_data": f"the {split} data's key" for split in ("eval", "probe")}
+    words["base"] = "the base weights' key"
+    words["base_files"] = "the key of the base's config.json and vocabulary"
     listed = "; ".join(f"{words.get(k, k)} is {facts[k]}, it was {saved[k]}" for k in changed)
     # New data is a decision that one can make; another base or seed is a mistake.
-    if changed and cfg.accept_changed_data and not set(changed) - set(of_data):
+    only_data = not set(changed) - set(of_data)
+    if changed and cfg.accept_changed_data and only_data:
         print(f"accept_changed_data=true: {listed}")
     elif changed:
-        only_data = not set(changed) - set(of_data)
-        way = (
-            "accept_changed_data=true goes on with the new data"
-            if only_data
-            else "give the values it began with"
-        )
+        way = "give the values it began with"
+        way = "accept_changed_data=true goes on with the new data" if only_data else way
         raise ValueError(
             f"can't continue from {resume}: {listed}; {way}, or begin a run in another output_dir "
             "(here with overwrite_output_dir=true)"
@@ -341,18 +317,14 @@ def prepare(
         if meeting.main:
             say_shared(plan, eval_plan)
     # The layout as it will be; there is no process group yet.
-    pp, replicas, shards, _ = parallel.layout(
-        meeting.size,
-        cfg.tensor_parallel_degree,
-        cfg.pipeline_parallel_degree,
-        cfg.sharding,
-        cfg.sharding_parallel_degree,
-    )
+    degrees = cfg.tensor_parallel_degree, cfg.pipeline_parallel_degree
+    sharded = cfg.sharding, cfg.sharding_parallel_degree
+    _, replicas, shards, _ = parallel.layout(meeting.size, *degrees, *sharded)
     check_contrast(cfg, definition, replicas * shards, evaluating)
     # Samples (or packs) that one update averages over, on all ranks together.
     global_batch = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps * replicas * shards
-    facts = run_facts(cfg, definition, directory, processor, plan, eval_plan, meeting.size, global_batch)
-    facts["probe_data"] = data.content_key(probe_plan.index.entries) if probe_plan else None
+    plans = {"data": plan, "eval_data": eval_plan, "probe_data": probe_plan}
+    facts = run_facts(cfg, definition, directory, processor, plans, meeting.size, global_batch)
     # A run that begins: nothing seen, nothing evaluated, so nothing to evaluate again.
     state = {"step": 0, "best_metric": None, "best_step": None, "bad": 0, "samples": 0, "evaluated": True}
     state |= {"since_best": 0, "probe": None}

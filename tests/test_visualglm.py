@@ -458,9 +458,8 @@ def test_golden_lora_file_merges_into_packed_rows(variant, official_lora, tmp_pa
     base = write_checkpoint(tmp_path / "base", variant)
     weights, merged = checkpoint.open_weights(base), tmp_path / "merged"
     merged.mkdir()
-    checkpoint.save_weights(
-        merged, ((n, merge.merged_tensor(n, weights, scalings, tensors, None)) for n in weights)
-    )
+    update = merge.Update(weights, scalings, tensors)
+    checkpoint.save_weights(merged, ((n, update.merged(n)) for n in weights))
     checkpoint.write_json(merged / "config.json", checkpoint.read_config(base))
     sat.main(["export", str(merged), str(tmp_path / "sat"), "--qkv", "split"])
     state = torch.load(tmp_path / "sat" / "1" / "mp_rank_00_model_states.pt", weights_only=True)["module"]
