@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+import metrics
 from config import PreviewConfig, parse_config
 from data import (
     DEFAULT_DATASET,
@@ -26,6 +27,8 @@ from draw import draw_boxes
 from images import is_constant, open_image, short
 from records import text_of
 from terminal import cut, nearest, printable
+
+BOX_TAGS = {f"<{end}{tag}>" for tag in ("ref", "box", "quad") for end in ("", "/")}
 
 
 def check(dataset: dict, processor, settings: dict) -> int:
@@ -44,7 +47,7 @@ def check(dataset: dict, processor, settings: dict) -> int:
             found += 1
             continue
         doubts = 0  # samples that train, and look wrong: they do not fail the command
-        for where, doubt in odd_samples(index):
+        for where, doubt in odd_samples(index, processor):
             print(f"{where}: note: {doubt}")
             doubts += 1
         tokens, max_length = index.length.sum(), settings["max_length"]
@@ -66,9 +69,15 @@ def measured(entries: list, processor, settings: dict, **more) -> Index:
     return build_index(entries, processor, size, None, workers, max_bad_samples=1.0, **more)
 
 
-def odd_samples(index: Index) -> Iterator[tuple[str, str]]:
+def odd_samples(index: Index, processor) -> Iterator[tuple[str, str]]:
     """(where, what) of samples that can be trained on and are probably not what was meant."""
     seen: dict[str, bool] = {}  # an image that many records name is opened once
+    # As in the originals, a typed <|im_end|>, </s> or <sop> is the token; those of boxes are meant to be.
+    try:
+        reserved = processor.template()["reserved"]
+    except (AttributeError, ValueError):  # exports ask for it: a fork may have none, as BLIP-2's stage 1
+        reserved = []
+    special = re.compile("|".join(map(re.escape, set(reserved) - BOX_TAGS)) or "(?!)")
     for number in np.flatnonzero(index.part == 0):  # a record's other samples have the same images
         conversation = index.conversation(number)
         for source in conversation.images:
@@ -83,11 +92,19 @@ def odd_samples(index: Index) -> Iterator[tuple[str, str]]:
             # what other tools write where a table has no value
             if text.strip().lower() in ("nan", "null", "none", "n/a", "undefined", "<na>", "[]", "{}"):
                 yield conversation.where, f"the {role}'s text is {cut(text)}: a missing value?"
+            if found := special.search(text):
+                yield conversation.where, f"the {role}'s text has {found[0]}, a special token of this model"
+        answer = text_of(conversation.turns[-1][1])
+        if conversation.kind == "vqa" and not metrics.any_case(answer, conversation.answers):
+            yield conversation.where, f"the answer {cut(answer)} is none of those that it is scored by"
 
 
 def box_problems(text: str) -> str | None:
     """What is wrong with the boxes of a text, whose corners are thousandths of the image's sides: 0 to
     999."""
+    for tag in ("ref", "box", "quad"):
+        if text.count(f"<{tag}>") != text.count(f"</{tag}>"):
+            return f"the tags <{tag}> and </{tag}> don't match"
     for box in re.findall(r"<box>(.*?)</box>", text, re.S):
         numbers = re.fullmatch(r"\s*\((\d+),(\d+)\),\((\d+),(\d+)\)\s*", box)
         if not numbers:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import data
 import data_check
@@ -574,8 +574,30 @@ def test_a_text_that_looks_like_a_missing_value_is_noted(folder):
     )
     processor = data.load_processor(data.model_directory("qwen_vl", "tiny"))
     index = data.build_index([{"data_files": str(folder / "r.jsonl")}], processor, 512, None)
-    notes = [note for _, note in data_check.odd_samples(index) if "missing" in note]
+    notes = [note for _, note in data_check.odd_samples(index, processor) if "missing" in note]
     assert notes == ["the assistant's text is 'NaN': a missing value?"]
+
+
+@pytest.mark.parametrize(
+    "kind, token", [("qwen_vl", "<|im_end|>"), ("visualglm", "<sop>"), ("blip2", "</s>")]
+)
+def test_what_is_read_in_another_way_than_it_looks_is_noted(folder, kind, token):
+    ImageDraw.Draw(image := Image.new("RGB", (9, 9))).point((1, 1), "red")
+    image.save(folder / "a.png")
+    records = [
+        messages(f"<image>q {token}", "x", images=["a.png"]),
+        {"image": "a.png", "question": "q", "answer": "x", "answers": ["y", "z"]},
+        {"image": "a.png", "question": "q", "answer": "X", "answers": ["x", "z"]},
+        messages("<image><ref>q", "<ref>x</ref><box>(1,2),(3,4)</box>", images=["a.png"]),
+    ]
+    (folder / "r.jsonl").write_text("\n".join(map(json.dumps, records)))
+    processor = data.load_processor(data.model_directory(kind, "tiny"))
+    index = data.build_index([{"data_files": str(folder / "r.jsonl")}], processor, 512, None)
+    assert [(where[-1], note) for where, note in data_check.odd_samples(index, processor)] == [
+        ("1", f"the user's text has {token}, a special token of this model"),
+        ("2", "the answer 'x' is none of those that it is scored by"),
+        ("4", "the tags <ref> and </ref> don't match"),
+    ]
 
 
 @pytest.mark.parametrize(
