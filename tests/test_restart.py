@@ -219,7 +219,8 @@ def test_another_config_or_vocabulary_of_the_base_is_refused(tmp_path, model, fi
 
     def facts() -> dict:
         definition, processor = vlm.find(checkpoint.read_config(tmp_path)), data.load_processor(tmp_path)
-        return {"probe_data": None, **run_facts(cfg, definition, tmp_path, processor, plan, None, 1, 1)}
+        plans = {"data": plan, "eval_data": None, "probe_data": None}
+        return run_facts(cfg, definition, tmp_path, processor, plans, 1, 1)
 
     config, text, before = (tmp_path / "config.json").read_text(), (tmp_path / file).read_text(), facts()
 
