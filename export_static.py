@@ -15,6 +15,7 @@ import python_version  # first: it says which Python is needed
 import base64
 import importlib.util
 import io
+import json
 import shutil
 import statistics
 import sys
@@ -198,7 +199,9 @@ def write(
         "tokenizer": write_tokenizer(processor.tokenizer, source, directory),
         "constants": constants,
     }
-    checkpoint.write_json(directory / "package.json", spec)
+    spec["files"] = {p.name: run_static.digest(p) for p in sorted(directory.iterdir()) if p.suffix != ".py"}
+    spec = json.loads(json.dumps(spec))  # as it will be read
+    checkpoint.write_json(directory / "package.json", spec | {"seal": run_static.seal(spec)})
     for file in (run_static.__file__, images.__file__, python_version.__file__):
         shutil.copyfile(file, directory / Path(file).name)
     check_wording(spec, processor, directory)

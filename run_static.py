@@ -10,6 +10,7 @@ and row. It needs torch, numpy, pillow, safetensors and tokenizers. Decoding is 
 import python_version  # noqa: F401  (first: it says which Python is needed)
 
 import argparse
+import hashlib
 import importlib
 import json
 import re
@@ -20,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
@@ -45,23 +45,18 @@ class Package:
 
     def __init__(self, directory: str | Path):
         self.directory = directory = Path(directory)
-        try:
-            self.spec = spec = json.loads((directory / "package.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ValueError(f"{directory} has no package.json; name a package of export.py") from None
-        self.tokenizer = tokenizer_of(directory, spec)
+        self.spec = spec = read_spec(directory)
         made = spec["made_with"]
         if made["torch"] != torch.__version__:
             raise ValueError(f"the package is made with torch {made['torch']}, here is {torch.__version__}")
         if spec["compiled"] and made["cpu"] != (here := torch.backends.cpu.get_cpu_capability()):
             raise ValueError(f"the programs are compiled for {made['cpu']}, this CPU has {here}; export here")
-        parts = ["weights.safetensors", *(f"{name}.pt2" for name in spec["constants"])]
-        if missing := [part for part in parts if not (directory / part).is_file()]:
+        if missing := [name for name in spec["files"] if not (directory / name).is_file()]:
             raise ValueError(f"{directory} lacks {', '.join(missing)}; export it again")
-        try:
-            weights = load_file(directory / "weights.safetensors")
-        except SafetensorError as e:
-            raise ValueError(f"{directory}: weights.safetensors is damaged ({e}); export it again") from None
+        if changed := [name for name, known in spec["files"].items() if digest(directory / name) != known]:
+            raise ValueError(f"{directory / changed[0]} has changed since it was exported; export it again")
+        self.tokenizer = tokenizer_of(directory, spec)
+        weights = load_file(directory / "weights.safetensors")
         self.vision, self.prefill, self.decode = (
             load_program(directory / f"{name}.pt2", spec["compiled"], spec["constants"], weights)
             for name in ("vision", "prefill", "decode")
@@ -113,6 +108,8 @@ class Package:
         length, answer = len(rows), []
         position, step, T = positions[..., -1:], torch.tensor(spec["position_step"]), torch.tensor([T])
         while True:
+            if not logits.isfinite().all():
+                raise ValueError("the logits are NaN or infinite; export the model again in float32")
             token = choose(logits)
             answer.append(token)
             if len(answer) == max_new_tokens or self.ended(ids, answer):
@@ -136,6 +133,38 @@ class Package:
         for pattern, new in self.spec["template"]["cleanup"]:
             text = re.sub(pattern, new, text)
         return text
+
+
+ENDS = 32 << 20  # bytes
+
+
+def digest(path: Path) -> str:
+    """Of a file's first and last 32 MB, and of its length: all of it but for large weights, whose reading
+    would take as long as the answer."""
+    with open(path, "rb") as file:
+        found, length = hashlib.sha256(file.read(ENDS)), file.seek(0, 2)
+        file.seek(max(ENDS, length - ENDS))
+        found.update(file.read() + str(length).encode())
+    return found.hexdigest()
+
+
+def seal(spec: dict) -> str:
+    """Of all that package.json says but of this."""
+    said = {key: value for key, value in spec.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def read_spec(directory: Path) -> dict:
+    path = directory / "package.json"
+    try:
+        spec = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{directory} has no package.json; name a package of export.py") from None
+    except (ValueError, RecursionError):  # no text, no JSON
+        spec = None
+    if not isinstance(spec, dict) or spec.get("seal") != seal(spec):
+        raise ValueError(f"{path} is damaged or has been changed; export it again")
+    return spec
 
 
 def tokenizer_of(directory: Path, spec: dict):
@@ -173,6 +202,8 @@ def prompt_ids(template: dict, tokenizer, prompt: str, num_images: int) -> tuple
         raise ValueError(f"{num_images} images; this model takes {expected}")
     if mark := next((mark for mark in template["reserved"] if mark in prompt), None):
         raise ValueError(f"the prompt holds {mark!r}, a mark of the model's own; leave it out")
+    if any(0xD800 <= ord(c) < 0xE000 for c in prompt):
+        raise ValueError("the prompt is no valid UTF-8; write it again")
     ids, starts, text = list(template["start"]), [], ""
     for number in range(1, num_images + 1):
         ids += tokenizer.encode(text + template["image_text"].replace("{number}", str(number)))

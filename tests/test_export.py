@@ -428,20 +428,42 @@ def test_a_package_refuses(package, tmp_path, image):
     assert len(whole.generate("what", [], 100)) == 5
     with pytest.raises(ValueError, match=f"the model {length + 5} positions"):
         whole.generate("what " * 20, [], 4)
+    with pytest.raises(ValueError, match="no valid UTF-8"):
+        whole.generate("\udc80", [], 4)
     spec = json.loads((directory / "package.json").read_text())
+
+    def sealed(**changed) -> None:
+        said = spec | changed
+        checkpoint.write_json(tmp_path / "package.json", said | {"seal": run_static.seal(said)})
+
     for key, value, said in (("torch", "1.0", "made with torch 1.0"), ("cpu", "Z80", "compiled for Z80")):
         made = spec["made_with"] | {key: value}
-        checkpoint.write_json(tmp_path / "package.json", spec | {"compiled": True, "made_with": made})
-        shutil.copy(directory / "tokenizer.json", tmp_path)
+        sealed(compiled=True, made_with=made)
         with pytest.raises(ValueError, match=said):
             run_static.Package(tmp_path)
-    checkpoint.write_json(tmp_path / "package.json", spec)
-    with pytest.raises(ValueError, match="lacks weights.safetensors, vision.pt2, prefill.pt2, decode.pt2"):
-        run_static.Package(tmp_path)
-    for part in spec["constants"]:
-        shutil.copy(directory / f"{part}.pt2", tmp_path)
-    (tmp_path / "weights.safetensors").write_bytes(b"cut")
-    with pytest.raises(ValueError, match="weights.safetensors is damaged"):
+    sealed()
+    with pytest.raises(
+        ValueError, match="lacks decode.pt2, prefill.pt2, tokenizer.json, vision.pt2, weights"
+    ):
         run_static.Package(tmp_path)
     with pytest.raises(ValueError, match="has no package.json"):
         run_static.Package(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("name", ["package.json", "weights.safetensors", "decode.pt2", "tokenizer.json"])
+def test_a_damaged_package_is_refused(package, tmp_path, name):
+    """Cut, emptied, written over, and with one byte changed."""
+    shutil.copytree(package[0], tmp_path, dirs_exist_ok=True)
+    whole = (tmp_path / name).read_bytes()
+    changed = bytearray(whole)
+    changed[len(whole) // 2] ^= 1
+    for content in (whole[:-9], b"", b"[]", b"[" * 100_000, b"\xff", changed):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} (is damaged or )?has (been )?changed"):
+            run_static.Package(tmp_path)
+
+
+def test_a_package_of_damaged_numbers_gives_no_answer(package, monkeypatch):
+    monkeypatch.setattr(package[1], "prefill", lambda *_: (torch.full((9,), float("nan")), torch.zeros(3, 1)))
+    with pytest.raises(ValueError, match="logits are NaN"):
+        package[1].generate("what", [], 4)
