@@ -465,25 +465,36 @@ def decode_part(kind: str) -> Callable:
         copied = median(on(device, {"copy": like.clone}, 5), "copy", wall=True)
         for batch in (1, 8):
             how, new = generate.Decoding(max_new_tokens=64), 8
-            runner = engine.Engine(model, stop_words=[], cache_tokens=0, max_running=batch)
             request = bench.random_sample(model, 24, 1, torch.Generator().manual_seed(0))
             request["pixel_values"] = [pixels.to(dtype) for pixels in request["pixel_values"]]
-            wanted = [engine.Request(str(i), request, how, logprobs=-1) for i in range(batch)]
-            sequences = [runner.sequence(r) for r in wanted]
-            runner.pool.grow(sum(s.rows for s in sequences))
-            for sequence in sequences:
-                runner.enqueue(sequence)
-            for _ in range(new):  # prompts, and the first steps
-                runner.step()
-            times = on(device, {"step": runner.step}, 10)
-            seconds = median(times, "step", wall=True)
-            figures = {
-                "ms": 1e3 * seconds,
-                "tokens/s": batch / seconds,
-                "share of the copying bandwidth": read * copied / (8 * like.numel()) / seconds,
-                "operations": Launches.of(runner.step),
-            }
-            found.append(Row(f"decoding step of {kind}, batch {batch}, {dtype}", figures))
+            runners, answers = {}, []
+            # As it comes, on a GPU from CUDA graphs, and step by step.
+            ways = {"step": None, "eager step": False} if device.type == "cuda" else {"step": None}
+            for name, capture in ways.items():
+                sizes = {"cache_tokens": 0, "max_running": batch}
+                runner = engine.Engine(model, stop_words=[], capture=capture, **sizes)
+                wanted = [engine.Request(str(i), request, how, logprobs=-1) for i in range(batch)]
+                sequences = [runner.sequence(r) for r in wanted]
+                runner.pool.grow(sum(s.rows for s in sequences))
+                for sequence in sequences:
+                    runner.enqueue(sequence)
+                for _ in range(new):  # prompts, and the first steps
+                    runner.step()
+                runners[name], answers = runner, [*answers, sequences]
+            times = on(device, {name: runner.step for name, runner in runners.items()}, 10)
+            told = [[s.answer[: new + 10] for s in sequences] for sequences in answers]
+            graphs = runners["step"].graphs
+            if told[0] != told[-1] or graphs and not graphs.capture:
+                raise ValueError(f"{kind}, batch {batch}: no graphs, or other tokens than step by step")
+            for name, runner in runners.items():
+                seconds = median(times, name, wall=True)
+                figures = {
+                    "ms": 1e3 * seconds,
+                    "tokens/s": batch / seconds,
+                    "share of the copying bandwidth": read * copied / (8 * like.numel()) / seconds,
+                    "operations": Launches.of(runner.step),
+                }
+                found.append(Row(f"decoding {name} of {kind}, batch {batch}, {dtype}", figures))
         return found
 
     return part

@@ -389,7 +389,7 @@ class Blip2Qformer(nn.Module):
             return self.encode_images(batch.pixel_values)
         if output == "logits":
             x = self.hidden(batch)
-            return self.logits(x[batch.cu_seqlens[1:].to(x.device) - 1])
+            return self.logits(x if batch.single else x[batch.cu_seqlens[1:].to(x.device) - 1])
         if output == "loss":
             return self.losses(batch)
         rows, lengths = self.text_of(batch)

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 import lora
+from decode_graph import DecodeGraphs, capture_for
 from kernels.attention import attention_ranges
 from sampling import Beams, Sampler
-from vlm import Batch
+from vlm import Batch, move
 
 IMAGES_AT_ONCE = 16  # images that the vision tower takes in one pass: its activations are bounded
 NOT_FINITE = (
@@ -118,7 +119,7 @@ class Pool:
     encoder-decoder's layers see of the encoder.
 
     Ranges are whole multiples of GRAIN: neighbours then often begin at even distances, and attention takes
-    them in one call (attention_ranges_ref).
+    them in one call (attention_ranges_ref). One row more than `size` is nobody's (decode_graph.py).
     """
 
     GRAIN = 32
@@ -135,13 +136,21 @@ class Pool:
         # For generate(), which learns one by one what it needs; a server's pool has its size from the start.
         if size <= self.size:
             return
-        for buffers in (self.layers, self.memory):
-            for layer, pair in buffers.items():
-                buffers[layer] = larger = tuple(x.new_zeros(size, *x.shape[1:]) for x in pair)
-                for new, old in zip(larger, pair, strict=True):
-                    new[: self.size] = old
+        # New dicts: captured graphs see by them that the addresses they hold are of old buffers.
+        self.layers, self.memory = (
+            {layer: tuple(self.buffer(x, size, x) for x in pair) for layer, pair in buffers.items()}
+            for buffers in (self.layers, self.memory)
+        )
         self.give_back(self.size, size - self.size)
         self.size = size
+
+    @staticmethod
+    def buffer(like: Tensor, size: int, old: Tensor | None = None) -> Tensor:
+        """(size + 1, heads, width), with what an older one holds."""
+        new = like.new_zeros(size + 1, *like.shape[1:])
+        if old is not None:
+            new[: len(old) - 1] = old[:-1]
+        return new
 
     def take(self, rows: int) -> int | None:
         """The first row of a range that is free, None where there is no such gap."""
@@ -220,7 +229,7 @@ class KVCache:
             counts = cu_seqlens.diff().tolist()
             first = [s + before + n for s, n in zip(self.starts, self.past, strict=True)]
             self.keys = [(s, f + n) for s, f, n in zip(self.starts, first, counts, strict=True)]
-            self.rows = ranges_of(first, counts).to(q.device)
+            self.rows = there(ranges_of(first, counts), q.device)
         pair = self.buffers(self.pool.layers, layer, k, v)
         # Written before they are read: a token sees itself, and earlier ones of its own piece.
         for buffer, x in zip(pair, (k, v), strict=True):
@@ -246,7 +255,7 @@ class KVCache:
         """Attends to the memory of the segments' sequences, all of it; k and v (Tm, H, D) make it in the
         first pass."""
         if k is not None:
-            rows = ranges_of(self.starts, memory_cu_seqlens.diff().tolist()).to(q.device)
+            rows = there(ranges_of(self.starts, memory_cu_seqlens.diff().tolist()), q.device)
             for buffer, x in zip(self.buffers(self.pool.memory, layer, k, v), (k, v), strict=True):
                 buffer.index_copy_(0, rows, x)
         keys = [(s, s + n) for s, n in zip(self.starts, self.memory_lengths, strict=True)]
@@ -259,8 +268,13 @@ class KVCache:
     def buffers(self, where: dict, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         # Made by what comes: the pool need not know a layer's heads, their width, dtype and device.
         if layer not in where:
-            where[layer] = tuple(x.new_zeros(self.pool.size, *x.shape[1:]) for x in (k, v))
+            where[layer] = tuple(self.pool.buffer(x, self.pool.size) for x in (k, v))
         return where[layer]
+
+
+def there(x: Tensor, device: torch.device) -> Tensor:
+    """The same on a device, for which the host does not wait."""
+    return move({"x": x}, device)["x"]
 
 
 def ranges_of(first: list[int], counts: list[int]) -> Tensor:
@@ -327,7 +341,8 @@ class Engine:
 
     step_tokens: tokens of a forward pass; cache_tokens: rows of the pool (keys and values of one token each);
     image_cache_mb: features of images that were seen lately; max_running: answers at once; stop_words: tokens
-    that end an answer (default: the processor's).
+    that end an answer (default: the processor's); capture: what makes CUDA graphs of decoding steps
+    (decode_graph.py; by default where there is a GPU to gain by it), False for none.
     """
 
     def __init__(
@@ -341,6 +356,7 @@ class Engine:
         image_cache_mb: float = 512,
         max_running: int = 64,
         stop_words: list[list[int]] | None = None,
+        capture: Callable | bool | None = None,
     ):
         self.model, self.processor = model.eval(), processor
         parameter = next(model.parameters())
@@ -365,6 +381,8 @@ class Engine:
         self.by_request: dict[Request, Sequence] = {}
         self.features: OrderedDict[tuple, Tensor] = OrderedDict()  # (digest, adapter) -> an image's features
         self.feature_bytes, self.feature_limit = 0, image_cache_mb * 2**20
+        capture = capture_for(model) if capture is None else capture
+        self.graphs = DecodeGraphs(self, capture) if capture else None
 
     # ---- requests
 
@@ -625,19 +643,25 @@ class Engine:
     def forward(self, entries: list[tuple[Sequence, int]]) -> Tensor:
         """Logits (S, V) fp32 behind the next tokens of each sequence; the pool grows by them."""
         pieces, Q = [(s, s.fed, count) for s, count in entries], self.model.num_image_tokens
-        self.encode_images([s for s, a, n in pieces if any(a < p + Q and p < a + n for p in s.digests)])
+        seeing = [s for s, a, n in pieces if any(a < p + Q and p < a + n for p in s.digests)]
+        self.encode_images(seeing)
         # an adapter that holds parameters of the language model whole has a pass of its own
         groups: dict[str | None, list[int]] = {}
         for n, (s, _, _) in enumerate(pieces):
             adapter = s.request.adapter
             groups.setdefault(adapter if adapter and self.adapters[adapter].text else None, []).append(n)
-        logits = [self.one_pass(adapter, [pieces[n] for n in rows]) for adapter, rows in groups.items()]
+        found = None
+        # The steps between prompts: one token of each, behind others, none of them a part of an image.
+        if self.graphs and len(groups) == 1 and not seeing and all(a and n == 1 for _, a, n in pieces):
+            found = self.graphs.logits(*groups, [s for s, _, _ in pieces])
+        if found is None:
+            logits = [self.one_pass(adapter, [pieces[n] for n in rows]) for adapter, rows in groups.items()]
         for s, first, count in pieces:
             s.fed = first + count
-        if len(groups) == 1:
-            return logits[0]
+        if found is not None or len(groups) == 1:
+            return logits[0] if found is None else found
         order = np.argsort([n for rows in groups.values() for n in rows])
-        return torch.cat(logits)[torch.from_numpy(order).to(self.device)]
+        return torch.cat(logits)[there(torch.from_numpy(order), self.device)]
 
     def one_pass(self, whole: str | None, pieces: list[tuple[Sequence, int, int]]) -> Tensor:
         """The model on one stream; `whole`: the adapter whose whole parameters it has."""
@@ -694,6 +718,7 @@ class Engine:
             prefix_lens=torch.tensor(prefixes) if any(prefixes) else None,
             # cached keys were turned with the base that the prompt's length decides
             rope_lengths=torch.tensor([s.given for s, _, _ in entries]),
+            single=counts == [1] * len(counts),
         )
 
     def rows_of_adapters(self, entries: list[tuple[Sequence, int, int]]) -> list[tuple[str, Tensor | None]]:
@@ -704,7 +729,7 @@ class Engine:
             return [] if names[0] is None else [(names[0], None)]
         owners = np.repeat([list(self.adapters).index(n) if n is not None else -1 for n in names], counts)
         rows = [(name, torch.from_numpy((owners == n).nonzero()[0])) for n, name in enumerate(self.adapters)]
-        return [(name, index.to(self.device)) for name, index in rows if len(index)]
+        return [(name, there(index, self.device)) for name, index in rows if len(index)]
 
     def encode_images(self, sequences: list[Sequence]) -> None:
         """The features of their images, of those that no request had lately in one pass an adapter."""
@@ -749,9 +774,7 @@ class Engine:
         # the others are inside their prompt
         done = [n for n, (s, _) in enumerate(entries) if s.fed == s.total]
         plain = [n for n in done if not entries[n][0].beams]
-        events = self.sample(
-            [entries[n][0] for n in plain], logits if len(plain) == len(entries) else logits[plain]
-        )
+        events = self.sample([entries[n][0] for n in plain], self.some(logits, plain))
         searches: dict[Beams, list[int]] = {}
         for n in done:
             if entries[n][0].beams:
@@ -759,11 +782,17 @@ class Engine:
         for beams, rows in searches.items():
             if beams.sequences:
                 rows.sort(key=lambda n: beams.sequences.index(entries[n][0]))
-            events += self.search(self.by_request[beams.request], logits[rows])
+            events += self.search(self.by_request[beams.request], self.some(logits, rows))
         for event in events:
             if event.finish:
                 self.leave(self.by_request.pop(event.request))
         return events
+
+    def some(self, logits: Tensor, rows: list[int]) -> Tensor:
+        """These rows; often they are all."""
+        if rows == list(range(len(logits))):
+            return logits
+        return logits[there(torch.tensor(rows, dtype=torch.int64), self.device)]
 
     def sample(self, sequences: list[Sequence], logits: Tensor) -> list[Event]:
         """A token more for each."""
@@ -775,10 +804,8 @@ class Engine:
                 how = s.request.how
                 least = max(how.min_new_tokens, how.min_length - (s.given - s.encoder))
                 self.sampler.join(s.slot, s, penalised_tokens(self.model, s.request.prompt), least, row)
-        tokens, finite, logprobs = self.sampler(logits, [s.slot for s in sequences])
-        # What a device has computed is read once a step, in one copy.
-        tokens, finite = torch.stack((tokens, finite.long())).tolist()
-        chosen, best = self.report(sequences, tokens, logprobs)
+        found = self.sampler(logits, [s.slot for s in sequences])
+        tokens, finite, chosen, best = self.read(*found, [s.request.logprobs for s in sequences])
         events = []
         for n, s in enumerate(sequences):
             if not finite[n]:
@@ -819,20 +846,22 @@ class Engine:
         return "stop" if ended else "length" if s.total == len(s.tokens) else None
 
     @staticmethod
-    def report(
-        sequences: list[Sequence], tokens: list[int], logprobs: Tensor | None
-    ) -> tuple[list[float | None], list[list[tuple[int, float]]]]:
-        """Log-probabilities of the tokens, and of the best ones, as each request asks for them."""
-        wanted = [s.request.logprobs for s in sequences]
+    def read(tokens: Tensor, finite: Tensor, logprobs: Tensor | None, wanted: list[int]) -> tuple[list, ...]:
+        """On the host: tokens (B,), whether their logits are finite, their log-probabilities and those of the
+        best ones, as many as each request wants (-1: not even its token's own)."""
+        # What a device has computed is read once a step, in one copy: whole numbers, fp32 by its bits.
         if logprobs is None:
-            return [None] * len(tokens), [[] for _ in tokens]
-        index = torch.tensor(tokens, device=logprobs.device)[:, None]
-        chosen = logprobs.gather(1, index)[:, 0].tolist()
-        best = [[] for _ in tokens]
-        if max(wanted) > 0:
-            values, indices = (x.tolist() for x in logprobs.topk(min(max(wanted), logprobs.shape[1])))
-            best = [
-                list(zip(i, v, strict=True))[: max(w, 0)]
-                for i, v, w in zip(indices, values, wanted, strict=True)
-            ]
-        return [c if w >= 0 else None for c, w in zip(chosen, wanted, strict=True)], best
+            tokens, finite = torch.stack((tokens, finite.long())).tolist()
+            return tokens, finite, [None] * len(tokens), [[] for _ in tokens]
+        k = min(max(*wanted, 0), logprobs.shape[1])
+        values, indices = logprobs.topk(k)  # (B, k) each
+        values = torch.cat((logprobs.gather(1, tokens[:, None]), values), 1).view(torch.int32)
+        table = torch.cat((tokens.int()[:, None], finite.int()[:, None], indices.int(), values), 1)
+        table = table.cpu().numpy()
+        values = table[:, 2 + k :].view(np.float32).tolist()
+        best = [
+            list(zip(i, v[1:], strict=True))[: max(w, 0)]
+            for i, v, w in zip(table[:, 2 : 2 + k].tolist(), values, wanted, strict=True)
+        ]
+        chosen = [v[0] if w >= 0 else None for v, w in zip(values, wanted, strict=True)]
+        return table[:, 0].tolist(), table[:, 1].tolist(), chosen, best

@@ -155,19 +155,23 @@ class SharedLinear(nn.Linear):
         for name, rows in Adapted.rows:
             if name in self.adapters:
                 A, B, scaling, gain = self.adapters[name]
-                update = F.linear(F.linear(x if rows is None else x[rows], A), B) * scaling
+                mask = rows if rows is not None and rows.dtype == torch.bool else None
+                every = rows is None or mask is not None
+                update = F.linear(F.linear(x if every else x[rows], A), B) * scaling
                 if gain is not None:
-                    own = y if rows is None else y[rows]
+                    own = y if every else y[rows]
                     own = own if self.bias is None else own - self.bias
                     update = gain * update + (gain - 1) * own
-                y = y + update if rows is None else y.index_add(0, rows, update)
+                update = update if mask is None else torch.where(mask, update, 0.0)
+                y = y + update if every else y.index_add(0, rows, update)
         return y
 
 
 class Adapted:
     """Which rows are whose just now; changed by `adapted` alone."""
 
-    rows: list[tuple[str, torch.Tensor | None]] = []  # (adapter, its rows; None: all of them)
+    # (adapter, its rows: their numbers, or (T, 1) whether it is one; None: all of them)
+    rows: list[tuple[str, torch.Tensor | None]] = []
 
 
 @contextlib.contextmanager

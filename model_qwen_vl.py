@@ -421,9 +421,11 @@ class QwenVL(nn.Module):
 
     def ntk_alpha(self, lengths: Tensor) -> Tensor:
         """What the rotary base is stretched by for a prompt of that length, fp64."""
-        # 1 up to the trained 2,048 tokens, then 3, 7, 15 as the length doubles. In fp64: log2 of a power of
-        # two must be whole, or the ceiling jumps.
-        return (2.0 ** (torch.log2(lengths.double() / self.config.seq_length) + 1).ceil() - 1).clamp(min=1)
+        # 1 up to the trained 2,048 tokens, then 3, 7, 15 as the length doubles. In whole numbers: a logarithm
+        # that is a little off, on some device, would jump to the next.
+        powers = 2 ** torch.arange(32, device=lengths.device)
+        longer = lengths[..., None] > self.config.seq_length * powers
+        return (1 + 2 * (longer * powers).sum(-1)).double()
 
     def cache_group(self, length: int) -> float:
         # keys are turned with the base of the prompt that they were made for
@@ -439,19 +441,20 @@ class QwenVL(nn.Module):
         # Made here, not kept as buffers: NTK changes the base from segment to segment.
         # fp32 also in a 16-bit model: 16-bit frequencies turn far tokens by the wrong angle.
         half = torch.arange(0, c.kv_channels, 2, device=positions.device, dtype=torch.float32) / c.kv_channels
-        lengths = cu_seqlens.diff()
         # Training never stretches: its samples end at the trained length.
         if self.training or not c.use_dynamic_ntk:
             inv_freq = 1.0 / c.rotary_emb_base**half
         else:
+            lengths = None if batch.single else cu_seqlens.diff()
             alpha = self.ntk_alpha(lengths if batch.rope_lengths is None else batch.rope_lengths)
             # The exponent leaves the fastest channel as it is and stretches the slowest one by all of alpha.
             base = c.rotary_emb_base * alpha ** (c.kv_channels / (c.kv_channels - 2))
             inv_freq = 1.0 / base.to(positions.device, torch.float32)[:, None] ** half  # (S, D/2)
             # (S, D/2) -> (T, D/2): each token has the base of its segment.
-            counts = lengths.to(positions.device)
-            # the size is known: a device is not asked for it
-            inv_freq = inv_freq.repeat_interleave(counts, dim=0, output_size=positions.shape[0])
+            if not batch.single:
+                counts = lengths.to(positions.device)
+                # the size is known: a device is not asked for it
+                inv_freq = inv_freq.repeat_interleave(counts, dim=0, output_size=positions.shape[0])
         # fp32: 16-bit angles lose the position past 256
         angles = positions[:, None].float() * inv_freq  # (T, D/2)
         logn = None

@@ -14,26 +14,29 @@ import torch
 from torch import Tensor
 
 from data import hash_keys
+from vlm import move
 
 
 def sampling_probs(logits: Tensor, temperature, top_k, top_p) -> Tensor:
     """logits (B, V) -> probabilities (B, V). top_k 0 and top_p 1 keep all; top_p keeps the smallest set of
     most probable tokens whose total before each member is below top_p, and at least one. Each setting: a
     number, or one of each row, on the host."""
-    V, device = logits.shape[-1], logits.device
-    temperature, top_k, top_p = (torch.as_tensor(x).reshape(-1, 1) for x in (temperature, top_k, top_p))
+    V, names = logits.shape[-1], ("temperature", "top_k", "top_p")
+    settings = [torch.as_tensor(x, dtype=torch.float64).reshape(-1, 1) for x in (temperature, top_k, top_p)]
+    # What decides shapes is asked on the host; the device has the same numbers in one copy.
+    _, top_k, top_p = settings
+    there = move(dict(zip(names, settings, strict=True)), logits.device)
     logits = logits.float()
     # nothing overflows at a low temperature
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature.to(device, torch.float32)
+    logits = (logits - logits.amax(-1, keepdim=True)) / there["temperature"].float()
     if (top_k > 0).any():
-        k = torch.where(top_k > 0, top_k, V).clamp(max=V).long()
-        best = logits.topk(int(torch.where(top_k > 0, k, 1).max())).values
-        kth = best.gather(1, (k - 1).clamp(max=best.shape[1] - 1).to(device).expand(len(logits), 1))
-        logits = logits.masked_fill((logits < kth) & (top_k > 0).to(device), float("-inf"))
+        most, k = min(V, int(top_k.max())), there["top_k"].long()
+        kth = logits.topk(most).values.gather(1, (k - 1).clamp(0, most - 1).expand(len(logits), 1))
+        logits = logits.masked_fill((logits < kth) & (k > 0), float("-inf"))
     if (top_p < 1).any():
         ordered, order = logits.sort(descending=True)
         probs = ordered.softmax(-1)
-        drop = (probs.cumsum(-1) - probs >= top_p.to(device)) & (top_p < 1).to(device)
+        drop = (probs.cumsum(-1) - probs >= there["top_p"]) & (there["top_p"] < 1)
         drop[:, 0] = False
         logits = logits.masked_fill(drop.scatter(1, order, drop), float("-inf"))
     return logits.softmax(-1)
@@ -115,15 +118,21 @@ class Sampler:
         if self.plain[slots].all() and not early.any():
             self.made[slots] += 1
             return best_tokens(logits), finite, None
-        s = dict(zip(self.NAMES, torch.from_numpy(settings.T), strict=True))
-        at = torch.tensor(slots, device=device)
-        logprobs = logits.log_softmax(-1) if bool((s["logprobs"] >= 0).any()) else None
+        s = dict(zip(self.NAMES, settings.T, strict=True))
+        hot = np.flatnonzero(s["temperature"] > 0)
+        # a number in [0, 1) for each of them: a function of its stream and its place, and nothing else
+        draws = hash_keys(self.streams[slots][hot], self.made[slots][hot]).view(np.uint64) >> np.uint64(32)
+        # fp64 has room for all of it: a device gets it in one copy that nobody waits for.
+        numbers = {**s, "slot": np.array(slots), "early": early, "hot": hot, "draws": draws * 2.0**-32}
+        there = move({n: torch.from_numpy(x.astype(np.float64)) for n, x in numbers.items()}, device)
+        at = there["slot"].long()
+        logprobs = logits.log_softmax(-1) if (s["logprobs"] >= 0).any() else None
 
         def column(name: str) -> Tensor:
-            return s[name].to(device, torch.float32)[:, None]
+            return there[name].float()[:, None]
 
-        repeats = bool((s["repetition"] != 1).any())
-        counted = bool(((s["presence"] != 0) | (s["frequency"] != 0)).any())
+        repeats = (s["repetition"] != 1).any()
+        counted = ((s["presence"] != 0) | (s["frequency"] != 0)).any()
         if repeats:
             penalty = column("repetition")
             seen = self.seen[at] & (penalty != 1)
@@ -134,24 +143,19 @@ class Sampler:
             logits = logits - column("presence") * (counts > 0) - column("frequency") * counts
         if self.bias is not None:
             logits = logits + self.bias[at]
-        early = torch.from_numpy(early)
-        if len(self.ends) and bool(early.any()):
-            mask = torch.zeros_like(logits[:1], dtype=torch.bool).index_fill(1, self.ends.to(device), True)
-            logits = logits.masked_fill(early.to(device)[:, None] & mask, float("-inf"))
+        if len(self.ends) and early.any():
+            self.ends = self.ends.to(device)
+            mask = torch.zeros_like(logits[:1], dtype=torch.bool).index_fill(1, self.ends, True)
+            logits = logits.masked_fill((column("early") > 0) & mask, float("-inf"))
         tokens = best_tokens(logits)
-        hot = (s["temperature"] > 0).nonzero()[:, 0]
         if len(hot):
+            rows, draws = there["hot"].long(), there["draws"][:, None]
             settings = (s[name][hot] for name in ("temperature", "top_k", "top_p"))
-            probs = sampling_probs(logits[hot.to(device)], *settings)
-            # a number in [0, 1) for each row: a function of its stream and its place, and nothing else
-            draws = hash_keys(self.streams[slots][hot], self.made[slots][hot]).view(np.uint64) >> np.uint64(
-                32
-            )
-            draws = torch.from_numpy(draws * 2.0**-32).to(device)[:, None]
+            probs = sampling_probs(logits[rows], *settings)
             # fp64 where there is: fp32 sums of a large vocabulary lose the small probabilities
             sums = probs.cumsum(-1, dtype=torch.float64)
             found = torch.searchsorted(sums, draws * sums[:, -1:], right=True)[:, 0]
-            tokens[hot.to(device)] = found.clamp(max=logits.shape[-1] - 1)
+            tokens[rows] = found.clamp(max=logits.shape[-1] - 1)
         if repeats:
             self.seen[at, tokens] = True
         if counted:

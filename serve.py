@@ -931,10 +931,11 @@ def open_service(args, world: parallel.World | None = None) -> Service:
         model = load_quantized(directory, processor, args.dtype, args.device, args.quantize)
     else:
         model = load_model(directory, DTYPES[args.dtype], args.device, world=world)
-    if world is None or world.main:
-        print(f"device {args.device}, kernels: {kernels}", file=sys.stderr)
     sizes = {name: getattr(args, name) for name in ("step_tokens", "cache_tokens", "max_running")}
     engine_of_all = engine.Engine(model, processor, args.adapters, **sizes)
+    if world is None or world.main:
+        graphs = ", decoding steps from CUDA graphs" if engine_of_all.graphs else ""
+        print(f"device {args.device}, kernels: {kernels}{graphs}", file=sys.stderr)
     pack(model)  # behind the adapters, which may hold a whole weight in place of the base's
     return Service(engine_of_all, processor, name, args)
 

@@ -71,6 +71,7 @@ class Batch:
     sample_ids: list[str] = field(default_factory=list)  # "file:line#id" of each segment, for messages
     bad: list[tuple[str, str]] = field(default_factory=list)  # (where, reason) of samples left out
     rope_lengths: Tensor | None = None  # (S,) int64, host; decoding: the prompt's length (see Qwen-VL's NTK)
+    single: bool = False  # decoding: each segment is one token, so rows are segments
     cache: Any = None  # decoding: keys and values of what the segments have seen before
     on_host: "Batch | None" = None  # of a batch on a device: what it was before, whose values cost no waiting
 
@@ -117,6 +118,8 @@ ALIGNED = 128  # bytes: kernels that are compiled for aligned pointers must find
 
 def move(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """Host tensors on a device, in one copy a dtype, that the host does not wait for."""
+    if device.type == "cpu":
+        return tensors
     moved = {}
     for dtype in {t.dtype: None for t in tensors.values()}:
         names = [name for name, t in tensors.items() if t.dtype == dtype]
@@ -423,8 +426,9 @@ def run(model: nn.Module, batch: Batch, output: str, x: Tensor | None, blocks, l
     if output == "hidden":
         return x
     if output == "logits":
-        last_rows = batch.cu_seqlens[1:] - 1 if last_rows is None else last_rows
-        return model.logits(x[last_rows.to(x.device)])  # (T, C) -> (S, C): what comes next in each segment
+        if not batch.single:  # (T, C) -> (S, C): what comes next in each segment
+            x = x[(batch.cu_seqlens[1:] - 1 if last_rows is None else last_rows).to(x.device)]
+        return model.logits(x)
     return model.head(x, batch)
 
 

@@ -72,11 +72,12 @@ class Case:
 def attention_cases(architecture: str):
     kernels = {
         "forward": (attention._attention_forward, 2),
-        "decode": (attention._attention_forward, 2),
+        "decode": (attention._decode, 2),
         "dq": (attention._attention_dq, 3),
         "dkdv": (attention._attention_dkdv, 4),
     }
     types = {"blocks": "*i32", "lse": "*fp32", "delta": "*fp32", "scale": "fp32", "score_scale": "fp32"}
+    types |= {"first": "*i64", "end": "*i64"}
     unaligned = ("num_q", *(f"head_{x}" for x in ("q", "k", "v", "o", "do", "dq", "dk")))
     for kind, (fn, dots) in kernels.items():
         for dtype, size in DTYPES.items():
@@ -90,6 +91,8 @@ def attention_cases(architecture: str):
                     "BLOCK_D": block_d,
                     "PRECISION": precision(dtype),
                 }
+                if kind == "decode":
+                    constants |= {"GROUP": 1, "LEAST": attention.LEAST_KEYS}
                 passed = m if kind == "dkdv" else n  # rows that a pass moves on by
                 flops = 2 * dots * m * n * block_d
                 yield Case(

@@ -131,6 +131,17 @@ def attention_ranges_ref(
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).to(v.dtype)
 
 
+def attention_decode_ref(q: Tensor, k: Tensor, v: Tensor, first: Tensor, end: Tensor) -> Tensor:
+    """Over all rows of k and v, which must hold finite numbers everywhere, under a mask: no shape depends on
+    a range."""
+    rows = torch.arange(len(k), device=k.device)
+    seen = (rows >= first[:, None]) & (rows < end[:, None])  # (S, R)
+    grouped = q.shape[1] != k.shape[1]
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H, S, D), (1, H of keys, R, D)
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
+    return o[0].transpose(0, 1)
+
+
 @functools.lru_cache(maxsize=8)
 def runs_of(
     bounds: tuple[int, ...], keys: tuple, end: int, width: int, joined: bool, device: torch.device
@@ -540,60 +551,101 @@ def _attention_dkdv(
 
 
 @jit
-def _combine_pieces(
-    parts,
-    lse,
+def _decode(
+    q,
+    k,
+    v,
+    first,
+    end,
     o,
-    num_parts,
-    pieces,
-    stride_part,
-    stride_o,
-    head_part,
-    head_o,
+    lse,
+    stride_q,
+    stride_k,
+    stride_v,
+    head_q,
+    head_k,
+    head_v,
+    scale,
     D: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    GROUP: tl.constexpr,
+    LEAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """o (S, H, D) of the answers `parts` (S * pieces, H, D) that the pieces of each segment's keys give, by
-    their weight: the sums of their exponentials, lse (H, S * pieces) in log 2; inf where a piece is empty."""
+    """A piece of a segment's keys, for the single query's GROUP heads that share a key head; a grid of
+    (segments, key heads, pieces). o (S, pieces, H, D) and lse (S, pieces, H) in log 2, inf where a piece is
+    empty."""
+    s, piece, pieces = tl.cast(tl.program_id(0), tl.int64), tl.program_id(2), tl.num_programs(2)
+    # The range is read on the device: the grid, and all that is passed, is the same in every step.
+    begin, stop = tl.load(first + s).to(tl.int32), tl.load(end + s).to(tl.int32)
+    step = tl.maximum(tl.cdiv(stop - begin, pieces), LEAST)
+    begin += piece * (tl.cdiv(step, BLOCK_N) * BLOCK_N)
+    stop = tl.minimum(begin + tl.cdiv(step, BLOCK_N) * BLOCK_N, stop)
+    full = begin + tl.maximum(stop - begin, 0) // BLOCK_N * BLOCK_N
+    rows = tl.arange(0, BLOCK_M)  # heads of the group, and rows of zeros up to what a dot takes
+    queries = _tile(_head(q + s * stride_q, GROUP * head_q), 0, GROUP, head_q, D, BLOCK_M, BLOCK_D, True)
+    k, v = _head(k, head_k), _head(v, head_v)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for masked in tl.static_range(2):
+        for n in range(full if masked else begin, stop if masked else full, BLOCK_N):
+            # `stop` ends the keys and the prefix: whatever lies in the range is seen.
+            acc, m, total = _forward_step(
+                acc,
+                m,
+                total,
+                queries,
+                k,
+                v,
+                n,
+                rows,
+                stop,
+                0,
+                stop,
+                stride_k,
+                stride_v,
+                scale,
+                D,
+                BLOCK_N,
+                BLOCK_D,
+                PRECISION,
+                masked,
+            )
+    seen = total > 0
+    total = tl.where(seen, total, 1.0)
+    place = ((s * pieces + piece) * tl.num_programs(1) + tl.program_id(1)) * GROUP
+    tl.store(lse + place + rows, tl.where(seen, m + tl.log2(total), float("inf")), mask=rows < GROUP)
+    _store(o + place * D, 0, GROUP, D, acc / total[:, None], D, BLOCK_M, BLOCK_D)
+
+
+@jit
+def _combine_pieces(parts, lse, o, pieces, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+    """o (S, H, D) of what _decode found, each piece by its weight, the sum of its exponentials."""
     piece, channels = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_D)
-    rows = tl.cast(tl.program_id(0), tl.int64) * pieces + piece
-    weights = tl.load(lse + tl.program_id(1) * num_parts + rows, mask=piece < pieces, other=float("inf"))
+    H, head = tl.num_programs(1), tl.program_id(1)
+    s = tl.cast(tl.program_id(0), tl.int64)
+    place = (s * pieces + piece) * H + head
+    weights = tl.load(lse + place, mask=piece < pieces, other=float("inf"))
     weights = tl.where(weights == float("inf"), float("-inf"), weights)
     largest = tl.max(weights, 0)
     weights = tl.exp2(weights - tl.where(largest == float("-inf"), 0.0, largest))
     inside = (piece < pieces)[:, None] & (channels < D)[None, :]
-    values = tl.load(
-        _head(parts, head_part) + rows[:, None] * stride_part + channels[None, :], mask=inside, other=0.0
-    )
+    values = tl.load(parts + place[:, None] * D + channels[None, :], mask=inside, other=0.0)
     total = tl.sum(weights, 0)
     out = tl.sum(values * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
-    pointers = _head(o, head_o) + tl.cast(tl.program_id(0), tl.int64) * stride_o + channels
-    tl.store(pointers, out.to(o.dtype.element_ty), mask=channels < D)
+    tl.store(o + (s * H + head) * D + channels, out.to(o.dtype.element_ty), mask=channels < D)
 
 
 # (bytes of an element, largest head size) -> (rows of queries, rows of keys, warps, stages);
 # dev/report.py checks them. sm_80's fit the 99 KB of shared memory of sm_86 and sm_89 too.
 TILES = {
     "sm_80": {
-        "forward": {
-            (2, 64): (128, 64, 8, 2),
-            (2, 128): (128, 64, 8, 2),
-            (4, 64): (64, 32, 4, 2),
-            (4, 128): (16, 32, 4, 2),
-        },
-        "decode": {
-            (2, 64): (16, 64, 4, 2),
-            (2, 128): (16, 32, 4, 2),
-            (4, 64): (16, 32, 4, 2),
-            (4, 128): (16, 32, 4, 2),
-        },
-        "dq": {
-            (2, 64): (128, 64, 8, 2),
-            (2, 128): (128, 64, 8, 2),
-            (4, 64): (32, 32, 4, 2),
-            (4, 128): (16, 32, 4, 2),
-        },
+        "forward": {(2, 128): (128, 64, 8, 2), (4, 64): (64, 32, 4, 2), (4, 128): (16, 32, 4, 2)},
+        "decode": {(2, 64): (16, 64, 4, 2), (2, 128): (16, 32, 4, 2), (4, 128): (16, 32, 4, 2)},
+        "dq": {(2, 128): (128, 64, 8, 2), (4, 64): (32, 32, 4, 2), (4, 128): (16, 32, 4, 2)},
         "dkdv": {
             (2, 64): (64, 64, 4, 2),
             (2, 128): (64, 64, 8, 2),
@@ -602,24 +654,9 @@ TILES = {
         },
     },
     "sm_90": {
-        "forward": {
-            (2, 64): (128, 64, 8, 3),
-            (2, 128): (128, 64, 8, 3),
-            (4, 64): (64, 32, 4, 2),
-            (4, 128): (16, 32, 4, 2),
-        },
-        "decode": {
-            (2, 64): (16, 64, 4, 2),
-            (2, 128): (16, 64, 4, 2),
-            (4, 64): (16, 32, 4, 2),
-            (4, 128): (16, 32, 4, 2),
-        },
-        "dq": {
-            (2, 64): (128, 64, 8, 2),
-            (2, 128): (128, 64, 8, 2),
-            (4, 64): (64, 32, 4, 2),
-            (4, 128): (16, 32, 4, 2),
-        },
+        "forward": {(2, 128): (128, 64, 8, 3), (4, 64): (64, 32, 4, 2), (4, 128): (16, 32, 4, 2)},
+        "decode": {(2, 128): (16, 64, 4, 2), (4, 128): (16, 32, 4, 2)},
+        "dq": {(2, 128): (128, 64, 8, 2), (4, 64): (64, 32, 4, 2), (4, 128): (16, 32, 4, 2)},
         "dkdv": {
             (2, 64): (64, 128, 8, 2),
             (2, 104): (32, 64, 4, 2),
@@ -701,10 +738,6 @@ def _loadable(x: Tensor) -> Tensor:
 def _launch(name: str, fn, kind, segments: tuple, q: Tensor, *args) -> None:
     H, D = q.shape[1:]
     block_d = max(16, triton.next_power_of_2(D))
-    longest = max((b - a for a, b in itertools.pairwise(segments[0])), default=0)
-    # A decoding step has one query a segment: tall tiles would compute rows that nobody has.
-    if name == "forward" and longest <= 16:
-        name = "decode"
     block_m, block_n, warps, stages = tile(architecture(q.device), name, q.element_size(), D)
     blocks = plan(kind, *segments, block_m, block_n, q.device)
     if len(blocks):
@@ -728,21 +761,8 @@ class _Attention(torch.autograd.Function):
         Tq, H, D = q.shape
         o = torch.empty(Tq, H, D, dtype=q.dtype, device=q.device)
         lse = torch.empty(H, Tq, dtype=torch.float32, device=q.device)
-        _launch(
-            "forward",
-            _attention_forward,
-            query_blocks,
-            segments,
-            q,
-            q,
-            k,
-            v,
-            o,
-            lse,
-            Tq,
-            *strides(q, k, v, o),
-            LOG2E / math.sqrt(D),
-        )
+        args = q, k, v, o, lse, Tq, *strides(q, k, v, o), LOG2E / math.sqrt(D)
+        _launch("forward", _attention_forward, query_blocks, segments, q, *args)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.segments = segments
         return o
@@ -754,46 +774,14 @@ class _Attention(torch.autograd.Function):
         Tq, _, D = q.shape
         scales = LOG2E / math.sqrt(D), 1 / math.sqrt(D)
         dq, delta = torch.empty_like(o), torch.empty_like(lse)
-        _launch(
-            "dq",
-            _attention_dq,
-            query_blocks,
-            ctx.segments,
-            q,
-            q,
-            k,
-            v,
-            o,
-            do,
-            lse,
-            delta,
-            dq,
-            Tq,
-            *strides(q, k, v, o, do, dq),
-            *scales,
-        )
+        args = q, k, v, o, do, lse, delta, dq, Tq, *strides(q, k, v, o, do, dq), *scales
+        _launch("dq", _attention_dq, query_blocks, ctx.segments, q, *args)
         # Behind dq, which leaves delta; a frozen tower's queries alone have a gradient.
         dk = dv = None
         if any(ctx.needs_input_grad[1:3]):
             dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
-            _launch(
-                "dkdv",
-                _attention_dkdv,
-                key_blocks,
-                ctx.segments,
-                q,
-                q,
-                k,
-                v,
-                do,
-                lse,
-                delta,
-                dk,
-                dv,
-                Tq,
-                *strides(q, k, v, do, dk),
-                *scales,
-            )
+            args = q, k, v, do, lse, delta, dk, dv, Tq, *strides(q, k, v, do, dk), *scales
+            _launch("dkdv", _attention_dkdv, key_blocks, ctx.segments, q, *args)
         return dq, dk, dv, None, None, None
 
 
@@ -806,59 +794,81 @@ def pieces_of(longest: int, programs: int, device: torch.device) -> int:
     return max(1, min(-(-2 * processors // max(programs, 1)), longest // 512, 64))
 
 
-def decode_split(q: Tensor, k: Tensor, v: Tensor, keys: tuple[tuple[int, int], ...], pieces: int) -> Tensor:
-    """Single queries q (S, H, D) over their ranges of k and v, each in so many pieces side by side, which are
-    then put together ("Flash-Decoding", Dao et al. 2023). Without gradients."""
-    q, k, v = _loadable(q), _loadable(k), _loadable(v)
-    S, H, D = q.shape
-    steps = [(first, end, max(1, -(-(end - first) // pieces))) for first, end in keys]
-    parts = [
-        (min(first + n * step, end), min(first + (n + 1) * step, end))
-        for first, end, step in steps
-        for n in range(pieces)
-    ]
-    queries = q.repeat_interleave(pieces, dim=0)  # a query for each piece
-    found = torch.empty(queries.shape, dtype=torch.float32, device=q.device)
-    lse = torch.empty(H, len(parts), dtype=torch.float32, device=q.device)
-    segments = tuple(range(len(parts) + 1)), tuple(parts), None
-    tensors, scale = (queries, k, v, found), LOG2E / math.sqrt(D)
-    args = *tensors, lse, len(parts), *strides(*tensors), scale
-    _launch("forward", _attention_forward, query_blocks, segments, q, *args)
-    o = torch.empty_like(q)
-    _combine_pieces[(S, H)](
-        found,
-        lse,
-        o,
-        len(parts),
-        pieces,
-        *strides(found, o),
-        D=D,
-        BLOCK_P=triton.next_power_of_2(pieces),
-        BLOCK_D=max(16, triton.next_power_of_2(D)),
-    )
-    return o
+LEAST_KEYS = 128  # of a piece: short ranges leave the last ones empty
 
 
-def attention_ranges_triton(q, k, v, cu_seqlens_q, keys, causal: bool, prefix_lens=None) -> Tensor:
-    bounds_q, keys = tuple(cu_seqlens_q.tolist()), tuple(keys)
-    D, end = q.shape[-1], max((end for _, end in keys), default=0)
+def check_kernel_takes(q: Tensor) -> None:
+    D = q.shape[-1]
     if D % 8 or D > 128 or q.dtype not in PRECISION:
         takes = "multiples of 8 up to 128 in fp32, fp16, bf16"
         raise ValueError(
             f"head_dim={D}, {q.dtype}: the Triton kernel takes {takes}; set use_flash_attention=false"
         )
+
+
+def attention_decode_triton(
+    q: Tensor, k: Tensor, v: Tensor, first: Tensor, end: Tensor, longest: int, pieces: int | None = None
+) -> Tensor:
+    """As attention_decode; `longest`: no range has more keys. They are taken in pieces side by side, which
+    are then put together ("Flash-Decoding", Dao et al. 2023)."""
+    check_kernel_takes(q)
+    if torch.is_autocast_enabled(q.device.type):  # as scaled_dot_product_attention does
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    q, k, v = _loadable(q), _loadable(k), _loadable(v)
+    (S, H, D), heads = q.shape, k.shape[1]
+    pieces = pieces_of(longest, S * heads, q.device) if pieces is None else pieces
+    block_m, block_n, warps, stages = tile(architecture(q.device), "decode", q.element_size(), D)
+    block_d = max(16, triton.next_power_of_2(D))
+    o = torch.empty(S, H, D, dtype=q.dtype, device=q.device)
+    # One piece is the answer; of several, each as exact as the sum that they make.
+    parts = o if pieces == 1 else torch.empty(S, pieces, H, D, dtype=torch.float32, device=q.device)
+    lse = torch.empty(S, pieces, H, dtype=torch.float32, device=q.device)
+    if S:
+        _decode[(S, heads, pieces)](
+            *(q, k, v, first, end, parts, lse),
+            *strides(q, k, v),
+            LOG2E / math.sqrt(D),
+            D=D,
+            GROUP=H // heads,
+            LEAST=LEAST_KEYS,
+            BLOCK_M=max(block_m, triton.next_power_of_2(H // heads)),
+            BLOCK_N=block_n,
+            BLOCK_D=block_d,
+            PRECISION=PRECISION[q.dtype],
+            num_warps=warps,
+            num_stages=stages,
+        )
+    if S and pieces > 1:
+        _combine_pieces[(S, H)](
+            parts, lse, o, pieces, D=D, BLOCK_P=triton.next_power_of_2(pieces), BLOCK_D=block_d
+        )
+    return o
+
+
+@functools.lru_cache(maxsize=8)
+def ranges_on(device: torch.device, keys: tuple[tuple[int, int], ...]) -> Tensor:
+    """(2, S) int64: where they begin, and end. All layers of a step share it, as `plan`."""
+    table = torch.tensor(keys, dtype=torch.int64).view(-1, 2).t().contiguous()
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
+def attention_ranges_triton(q, k, v, cu_seqlens_q, keys, causal: bool, prefix_lens=None) -> Tensor:
+    bounds_q, keys = tuple(cu_seqlens_q.tolist()), tuple(keys)
+    end = max((end for _, end in keys), default=0)
+    check_kernel_takes(q)
     if bounds_q[-1] != len(q) or end > len(k):
         rows = f"{len(q)} queries and {len(k)} keys"
         raise ValueError(f"cu_seqlens end at {bounds_q[-1]} and {end}, but there are {rows}")
+    if bounds_q == tuple(range(len(keys) + 1)) and not torch.is_grad_enabled():
+        longest = max((end - first for first, end in keys), default=0)
+        return attention_decode_triton(q, k, v, *ranges_on(q.device, keys), longest)
+    if k.shape[1] != q.shape[1]:
+        return _grouped(attention_ranges_triton, q, k, v, cu_seqlens_q, keys, causal, prefix_lens)
     prefixes = None
     if causal:
         prefixes = (0,) * len(keys) if prefix_lens is None else tuple(prefix_lens.tolist())
     if torch.is_autocast_enabled(q.device.type):  # as scaled_dot_product_attention does
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    longest = max((end - first for first, end in keys), default=0)
-    if bounds_q[-1] == len(keys) and bounds_q == tuple(range(len(keys) + 1)) and not torch.is_grad_enabled():
-        if (pieces := pieces_of(longest, len(keys) * q.shape[1], q.device)) > 1:
-            return decode_split(q, k, v, keys, pieces)
     return _Attention.apply(q, k, v, bounds_q, keys, prefixes)
 
 
@@ -943,8 +953,19 @@ def attention_ranges(
     """attention() over keys and values that lie anywhere: keys[s] is the (first row, end) of segment s in k
     and v, the pool of a decoder; nothing is copied. A bias (H, Lq, Lk) ends with the last query and the last
     key of every segment. Without gradients."""
-    if k.shape[1] != q.shape[1]:
-        return _grouped(attention_ranges, q, k, v, cu_seqlens_q, keys, causal, prefix_lens, bias, impl)
     if bias is None and use_triton(impl, q):
         return attention_ranges_triton(q, k, v, cu_seqlens_q, keys, causal, prefix_lens)
+    if k.shape[1] != q.shape[1]:
+        return _grouped(attention_ranges_ref, q, k, v, cu_seqlens_q, keys, causal, prefix_lens, bias)
     return attention_ranges_ref(q, k, v, cu_seqlens_q, keys, causal, prefix_lens, bias)
+
+
+def attention_decode(
+    q: Tensor, k: Tensor, v: Tensor, first: Tensor, end: Tensor, impl: str = "auto"
+) -> Tensor:
+    """attention_ranges() of single queries q (S, H, D) whose ranges, first and end (S,) int64, are on the
+    device: nothing of a step is known on the host, so a CUDA graph can hold it. k and v may have fewer
+    heads."""
+    if use_triton(impl, q):
+        return attention_decode_triton(q, k, v, first, end, len(k))
+    return attention_decode_ref(q, k, v, first, end)

@@ -6,7 +6,11 @@
 
 RuntimeError where an operation has tensors of both kinds, or where the host would have to wait for a value:
 `item`, `tolist`, `nonzero`, a mask as an index, `repeat_interleave` of unknown length, a copy to the host.
-Numbers of one element (0-dim host tensors) may stand beside a device's, as on a GPU.
+Numbers of one element (0-dim host tensors) may stand beside a device's, as on a GPU. With reads=True copies
+to the host, and single values, are counted instead.
+
+`device.capture(run)` stands for a CUDA graph: what the device is told to do inside is written down, and
+`replay` does it again to the same memory. RuntimeError for a read or a copy from the host inside.
 """
 
 import contextlib
@@ -50,6 +54,9 @@ class OnDevice(torch.Tensor):
     def __init__(self, real: torch.Tensor):
         self.held = real
 
+    def tolist(self):  # which torch has for no subclass
+        return self.cpu().tolist()
+
     def __repr__(self):
         return f"OnDevice({tuple(self.shape)}, {self.dtype})"
 
@@ -58,13 +65,67 @@ class OnDevice(torch.Tensor):
         raise RuntimeError(f"{function} outside of the device's with block")
 
 
-class Device(TorchDispatchMode):
-    """Within it the device is there. Meta tensors know no autocast, so it is off."""
+def memory_of(*values) -> set[int]:
+    """Where their tensors lie."""
+    tensors = [x for x in tree_flatten(values)[0] if isinstance(x, torch.Tensor)]
+    return {(x.held if isinstance(x, OnDevice) else x).untyped_storage().data_ptr() for x in tensors}
+
+
+class Tape(list):
+    """(function, arguments, new results) of each operation of the device, on the tensors that were there."""
 
     def __init__(self):
         super().__init__()
+        self.given: set[int] = set()  # memory that was there before
+        self.made: set[int] = set()
+        self.replays = 0
+
+    def add(self, function, args, kwargs, out) -> None:
+        had = memory_of(args, kwargs)
+        self.given |= had - self.made
+        self.made |= memory_of(out) - self.given
+        # A view, or what was changed in place, is there already.
+        self.append(
+            (function, args, kwargs, [None if memory_of(x) <= had else x for x in tree_flatten(out)[0]])
+        )
+
+    def replay(self) -> None:
+        self.replays += 1
+        for function, args, kwargs, made in self:
+            again = function(*args, **kwargs)
+            for old, new in zip(made, again if len(made) > 1 else [again], strict=True):
+                if old is not None:
+                    old.copy_(new)
+
+
+class Device(TorchDispatchMode):
+    """Within it the device is there. Meta tensors know no autocast, so it is off."""
+
+    def __init__(self, reads: bool = False):
+        super().__init__()
         self.copies: list[tuple[int, torch.dtype]] = []
-        self.operations = 0
+        self.operations, self.reads_allowed, self.reads = 0, reads, 0
+        self.tape: Tape | None = None
+        self.tapes: list[Tape] = []
+
+    def capture(self, run):
+        """As decode_graph.cuda_capture()'s."""
+        run()  # there too it is not captured the first time
+        self.tape, copies = Tape(), len(self.copies)
+        try:
+            run()
+            if len(self.copies) > copies:
+                raise RuntimeError("a copy from the host inside a capture")
+            self.tapes.append(self.tape)
+        finally:
+            self.tape = None
+        return self.tapes[-1].replay
+
+    def read(self, what: str) -> None:
+        """A value that the host waits for."""
+        if not self.reads_allowed or self.tape is not None:
+            raise RuntimeError(what)
+        self.reads += 1
 
     def __enter__(self):
         self.off = contextlib.ExitStack()
@@ -92,13 +153,14 @@ class Device(TorchDispatchMode):
         real_args, real_kwargs = tree_map_only(OnDevice, lambda x: x.held, (args, kwargs))
         if function is aten._to_copy.default:
             if ours and "device" in kwargs and not made_there:
-                raise RuntimeError(f"a copy of {ours[0]} to the host: it waits for the device")
+                self.read(f"a copy of {ours[0]} to the host: it waits for the device")
+                return function(*real_args, **real_kwargs)
             if not ours:
                 self.copies.append((args[0].nbytes, args[0].dtype))
             if made_there:
                 real_kwargs["device"] = "cpu"
             real_kwargs.pop("non_blocking", None)
-            return OnDevice(function(*real_args, **real_kwargs))
+            return OnDevice(self.run(function, real_args, real_kwargs))
         if function is aten.copy_.default and len(ours) == 1:
             if not isinstance(args[0], OnDevice):
                 raise RuntimeError(f"a copy of {ours[0]} to the host: it waits for the device")
@@ -108,12 +170,18 @@ class Device(TorchDispatchMode):
         self.refuse_waits(function, args, kwargs)
         if made_there:
             real_kwargs["device"] = "cpu"
-        out = function(*real_args, **real_kwargs)
+        out = self.run(function, real_args, real_kwargs)
         if function._schema.is_mutable and not function._schema.name.startswith("aten::_fused"):
             kinds = [r.alias_info is not None and r.alias_info.is_write for r in function._schema.returns]
             if kinds and all(kinds):
                 return args[0] if "out" not in kwargs else kwargs["out"]
         return tree_map_only(torch.Tensor, OnDevice, out)
+
+    def run(self, function, args, kwargs):
+        out = function(*args, **kwargs)
+        if self.tape is not None:
+            self.tape.add(function, args, kwargs, out)
+        return out
 
     def refuse_waits(self, function, args, kwargs) -> None:
         masks = function in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default) and any(
@@ -121,7 +189,7 @@ class Device(TorchDispatchMode):
         )
         unknown = function is aten.repeat_interleave.Tensor and kwargs.get("output_size") is None
         if function in WAITS or masks or unknown:
-            raise RuntimeError(f"{function}: the host waits for a value of the device")
+            self.read(f"{function}: the host waits for a value of the device")
 
 
 def move(module: torch.nn.Module) -> None:

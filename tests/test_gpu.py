@@ -5,10 +5,17 @@ The same measure as tests/test_kernels.py, which has the interpreter: an error a
 plain PyTorch's. `python bench.py gpu` runs them and times everything.
 """
 
+import warnings
+from pathlib import Path
+
 import pytest
 import torch
 from test_kernels import HEAD_DIMS, LENGTHS, attention_call, bounds, errors
 
+import data
+import generate
+import records
+from engine import Engine, Request
 from kernels.attention import attention
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from kernels.norm import rms_norm
@@ -90,6 +97,35 @@ def test_the_others(dtype):
         x = leaf(99, 32, D).to(getattr(torch, dtype))
         a, b = (rotary(x, angles.cos(), angles.sin(), impl=impl) for impl in ("triton", "ref"))
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", ("qwen_vl", "visualglm", "blip2"))
+def test_decoding_steps_from_graphs(kind):
+    """Answers as step by step; the host waits for the device once a step."""
+    path = Path(__file__).resolve().parent.parent / "samples" / f"tiny_{kind}"
+    model, processor = generate.load_model(path, device="cuda"), data.load_processor(str(path), "sft")
+    answers = []
+    for capture in (None, False):
+        e, told = Engine(model, processor, capture=capture), {}
+        for n in range(5):
+            image = torch.rand(3, *model.image_size, generator=torch.Generator().manual_seed(n))
+            prompt = processor.prompt(records.request([("user", "what " * n)], [f"{n}.png"], "test"))
+            how = generate.Decoding(20, min_new_tokens=20, temperature=float(n % 2), top_p=0.9)
+            e.submit(Request(str(n), {**prompt, "pixel_values": [image]}, how, logprobs=n))
+        while e.has_work():
+            known, steps = len(e.graphs.graphs) if e.graphs else 0, all(s.decodes for s in e.active)
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+                events = e.step()
+                torch.cuda.set_sync_debug_mode("default")
+            if known and steps and known == len(e.graphs.graphs) and not e.waiting:
+                assert sum("synchroniz" in str(w.message) for w in said) == 1
+            for event in events:
+                told.setdefault(event.request.id, []).append(event.token)
+        assert capture is False or e.graphs.capture and len(e.graphs.graphs) >= 1
+        answers.append(told)
+    assert answers[0] == answers[1] and len(answers[0]) == 5
 
 
 def test_attention_is_faster_than_a_dense_mask():
