@@ -47,38 +47,31 @@ NUMBERS = {  # field -> (type, least, most)
     "seed": (int, -(1 << 63), (1 << 63) - 1),
     "top_logprobs": (int, 0, 20),
 }
-DECODING = {
-    "max_tokens": "max_new_tokens",
-    "max_completion_tokens": "max_new_tokens",
-    "min_tokens": "min_new_tokens",
-}
-SAME = ("temperature", "top_p", "top_k", "repetition_penalty", "num_beams", "length_penalty", "seed")
+# field -> that of generate.Decoding
+DECODING = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
+DECODING["min_tokens"] = "min_new_tokens"
+SAME = "temperature top_p top_k repetition_penalty num_beams length_penalty seed".split()
 DECODING |= {name: name for name in SAME}
 BEAMLESS = ("n", "logprobs", "logit_bias", "presence_penalty", "frequency_penalty")  # not with num_beams
 FLAGS = ("stream", "logprobs", "continue_final_message", "add_generation_prompt")
 OTHERS = ("model", "messages", "stop", "stream_options", "logit_bias")
 # of no effect on an answer: accepted
 HARMLESS = (
-    "user",
-    "metadata",
-    "store",
-    "service_tier",
-    "safety_identifier",
-    "prompt_cache_key",
-    "prediction",
-)
-HARMLESS += ("prompt_cache_retention", "parallel_tool_calls", "request_id", "priority")
-NEUTRAL = {  # would change the answer and is not there: accepted where it asks for nothing
+    "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention prediction "
+    "parallel_tool_calls request_id priority"
+).split()
+# Would change the answer and is not there: accepted where it asks for nothing, by null or by what stands
+# here. Clients send some of them with every request, as their defaults.
+ABSENT = "audio web_search_options guided_json guided_regex guided_choice structured_outputs"
+NEUTRAL = dict.fromkeys(ABSENT.split(), ()) | {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
-    "audio": (),
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
-    "web_search_options": (),
     "best_of": (1,),
     "use_beam_search": (False,),
     "min_p": (0, 0.0),
@@ -88,23 +81,18 @@ NEUTRAL = {  # would change the answer and is not there: accepted where it asks 
     "stop_token_ids": ([],),
     "skip_special_tokens": (True,),
     "include_stop_str_in_output": (False,),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "structured_outputs": (),
 }
 KNOWN = {*NUMBERS, *FLAGS, *OTHERS, *HARMLESS, *NEUTRAL}
 ROLES = ("system", "developer", "user", "assistant")
 MAX_TEXT = 1_000_000  # characters of all messages
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP")  # fewer decoders than for one's own files
+# Fewer decoders than for one's own files: each is a way in for what a stranger sends.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP")
 
 
 class Refused(Exception):
     """A request that is answered with an error in OpenAI's shape; `param` names the field."""
 
-    def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None, **headers
-    ):
+    def __init__(self, status: int, message: str, param=None, code: str | None = None, **headers):
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -157,24 +145,24 @@ def read_wanted(content: bytes, limits, defaults: Decoding, vocab_size: int) -> 
     include_usage = read_stream_options(body.get("stream_options", {}), stream)
     stop, bias = read_stop(body.get("stop", [])), read_bias(body.get("logit_bias", {}), vocab_size)
     how = read_decoding(numbers, defaults)
+    # Beams share one search: there is no next token of one answer to change or to report.
     for name in BEAMLESS if how.num_beams > 1 else ():
         if body.get(name) and not (name == "n" and body[name] == 1):
             raise Refused(400, f"{name} and num_beams={how.num_beams} do not go together", name)
     turns, places, begun = read_messages(body["messages"], limits, go_on)
+    given = {k: numbers[k] for k in ("n", "presence_penalty", "frequency_penalty") if k in numbers}
     return Wanted(
-        model=body["model"],
-        turns=turns,
-        places=places,
-        how=how,
-        n=numbers.get("n", 1),
+        body["model"],
+        turns,
+        places,
+        how,
         stop=stop,
         stream=stream,
         include_usage=include_usage,
         logprobs=numbers.get("top_logprobs", 0) if body.get("logprobs") else -1,
         logit_bias=bias,
-        presence_penalty=numbers.get("presence_penalty", 0.0),
-        frequency_penalty=numbers.get("frequency_penalty", 0.0),
         begun=begun,
+        **given,
     )
 
 
@@ -225,11 +213,8 @@ def read_number(name: str, value, kind: type, least, most):
 
 def read_stop(value) -> list[str]:
     stop = [value] if isinstance(value, str) else value
-    if (
-        not isinstance(stop, list)
-        or len(stop) > 4
-        or not all(isinstance(s, str) and 0 < len(s) <= 1000 for s in stop)
-    ):
+    texts = isinstance(stop, list) and all(isinstance(s, str) and 0 < len(s) <= 1000 for s in stop)
+    if not texts or len(stop) > 4:
         raise bad("stop", "a text or up to 4 texts, none of them empty", value)
     return stop
 
@@ -268,7 +253,7 @@ def read_messages(messages, limits, go_on: bool) -> tuple[list, list[str], str |
     message is one to go on from. Texts stay texts (no tag opens a file); images are data URLs."""
     if not isinstance(messages, list) or not messages or len(messages) > 4096:
         raise bad("messages", "a list of messages, at least one", messages)
-    cleaned, places = [], []
+    cleaned, places, length = [], [], 0
     for n, message in enumerate(messages):
         where = f"messages[{n}]"
         if not isinstance(message, dict):
@@ -281,18 +266,16 @@ def read_messages(messages, limits, go_on: bool) -> tuple[list, list[str], str |
         content = message.get("content")
         if isinstance(content, str):
             check_text(content, f"{where}.content")
+            length += len(content)
         elif isinstance(content, list):
             content = [read_part(part, f"{where}.content[{k}]", limits) for k, part in enumerate(content)]
             places += [f"{where}.content[{k}]" for k, p in enumerate(content) if p["type"] == "image_url"]
+            length += sum(len(part.get("text", "")) for part in content)
         else:
             raise bad(f"{where}.content", "a text or a list of parts that is not empty", content)
         if len(places) > limits.max_images:
             raise Refused(400, f"{where}: more than {limits.max_images} images", f"{where}.content")
         cleaned.append({"role": message["role"], "content": content})
-    texts = [
-        part for m in cleaned for part in ([m["content"]] if isinstance(m["content"], str) else m["content"])
-    ]
-    length = sum(len(t if isinstance(t, str) else t.get("text", "")) for t in texts)
     if length > MAX_TEXT:  # before it is taken apart into tokens
         message = f"messages: {length:,} characters of text, at most {MAX_TEXT:,} are taken; shorten them"
         raise Refused(400, message, "messages", "context_length_exceeded")
@@ -330,9 +313,8 @@ def read_part(part, where: str, limits) -> dict:
         return {"type": "text", "text": part["text"]}
     if kind != "image_url":
         expected = "a part of type text with a text, or of type image_url"
-        raise bad(
-            where if kind == "text" else f"{where}.type", expected, part if kind in (None, "text") else kind
-        )
+        got = part if kind in (None, "text") else kind
+        raise bad(where if kind == "text" else f"{where}.type", expected, got)
     value, where = part.get("image_url"), f"{where}.image_url"
     if isinstance(value, dict):
         refuse_others(value, {"url", "detail"}, where)
@@ -409,16 +391,16 @@ def fetch_image(url: str, where: str, limits, seconds: float = 10) -> str:
         raise bad(where, "a data URL", url) from None
     if parts.scheme != "https" or port not in (None, 443) or parts.username or host not in limits.image_hosts:
         allowed = f" or https from {', '.join(limits.image_hosts)}" if limits.image_hosts else ""
-        message = (
-            f"{where}: expected a data URL (data:image/png;base64,...){allowed}; this one is not fetched"
-        )
-        raise Refused(400, message, where, "invalid_image_url")
+        expected = f"{where}: expected a data URL (data:image/png;base64,...){allowed}"
+        raise Refused(400, f"{expected}; this one is not fetched", where, "invalid_image_url")
     try:
         found = socket.getaddrinfo(host, 443, type=socket.SOCK_STREAM)
         addresses = [address[0] for *_, address in found]
+        # A name may mean a machine of this network, which no client can reach by itself.
         if not addresses or not all(map(is_public, addresses)):
             raise ValueError("its address is not one of the open internet")
         connection = Pinned(host, addresses[0], seconds)
+        # A timeout of the socket is for each read: a host that sends a byte a second would hold us.
         watchdog = threading.Timer(seconds, connection.abort)
         watchdog.start()
         try:
@@ -435,7 +417,6 @@ def fetch_image(url: str, where: str, limits, seconds: float = 10) -> str:
             raise ValueError(f"more than {limits.max_body_mb} MB")
     except (OSError, ValueError, http.client.HTTPException) as e:
         reason = terminal.one_line(e, 100) if isinstance(e, ValueError) else type(e).__name__
-        raise Refused(
-            400, f"{where}: the image could not be fetched ({reason})", where, "invalid_image_url"
-        ) from None
+        message = f"{where}: the image could not be fetched ({reason})"
+        raise Refused(400, message, where, "invalid_image_url") from None
     return "data:image/png;base64," + base64.b64encode(content).decode()  # decoders look at the content

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 import checkpoint
 import data
-import lora
 import metrics
 import parallel
 import recipes
@@ -36,17 +35,7 @@ import vlm
 from config import Config, parse_config, read_file
 from draw import draw_boxes
 from engine import Engine
-from generate import (
-    DTYPES,
-    Decoding,
-    answers,
-    base_of,
-    check_bad,
-    check_device,
-    load_model,
-    load_quantized,
-    name_bad,
-)
+from generate import DTYPES, Decoding, answers, base_of, check_bad, check_device, load_as_asked, name_bad
 from kernels import dispatch
 from kernels.linear import pack
 from quantize import KINDS
@@ -371,14 +360,6 @@ def check_what_is_asked(conversations: list[Conversation], args, retrieving: boo
         Path(args.boxes).mkdir(parents=True, exist_ok=True)
 
 
-def load(directory: str, processor, dtype: str, device: str, kind: str | None, adapter: str | None):
-    """The model, in few bits if a kind of them is given. An adapter that was trained on others is named."""
-    lora.say_base(adapter, kind)
-    if kind:
-        return pack(load_quantized(directory, processor, dtype, device, kind, adapter))
-    return pack(load_model(directory, DTYPES[dtype], device, adapter))
-
-
 def ranked(model, processor, conversations: list, batch_size: int, rerank: int, bad: list) -> dict:
     """What the result file says of a retrieval."""
     if not_captions := [c for c in conversations if c.kind != "caption"]:
@@ -429,7 +410,7 @@ def run(args, how: Decoding) -> int:
     )
     if args.output and Path(args.output).is_file():
         say_again(args.output)
-    model = load(directory, processor, dtype, args.device, kind, adapter)
+    model = pack(load_as_asked(directory, processor, dtype, args.device, kind, adapter))
     print(f"device {args.device}, kernels: {kernels}", file=sys.stderr)
     result = {
         "model_name_or_path": str(directory),

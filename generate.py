@@ -307,6 +307,15 @@ def load_quantized(directory, processor, dtype: str, device, kind: str, lora_pat
     return model.to(device)
 
 
+def load_as_asked(directory, processor, dtype: str, device, kind: str | None, adapter=None, world=None):
+    """The model that a command line means, in few bits if it names a kind of them. An adapter that was
+    trained over other bits is named."""
+    lora.say_base(adapter, kind)
+    if kind:
+        return load_quantized(directory, processor, dtype, device, kind, adapter)
+    return load_model(directory, DTYPES[dtype], device, adapter, world)
+
+
 def read_requests(args) -> tuple[list[Conversation], list[tuple[str, str]]]:
     """What is to be answered, and (where, reason) of the records of --requests that cannot be."""
     if args.requests:
@@ -590,13 +599,9 @@ def run(args, how: Decoding, world: parallel.World | None = None) -> int:
     processor = data.load_processor(directory, args.stage)
     conversations, bad = ([], []) if args.chat else read_requests(args)
     total = len(conversations) + len(bad)
-    lora.say_base(args.lora_path, args.quantize)
     args.dtype = args.dtype or default_dtype(directory, args.device)
-    if args.quantize:
-        model = load_quantized(directory, processor, args.dtype, args.device, args.quantize, args.lora_path)
-    else:
-        model = load_model(directory, DTYPES[args.dtype], args.device, args.lora_path, world)
-    pack(model)
+    where = args.dtype, args.device
+    model = pack(load_as_asked(directory, processor, *where, args.quantize, args.lora_path, world))
     main_rank = world is None or world.main
     if main_rank:
         print(f"device {args.device}, kernels: {kernels}", file=sys.stderr)

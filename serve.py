@@ -75,8 +75,7 @@ from generate import (
     check_device,
     cut_at_stop,
     default_dtype,
-    load_model,
-    load_quantized,
+    load_as_asked,
 )
 from kernels import dispatch
 from kernels.linear import pack
@@ -376,12 +375,13 @@ class ChatCompletions:
     async def __call__(self, scope, receive, send) -> None:
         service, request = self.service, Request(scope, receive)
         client = (scope.get("client") or ("",))[0]  # an address
-        with service.seats.taken(client) as seats:
+        # A seat first: who finds none is sent away before a body is read.
+        with service.seats.taken(client) as take:
             content = await read_body(request, service.limits)
             prepared = asyncio.get_running_loop().run_in_executor(service.workers, service.prepare, content)
             wanted, prompt, adapter = await prepared
-            del content
-            seats.take(wanted.n - 1)
+            del content  # megabytes, for as long as the answer takes
+            take(wanted.n - 1)
             chat = Chat(service, wanted, prompt, adapter, client)
             scope["chat"] = chat  # for the log
             service.chats.add(chat)
@@ -393,7 +393,7 @@ class ChatCompletions:
                     raise ClientDisconnect
                 await answer
             finally:
-                chat.cancel()
+                chat.cancel()  # who has gone frees the engine at once
                 service.chats.discard(chat)
                 for task in (answer, gone):
                     task.cancel()
@@ -450,35 +450,32 @@ class Seats:
 
     @contextlib.contextmanager
     def taken(self, client: str):
-        mine = Seat(self, client)
-        began = time.monotonic()
+        """Takes a seat, and yields what takes so many more; all are free again behind it."""
+        mine, began = 0, time.monotonic()
+
+        def take(count: int) -> None:
+            nonlocal mine
+            if self.draining:
+                raise Refused(503, "the server is shutting down", retry_after="30", connection="close")
+            full = self.open + count > self.most
+            if full or self.of[client] + count > self.most_of_one:
+                # About when the next seat will be free.
+                wait = str(min(60, max(1, math.ceil(self.mean_seconds))))
+                message = f"too many requests{'' if full else ' of yours'} are waiting; try again later"
+                raise Refused(429, message, None, "queue_full", retry_after=wait)
+            self.open += count
+            self.of[client] += count
+            mine += count
+
         try:
-            mine.take(1)
-            yield mine
+            take(1)
+            yield take
             self.mean_seconds += 0.1 * (time.monotonic() - began - self.mean_seconds)
         finally:
-            self.open -= mine.count
-            self.of[client] -= mine.count
-            if not self.of[client]:
+            self.open -= mine
+            self.of[client] -= mine
+            if not self.of[client]:  # or addresses would gather for as long as the server runs
                 del self.of[client]
-
-
-class Seat:
-    def __init__(self, seats: Seats, client: str):
-        self.seats, self.client, self.count = seats, client, 0
-
-    def take(self, count: int) -> None:
-        seats = self.seats
-        if seats.draining:
-            raise Refused(503, "the server is shutting down", retry_after="30", connection="close")
-        full = seats.open + count > seats.most
-        if full or seats.of[self.client] + count > seats.most_of_one:
-            wait = str(min(60, max(1, math.ceil(seats.mean_seconds))))
-            message = f"too many requests{'' if full else ' of yours'} are waiting; try again later"
-            raise Refused(429, message, None, "queue_full", retry_after=wait)
-        seats.open += count
-        seats.of[self.client] += count
-        self.count += count
 
 
 # ---- metrics
@@ -922,15 +919,11 @@ def open_service(args, world: parallel.World | None = None) -> Service:
         raise ValueError(f"{name!r} is the name of the model and of an adapter; give --served_model_name")
     for adapter in args.adapters.values():
         lora.say_base(adapter, args.quantize)
-        lora.check_base(
-            adapter, checkpoint.open_model(directory, vlm.find(checkpoint.read_config(directory)))
-        )
+        weights = checkpoint.open_model(directory, vlm.find(checkpoint.read_config(directory)))
+        lora.check_base(adapter, weights)
     processor = data.load_processor(directory)
     args.dtype = args.dtype or default_dtype(directory, args.device)
-    if args.quantize:
-        model = load_quantized(directory, processor, args.dtype, args.device, args.quantize)
-    else:
-        model = load_model(directory, DTYPES[args.dtype], args.device, world=world)
+    model = load_as_asked(directory, processor, args.dtype, args.device, args.quantize, world=world)
     sizes = {name: getattr(args, name) for name in ("step_tokens", "cache_tokens", "max_running")}
     engine_of_all = engine.Engine(model, processor, args.adapters, **sizes)
     if world is None or world.main:
@@ -944,9 +937,8 @@ def serve(service: Service, listening: socket.socket) -> int:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # its messages may quote a request
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # sizes are checked here
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # a connection is a file
-    resource.setrlimit(
-        resource.RLIMIT_NOFILE, (hard if hard != resource.RLIM_INFINITY else max(soft, 65536), hard)
-    )
+    most = hard if hard != resource.RLIM_INFINITY else max(soft, 65536)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     options = {"http": "h11", "loop": "asyncio", "ws": "none", "lifespan": "off", "access_log": False}
     config = uvicorn.Config(
         service.app(), log_level="critical", server_header=False, timeout_graceful_shutdown=2, **options

@@ -207,7 +207,7 @@ def cut(tmp_path):
 def test_what_cannot_be_scored_or_kept_is_refused_first(
     cut, base, tmp_path, capsys, monkeypatch, options, words
 ):
-    monkeypatch.setattr(evaluate, "load", None)  # nothing is loaded by then
+    monkeypatch.setattr(evaluate, "load_as_asked", None)  # nothing is loaded by then
     for name, asked in (("two", ["<image>q", "a", "q?", "b"]), ("in", ["is <image> red?", "yes"])):
         turns = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(asked)]
         write(tmp_path / f"{name}.jsonl", {"messages": turns, "images": ["0.png"]})
