@@ -77,6 +77,7 @@ def odd_samples(index: Index, processor) -> Iterator[tuple[str, str]]:
         reserved = processor.template()["reserved"]
     except (AttributeError, ValueError):  # exports ask for it: a fork may have none, as BLIP-2's stage 1
         reserved = []
+    ends = [processor.tokenizer.decode(stop) for stop in processor.stop_words]  # OPT's is a line break
     special = re.compile("|".join(map(re.escape, set(reserved) - BOX_TAGS)) or "(?!)")
     for number in np.flatnonzero(index.part == 0):  # a record's other samples have the same images
         conversation = index.conversation(number)
@@ -94,6 +95,8 @@ def odd_samples(index: Index, processor) -> Iterator[tuple[str, str]]:
                 yield conversation.where, f"the {role}'s text is {cut(text)}: a missing value?"
             if found := special.search(text):
                 yield conversation.where, f"the {role}'s text has {found[0]}, a special token of this model"
+            elif role == "assistant" and (end := next((e for e in ends if e and e in text.strip()), None)):
+                yield conversation.where, f"an answer goes on behind {end!r}, where this model's answers end"
         answer = text_of(conversation.turns[-1][1])
         if conversation.kind == "vqa" and not metrics.any_case(answer, conversation.answers):
             yield conversation.where, f"the answer {cut(answer)} is none of those that it is scored by"

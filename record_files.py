@@ -219,7 +219,10 @@ def read_folder(path: str) -> list:
     one that describes itself in metadata.jsonl or metadata.csv."""
     hidden = re.compile(r"(^|/)\.")
     found = (p for p in Path(path).rglob("*") if not hidden.search(p.relative_to(path).as_posix()))
+    found = list(found)
     files = sorted(p for p in found if p.is_file())
+    if linked := sum(p.is_symlink() and p.is_dir() for p in found):
+        print(f"note: {path}: {linked:,} linked folders in it are not looked into", file=sys.stderr)
     described = [n for n in ("metadata.jsonl", "metadata.csv") if (Path(path) / n).is_file()]
     if len(described) > 1:
         raise ValueError(f"{path} has both {' and '.join(described)}; keep one")
@@ -391,6 +394,8 @@ def vqa_v2(path: str, document: dict, annotations: dict) -> list[dict]:
     """Questions with their annotations. The published files name no image: COCO's own names are meant."""
     files = {i["id"]: i["file_name"] for i in document.get("images", [])}
     subset, records = document.get("data_subtype", ""), []
+    if len(files) < len(document.get("images", [])):
+        raise ValueError(f"{path}: two images have one id")
     for question in document["questions"]:
         image, annotation = question["image_id"], annotations.get(question["question_id"], {})
         if annotation.get("image_id", image) != image:

@@ -30,7 +30,7 @@ class Processor:
     """One token a word (its checksum); an image is Q slots; assistant text is supervised; text is cut at
     max_length."""
 
-    num_image_tokens, image_size, name, blank_ids = Q, SIZE, "dummy", (0,)
+    num_image_tokens, image_size, name, blank_ids, stop_words = Q, SIZE, "dummy", (0,), []
 
     def fingerprint(self):
         return self.name
