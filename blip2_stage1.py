@@ -28,24 +28,35 @@ from model_blip2 import (
     init_weights,
     spread_keys,
 )
-from vlm import Batch
+from vlm import Batch, move
+
+# Lengths of texts are the host's (vlm.Batch): rows are found there, and no device is waited for.
 
 
 def interleave(Q: int, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of queries (N*Q,) and of text, and cu_seqlens, of N segments with Q queries and then lengths[n]
     text tokens."""
     # Segment n: Q queries, then its text. Both lists of rows are in the stream's order.
-    device, N = lengths.device, len(lengths)
-    cu_seqlens = segments(lengths + Q)
-    starts = cu_seqlens[:-1].to(device).long()
+    cu_seqlens, segment = segments(lengths + Q), torch.arange(len(lengths)).repeat_interleave(lengths)
     # (N, Q) -> (N*Q,)
-    query_rows = (starts[:, None] + torch.arange(Q, device=device)).flatten()
-    text_rows = torch.arange(int(lengths.sum()), device=device)
-    return (
-        query_rows,
-        text_rows + Q * (1 + torch.arange(N, device=device)).repeat_interleave(lengths),
-        cu_seqlens,
-    )
+    query_rows = (cu_seqlens[:-1, None].long() + torch.arange(Q)).flatten()
+    return query_rows, torch.arange(len(segment)) + Q * (1 + segment), cu_seqlens
+
+
+def on(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Host tensors of one dtype on a device."""
+    return tuple(move({str(n): t for n, t in enumerate(tensors)}, device).values())
+
+
+def positions_of(lengths: Tensor) -> Tensor:
+    """0, 1, ... in each of the texts, one behind the other."""
+    starts = segments(lengths)[:-1].repeat_interleave(lengths)
+    return torch.arange(len(starts)) - starts
+
+
+def filled(lengths: Tensor, width: int) -> Tensor:
+    """Places in a flat table (N, width) of the first lengths[n] numbers of each of its rows n."""
+    return positions_of(lengths) + width * torch.arange(len(lengths)).repeat_interleave(lengths)
 
 
 class LMPredictions(nn.Module):
@@ -136,23 +147,16 @@ class Blip2Qformer(nn.Module):
     def hidden(self, batch: Batch, image: Tensor | None = None) -> Tensor:
         """The language-modelling pass: queries see queries, text sees
         queries and the text before it. (T, C)"""
-        slots, Q, cu_seqlens = batch.image_positions, self.num_image_tokens, batch.cu_seqlens
-        query_rows, text_rows, prefix = (
-            None,
-            torch.arange(len(batch.input_ids), device=batch.input_ids.device),
-            0,
-        )
+        slots, cu_seqlens, device = batch.image_positions, batch.cu_seqlens, batch.input_ids.device
+        query_rows, text_rows, prefix = None, torch.arange(len(batch.input_ids), device=device), 0
         if slots is not None and len(slots):
             image = batch.image_features if image is None else image
             if image is None:
                 with dropout_rows(batch.image_dropout_keys, len(batch.pixel_values)):
                     image = self.vision_model(batch.pixel_values)
-            # The rest of the stream: what the queries do not take.
-            is_text = torch.ones(len(text_rows), dtype=torch.bool, device=text_rows.device)
             # Text sees its segment's Q queries, and is causal behind them.
-            query_rows, prefix = slots.flatten(), Q
-            is_text[query_rows] = False
-            text_rows = text_rows[is_text]
+            query_rows, text_rows, prefix = slots.flatten(), self.text_of(batch)[0], self.num_image_tokens
+            (text_rows,) = on(device, text_rows)
         prefix_lens = torch.full((len(cu_seqlens) - 1,), prefix)
         # Keys are what turns dropout on.
         keys = batch.dropout_keys if self.training else None
@@ -169,13 +173,10 @@ class Blip2Qformer(nn.Module):
     def encode_text(self, ids: Tensor, lengths: Tensor, keys: Tensor | None = None) -> Tensor:
         """Text alone (T,), both directions -> (T, C)."""
         # Each text begins at position 0, wherever it lies in the stream.
-        positions = torch.arange(len(ids), device=ids.device)
-        cu_seqlens = segments(lengths)
-        positions = positions - cu_seqlens[:-1].to(ids.device).repeat_interleave(lengths)
         rows = torch.arange(len(ids), device=ids.device)
         # No queries and no prefix: text sees itself, both ways.
-        ctx = QFormerContext(cu_seqlens, None, rows, None, keys=keys)
-        return self.qformer(self.embed_text(ids, positions), ctx)
+        ctx = QFormerContext(segments(lengths), None, rows, None, keys=keys)
+        return self.qformer(self.embed_text(ids, *on(ids.device, positions_of(lengths))), ctx)
 
     def match(self, image: Tensor, ids: Tensor, lengths: Tensor, keys: Tensor | None = None) -> Tensor:
         """Matching logits (S, 2) of image s (S, P, W) with text s:
@@ -190,16 +191,15 @@ class Blip2Qformer(nn.Module):
         S, Q, C = len(image), *self.query_tokens.shape[1:]
         # Pairs are no samples of the stream: a stream of their own is made, queries in front of each text.
         query_rows, text_rows, cu_seqlens = interleave(Q, lengths)
-        starts = segments(lengths)[:-1].to(ids.device)
-        positions = torch.arange(len(ids), device=ids.device) - starts.repeat_interleave(lengths)
+        longest, pair_keys = Q + max(lengths.tolist()), keys
+        rows = query_rows, text_rows, positions_of(lengths), filled(lengths + Q, longest)
+        query_rows, text_rows, positions, key_rows = on(ids.device, *rows)
         text = self.embed_text(ids, positions)
         # Filled twice by index: rows of text, rows of queries.
         x = text.new_empty(S * Q + len(ids), C).index_copy(0, text_rows, text)
         x = x.index_copy(0, query_rows, self.query_tokens.expand(S, -1, -1).flatten(0, 1).to(text.dtype))
-        longest, pair_keys = int(cu_seqlens.diff().max()), keys
         if keys is not None:  # (S,) -> one per row: the longest segment's worth, cut to each
-            table = spread_keys(keys, longest, salt=3).view(S, longest)
-            keys = table[torch.arange(longest, device=ids.device) < (lengths + Q)[:, None]]
+            keys = spread_keys(keys, longest, salt=3)[key_rows]
         ctx = QFormerContext(cu_seqlens, query_rows, text_rows, image, keys=keys, image_keys=pair_keys)
         # (S*Q, C) -> (S, Q, C): what text rows became is of no use here.
         return self.qformer(x, ctx)[query_rows].unflatten(0, (S, Q))
@@ -211,7 +211,8 @@ class Blip2Qformer(nn.Module):
 
     def text_features(self, text: Tensor, lengths: Tensor) -> Tensor:
         """Encoded text -> (S, E) of the first tokens, unit length."""
-        return F.normalize(self.text_projection(text[segments(lengths)[:-1].to(text.device).long()]), dim=-1)
+        (firsts,) = on(text.device, segments(lengths)[:-1])
+        return F.normalize(self.text_projection(text[firsts]), dim=-1)
 
     def encode_and_project(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """(N, 3, H, W) -> what match() takes (N, P, W), and image_features() of the queries alone."""
@@ -219,13 +220,10 @@ class Blip2Qformer(nn.Module):
         image = self.vision_model(pixel_values)
         return image, self.image_features(encode_queries(self, image))
 
-    @staticmethod
-    def text_of(batch: Batch) -> tuple[Tensor, Tensor]:
-        """The text rows' places in the stream, and how many each segment has."""
-        is_text = torch.ones(len(batch.input_ids), dtype=torch.bool, device=batch.input_ids.device)
-        is_text[batch.image_positions.flatten()] = False
-        cu_seqlens = batch.cu_seqlens.to(is_text.device).long()
-        return is_text.nonzero()[:, 0], F.pad(is_text.long().cumsum(0), (1, 0))[cu_seqlens].diff()
+    def text_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The text rows' places in the stream, and how many each segment has; on the host."""
+        lengths = batch.cu_seqlens.diff().long() - self.num_image_tokens
+        return interleave(self.num_image_tokens, lengths)[1], lengths
 
     def loss_counts(self, batch: Batch) -> list[int]:
         """What each of LOSSES is a sum over: images, pairs, tokens."""
@@ -257,9 +255,11 @@ class Blip2Qformer(nn.Module):
             # this rank has no sample left, but the others wait for it: a blank one, times 0
             batch, weight = self.blank(batch), 0.0
         B, device = len(batch.image_positions), batch.input_ids.device
-        # A blank sample takes part in every collective and is shown to nobody.
-        real = B if weight else 0  # samples that other ranks may see
         rows, lengths = self.text_of(batch)
+        # A blank sample takes part in every collective and is shown to nobody.
+        facts = parallel.from_data_ranks([B if weight else 0, max(lengths.tolist())], device)
+        counts, longest = [n for n, _ in facts], max(length for _, length in facts)
+        rows, begins = on(device, rows, rows[segments(lengths)[:-1]])
         ids, keys = batch.input_ids[rows], batch.image_dropout_keys
         dropout = keys if self.training else None
         with dropout_rows(dropout, len(batch.pixel_values)):
@@ -267,7 +267,6 @@ class Blip2Qformer(nn.Module):
 
         # a caption begins with [DEC] where it is generated; queries don't see it, so this pass gives them
         # what one without text would
-        begins = rows[segments(lengths)[:-1].to(device).long()]
         started = batch.input_ids.index_fill(0, begins, self.decoder_start)
         x = self.hidden(replace(batch, input_ids=started), image)  # (T, C)
         with dropout_rows(dropout, B):
@@ -278,7 +277,7 @@ class Blip2Qformer(nn.Module):
             text_feats = self.text_features(encoded, lengths)  # (B, E)
 
         # LAVIS's four passes over the Q-Former: image alone and text alone (above), pairs, captioning.
-        sim_i2t, sim_t2i, own, same = self.similarities(batch, image_feats, text_feats, real)
+        sim_i2t, sim_t2i, own, same = self.similarities(batch, image_feats, text_feats, counts)
         M = same.shape[1]
         # Several texts of one image share its target; smoothing spreads a tenth over all M.
         targets = same / same.sum(1, keepdim=True) * (1 - self.SMOOTHING) + self.SMOOTHING / M
@@ -286,18 +285,20 @@ class Blip2Qformer(nn.Module):
         itc = -(targets * logs).sum(1) / 2  # (B,)
 
         # the most similar of the others are the likeliest negatives
-        all_keys, _ = parallel.gather_rows(keys[:real])
+        all_keys, _ = parallel.gather_rows(keys, counts)
         with torch.no_grad():
             negative_image, negative_text = (
                 self.draw(sim.masked_fill(same, self.MASKED).float().log_softmax(-1), keys, all_keys, purpose)
                 for purpose, sim in ((1, sim_t2i), (2, sim_i2t))
             )
-        every_image, _ = parallel.gather_rows(image[:real], differentiable=True)
+        every_image, _ = parallel.gather_rows(image, counts, differentiable=True)
         # In LAVIS's order: matching pair, foreign image, foreign text.
         images = torch.cat((image, every_image[negative_image], image))  # (3B, P, W)
         own = own.clamp(max=M - 1)  # a blank sample has no place of its own
         texts = torch.cat((own, own, negative_text))
-        itm = self.matching(images, self.gather_text(ids, lengths, real), texts, dropout)  # (3, B)
+        itm = self.matching(
+            images, self.gather_text(ids, lengths, longest, counts), texts, lengths, dropout
+        )  # (3, B)
         # a pair that is alone, or among pairs of its own image, has no negative: what was drawn is its
         # positive
         itm = itm[0] + itm[1:].sum(0) * (~same).any(1)  # (B,)
@@ -310,7 +311,7 @@ class Blip2Qformer(nn.Module):
         return sums.sum(0) * weight, torch.stack((sums.detach(), counts), dim=-1) * weight
 
     def similarities(
-        self, batch: Batch, image_feats: Tensor, text_feats: Tensor, real: int
+        self, batch: Batch, image_feats: Tensor, text_feats: Tensor, counts: list[int]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of this rank's B images with the M texts of all ranks (B, M), of its texts with all images; the
         places of its own pairs among the M (B,); which pairs show the same image (B, M) bool. all ranks
@@ -318,24 +319,28 @@ class Blip2Qformer(nn.Module):
         The gathered side is detached, also in one process, as in LAVIS: each direction trains one side. An
         image's similarity is its best query's.
         """
-        all_images, first = parallel.gather_rows(image_feats[:real].detach())  # (M, Q, E)
-        all_texts, _ = parallel.gather_rows(text_feats[:real].detach())  # (M, E)
+        all_images, first = parallel.gather_rows(image_feats.detach(), counts)  # (M, Q, E)
+        all_texts, _ = parallel.gather_rows(text_feats.detach(), counts)  # (M, E)
         sim_i2t = torch.einsum("bqe,me->bmq", image_feats, all_texts).amax(-1) / self.temp
         sim_t2i = torch.einsum("be,mqe->bmq", text_feats, all_images).amax(-1) / self.temp
         own, M = torch.arange(first, first + len(text_feats), device=text_feats.device), len(all_texts)
         if (image_ids := batch.image_ids) is None:
-            same = F.one_hot(own.clamp(max=M - 1), M).bool()
+            same = own.clamp(max=M - 1)[:, None] == torch.arange(M, device=own.device)
         else:
-            same = image_ids[:, None] == parallel.gather_rows(image_ids[:real])[0]
+            same = image_ids[:, None] == parallel.gather_rows(image_ids, counts)[0]
         return sim_i2t, sim_t2i, own, same
 
     def matching(
-        self, images: Tensor, every: tuple[Tensor, Tensor], texts: Tensor, dropout: Tensor | None
+        self, images: Tensor, every: tuple[Tensor, Tensor], texts: Tensor, own: Tensor, dropout: Tensor | None
     ) -> Tensor:
         """(3, B) losses of true pairs, of negative images, of negative texts: `images` (3B, P, W) beside the
         `texts` (3B,) of `every` (ids (M, L), lengths (M,))."""
         ids, lengths = every[0][texts], every[1][texts]
-        ids = ids[torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]]  # without pads, a stream
+        # The one wait of a micro-batch: how long the stream is, only what was drawn says. A dry run draws
+        # nothing: as long as its own texts.
+        lengths = own.repeat(3) if lengths.is_meta else lengths.cpu()
+        (places,) = on(ids.device, filled(lengths, ids.shape[1]))
+        ids = ids.flatten()[places]  # without pads, a stream
         keys = None if dropout is None else torch.cat((dropout, dropout + 1, dropout + 2))
         matched = self.match(images, ids, lengths, keys)  # (3B, 2)
         B = len(texts) // 3
@@ -364,7 +369,7 @@ class Blip2Qformer(nn.Module):
             batch,
             input_ids=ids,
             targets=torch.cat((ids[:-1] + IGNORE_INDEX, zero)),
-            supervised=None,  # made anew from the targets
+            supervised=zero + Q + 1,
             position_ids=torch.arange(Q + 2, device=device),
             cu_seqlens=torch.tensor([0, Q + 2], dtype=torch.int32),
             image_positions=torch.arange(Q, device=device)[None],
@@ -373,18 +378,17 @@ class Blip2Qformer(nn.Module):
         )
 
     @staticmethod
-    def gather_text(ids: Tensor, lengths: Tensor, real: int) -> tuple[Tensor, Tensor]:
+    def gather_text(ids: Tensor, lengths: Tensor, longest: int, counts: list[int]) -> tuple[Tensor, Tensor]:
         """The texts of all ranks as (M, L) with pads, and their lengths (M,). all ranks"""
-        longest = parallel.largest(int(lengths.max()), ids.device)
-        padded = torch.zeros(len(lengths), longest, dtype=torch.long, device=ids.device)
-        padded[torch.arange(longest, device=ids.device) < lengths[:, None]] = ids
-        return parallel.gather_rows(padded[:real])[0], parallel.gather_rows(lengths[:real])[0]
+        places, lengths = on(ids.device, filled(lengths, longest), lengths)
+        padded = ids.new_zeros(len(lengths) * longest).index_copy(0, places, ids).view(-1, longest)
+        return parallel.gather_rows(padded, counts)[0], parallel.gather_rows(lengths, counts)[0]
 
     def forward(self, batch: Batch, output: str = "loss", x: None = None, blocks: None = None):
         """`output`: "loss" as losses(); "logits" (S, V) of each segment's last position (captioning with
         stage 1 alone); "itc" (S, S) similarities of every image with every text; "itm" (S,) probability
         that image and text match. `x`, `blocks`: a pipeline's, for which this model has no stages."""
-        assert x is None and blocks is None, "stage 1 has no pipeline stages"
+        assert x is None and not blocks, "stage 1 has no pipeline stages"
         if output == "features":
             return self.encode_images(batch.pixel_values)
         if output == "logits":
@@ -393,7 +397,9 @@ class Blip2Qformer(nn.Module):
         if output == "loss":
             return self.losses(batch)
         rows, lengths = self.text_of(batch)
-        (image, image_feats), ids = self.encode_and_project(batch.pixel_values), batch.input_ids[rows]
+        (rows,) = on(batch.input_ids.device, rows)
+        ids = batch.input_ids[rows]
+        image, image_feats = self.encode_and_project(batch.pixel_values)
         if output == "itm":
             return self.match(image, ids, lengths).softmax(-1)[:, 1]
         text_feats = self.text_features(self.encode_text(ids, lengths), lengths)

@@ -176,7 +176,7 @@ def retrieval(
     similarity = []
     for first in range(0, len(texts), batch_size):
         some = texts[first : first + batch_size]
-        ids, lengths = torch.cat(some).to(device), torch.tensor([len(t) for t in some], device=device)
+        ids, lengths = torch.cat(some).to(device), torch.tensor([len(t) for t in some])
         text_feats = model.text_features(model.encode_text(ids, lengths), lengths)
         # The best of an image's Q queries speaks for it.
         similarity.append(torch.einsum("nqe,me->nmq", image_feats, text_feats).amax(-1).float().cpu())
@@ -189,7 +189,7 @@ def retrieval(
     # A pair that both directions want is matched once.
     for some in wanted.any(0).nonzero().split(batch_size):
         of = [texts[m] for m in some[:, 1].tolist()]
-        lengths = torch.tensor([len(t) for t in of], device=device)
+        lengths = torch.tensor([len(t) for t in of])
         logits = model.match(images[some[:, 0]].to(device), torch.cat(of).to(device), lengths)
         matched[some[:, 0], some[:, 1]] = logits[:, 1].float().cpu() + similarity[some[:, 0], some[:, 1]]
     matched = torch.where(wanted, matched, float("-inf"))

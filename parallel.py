@@ -599,20 +599,28 @@ def all_max(values: Tensor, world: World) -> Tensor:  # all ranks
     return values
 
 
-def gather_rows(x: Tensor, differentiable: bool = False) -> tuple[Tensor, int]:  # all ranks
-    """Rows of all data-parallel ranks in rank order (they may have different numbers), and the place of this
-    rank's first one."""
+def from_data_ranks(numbers: list[int], device: torch.device) -> list[list[int]]:  # all ranks
+    """The numbers of each data-parallel rank; the host waits for them."""
     group = groups.get("dp")
     if group is None:
-        return x, 0
-    counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(dist.get_world_size(group))]
-    # all_gather needs equal shapes: first how many rows each has, then the rows, padded to the most
-    dist.all_gather(counts, torch.tensor([len(x)], device=x.device), group)
-    counts = [int(n) for n in counts]
-    first = sum(counts[: dist.get_rank(group)])
-    return (
-        _GatherRows.apply(x, counts, first, group) if differentiable else _gather(x, counts, group)
-    ), first
+        return [numbers]
+    found = torch.empty(dist.get_world_size(group), len(numbers), dtype=torch.int64, device=device)
+    dist.all_gather([*found], torch.tensor(numbers, device=device), group)
+    return found.tolist()
+
+
+def gather_rows(
+    x: Tensor, counts: list[int], differentiable: bool = False
+) -> tuple[Tensor, int]:  # all ranks
+    """The first counts[r] rows of each data-parallel rank r, and the place of this rank's first one."""
+    group = groups.get("dp")
+    if group is None:
+        return x[: counts[0]], 0
+    rank = dist.get_rank(group)
+    x, first = x[: counts[rank]], sum(counts[:rank])
+    if differentiable:
+        return _GatherRows.apply(x, counts, first, group), first
+    return _gather(x, counts, group), first
 
 
 def _gather(x: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:  # all ranks
@@ -639,15 +647,6 @@ class _GatherRows(torch.autograd.Function):
         grad = grad.contiguous()
         dist.all_reduce(grad, group=ctx.group)
         return grad[ctx.rows], None, None, None
-
-
-def largest(value: int, device: torch.device) -> int:  # all ranks
-    """Of the data-parallel ranks."""
-    if "dp" not in groups:
-        return value
-    tensor = torch.tensor([value], device=device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=groups["dp"])
-    return int(tensor)
 
 
 def barrier(world: World) -> None:  # all ranks

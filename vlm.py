@@ -204,7 +204,7 @@ class Retriever(Protocol):
         """(N, 3, H, W) -> what match() takes (N, P, W), and the image's features to compare (N, Q, E)."""
 
     def encode_text(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        """Texts one after the other (T,), `lengths` (S,) -> (T, C)."""
+        """Texts one after the other (T,), `lengths` (S,) of the host -> (T, C)."""
 
     def text_features(self, text: Tensor, lengths: Tensor) -> Tensor:
         """What encode_text gave -> features to compare (S, E)."""

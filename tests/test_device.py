@@ -26,6 +26,7 @@ CASES = {
     "qwen image": ["--model", "qwen_vl", "--freeze_exclude", "*visual*", "--freeze_include", "*"],
     "blip2 sft": ["--model", "blip2"],
     "blip2 lora": ["--model", "blip2", "--lora"],
+    "blip2 pretrain1": ["configs/blip2/samples_pretrain1.json"],
     "glm sft": ["--model", "visualglm"],
     "glm lora": ["--model", "visualglm", "--lora"],
     "glm ptuning": ["--model", "visualglm", "--pre_seq_len", "4"],
@@ -72,13 +73,13 @@ def t5(tmp_path_factory):
     return blip2_train.write_checkpoint(tmp_path_factory.mktemp("t5") / "t5", blip2_train.T5)
 
 
-QUICK = ("qwen sft", "blip2 lora", "glm ptuning")
+QUICK = ("qwen sft", "blip2 lora", "blip2 pretrain1", "glm ptuning")
 
 
 @pytest.mark.parametrize("case", [c if c in QUICK else slow(c) for c in [*CASES, "t5 sft"]])
 def test_a_step_on_a_device(case, request):
     """Gradients and evaluation as on the CPU; no wait, no mixing of devices, a copy a dtype and micro-batch
-    beside one for the step."""
+    beside one for the step. Stage 1 waits once a micro-batch: for the lengths of the texts that it drew."""
     argv = CASES.get(case) or ["--model", "blip2", "--model_name_or_path", str(request.getfixturevalue("t5"))]
     here = Started(argv)
     on_host = SimpleNamespace(**{**vars(here), "world": here.one})
@@ -86,7 +87,8 @@ def test_a_step_on_a_device(case, request):
     grads = {n: p.grad for n, p in here.model.named_parameters() if p.grad is not None}
     here.model.zero_grad()
     assert not any(tensors_moved(batch) for batch in here.micro_batches)
-    with Device() as device:
+    waits = len(here.micro_batches) + 1 if case == "blip2 pretrain1" else 0  # one in evaluation
+    with Device(reads=waits > 0) as device:
         move(here.model)
         sums = train.forward_backward(here, here.micro_batches, here.facts)
         of_step = list(device.copies)
@@ -100,7 +102,9 @@ def test_a_step_on_a_device(case, request):
     assert all(close(found[name], grads[name]) for name in grads)
     assert passes.sums.held.sum() > 0
     # ids, positions, targets, keys together, and pixels; then the losses' weights
-    rows = 3 if case == "t5 sft" else 0  # which rows are the decoder's
+    assert device.reads == waits
+    # which rows are the decoder's, a text's, a pair's
+    rows = {"t5 sft": 3, "blip2 pretrain1": 8}.get(case, 0)
     assert len(of_step) <= (2 + rows) * len(here.micro_batches) + 1, of_step
 
 
