@@ -92,14 +92,12 @@ def agree(what: str, ours: float, theirs: float, allowed: float) -> None:
 
 
 PRODUCTS = {
-    f"aten::{name}"
-    for name in (
-        *("mm", "addmm", "bmm", "baddbmm", "addmm_", "convolution", "convolution_backward"),
-        *("_scaled_dot_product_flash_attention_for_cpu",),
-        *("_scaled_dot_product_flash_attention_for_cpu_backward",),
-        *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_efficient_attention_backward"),
-        *("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"),
-    )
+    f"aten::{name}" for name in "mm addmm bmm baddbmm addmm_ convolution convolution_backward".split()
+}
+PRODUCTS |= {
+    f"aten::_scaled_dot_product_{kind}{direction}"
+    for kind in ("flash_attention", "flash_attention_for_cpu", "efficient_attention")
+    for direction in ("", "_backward")
 } | {"mkldnn::_linear_pointwise"}
 
 

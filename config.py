@@ -266,6 +266,12 @@ class Config:
     skip_memory_metrics: bool = key(True, "leave out the peak memory at the end")
     dry_run: bool = key(False, "print memory, steps and FLOPs of the run, and stop")
 
+    @property
+    def degrees(self) -> tuple[int, int, str | None, int | None]:
+        """What parallel.layout and parallel.init_world take."""
+        cut = self.tensor_parallel_degree, self.pipeline_parallel_degree
+        return *cut, self.sharding, self.sharding_parallel_degree
+
 
 @dataclass
 class PreviewConfig(Config):

@@ -571,13 +571,7 @@ def collectives(model: nn.Module, part: Part, inputs: dict, stream: Stream, layo
 
 
 def layout_of(cfg: Config, world_size: int) -> Layout:
-    pp, replicas, shard, tp = parallel.layout(
-        world_size,
-        cfg.tensor_parallel_degree,
-        cfg.pipeline_parallel_degree,
-        cfg.sharding,
-        cfg.sharding_parallel_degree,
-    )
+    pp, replicas, shard, tp = parallel.layout(world_size, *cfg.degrees)
     sixteen = cfg.bf16 or cfg.fp16
     o2 = sixteen and cfg.fp16_opt_level == "O2"
     return Layout(
@@ -624,9 +618,6 @@ def dry_run(cfg: Config, config: dict, definition, plan, world_size: int) -> str
         flops = step_flops(model, typical, layout) * sizes.tokens / typical.tokens
     dtype = in_few_bits(model, cfg)
     pp, dp, tp, micro_batches = layout.pp, layout.dp, layout.tp, layout.micro_batches
-    total = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    o2 = layout.master
     blocks = pipeline_blocks(model, definition, cfg, sizes) if pp > 1 else [range(len(model.blocks))]
     found = devices(model, definition, blocks, heaviest, layout, dtype)
     fullest = max(found, key=lambda memory: sum(memory.values()))
@@ -642,16 +633,20 @@ def dry_run(cfg: Config, config: dict, definition, plan, world_size: int) -> str
     ]
     memory = {**fullest, "sum": sum(fullest.values())}
     lines += [f"  {name:<14}{value / 2**30:>10.3f} GiB" for name, value in memory.items()]
-    disk = (total if not cfg.lora else trainable) * (2 if o2 and not cfg.lora else 4) + trainable * 12
+    # weights in the dtype of training, or of an adapter fp32; of what trains, fp32 copy and two moments
+    whole, trained = size(model.parameters(), None, 1), size(model.parameters(), True, 1)
+    disk = trained * 4 if cfg.lora else whole * (2 if layout.master else 4)
+    disk += trained * 12
     lines.append(f"disk: {disk / 2**30:.2f} GiB a checkpoint, {cfg.save_total_limit or 'all'} of them kept")
     lines.append(
         f"tokens per step: {sizes.tokens * micro:,.0f} ({sizes.supervised / sizes.tokens:.0%} supervised, "
         f"{sizes.images * micro:,.0f} images)"
     )
     lines.append(f"FLOPs per step: {flops * micro:.3e} (forward: {shares})")
-    inputs = block_inputs(model, typical) if len(model.LOSSES) == 1 and tp > 1 else {}
-    share = sizes.tokens / typical.tokens
-    inputs = {name: (numel * share, gradients) for name, (numel, gradients) in inputs.items()}
+    share, inputs = sizes.tokens / typical.tokens, {}
+    if len(model.LOSSES) == 1 and tp > 1:
+        typically = block_inputs(model, typical).items()
+        inputs = {name: (numel * share, gradients) for name, (numel, gradients) in typically}
     mine, part = of_rank(model, definition, blocks, 0, layout)
     mean = Stream(sizes.tokens, sizes.supervised, sizes.images, [])
     volumes = collections.Counter()
@@ -660,9 +655,8 @@ def dry_run(cfg: Config, config: dict, definition, plan, world_size: int) -> str
     lines += [f"communication a step and device, {axis}: {v / 2**30:.3f} GiB" for axis, v in volumes.items()]
     bubble = pipeline.bubble_share(pp, cfg.pipeline_schedule, micro_batches)
     if pp > 1:
-        lines.append(
-            f"pipeline bubble: {bubble:.1%} of a step; blocks: {', '.join(str(len(r)) for r in blocks)}"
-        )
+        sizes_of_stages = ", ".join(str(len(r)) for r in blocks)
+        lines.append(f"pipeline bubble: {bubble:.1%} of a step; blocks: {sizes_of_stages}")
     seconds = flops * micro / world_size / (1 - bubble) / PEAK_FLOPS
     link = sum(volumes.values()) / LINK_BYTES
     bound = "computation" if seconds >= link else "communication"

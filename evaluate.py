@@ -118,14 +118,15 @@ def answer_in_turn(
     return whole, [pair for k in range(n) for pair in by_turn[k][1]]
 
 
-def answered(conversations: list[Conversation], answers: list[str | None]) -> tuple[list, list[str]]:
-    """Both without those that could not be answered. ValueError if none is left."""
-    pairs = [(c, a) for c, a in zip(conversations, answers, strict=True) if a is not None]
-    if not pairs:
+def answered(*columns: list) -> list[tuple]:
+    """The columns, the last of which are the answers, without rows that could not be answered. ValueError if
+    none is left."""
+    rows = [row for row in zip(*columns, strict=True) if row[-1] is not None]
+    if not rows:
         raise ValueError(
-            f"none of {len(conversations):,} questions could be answered; the reasons are listed above"
+            f"none of {len(columns[0]):,} questions could be answered; the reasons are listed above"
         )
-    return [c for c, _ in pairs], [a for _, a in pairs]
+    return list(zip(*rows, strict=True))
 
 
 def score(
@@ -158,14 +159,14 @@ def retrieval(
     conversations: list[Conversation],
     batch_size: int,
     rerank: int,
-    bad: list[tuple[str, str]] | None = None,
+    bad: list[tuple[str, str]],
 ) -> tuple[dict[str, float], Tensor, Tensor]:
     """Recall of texts for images and of images for texts, by BLIP-2's contrastive similarity ("itc") and by
     matching ("itm"): the `rerank` most similar of each image, and of each text, get matching logit +
     similarity, as in arXiv:2301.12597. A direction ranks its own candidates only.
 
-    conversations: one caption each; those whose image cannot be read are left out and listed in `bad`, and
-    raise without that list. -> (scores, similarities (N, M) of N images and M captions, re-ranked (2, N, M):
+    conversations: one caption each; those whose image cannot be read are left out and added to `bad`.
+    -> (scores, similarities (N, M) of N images and M captions, re-ranked (2, N, M):
     of each image its texts, of each text its images; -inf where it is no candidate)
     """
     device, Q = next(model.parameters()).device, processor.num_image_tokens
@@ -199,7 +200,7 @@ def retrieval(
 
 
 def encoded_images(
-    model, processor, conversations: list[Conversation], batch_size: int, bad: list | None
+    model, processor, conversations: list[Conversation], batch_size: int, bad: list
 ) -> tuple[list[Conversation], list[str], Tensor, Tensor]:
     """-> (conversations whose image could be read, their N images' paths, what match() takes of them
     (N, P, W), on the CPU, and their features (N, Q, E))."""
@@ -213,8 +214,6 @@ def encoded_images(
             try:
                 pixels.append(processor.load_image(path))
             except ValueError as e:
-                if bad is None:
-                    raise
                 reasons[path] = one_line(e)
         if pixels:
             image, features = model.encode_and_project(torch.stack(pixels).to(device, dtype))
@@ -481,8 +480,8 @@ def scored_answers(
         if not any(text is not None for text in answers):
             raise
         stop = e
-    asked, _ = answered(asked[: len(answers)], answers)
-    conversations, answers = answered(conversations[: len(answers)], answers)
+    done = len(answers)
+    conversations, asked, answers = answered(conversations[:done], asked[:done], answers)
     scores, each = score(conversations, answers, asked_for)
     prompts = [processor.tokenizer.decode(processor.prompt(c)["input_ids"].tolist()) for c in asked]
     result = {

@@ -81,12 +81,10 @@ def open_image(source: str | os.PathLike) -> Image.Image:
             return rgb(upright(eight_bits(image) if wide else image))
     except FileNotFoundError:
         raise ValueError(f"{short(source)}: no such image") from None
-    except UnidentifiedImageError:
-        raise ValueError(
-            f"{short(source)}: not a readable image (of no known format); replace it or remove its records"
-        ) from None
     except Exception as e:  # decoders raise errors of every kind on damaged data
         reason = " ".join(str(e).split())[:200] or type(e).__name__
+        if isinstance(e, UnidentifiedImageError):  # which names an object in memory
+            reason = "of no known format"
         raise ValueError(
             f"{short(source)}: not a readable image ({reason}); replace it or remove its records"
         ) from None

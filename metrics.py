@@ -159,13 +159,10 @@ def bleu(
         guessed = [max(0, len(candidate) - n) for n in range(4)]
         closest = min((abs(len(ref) - len(candidate)), len(ref)) for ref in refs)[1]
         facts.append((correct, guessed, len(candidate), closest))
-    corpus = score(
-        [sum(f[0][n] for f in facts) for n in range(4)],
-        [sum(f[1][n] for f in facts) for n in range(4)],
-        sum(f[2] for f in facts),
-        sum(f[3] for f in facts),
-    )
-    return corpus, [score(*f) for f in facts]
+    correct, guessed, lengths, closest = zip(*facts, strict=True)
+    # a corpus' precisions are of its sums, not the mean of the captions' own
+    sums = [[sum(n) for n in zip(*counts, strict=True)] for counts in (correct, guessed)]
+    return score(*sums, sum(lengths), sum(closest)), [score(*f) for f in facts]
 
 
 def common_subsequence(a: list[str], b: list[str]) -> int:

@@ -317,9 +317,7 @@ def prepare(
         if meeting.main:
             say_shared(plan, eval_plan)
     # The layout as it will be; there is no process group yet.
-    degrees = cfg.tensor_parallel_degree, cfg.pipeline_parallel_degree
-    sharded = cfg.sharding, cfg.sharding_parallel_degree
-    _, replicas, shards, _ = parallel.layout(meeting.size, *degrees, *sharded)
+    _, replicas, shards, _ = parallel.layout(meeting.size, *cfg.degrees)
     check_contrast(cfg, definition, replicas * shards, evaluating)
     # Samples (or packs) that one update averages over, on all ranks together.
     global_batch = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps * replicas * shards

@@ -886,13 +886,7 @@ def run(cfg: Config, definition, directory: Path, meeting: Meeting, signals: Sig
                 return 0
         doing = "the model was built"
         with signals.breakable(meeting.size == 1):
-            world = parallel.init_world(
-                cfg.tensor_parallel_degree,
-                cfg.pipeline_parallel_degree,
-                cfg.sharding,
-                cfg.sharding_parallel_degree,
-                meeting,
-            )
+            world = parallel.init_world(*cfg.degrees, meeting)
             facts = {**ready.state["facts"], "checkpoint": run_dir.start.resume, "total steps": ready.total}
             rows = hashlib.sha256(ready.plan.index.rows.tobytes()).hexdigest()[:16]
             # all ranks: the same data, settings and checkpoint everywhere, or one line and the end

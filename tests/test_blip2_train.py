@@ -369,13 +369,13 @@ def test_retrieval_and_captions_are_scored(bases, dataset, tmp_path, kind):
     Q = processor.num_image_tokens
     with torch.no_grad():
         similarity = model(data.collate(samples), output="itc")  # (pictures, texts)
-        _, ours, matched = evaluate.retrieval(model, processor, captions, 7, 20)
+        _, ours, matched = evaluate.retrieval(model, processor, captions, 7, 20, [])
         assert (ours - similarity).abs().max() < 1e-5 and matched.isfinite().all()
         for i, j in ((i, 3 * i % 20) for i in range(20)):  # each pair alone
             image, text = model.vision_model(samples[i]["pixel_values"][0][None]), samples[j]["input_ids"][Q:]
             logits = model.match(image, torch.from_numpy(text).long(), torch.tensor([len(text)]))
             assert (matched[:, i, j] - similarity[i, j] - logits[0, 1]).abs().max() < 1e-5
-        few_scores, _, few = evaluate.retrieval(model, processor, captions, 7, 3)
+        few_scores, _, few = evaluate.retrieval(model, processor, captions, 7, 3, [])
     for side, dim in ((0, 1), (1, 0)):  # each direction re-ranks its own three
         best = torch.zeros(20, 20).scatter(dim, similarity.topk(3, dim).indices, 1.0) > 0
         assert torch.equal(few[side].isfinite(), best)

@@ -321,10 +321,7 @@ def world_of(cfg, ranks: int, monkeypatch) -> parallel.World:
     fake = {"store": FakeStore(), "rank": 0, "world_size": ranks}
     monkeypatch.setattr(dist, "init_process_group", lambda *args, **options: init("fake", **fake))
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
-    degrees = cfg.tensor_parallel_degree, cfg.pipeline_parallel_degree
-    return parallel.init_world(
-        *degrees, cfg.sharding, cfg.sharding_parallel_degree, SimpleNamespace(store=None, rank=0, size=ranks)
-    )
+    return parallel.init_world(*cfg.degrees, SimpleNamespace(store=None, rank=0, size=ranks))
 
 
 def whole_model(cfg):
