@@ -193,8 +193,9 @@ def say_unused_keys(entries: list[Entry], first: int = 100) -> None:
     """Names the keys of each entry's first records that nothing reads, and splits that nothing has."""
     for entry in entries:
         found, split = set(), False
-        # The first hundred: what a file's records have, they have from the start.
-        for i in range(min(first, len(entry))):
+        # The first hundred and a hundred over the whole: a file may be joined of several.
+        spread = range(0, len(entry), -(-len(entry) // first) or 1)
+        for i in sorted({*range(min(first, len(entry))), *spread}):
             source, n = entry.locate(i)
             with contextlib.suppress(ValueError):  # named elsewhere
                 found.update(unused_keys(record := source[n]))

@@ -19,10 +19,11 @@ RECIPES = sorted(ROOT.glob("configs/*/eval_*.json"))
 PROMPTS = {
     ("qwen_vl", "grounding"): "<img></img><ref>red bus</ref><box>",
     ("qwen_vl", "caption"): "<img></img>Describe the image in English:",
-    ("qwen_vl", "answer"): "<img></img>what is it? Answer:",
-    ("qwen_vl", "chat answer"): "Picture 1: <img></img>\nwhat is it?",
+    ("qwen_vl", "answer"): "<img></img>What is it? Answer:",
+    ("qwen_vl", "chat answer"): "Picture 1: <img></img>\nWhat is it?",
     ("qwen_vl", "chat caption"): "Picture 1: <img></img>\nDescribe the image in English:",
     ("blip2", "caption"): "a photo of",
+    # in LAVIS's wording of a question, which is in lower case
     ("blip2", "answer"): "Question: what is it? Short answer:",
 }
 
@@ -39,7 +40,7 @@ def small_set(recipe: dict, folder: Path) -> int:
     (root / "val2014").mkdir(parents=True)
     for image in ("a.png", "val2014/COCO_val2014_000000000007.jpg"):
         Image.new("RGB", (64, 48), "red").save(root / image)
-    question = {"question_id": 1, "question": "what is it?"}
+    question = {"question_id": 1, "question": "What is it?"}
     for file in files:
         path = folder / file
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -199,6 +199,11 @@ def test_keys_that_nothing_reads_are_said(folder, capsys):
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
     data.say_unused_keys([data.Entry({"data_files": str(path)})])
     assert capsys.readouterr().err == "note: data:t: keys that are not used: hint, mood (of a turn)\n"
+    path.write_text(
+        "".join(json.dumps({**_vqa, **({"hint": "x"} if n > 250 else {})}) + "\n" for n in range(500))
+    )
+    data.say_unused_keys([data.Entry({"data_files": str(path)})])
+    assert "not used: hint" in capsys.readouterr().err
     path.write_text(json.dumps(_vqa) + "\n")
     data.say_unused_keys([data.Entry({"data_files": str(path)})])
     assert capsys.readouterr().err == ""
