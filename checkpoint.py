@@ -96,11 +96,10 @@ def cli(main) -> int:
         # Of many ranks each says who it is: which one failed first is what matters.
         many = "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1"
         rank = f"[rank {os.environ['RANK'][:9]}] " if many else ""
+        said = between or str(e)
         # OSError's own text repeats the error number; file and reason are what helps.
-        said = (
-            f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename and e.strerror else str(e)
-        )
-        said = between or said
+        if isinstance(e, OSError) and e.filename and e.strerror:
+            said = f"{e.filename}: {e.strerror}"
         print(f"error: {rank}{printable(' '.join(said.splitlines()))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -211,28 +210,17 @@ def check_side_files(directory, height: int, width: int, **tokenizer) -> None:
     if not path.is_file():
         return
     config = read_json(path, "")
-    require(
-        config,
-        str(path),
-        do_resize=True,
-        do_rescale=True,
-        do_normalize=True,
-        do_center_crop=False,
-        resample=3,
-    )
-    # To 1e-5: files of several writers round them differently.
-    numbers = {
-        "image_mean": (0.48145466, 0.4578275, 0.40821073),
-        "image_std": (0.26862954, 0.26130258, 0.27577711),
-    }
-    for key, expected in {**numbers, "rescale_factor": (1 / 255,)}.items():
-        check(value := config.get(key, list(expected)), float | list[float], f"{path}: {key}")
+    done = dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True)
+    require(config, str(path), **done, do_center_crop=False, resample=3)  # 3: bicubic, in Pillow's numbers
+    numbers = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "rescale_factor": [1 / 255]}
+    numbers["image_std"] = [0.26862954, 0.26130258, 0.27577711]
+    for key, expected in numbers.items():
+        check(value := config.get(key, expected), float | list[float], f"{path}: {key}")
         value = value if isinstance(value, list) else [value]
-        if len(value) != len(expected) or any(
-            abs(a - b) > 1e-5 for a, b in zip(value, expected, strict=True)
-        ):
+        # To 1e-5: files of several writers round them differently.
+        if len(value) != len(expected) or not np.allclose(value, expected, rtol=0, atol=1e-5):
             raise ValueError(
-                f"{path}: {key} is {value}; this model's images are normalised with {list(expected)} only"
+                f"{path}: {key} is {value}; this model's images are normalised with {expected} only"
             )
     size = config.get("size", {})
     check(size, Pixels | dict[str, Pixels], f"{path}: size")
@@ -249,9 +237,8 @@ def read_tokenizer(*paths, make=None):
     """The tokenizers library's tokenizer of a tokenizer.json, or of other files by `make(*paths)`. ValueError
     for a damaged file."""
     try:
-        tokenizer = (
-            make(*paths) if make else Tokenizer.from_str(Path(paths[0]).read_text(encoding="utf-8-sig"))
-        )
+        make = make or (lambda path: Tokenizer.from_str(Path(path).read_text(encoding="utf-8-sig")))
+        tokenizer = make(*paths)
         ids = tokenizer.get_vocab()
     except OSError:
         raise

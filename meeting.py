@@ -280,38 +280,24 @@ class Meeting:
 
 # ---- what a collective said
 
-HANGS = "the ranks found each other at MASTER_ADDR, but can't connect among themselves"
 INTERFACE = "set GLOO_SOCKET_IFNAME, and NCCL_SOCKET_IFNAME, to the network interface that the ranks share"
-# Torch's words, the cause, the remedy: the first whose words are in an error
-CAUSES = [
-    (
-        r"Duplicate GPU|invalid device ordinal",
-        "two ranks use one GPU, or one has none",
-        "start as many ranks on a machine as it has GPUs (torchrun --nproc_per_node)",
-    ),
-    (r"EADDRINUSE|failed to listen|already in use", "a port is taken", f"give another ({HOW})"),
-    (
-        r"[Uu]nable to (find|resolve)|resolve host|getaddrinfo|looking up",
-        "this machine's name has no address",
-        INTERFACE,
-    ),
-    (
-        r"connectFullMesh|[Cc]onnect timeout|No route to host|unreachable",
-        HANGS,
-        f"open the ports between the machines, or {INTERFACE}",
-    ),
-    (
-        r"[Tt]imed out|[Tt]imeout",
-        "another rank did not come to a collective in time",
-        "it hangs, or the network between them does",
-    ),
-    (r"unhandled cuda|invalid (usage|argument)|internal error", "NCCL failed", "NCCL_DEBUG=INFO says why"),
-    (
-        r"",
-        "another rank is gone",
-        "it was killed, or stopped with an error that it printed; torchrun --max-restarts starts all again",
-    ),
-]
+# Torch's words -> the cause, ({}: what it said) and the remedy. The first whose words are in an error counts,
+# and the last one's are in each.
+CAUSES = {
+    r"Duplicate GPU|invalid device ordinal": "two ranks use one GPU, or one has none ({}): start as many "
+    "ranks on a machine as it has GPUs (torchrun --nproc_per_node)",
+    r"EADDRINUSE|failed to listen|already in use": f"a port is taken ({{}}): give another ({HOW})",
+    r"[Uu]nable to (find|resolve)|resolve host|getaddrinfo|looking up": "this machine's name has no address "
+    f"({{}}): {INTERFACE}",
+    r"connectFullMesh|[Cc]onnect timeout|No route to host|unreachable": "the ranks found each other at "
+    f"MASTER_ADDR, but can't connect among themselves ({{}}): open the ports between the machines, "
+    f"or {INTERFACE}",
+    r"[Tt]imed out|[Tt]imeout": "another rank did not come to a collective in time ({}): it hangs, or the "
+    "network between them does",
+    r"unhandled cuda|invalid (usage|argument)|internal error": "NCCL failed ({}): NCCL_DEBUG=INFO says why",
+    r"": "another rank is gone ({}): it was killed, or stopped with an error that it printed; torchrun "
+    "--max-restarts starts all again",
+}
 
 
 def between_ranks(error: BaseException) -> str | None:
@@ -321,7 +307,6 @@ def between_ranks(error: BaseException) -> str | None:
         if isinstance(seen, dist.DistError) or "gloo" in str(seen):
             text = str(seen).strip() or type(seen).__name__
             reason = re.sub(r"^\[\S*gloo\S*\] ?", "", text.splitlines()[0]).split(". ")[0]
-            _, cause, remedy = next(c for c in CAUSES if re.search(c[0], text))
-            return f"{cause} ({reason}): {remedy}"
+            return next(said for words, said in CAUSES.items() if re.search(words, text)).format(reason)
         seen = seen.__cause__ or seen.__context__
     return None

@@ -21,23 +21,12 @@ import torch
 
 import checkpoint
 import data
+import lora
 import quantize
 import schema
 import terminal
 import vlm
 from checkpoint import Weights, open_weights
-from lora import (
-    MAGNITUDE,
-    adapter_updates,
-    base_in,
-    combine,
-    contents,
-    find_base,
-    load_adapter,
-    open_base,
-    read_adapter,
-    says_base,
-)
 
 
 def merge(
@@ -50,7 +39,7 @@ def merge(
         inside = sorted(adapter.glob("checkpoint-*/adapter_config.json"), key=lambda p: p.stat().st_mtime)
         hint = f"{inside[-1].parent} does: pass it as --lora_path" if inside else "train one with lora=true"
         raise ValueError(f"{adapter} holds no LoRA adapter (adapter_config.json); {hint}")
-    base = Path(base or find_base(adapter))
+    base = Path(base or lora.find_base(adapter))
     if not (base / "config.json").is_file():
         raise ValueError(
             f"the base model {str(base)!r} is no checkpoint directory; name it with --model_name_or_path"
@@ -68,17 +57,17 @@ def merge(
 
     model_config = checkpoint.read_config(base)
     definition = vlm.find(model_config)
-    model_config, weights = open_base(base, adapter, definition)
+    model_config, weights = lora.open_base(base, adapter, definition)
     shapes = {name: p.shape for name, p in definition.network(model_config).named_parameters()}
     checkpoint.check_names(shapes, weights)
-    config, lora = read_adapter(adapter, definition.aliases(model_config))
-    if not says_base(adapter):
+    config, tensors = lora.read_adapter(adapter, definition.aliases(model_config))
+    if not lora.says_base(adapter):
         print(
             f"note: {adapter} does not say which weights it was trained on; "
             f"whether they are {base}'s is not checked"
         )
-    scalings, replaced = adapter_updates(config, lora, shapes)
-    update = Update(weights, scalings, lora, dtype)
+    scalings, replaced = lora.adapter_updates(config, tensors, shapes)
+    update = Update(weights, scalings, tensors, dtype)
     if not any(map(update.changes, weights)):
         raise ValueError(
             f"the adapter in {adapter} changes nothing (all updates are zero): it was not trained"
@@ -141,7 +130,7 @@ class Update:
 
     weights: Weights  # the base's
     scalings: dict[str, float]  # of the adapted modules
-    lora: dict[str, torch.Tensor]
+    tensors: dict[str, torch.Tensor]  # the adapter's
     dtype: torch.dtype | None = None  # of the results; None: the base's own
 
     def module(self, name: str) -> str | None:
@@ -150,24 +139,25 @@ class Update:
         return module if module != name and module in self.scalings else None
 
     def changes(self, name: str) -> bool:
-        if name in self.lora and not torch.equal(self.lora[name].float(), self.weights.read(name).float()):
+        own = self.tensors.get(name)
+        if own is not None and not torch.equal(own.float(), self.weights.read(name).float()):
             return True
         # B A is zero where a side of it is, as it was before the training.
         module = self.module(name)
-        return module is not None and all(self.lora[f"{module}.lora_{side}.weight"].any() for side in "AB")
+        return module is not None and all(self.tensors[f"{module}.lora_{side}.weight"].any() for side in "AB")
 
     def merged(self, name: str) -> torch.Tensor:
         tensor = self.weights.read(name)
         if not tensor.is_floating_point():
             return tensor
         rounded = self.dtype or tensor.dtype
-        if name in self.lora:  # a parameter that was trained whole
-            tensor = self.lora[name]
+        if name in self.tensors:  # a parameter that was trained whole
+            tensor = self.tensors[name]
         if module := self.module(name):
-            A, B = (self.lora[f"{module}.lora_{side}.weight"].float() for side in "AB")
+            A, B = (self.tensors[f"{module}.lora_{side}.weight"].float() for side in "AB")
             # In fp32, (out, r) x (r, in): rounded once, when all is added.
             tensor = tensor.float() + self.scalings[module] * (B @ A)
-            if (lengths := self.lora.get(module + MAGNITUDE)) is not None:
+            if (lengths := self.tensors.get(module + lora.MAGNITUDE)) is not None:
                 tensor *= (lengths.float() / tensor.norm(dim=1))[:, None]
         return tensor.to(rounded)
 
@@ -218,15 +208,15 @@ def streamed_model(
     if lora_path is None:
         weights = checkpoint.open_model(directory, definition)
     else:
-        config, weights = open_base(directory, lora_path, definition)
+        config, weights = lora.open_base(directory, lora_path, definition)
     model = definition.network(config).eval()
     shapes = {name: p.shape for name, p in model.named_parameters()}
     checkpoint.check_names(shapes, weights)
     kept = {}  # what the adapter holds stays
     if lora_path is not None:
-        load_adapter(model, lora_path)
+        lora.load_adapter(model, lora_path)
         kept = {n: p.shape for n, p in model.named_parameters() if n not in shapes}
-        kept |= {n: shapes[n] for n in contents(lora_path)[1] if n in shapes}
+        kept |= {n: shapes[n] for n in lora.contents(lora_path)[1] if n in shapes}
     few = {f"{name}.weight" for name in quantize.layers(model.requires_grad_(False))} if kind else ()
     base = shapes.keys() - kept.keys()
     names, streamed = {p: name for name, p in model.named_parameters()}, set()
@@ -252,7 +242,7 @@ def streamed_model(
     for name, shape in kept.items():
         set_parameter(model, name, torch.empty(shape))
     if lora_path is not None:
-        load_adapter(model, lora_path)
+        lora.load_adapter(model, lora_path)
     return model
 
 
@@ -269,7 +259,7 @@ def check_logits(definition: vlm.Model, base: Path, adapter: Path, merged: Path)
     difference, from_base = now - expected, float((now - logits(base)).abs().max())
     largest = float(difference.abs().max())
     print(f"largest logit difference merged vs base+adapter: {largest:.1e} (merged vs base: {from_base:.2g})")
-    if kind := base_in(adapter):
+    if kind := lora.base_in(adapter):
         # what the adapter was trained to correct goes with the rounding: this is no fault of the merge
         trained = streamed_model(base, adapter, kind)
         trained = trained.logits(trained.hidden(batch)).float()
@@ -352,8 +342,8 @@ def main(argv: list[str] | None = None) -> int:
         merge(args.model_name_or_path, paths[0], args.merge_model_path, dtype)
     else:
         with tempfile.TemporaryDirectory() as directory:
-            base = args.model_name_or_path or find_base(paths[0])
-            combine(paths, args.weights, directory)
+            base = args.model_name_or_path or lora.find_base(paths[0])
+            lora.combine(paths, args.weights, directory)
             print("adapters: " + " + ".join(f"{w:g} x {p}" for w, p in zip(args.weights, paths, strict=True)))
             info = {"adapter": dict(zip(paths, args.weights, strict=True))}
             merge(base, directory, args.merge_model_path, dtype, info)

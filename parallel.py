@@ -89,8 +89,8 @@ def init_world(
     sharding_degree: int | None = None,
     meeting: Meeting | None = None,
 ) -> World:
-    """Joins the ranks that torchrun started, or makes a world of one.
-    NCCL where there are GPUs, else gloo."""
+    """Joins the ranks that torchrun started, or makes a world of one. NCCL where there are GPUs, else gloo.
+    `meeting`: a Meeting where the ranks have met already; the others as layout's."""
     sizes = layout(int(os.environ.get("WORLD_SIZE", 1)), tp, pp, sharding, sharding_degree)
     device = own_device()
     cuda = device.type == "cuda"
@@ -343,9 +343,8 @@ class Cut:
 def check_degree(degree: int, sizes: dict[str, int]) -> None:
     """sizes {name: what a tensor-parallel degree has to divide}."""
     # degrees that would divide all of them, for the message
-    works = [
-        str(n) for n in range(1, math.gcd(*sizes.values()) + 1) if all(s % n == 0 for s in sizes.values())
-    ]
+    common = math.gcd(*sizes.values())
+    works = [str(n) for n in range(1, common + 1) if common % n == 0]
     for name, size in sizes.items():
         if size % degree:
             raise ValueError(
@@ -374,15 +373,13 @@ def tensor_parallel(model: nn.Module, plan: dict[str, tuple[str, int]], world: W
         if p is None:
             return
         # The model's tp_plan has refused such a degree with a message.
-        assert p.shape[dim] % (parts * world.tp_size) == 0, (
-            f"{name} {tuple(p.shape)} in {world.tp_size} x {parts}"
-        )
+        cuts = parts * world.tp_size
+        assert p.shape[dim] % cuts == 0, f"{name} {tuple(p.shape)} in {world.tp_size} x {parts}"
         if id(p) not in made:  # tied weights stay tied
             shape = [n // world.tp_size if i == dim else n for i, n in enumerate(p.shape)]
-            part = nn.Parameter(
-                torch.empty(shape, dtype=p.dtype, device=p.device), requires_grad=p.requires_grad
-            )
-            made[id(p)] = p, part
+            room = torch.empty(shape, dtype=p.dtype, device=p.device)
+            # With the whole one, or another tensor might get its id.
+            made[id(p)] = p, nn.Parameter(room, requires_grad=p.requires_grad)
         setattr(owner, key, made[id(p)][1])
         model.cuts[name] = Cut(dim, parts, world.tp_rank, world.tp_size)
 
@@ -434,12 +431,9 @@ def mark_cuts(model: nn.Module) -> None:
 
 def whole_shape(p: Tensor) -> torch.Size:
     """Of the parameter of which this may be a tensor-parallel rank's part."""
-    cut = getattr(p, "cut", None)
-    return (
-        p.shape
-        if cut is None
-        else torch.Size(n * cut.size if i == cut.dim else n for i, n in enumerate(p.shape))
-    )
+    if (cut := getattr(p, "cut", None)) is None:
+        return p.shape
+    return torch.Size(n * cut.size if i == cut.dim else n for i, n in enumerate(p.shape))
 
 
 class _Copy(torch.autograd.Function):
@@ -547,12 +541,9 @@ def gradient_norm(parameters: Iterable[nn.Parameter], world: World) -> Tensor:  
         holders = p.cut.size if hasattr(p, "cut") else 1  # ranks that hold different parts of it
         grad = p.grad
         if is_sharded(grad):
-            sharded = [
-                n
-                for n, place in zip(grad.device_mesh.shape, grad.placements, strict=True)
-                if place.is_shard()
-            ]
-            holders, grad = holders * math.prod(sharded), grad.to_local()
+            axes = zip(grad.device_mesh.shape, grad.placements, strict=True)
+            holders *= math.prod(size for size, place in axes if place.is_shard())
+            grad = grad.to_local()
         # pp_size: a stage's ranks are size / pp_size, of which `holders` have different parts
         by_share.setdefault(holders * world.pp_size / world.size, []).append(grad)
     total = torch.zeros((), dtype=torch.float64, device=world.device)

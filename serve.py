@@ -60,23 +60,14 @@ import bench_serve
 import checkpoint
 import data
 import engine
+import generate
 import lora
 import parallel
 import records
 import terminal
 import vlm
 from chat_body import DECODING, Refused, Wanted, read_wanted
-from generate import (
-    DTYPE_HELP,
-    DTYPES,
-    Decoding,
-    Shown,
-    check_degree,
-    check_device,
-    cut_at_stop,
-    default_dtype,
-    load_as_asked,
-)
+from generate import Decoding, Shown
 from kernels import dispatch
 from kernels.linear import pack
 from quantize import KINDS
@@ -343,7 +334,7 @@ class Choice:
             text = self.shown.more(event.token)
         end = len(self.shown.text)
         if event.finish:
-            whole = cut_at_stop(self.processor, tokens, self.stop)[0]
+            whole = generate.cut_at_stop(self.processor, tokens, self.stop)[0]
             text += self.shown.rest(whole) or ""
             end = len(whole) if event.finish == "stop" else math.inf  # without the end marker, or a stop text
             self.finish = event.finish
@@ -832,7 +823,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     Decoding.add_arguments(parser)
     degree = "processes (torchrun --nproc_per_node N) that hold the model together; the first one serves"
     add("--tensor_parallel_degree", type=int, default=1, help=degree)
-    add("--dtype", default=None, choices=DTYPES, help=DTYPE_HELP)
+    add("--dtype", default=None, choices=generate.DTYPES, help=generate.DTYPE_HELP)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     bits = "weights of the language model's blocks in 8 or 4 bits"
     add("--quantize", default=None, choices=KINDS, help=bits)
@@ -870,7 +861,7 @@ def check_arguments(args) -> argparse.Namespace:
             forms = {"cors": "https://HOST[:PORT], null or *", "image_hosts": "HOST"}
             raise ValueError(f"{key}: {wrong[0]!r} would match nothing; expected {forms[key]}")
     args.defaults = Decoding(**{f.name: getattr(args, f.name) for f in fields(Decoding)})
-    check_degree("serve.py", args.tensor_parallel_degree)
+    generate.check_degree("serve.py", args.tensor_parallel_degree)
     if args.tensor_parallel_degree > 1 and (args.quantize or args.adapters):
         given = f"quantize={args.quantize}" if args.quantize else "lora_paths"
         raise ValueError(
@@ -911,7 +902,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def open_service(args, world: parallel.World | None = None) -> Service:
     """The model in an engine, and what is around it; in a tensor-parallel `world` on all ranks."""
-    check_device(args.device)
+    generate.check_device(args.device)
     kernels = dispatch.use_flash_attention(args.use_flash_attention, args.device)
     directory = data.model_directory(args.model, args.model_name_or_path)
     name = args.served_model_name or re.sub(r"[^\w.-]", "_", Path(directory).resolve().name)
@@ -922,8 +913,8 @@ def open_service(args, world: parallel.World | None = None) -> Service:
         weights = checkpoint.open_model(directory, vlm.find(checkpoint.read_config(directory)))
         lora.check_base(adapter, weights)
     processor = data.load_processor(directory)
-    args.dtype = args.dtype or default_dtype(directory, args.device)
-    model = load_as_asked(directory, processor, args.dtype, args.device, args.quantize, world=world)
+    args.dtype = args.dtype or generate.default_dtype(directory, args.device)
+    model = generate.load_as_asked(directory, processor, args.dtype, args.device, args.quantize, world=world)
     sizes = {name: getattr(args, name) for name in ("step_tokens", "cache_tokens", "max_running")}
     engine_of_all = engine.Engine(model, processor, args.adapters, **sizes)
     if world is None or world.main:

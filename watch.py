@@ -27,17 +27,15 @@ def stops_early(run) -> bool:
     cfg, state = run.cfg, run.state
     if not out_of_patience(state, cfg):
         return False
-    best = "no evaluation gave a number"
+    best, hint = "no evaluation gave a number", ""
     if state["best_step"]:
-        best = (
-            f"{cfg.metric_for_best_model} {state['best_metric']:.4f} of step {state['best_step']} is the best"
-        )
-    published = (
-        "" if cfg.load_best_model_at_end else "; load_best_model_at_end=true would publish the best model"
-    )
+        score = f"{cfg.metric_for_best_model} {state['best_metric']:.4f}"
+        best = f"{score} of step {state['best_step']} is the best"
+    if not cfg.load_best_model_at_end:
+        hint = "; load_best_model_at_end=true would publish the best model"
     run.say(
         f"early stopping after step {state['step']} of {run.total}: {best}, and {state['since_best']} "
-        f"evaluations since are no better (early_stopping_patience={cfg.early_stopping_patience}){published}",
+        f"evaluations since are no better (early_stopping_patience={cfg.early_stopping_patience}){hint}",
         flush=True,
     )
     return True
