@@ -200,7 +200,7 @@ def world_of(dtype: torch.dtype) -> parallel.World:
     """Of one process; 16-bit weights with fp32 copies are kept by a process group."""
     if dtype == torch.float32:
         return parallel.World(0, 1, CPU)
-    parallel.leave_world()
+    parallel.leave_world()  # a row before may have left one
     return parallel.init_world()
 
 
@@ -304,7 +304,7 @@ def lora_rows(folder: Path, args) -> Iterator[Row]:
         agree(f"{work.name}: loss", ours[0], theirs[0], allowed)
         agree(f"{work.name}: gradient norm", ours[1], theirs[1], 10 * allowed)
         sides = {side: step_of(side, work, work.dropout) for side in (us, them)}
-        sides["products"] = Products.of(sides[us]).replay
+        sides["products"] = Products.of(sides[us]).replay  # the floor
         more = {"loss": ours[0], f"{us}, peak MB above the weights": memory[work.name, us] / 1e6}
         more[f"{them}, peak"] = memory[work.name, them] / memory[work.name, us]
         what = f"LoRA step, BLIP-2 OPT, {work.name}, {work.padding(Q):.0%} padding for them"
@@ -376,7 +376,7 @@ def generate_command(folder: Path, args) -> Iterator[Row]:
     read = sum(p.numel() * 4 for block in ours.blocks for p in block.parameters())
     read += 4 * ours.config.vocab_size * ours.config.hidden_size
     bandwidth = read_bandwidth(read)
-    pack(ours)  # as generate.py does
+    pack(ours)  # as generate.py does, after the weights' bytes are counted
     for name, (lengths, beams) in QUESTIONS.items():
         if args.only not in name:
             continue
@@ -457,7 +457,7 @@ def load_row(name: str, dtype: torch.dtype, directory: Path, args) -> Row:
             raise ValueError(
                 f"{name}, {n}: the loaded weights differ; what loads something else is not timed"
             )
-    source = load_file(file)
+    source = load_file(file)  # the floor: its pages are in memory, and are copied alone
     timed = {side: lambda side=side: sides[side](into[side]) for side in sides}
     timed["copy"] = lambda: [into["ours"][n].copy_(tensor) for n, tensor in source.items()]
     peaks = {f"{side}, peak MB above the parameters": m / 1e6 for side, m in memory.items()}
@@ -488,7 +488,7 @@ def start_command(folder: Path, args) -> Iterator[Row]:
     }
     if args.only in (name := "importing train.py and a model"):
         times = {side: [] for side in imports}
-        for i in range(args.rounds + 1):
+        for i in range(args.rounds + 1):  # the first fills the page cache and writes .pyc files
             for side, text in imports.items():
                 seconds = spent([sys.executable, "-c", text])
                 if i:

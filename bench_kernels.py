@@ -86,15 +86,10 @@ def gradients(calls: Alternatives, inputs: list[Tensor]) -> Alternatives:
 
 
 def attention_alternatives(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Alternatives:
-    """Causal attention of a stream of segments. What has no backward pass here has "forward" in its name."""
+    """Causal attention of a stream of segments."""
     device, lengths = q.device, cu_seqlens.diff().tolist()
+    # made once, outside of what is timed: a training step makes it once for all its layers
     mask, longest = dense_mask(cu_seqlens, device), max(lengths)
-
-    def ours():
-        return attention(q, k, v, cu_seqlens, cu_seqlens, True)
-
-    def plain():
-        return attention(q, k, v, cu_seqlens, cu_seqlens, True, impl="ref")
 
     def batched(x):
         return x.transpose(0, 1)[None]  # (T, H, D) -> (1, H, T, D)
@@ -103,16 +98,16 @@ def attention_alternatives(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) 
         return F.scaled_dot_product_attention(*map(batched, (q, k, v)), attn_mask=mask)[0].transpose(0, 1)
 
     def pad():
-        padded = [
-            torch.nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True).transpose(1, 2)
-            for x in (q, k, v)
-        ]
+        rows = [x.split(lengths) for x in (q, k, v)]
+        padded = [torch.nn.utils.rnn.pad_sequence(x, batch_first=True).transpose(1, 2) for x in rows]
         o = F.scaled_dot_product_attention(*padded, is_causal=True).transpose(1, 2)
         return torch.cat([o[s, :n] for s, n in enumerate(lengths)])
 
+    stream = q, k, v, cu_seqlens, cu_seqlens, True
+    ours = functools.partial(attention, *stream)
     found = {"ours": ours, "pad to the longest": pad, "SDPA with a dense mask": dense}
     if device.type == "cuda":
-        found["plain PyTorch"] = plain
+        found["plain PyTorch"] = functools.partial(attention, *stream, impl="ref")
         from torch.nn.attention.varlen import varlen_attn
 
         on_device = cu_seqlens.to(device)
@@ -191,8 +186,8 @@ def kernels_command(folder: Path, args) -> Iterator[Row]:
         q, k, v = inputs = [torch.randn(T, 8, 64, requires_grad=True) for _ in range(3)]
         calls = attention_alternatives(q, k, v, bounds_of(T))
         same(name, calls, 1e-4)
-        steps = gradients(calls, inputs)
-        yield row_of(f"{name}, forward and backward", rounds(steps, args.rounds))
+        times = rounds(gradients(calls, inputs), args.rounds)
+        yield row_of(f"{name}, forward and backward", times)
         if not args.small:
             calls["flex_attention, compiled"] = flex_alternative(q, k, v, bounds_of(T))
             same(name, calls, 1e-4)
@@ -204,8 +199,7 @@ def kernels_command(folder: Path, args) -> Iterator[Row]:
         name = f"{name}, fp32, T={T}, forward and backward"
         if args.only in name:
             same(name, calls, 1e-5)
-            steps = gradients(calls, inputs)
-            yield row_of(name, rounds(steps, args.rounds))
+            yield row_of(name, rounds(gradients(calls, inputs), args.rounds))
 
 
 def loss_row(name: str, frozen: bool, args, N: int, C: int, V: int) -> Row:
@@ -217,13 +211,12 @@ def loss_row(name: str, frozen: bool, args, N: int, C: int, V: int) -> Row:
     memory = {side: peak_memory(lambda step=step: step) for side, step in steps.items()}
     same(name, calls, 1e-4)
     rows = int((targets != IGNORE_INDEX).sum())
-    products = 2 if frozen else 3
 
     def floor():
-        x, out = h.detach()[:rows], None
-        for _ in range(products):
-            out = x @ w.detach().t()
-        return out
+        """Logits, the gradient of h, that of w: as many products of the supervised rows."""
+        for _ in inputs:
+            h.detach()[:rows] @ w.detach().t()
+        return h.detach()[:rows] @ w.detach().t()
 
     times = rounds({**steps, "products": floor}, args.rounds)
     peaks = {f"{side}, peak": memory[side] / memory["ours"] for side in steps if side != "ours"}
@@ -337,6 +330,7 @@ def attention_part(device, dtype, small: bool, folder: Path) -> list[Row]:
         steps = gradients(calls, inputs)
         times = on(device, steps, 10)
         peaks = {f"{side}, peak MB": peak_of(device, step) for side, step in steps.items()}
+        # the backward pass of a fused attention computes the scores again: 2.5 forward passes
         rate = 3.5 * flops / median(times, "ours", True) / 1e12
         found.append(wall_row(f"{name}, forward and backward", times, **{"ours, TFLOP/s": rate}, **peaks))
     return found
@@ -359,8 +353,8 @@ def loss_part(device, dtype, small: bool, folder: Path) -> list[Row]:
     T, C, M = (64, 128, 160) if small else (8192, 4096, 11_008)
     for name, calls, inputs in elementwise(device, dtype, T, C, M):
         same(name, calls, 5e-2)
-        steps = gradients(calls, inputs)
-        found.append(wall_row(f"{name}, {dtype}, T={T}, forward and backward", on(device, steps, 10)))
+        times = on(device, gradients(calls, inputs), 10)
+        found.append(wall_row(f"{name}, {dtype}, T={T}, forward and backward", times))
     return found
 
 
@@ -431,7 +425,7 @@ def steps_part(kind: str, lora: bool) -> Callable:
             model = build.build(cfg, base, world, build.StreamSizes(1, 1, 1, 1)).model
             batch = bench.random_stream(model, [20, 30] if small else [400, 100, 600, 300, 500, 148])
             step = bench.our_step(model, batch.to(device), lora, world)
-            step()  # the optimiser's state
+            step()  # the first one makes the optimiser's state
             times = on(device, {"step": step}, 5)
             T = len(batch.input_ids)
             expected, flops = predicted(values, cfg, batch)
@@ -475,7 +469,7 @@ def decode_part(kind: str) -> Callable:
                 runner = engine.Engine(model, stop_words=[], capture=capture, **sizes)
                 wanted = [engine.Request(str(i), request, how, logprobs=-1) for i in range(batch)]
                 sequences = [runner.sequence(r) for r in wanted]
-                runner.pool.grow(sum(s.rows for s in sequences))
+                runner.pool.grow(sum(s.rows for s in sequences))  # not in the middle of what is timed
                 for sequence in sequences:
                     runner.enqueue(sequence)
                 for _ in range(new):  # prompts, and the first steps
@@ -513,6 +507,7 @@ PARTS = {  # name -> (what runs, seconds it may take)
 
 def run_part(name: str, folder: Path, small: bool, limit: float) -> list[Row]:
     """A part in a process of its own; what goes wrong is its row."""
+    # of its own: what a kernel's fault leaves of a CUDA context serves nobody
     command = [sys.executable, str(ROOT / "bench_kernels.py"), name, "--json", str(folder / f"{name}.json")]
     start, why = time.perf_counter(), ""
     try:

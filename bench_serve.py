@@ -47,7 +47,7 @@ def one_answer(url, args, number: int, image: str | None) -> dict:
         if response.status != 200:
             found["error"] = f"status {response.status}"
         for line in response if response.status == 200 else ():
-            if not line.startswith(b"data: {"):
+            if not line.startswith(b"data: {"):  # blank lines, comments, [DONE]
                 continue
             chunk = json.loads(line[6:])
             if "error" in chunk:
@@ -60,6 +60,7 @@ def one_answer(url, args, number: int, image: str | None) -> dict:
     finally:
         connection.close()
     found["ended"] = time.perf_counter()
+    # a server that does not count: a piece is mostly a token
     found["tokens"] = found["tokens"] or len(found["times"])
     found["times"] = found["times"] or [found["ended"]]  # an answer without text
     return found
@@ -109,6 +110,7 @@ def main(argv: list[str]) -> int:
         return one_answer(url, args, number, sent[number % len(sent)] if sent else None)
 
     began = time.perf_counter()
+    # closed loop: the load waits for the server. With a rate it does not, as users do not, and queues show
     if args.rate is None:
         with concurrent.futures.ThreadPoolExecutor(args.concurrency) as clients:
             answers = list(clients.map(ask, range(args.num_requests)))
@@ -144,6 +146,7 @@ def report(args, answers: list[dict], seconds: float) -> int:
     first = [a["times"][0] - a["began"] for a in good]
     gaps = [b - a for one in good for a, b in zip(one["times"], one["times"][1:], strict=False)]
     mean = [(a["times"][-1] - a["times"][0]) / max(a["tokens"] - 1, 1) for a in good]
+    # an answer is within the objective as a whole or not at all
     within = sum(
         f <= args.ttft_ms / 1000 and m <= args.itl_ms / 1000 for f, m in zip(first, mean, strict=True)
     )

@@ -39,7 +39,7 @@ def rounds(
     for i in range(warm + repeats):
         order = [*alternatives.items()]
         for name, call in order if i % 2 == 0 else reversed(order):
-            synchronize()
+            synchronize()  # what the neighbour left in the queue is the neighbour's
             wall, cpu = time.perf_counter(), time.process_time()
             call()
             synchronize()
@@ -127,6 +127,7 @@ class Products(TorchDispatchMode):
         if not isinstance(x, Tensor) or x.is_mkldnn:  # which has no strides; a weight, so it stays
             return x
         key = x.shape, x.stride(), x.dtype, x.device
+        # one tensor a shape: kept inputs would hold a step's activations
         if key not in self.pool:
             like = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
             self.pool[key] = like.normal_(std=0.02) if x.is_floating_point() else like.zero_()
@@ -147,7 +148,7 @@ def read_bandwidth(num_bytes: int, repeats: int = 5) -> float:
         start = time.perf_counter()
         torch.sum(x, dim=0, out=y)
         times.append(time.perf_counter() - start)
-    return x.numel() * 4 / min(times[1:])
+    return x.numel() * 4 / min(times[1:])  # a floor: what the machine can do, not what it does on average
 
 
 # ---- memory
@@ -175,7 +176,7 @@ def peak_memory(prepare: Callable[[], Callable]) -> int:
             call()
             pipe.send(status("VmHWM") - before)
         except (ValueError, OSError) as e:
-            pipe.send(e)
+            pipe.send(e)  # raised by the parent, which has the terminal
         finally:
             pipe.close()
 

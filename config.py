@@ -360,14 +360,8 @@ def options_of(kind) -> tuple:
     return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
 
 
-WORDS = {
-    int: "int",
-    float: "number",
-    bool: "bool: true or false",
-    str: "text",
-    dict: "object",
-    type(None): "null",
-}
+WORDS = {int: "int", float: "number", bool: "bool: true or false", str: "text", dict: "object"}
+WORDS[types.NoneType] = "null"
 
 
 def type_name(kind) -> str:
@@ -721,12 +715,12 @@ def validate_dataset(cfg: Config) -> None:
         cfg.dataset[split] = [check_entry(f"dataset.{split}[{n}]", entry) for n, entry in enumerate(entries)]
     if cfg.eval_split and cfg.dataset.get("eval"):
         raise ValueError(f"eval_split={cfg.eval_split} and the dataset's eval entries; use one of the two")
-    evaluates = cfg.evaluation_strategy != "no", cfg.do_eval, cfg.sample_steps
-    for name, wanted in zip(("evaluation_strategy", "do_eval", "sample_steps"), evaluates, strict=True):
-        if wanted and not cfg.dataset.get("eval") and not cfg.eval_split:
-            value = shown(getattr(cfg, name)).strip("'")
+    evaluates = cfg.dataset.get("eval") or cfg.eval_split
+    for name, off in (("evaluation_strategy", "no"), ("do_eval", False), ("sample_steps", None)):
+        if (value := getattr(cfg, name)) != off and not evaluates:
             raise ValueError(
-                f"dataset has no 'eval' entry, which {name}={value} needs; add one, or eval_split=0.05"
+                f"dataset has no 'eval' entry, which {name}={shown(value).strip(chr(39))} needs; add one, or "
+                "eval_split=0.05"
             )
 
 
