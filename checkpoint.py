@@ -198,6 +198,9 @@ def read_config(directory) -> dict:
     return config
 
 
+MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's, for all three
+
+
 def check_side_files(directory, height: int, width: int, **tokenizer) -> None:
     """ValueError where preprocessor_config.json or tokenizer_config.json asks for something else than is done
     here: images of height x width, CLIP's mean and deviation, bicubic; `tokenizer`: keys with the only
@@ -212,9 +215,7 @@ def check_side_files(directory, height: int, width: int, **tokenizer) -> None:
     config = read_json(path, "")
     done = dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True)
     require(config, str(path), **done, do_center_crop=False, resample=3)  # 3: bicubic, in Pillow's numbers
-    numbers = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "rescale_factor": [1 / 255]}
-    numbers["image_std"] = [0.26862954, 0.26130258, 0.27577711]
-    for key, expected in numbers.items():
+    for key, expected in {"image_mean": MEAN, "image_std": STD, "rescale_factor": [1 / 255]}.items():
         check(value := config.get(key, expected), float | list[float], f"{path}: {key}")
         value = value if isinstance(value, list) else [value]
         # To 1e-5: files of several writers round them differently.

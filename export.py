@@ -35,8 +35,6 @@ import terminal
 import vlm
 from generate import DTYPES, load_model
 
-MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's, for all three
-
 
 @dataclass
 class Source:
@@ -188,8 +186,8 @@ def export_transformers(source: Source, directory: Path, options: dict) -> str:
         "size": {"height": side, "width": side},
         "resample": 3,
         "rescale_factor": 1 / 255,
-        "image_mean": MEAN,
-        "image_std": STD,
+        "image_mean": checkpoint.MEAN,
+        "image_std": checkpoint.STD,
     }
     checkpoint.write_json(directory / "preprocessor_config.json", image)
     named = {"processor_class": "Blip2Processor", "num_query_tokens": processor.num_image_tokens}
@@ -372,7 +370,7 @@ def export_static(source: Source, directory: Path, options: dict) -> str:
     processor = source.definition.processor(source.directory, source.stage())
     if source.quantize:
         print(quantize.quantize(model, source.quantize))
-    export_static.write(model, processor, source.directory, directory, options["compile"], MEAN, STD)
+    export_static.write(model, processor, source.directory, directory, options["compile"])
     return "python {}/run_static.py --image image.png --prompt 'What is this?'"
 
 
@@ -441,17 +439,13 @@ def main(argv: list[str] | None = None) -> int:
     add("--dtype", default="keep", choices=dtypes, help="of the written weights (static: keep is float32)")
     rounding = "round the blocks' weights as generate.py does; only a static package keeps them small"
     add("--quantize", choices=quantize.KINDS, help=rounding)
-    sizes = [
-        f"{form}: {f.options['max_shard_size']}"
-        for form, f in FORMATS.items()
-        if "max_shard_size" in f.options
-    ]
-    add("--max_shard_size", help=f"of one weight file (default: {', '.join(sizes)})")
+    defaults = {form: f.options.get("max_shard_size") for form, f in FORMATS.items()}
+    sizes = ", ".join(f"{form}: {size}" for form, size in defaults.items() if size)
+    add("--max_shard_size", help=f"of one weight file (default: {sizes})")
     add("--remote_code", help="original: a directory with the release's Python files")
-    compiling = (
-        "static: programs in machine code of this CPU (minutes), or graphs that torch runs step by step"
-    )
-    add("--compile", choices=["auto", "yes", "no"], help=f"{compiling}; auto: where there is g++")
+    machine_code = "static: programs in machine code of this CPU (minutes)"
+    compiling = f"{machine_code}, or graphs that torch runs step by step; auto: where there is g++"
+    add("--compile", choices=["auto", "yes", "no"], help=compiling)
     args = parser.parse_args(argv)
     output = Path(args.output_dir)
     base = args.model_name_or_path

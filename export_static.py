@@ -162,9 +162,7 @@ def programs(model: nn.Module) -> dict[str, ExportedProgram]:
 # The package
 
 
-def write(
-    model: nn.Module, processor, source: Path, directory: Path, compile: str, mean: list, std: list
-) -> None:
+def write(model: nn.Module, processor, source: Path, directory: Path, compile: str) -> None:
     """Programs, weights, tokenizer and the runner, which words a question as the model's file does.
 
     compile: "yes", "no", or "auto", which compiles where there is a C++ compiler.
@@ -180,7 +178,6 @@ def write(
     save_file(weights, directory / "weights.safetensors", metadata={"format": "pt"})
     for name, graph in graphs.items():
         write_program(graph, directory / f"{name}.pt2", compiled)
-    height, width = model.image_size
     spec = {
         "model": type(model).__name__,
         "made_with": {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()},
@@ -188,9 +185,9 @@ def write(
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "hidden_size": model.config.hidden_size,
         "num_image_tokens": model.num_image_tokens,
-        "image_size": [height, width],
-        "mean": mean,
-        "std": std,
+        "image_size": list(model.image_size),
+        "mean": checkpoint.MEAN,
+        "std": checkpoint.STD,
         "max_positions": model.config.max_positions,
         "position_axes": model.position_axes,
         "position_step": torch.as_tensor(model.position_step).tolist(),

@@ -71,10 +71,9 @@ def stages_of_parameters(model: nn.Module, plan: dict, blocks: list[range]) -> d
         if name.startswith(prefix):
             number = int(name[len(prefix) :].split(".")[0])
             return {stage for stage, numbers in enumerate(blocks) if number in numbers}
-        ends = [
-            end for end in ("first", "last") if any(fnmatch.fnmatch(name, pattern) for pattern in plan[end])
-        ]
-        return {{"first": 0, "last": last}[end] for end in ends} or set(range(last + 1))
+        ends = {"first": 0, "last": last}.items()
+        own = {stage for end, stage in ends if any(fnmatch.fnmatch(name, p) for p in plan[end])}
+        return own or set(range(last + 1))  # what no plan names, each stage has
 
     found: dict[int, set[int]] = {}
     # the stages of both names, since each stage must hold what it uses
@@ -174,12 +173,7 @@ class Pipeline:
 
     def make_schedule(self, num_micro_batches: int, length: int, train: bool):
         # here: it imports torch's compiler, a sixth of a start's time, which a run without a pipeline saves
-        from torch.distributed.pipelining import (
-            PipelineStage,
-            Schedule1F1B,
-            ScheduleGPipe,
-            ScheduleInterleaved1F1B,
-        )
+        from torch.distributed import pipelining
 
         def hidden(stage: int) -> Tensor:
             """What enters `stage`."""
@@ -199,23 +193,16 @@ class Pipeline:
 
             out = torch.empty((), device="meta", requires_grad=train) if last else hidden(stage + 1)
             module = _Stage(forward, lambda i: self.before_backward(i))
-            stages.append(
-                PipelineStage(
-                    module,
-                    stage,
-                    self.num_stages,
-                    self.world.device,
-                    input_args=(hidden(stage),),
-                    output_args=(out,),
-                    group=self.group,
-                )
-            )
+            shapes = {"input_args": (hidden(stage),), "output_args": (out,)}
+            place = stage, self.num_stages, self.world.device
+            stages.append(pipelining.PipelineStage(module, *place, **shapes, group=self.group))
         # the last stage returns its loss; it is a sum over the step's tokens already, so nothing is scaled
         options = {"loss_fn": (lambda output, _: output) if train else None, "scale_grads": False}
         if self.schedule == "interleaved":
-            return ScheduleInterleaved1F1B(stages, num_micro_batches, **options)
+            return pipelining.ScheduleInterleaved1F1B(stages, num_micro_batches, **options)
         # without a backward pass 1F1B is GPipe
-        kind = Schedule1F1B if self.schedule == "1f1b" and train else ScheduleGPipe
+        one_by_one = self.schedule == "1f1b" and train
+        kind = pipelining.Schedule1F1B if one_by_one else pipelining.ScheduleGPipe
         return kind(stages[0], num_micro_batches, **options)
 
     def sum_shared_gradients(self, parameters: dict[str, nn.Parameter]) -> None:  # all ranks of the group

@@ -165,16 +165,13 @@ def rounded(weight: Tensor, kind: str) -> Tensor:
 
 def layers(model: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers of the language model's blocks, those whose frozen weight can be in few bits."""
-    names = {id(module): name for name, module in model.named_modules()}
-    found = [m for block in model.blocks for m in block.modules() if isinstance(m, nn.Linear)]
-    # an adapter's own matrices are inside of the layer that they change
-    return {
-        names[id(m)]: m
-        for m in found
-        if m.weight is not None
-        and not any(p.requires_grad for p in m.parameters(recurse=False))
-        and ".lora_" not in names[id(m)]
-    }
+    names, found = {id(module): name for name, module in model.named_modules()}, {}
+    for layer in (m for block in model.blocks for m in block.modules() if isinstance(m, nn.Linear)):
+        trains = any(p.requires_grad for p in layer.parameters(recurse=False))
+        # an adapter's own matrices are inside of the layer that they change
+        if layer.weight is not None and not trains and ".lora_" not in names[id(layer)]:
+            found[names[id(layer)]] = layer
+    return found
 
 
 def prepare(model: nn.Module, kind: str) -> None:

@@ -290,26 +290,20 @@ class RunDir:
         if not given or Path(given).resolve().parent != self.path.resolve():
             return none if record["id"] is None else []
         state = read_state(given)
-        known = {i: step for i, step in record["lineage"]}
-        lineage = {**known, record["id"]: state["step"]} if state.get("run") == record["id"] else known
-        return [
-            [i, min(step, state["step"])]
-            for i, step in {None: -1, **lineage, state.get("run"): 1 << 60}.items()
-        ]
+        # The ancestors' ancestors, and none of them beyond the step where this run leaves.
+        lineage = {None: -1, **{i: step for i, step in record["lineage"]}, state.get("run"): 1 << 60}
+        return [[i, min(step, state["step"])] for i, step in lineage.items()]
 
     def belongs(self, path: Path, start: Start | None = None) -> bool:
         """Whether a checkpoint is this run's. A damaged one is: it may not be passed over without a word."""
         start = start or self.start
         try:
             state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            run, step = state.get("run"), state["step"]
-            lineage = {i: last for i, last in start.lineage}
-            return (
-                run == start.id
-                or (run in lineage and step <= lineage[run])
-                or run is None
-                and None not in lineage
-            )
+            run, step, lineage = state.get("run"), state["step"], {i: last for i, last in start.lineage}
+            # One without an id is anybody's, unless it is known how far those of this directory count.
+            if run == start.id or run is None and None not in lineage:
+                return True
+            return run in lineage and step <= lineage[run]
         except (OSError, ValueError, KeyError, AttributeError, TypeError):
             return True
 
