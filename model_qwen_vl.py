@@ -773,6 +773,12 @@ class QwenVLProcessor:
             turns[0] = ("user", turns[0][1] + " Answer:")
         return turns
 
+    def raw_ids(self, role: str, text: str) -> list[int]:
+        """A turn of the base model's: text without markers; an answer ends in <|endoftext|>, at which that
+        model has learned to stop."""
+        ids = self.tokenizer.encode(text + "\n" if role == "system" else text)
+        return [*ids, self.eos] if role == "assistant" else ids
+
     def encode(self, conversation, max_length: int) -> dict:
         """One training sample: ids, unshifted labels, slots. An image's span is never cut; text is cut from
         the end.
@@ -784,12 +790,8 @@ class QwenVLProcessor:
         turns = self.texts(conversation)
         if self.stage == "pretrain":
             ids, labels = [], []
-            # Raw text without markers; each answer ends in <|endoftext|>, which the base model learned to
-            # stop at.
             for role, text in turns:
-                piece = tk.encode(text + "\n" if role == "system" else text) + [tk.eos] * (
-                    role == "assistant"
-                )
+                piece = self.raw_ids(role, text)
                 ids += piece
                 labels += piece if role == "assistant" else [IGNORE_INDEX] * len(piece)
         else:
@@ -840,9 +842,10 @@ class QwenVLProcessor:
         if not turns:
             raise ValueError(f"{conversation.where}: no user turn to answer")
         if self.stage == "pretrain":
+            turns = [("system", system)] * bool(system) + turns
+            ids = [token for turn in turns for token in self.raw_ids(*turn)]
             if conversation.kind == "grounding":  # as Qwen's own evaluation asks: the box is begun
-                turns.append(("assistant", "<box>"))
-            ids = tk.encode((f"{system}\n" if system else "") + "".join(text for _, text in turns))
+                ids += tk.encode("<box>")
         else:
             # chat_prompt takes pairs; turns alternate (records.py has seen to it), so each question has its
             # answer.

@@ -771,8 +771,8 @@ WORDING = {  # (model, stage, record) -> its text; slots are left out
     "qwen_vl raw": (
         "qwen_vl",
         "pretrain",
-        {**llava("<image>\nWhat?", "Red.", image="a.png"), **SYSTEM},
-        "Be brief.\n<img></img>What?Red.<|endoftext|>",
+        TWO_IMAGES,
+        "Be brief.\n<img></img>What?Red.<|endoftext|><img></img>And?Blue.<|endoftext|>",
     ),
     "visualglm": (
         "visualglm",
@@ -794,12 +794,18 @@ WORDING = {  # (model, stage, record) -> its text; slots are left out
 def test_a_model_words_a_record_in_its_own_way(folder, name):
     model, stage, record, expected = WORDING[name]
     processor = data.load_processor(str(ROOT / f"samples/tiny_{model}"), stage)
-    sample = processor.encode(read(folder, record), 512)
+    conversation = read(folder, record)
+    sample, prompt = processor.encode(conversation, 512), processor.prompt(conversation)
     slots = {s + n for s in sample["image_starts"] for n in range(processor.num_image_tokens)}
     slots = set() if model == "qwen_vl" else slots  # its tokenizer takes a whole tag back
     ids = [int(token) for n, token in enumerate(sample["input_ids"]) if n not in slots]
     assert processor.tokenizer.decode(ids) == expected
     assert [Path(source).name for source in sample["images"]] == ["a.png", "b.png"][: len(sample["images"])]
+    # what is learned is what will be asked: the prompt is its beginning, the answer is the rest
+    fillers = {s + n for s in sample["image_starts"] for n in range(processor.num_image_tokens)}
+    pairs = enumerate(zip(prompt["input_ids"].tolist(), sample["input_ids"].tolist(), strict=False))
+    assert all(a == b or n in fillers for n, (a, b) in pairs)
+    assert (sample["labels"][len(prompt["input_ids"]) :] != data.IGNORE).all()
 
 
 # ------------------------------------------------------------------------------------------------ a
