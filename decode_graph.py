@@ -1,6 +1,6 @@
 """Decoding steps of static addresses, as CUDA graphs hold them: one launch and one copy a step.
 
-    graphs = DecodeGraphs(engine, cuda_capture())
+    graphs = DecodeGraphs(engine, cuda_capture(device))
     logits = graphs.logits(None, sequences)     # (S, V) behind the next token of each
 
 A decoding step is some hundred small kernels, which the host starts more slowly than the device runs them. A
@@ -29,7 +29,7 @@ Run = Callable[[], None]
 MOST = 64  # graphs that are kept; each has its kernels' arguments, of all layers
 
 
-def cuda_capture() -> Callable[[Run], Run]:
+def cuda_capture(device: torch.device) -> Callable[[Run], Run]:
     """`capture(run)` gives what repeats `run()` on the device: the same kernels on the same addresses."""
     # One pool for all of them: only one runs at a time, and none leaves anything in it for later.
     memory = torch.cuda.graph_pool_handle()
@@ -37,15 +37,15 @@ def cuda_capture() -> Callable[[Run], Run]:
     def capture(run: Run) -> Run:
         # First outside: kernels are compiled, and libraries make their work areas, which a capture forbids.
         # On a stream of its own, since a capture has one too.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             run()
             run()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # A server's other threads may use the device meanwhile.
-        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
             run()
         return graph.replay
 
@@ -58,7 +58,7 @@ def capture_for(model: nn.Module) -> Callable[[Run], Run] | None:
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     if parameter.device.type != "cuda" or not alone or model.encoder_decoder:
         return None
-    return cuda_capture() if use_triton("auto", parameter) else None
+    return cuda_capture(parameter.device) if use_triton("auto", parameter) else None
 
 
 class DeviceRows:
@@ -108,6 +108,7 @@ class DecodeGraphs:
         if self.layers is not self.engine.pool.layers:
             self.graphs.clear()
             self.layers = self.engine.pool.layers
+        # Few buckets: a graph is worth its capture only if it is replayed often.
         bucket = 1 << (count - 1).bit_length()
         adapters = self.fill(sequences, bucket)
         key = bucket, whole, adapters

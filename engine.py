@@ -93,6 +93,7 @@ class Sequence:
     def answer(self) -> list[int]:
         return self.tokens[self.given : self.total].tolist()
 
+    # Beams are sequences of their own from the first fork on; until then the request has one, its prompt's.
     @property
     def running(self) -> "list[Sequence]":
         """Itself, or the beams that it has become."""
@@ -136,11 +137,13 @@ class Pool:
         # For generate(), which learns one by one what it needs; a server's pool has its size from the start.
         if size <= self.size:
             return
-        # New dicts: captured graphs see by them that the addresses they hold are of old buffers.
-        self.layers, self.memory = (
-            {layer: tuple(self.buffer(x, size, x) for x in pair) for layer, pair in buffers.items()}
-            for buffers in (self.layers, self.memory)
-        )
+        # New dicts: captured graphs see by them that the addresses they hold are of old buffers, of which
+        # those of one layer at a time are there beside the new ones.
+        before, self.layers, self.memory = (self.layers, self.memory), {}, {}
+        for old, new in zip(before, (self.layers, self.memory), strict=True):
+            for layer in list(old):
+                new[layer] = tuple(self.buffer(x, size, x) for x in old.pop(layer))
+        # The new rows are a gap like any other, joined with the one before if that reaches the old end.
         self.give_back(self.size, size - self.size)
         self.size = size
 
@@ -166,6 +169,7 @@ class Pool:
 
     def would_fit(self, rows: int, ranges: list[tuple[int, int]]) -> bool:
         """Whether there is a gap of so many rows once these ranges are free."""
+        # Asked first: what is given up and does not make room enough would be lost for nothing.
         return any(end - first >= rows for first, end in joined([*self.free, *ranges]))
 
     def grains(self, rows: int, ranges: int) -> int:
@@ -258,6 +262,7 @@ class KVCache:
             rows = there(ranges_of(self.starts, memory_cu_seqlens.diff().tolist()), q.device)
             for buffer, x in zip(self.buffers(self.pool.memory, layer, k, v), (k, v), strict=True):
                 buffer.index_copy_(0, rows, x)
+        # The same first row as the decoder's own range, in buffers of the memory's own.
         keys = [(s, s + n) for s, n in zip(self.starts, self.memory_lengths, strict=True)]
         return attention_ranges(q, *self.pool.memory[layer], cu_seqlens, keys, causal=False)
 
@@ -279,6 +284,7 @@ def there(x: Tensor, device: torch.device) -> Tensor:
 
 def ranges_of(first: list[int], counts: list[int]) -> Tensor:
     """The whole numbers of the ranges first[n] .. first[n] + counts[n] - 1, one range after the other."""
+    # Without a loop: each number is its place in the stream, moved by what its range begins behind it.
     counts = np.array(counts)
     ends = counts.cumsum()
     return torch.from_numpy(np.repeat(np.array(first) - ends + counts, counts) + np.arange(ends[-1]))
@@ -309,6 +315,7 @@ def check_minimum(given: int, max_new_tokens: int, min_length: int) -> None:
 
 def penalised_tokens(model: nn.Module, prompt: dict) -> list[int]:
     """What a repetition penalty counts of a prompt: `seen`, by default the tokens outside images."""
+    # What stands at an image's places are fillers that nobody wrote: they are no repetition.
     if "seen" in prompt:
         return [int(t) for t in prompt["seen"]]
     Q = model.num_image_tokens
@@ -328,6 +335,7 @@ def cut_at_stop(processor, ids: list[int], stop_texts: list[str]) -> tuple[str, 
 
 
 def digest_of(pixels: Tensor) -> bytes:
+    # As bytes: NumPy knows no bf16.
     data = pixels.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     return hashlib.blake2b(data, digest_size=16).digest()
 
@@ -388,7 +396,7 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """ValueError in one line where it can never run."""
-        sequence = self.sequence(request)
+        sequence = self.sequence(request)  # opens the images: a bad one is the caller's error, not a step's
         how = request.how
         # All rows that it may ever need are its own from the start: no answer is cut off for another's sake.
         if sequence.rows > self.pool.size:
@@ -412,11 +420,13 @@ class Engine:
         room = room_for(model, prompt["input_ids"], how.max_new_tokens)
         # The prompt's last token is the one that the decoder starts with.
         encoder = given - 1 if model.encoder_decoder else 0
+        # A stop text may end inside a token or begin in an earlier one: only the decoded answer shows it.
         stopped = request.stopped
         if request.stop:
             stopped = lambda ids: cut_at_stop(self.processor, ids, request.stop)[1]  # noqa: E731
         beams = self.beams(request, room, given - encoder, stopped) if how.num_beams > 1 else None
         check_minimum(beams.given if beams else given - encoder, how.max_new_tokens, how.min_length)
+        # Refused here: an index beyond the vocabulary would fail inside a step, for all that share it.
         size = model.config.vocab_size
         if bad := [t for t in request.logit_bias if not 0 <= t < (size or t + 1)]:
             raise ValueError(f"logit_bias: token {bad[0]}; expected 0 to {size - 1}")
@@ -466,6 +476,7 @@ class Engine:
     def cancel(self, request: Request) -> None:
         """Frees its place before the next step; nothing is said of it any more."""
         sequence = self.by_request.pop(request, None)
+        # One that waits has no rows yet.
         if sequence in self.queue:
             self.queue.remove(sequence)
         elif sequence is not None:
@@ -492,6 +503,7 @@ class Engine:
 
     def common_prefix(self, a: Sequence, b: Sequence, known: int) -> int:
         """Tokens of `a`'s prompt that begin like the first `known` of `b`; at least one is left over."""
+        # Another adapter, or another rotary base, makes other keys of the same tokens.
         if a.group != b.group:
             return 0
         # One is left over, since logits come of a token that is computed, not of cached keys.
@@ -537,6 +549,7 @@ class Engine:
             rows = sequence.row(shared) + self.pool.before
             self.pool.copy(donor.start, start, rows, sequence.encoder)
             sequence.fed = sequence.cached = shared
+            # A kept donor is the latest used now, unless it has become superfluous; a running one stays.
             if donor in self.kept:
                 self.kept.remove(donor)
                 if donor.fed > shared or self.prefill != "chunks":
@@ -549,6 +562,7 @@ class Engine:
     def leave(self, sequence: Sequence) -> None:
         """Its rows stay until room is needed."""
         self.active.remove(sequence)
+        # The slot's row of the sampler's tables is cleared by the next one that joins.
         self.free_slots.append(sequence.slot)
         sequence.features, sequence.images = None, []
         # of its first place, the prompt's rows are what they were; the answer's are anyone's
@@ -558,6 +572,7 @@ class Engine:
             sequence.rows, sequence.fed = rows, min(sequence.fed, sequence.given)
         # what is kept for its rows must not hold the request: its images may be large
         sequence.request, sequence.stopped = None, None
+        # Half of a prompt that sees itself whole is of no use: the whole has other keys.
         whole = self.prefill == "chunks" or sequence.fed >= sequence.given
         if sequence.fed and whole:
             self.kept.append(sequence)
@@ -567,6 +582,7 @@ class Engine:
     def fork(self, leader: Sequence, parents: list[int], tokens: list[int]) -> None:
         """Each beam goes on from its parent with its token. The first heir takes the rows over, the others
         copy what is in use to other places of the leader's range."""
+        # Each beam has a fixed share of the leader's range: a fork never has to ask for room.
         before = leader.running
         rows = leader.rows // leader.beams.how.num_beams
         taken = {before[p].start for p in parents}
@@ -602,6 +618,7 @@ class Engine:
                 prompts.append((sequence, count))
                 left -= count
 
+        # First what has begun: a half-computed prompt holds rows that nobody can use.
         for sequence in self.active:
             if left > 0 and not sequence.decodes:
                 add(sequence)
@@ -610,6 +627,7 @@ class Engine:
                 break
             if self.admit(sequence):
                 self.queue.remove(sequence)
+                # The whole prompt but its last token was there: it decodes from its first step on.
                 if sequence.decodes:
                     decode.append((sequence, 1))
                     left -= 1
@@ -650,16 +668,18 @@ class Engine:
         for n, (s, _, _) in enumerate(pieces):
             adapter = s.request.adapter
             groups.setdefault(adapter if adapter and self.adapters[adapter].text else None, []).append(n)
-        found = None
+        logits = [None]
         # The steps between prompts: one token of each, behind others, none of them a part of an image.
         if self.graphs and len(groups) == 1 and not seeing and all(a and n == 1 for _, a, n in pieces):
-            found = self.graphs.logits(*groups, [s for s, _, _ in pieces])
-        if found is None:
+            logits = [self.graphs.logits(*groups, [s for s, _, _ in pieces])]
+        if logits[0] is None:
             logits = [self.one_pass(adapter, [pieces[n] for n in rows]) for adapter, rows in groups.items()]
+        # Not before: the passes ask where each sequence stands.
         for s, first, count in pieces:
             s.fed = first + count
-        if found is not None or len(groups) == 1:
-            return logits[0] if found is None else found
+        if len(logits) == 1:
+            return logits[0]
+        # Each pass has its sequences in the stream's order; all of them are brought back into it.
         order = np.argsort([n for rows in groups.values() for n in rows])
         return torch.cat(logits)[there(torch.from_numpy(order), self.device)]
 
@@ -673,6 +693,7 @@ class Engine:
             [s.encoder for s, _, _ in pieces],
             encode=any(first == 0 for _, first, _ in pieces),
         )
+        # One copy a dtype, and none on a CPU, where a new object would be all that it gives.
         if self.device.type != "cpu":
             batch = batch.to(self.device)
         batch.cache = cache
@@ -727,6 +748,7 @@ class Engine:
         names = [s.request.adapter for s, _, _ in entries]
         if len({*names}) == 1:
             return [] if names[0] is None else [(names[0], None)]
+        # Rows of the base are in no list: -1.
         owners = np.repeat([list(self.adapters).index(n) if n is not None else -1 for n in names], counts)
         rows = [(name, torch.from_numpy((owners == n).nonzero()[0])) for n, name in enumerate(self.adapters)]
         return [(name, there(index, self.device)) for name, index in rows if len(index)]
@@ -797,7 +819,7 @@ class Engine:
     def sample(self, sequences: list[Sequence], logits: Tensor) -> list[Event]:
         """A token more for each."""
         if not sequences:
-            return []
+            return []  # all of the step's tokens were inside prompts, or beams'
         # Before its first token: the sampler's tables have the logits' width, dtype and device.
         for s, row in zip(sequences, logits, strict=True):
             if s.total == s.given:
@@ -808,6 +830,7 @@ class Engine:
         tokens, finite, chosen, best = self.read(*found, [s.request.logprobs for s in sequences])
         events = []
         for n, s in enumerate(sequences):
+            # The others of the batch do not see its rows, so they go on.
             if not finite[n]:
                 events.append(self.failed(s))
                 continue
@@ -819,6 +842,7 @@ class Engine:
 
     def search(self, leader: Sequence, logits: Tensor) -> list[Event]:
         """A token more for each beam of a request; at the end, the tokens of its best answer."""
+        # One row that is not finite ends the search: its beams go on from each other.
         if not bool(logits.isfinite().all()):
             return [self.failed(leader)]
         # Nothing is told while it runs: the best answer may still become another one.
@@ -826,6 +850,7 @@ class Engine:
         if (chosen := beams.advance(logits)) is not None:
             self.fork(leader, *chosen)
             return []
+        # The end: the best answer is told at once, as if it had come token by token.
         tokens = beams.finished[0][1]
         ended = tokens[-1] in self.end_tokens or bool(beams.stopped and beams.stopped(tokens))
         events = [Event(leader.request, token, cached_tokens=leader.cached) for token in tokens]
@@ -839,6 +864,7 @@ class Engine:
 
     def finish(self, s: Sequence, token: int) -> str | None:
         """Why the answer ends with this token; None: it goes on."""
+        # A sampled token may end several ways; `stopped` decodes the answer, so it is asked last.
         ended = token in self.end_tokens
         ended |= any(s.tokens[: s.total][-len(word) :].tolist() == word for word in self.end_words)
         if not ended and s.stopped:
