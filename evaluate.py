@@ -454,6 +454,9 @@ def run(args, how: Decoding) -> int:
 def compared(recipe: recipes.Recipe, model_config: dict, result: dict, options: dict) -> dict:
     """Prints how the scores stand to the published one; -> what the result file says of it."""
     changed = {key: result[key] for key in ("lora_path", "quantize")}
+    changed |= {"left_out": len(result["left_out"]), "stopped": not result["complete"]}
+    own = read_file(result["config"]).get("stage", "sft")
+    changed |= {"stage": result["prompt_format"] if result["prompt_format"] != own else None}
     found = recipes.deviations(recipe, model_config, changed, len(result["answers"]), options)
     print(recipes.verdict(recipe, result["scores"], found))
     return {"score": recipe.score, "expected": recipe.expected, "deviations": found}

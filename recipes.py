@@ -87,10 +87,11 @@ def deviations(recipe: Recipe, config: dict, changed: dict, answered: int, optio
     found += [f"{key}={value}" for key, value in changed.items() if value]
     if recipe.records is not None and answered != recipe.records:
         found.append(f"{answered:,} records instead of {recipe.records:,}")
-    meant = {"metric": [recipe.metric], "prompt": recipe.prompt, **recipe.decoding}
-    found += [
-        f"{key}={options[key]} instead of {value}" for key, value in meant.items() if options[key] != value
-    ]
+    # what the recipe does not name is as it is by default; its own limit of tokens each command has
+    usual = {f.name: f.default for f in fields(Decoding) if f.name != "max_new_tokens"}
+    meant = {"metric": [recipe.metric], "prompt": recipe.prompt, **usual, **recipe.decoding}
+    used = {**usual, **options}
+    found += [f"{key}={used[key]} instead of {value}" for key, value in meant.items() if used[key] != value]
     return [*found, recipe.apart] if recipe.apart else found
 
 

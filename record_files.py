@@ -190,6 +190,10 @@ def read_table(path: str) -> Records:
 def row_record(header: list[str], cells: list[str]) -> dict | Exception:
     if len(cells) != len(header):
         return ValueError(f"a row of {len(cells)} cells under a header of {len(header)}")
+    if any("\t" in cell and "\n" in cell for cell in cells):
+        return ValueError(
+            "a cell with a tab and a line break: a quote that begins a cell is not closed in it?"
+        )
     try:
         return {column: cell_value(column, cell) for column, cell in zip(header, cells, strict=True)}
     except ValueError as e:
@@ -429,5 +433,10 @@ def read_system(path: str | None) -> str | None:
     if not isinstance(system, str):
         raise ValueError(f"{path}: 'system' must be a text, got {cut(system)}")
     # The template's markers are the tokenizer's business: the text between them is what counts.
-    match = re.fullmatch(r"\s*<\|im_start\|>system\n(.*?)<\|im_end\|>\s*", system, re.S)
-    return match.group(1) if match else system
+    match = re.fullmatch(r"\s*<\|im_start\|>system\r?\n(.*?)<\|im_end\|>\s*", system, re.S)
+    text = match.group(1) if match else system
+    if "<|" in text:
+        raise ValueError(
+            f"{path}: 'system' has other markers than <|im_start|>system ... <|im_end|>: {cut(text)}"
+        )
+    return text

@@ -261,6 +261,9 @@ def test_chat_template_splits_max_samples(tmp_path, capsys):
     path = write(tmp_path / "a.json", records)
     template = tmp_path / "template.json"
     template.write_text(json.dumps({"system": "<|im_start|>system\nBe brief.<|im_end|>"}))
+    (tmp_path / "other.json").write_text(json.dumps({"system": "<|system|>\nBe brief.<|end|>"}))
+    with pytest.raises(ValueError, match="'system' has other markers"):
+        read_all("chatml_dataset", path, chat_template=str(tmp_path / "other.json"))
     found = read_all("chatml_dataset", path, chat_template=str(template), splits=["train"])
     assert [c.answers[0] for c in found] == ["0", "2", "4"]
     assert found[0].turns[0] == ("system", ["Be brief."])

@@ -99,8 +99,10 @@ def test_a_recipe_is_decoded_as_it_says(kind, tmp_path, monkeypatch, capsys):
     path = next(p for p in RECIPES if p.parent.name == kind and "caption" in p.read_text())
     small_set(json.loads(path.read_text()), tmp_path)
     argv = [str(path), "--model_name_or_path", str(ROOT / f"samples/tiny_{kind}"), "--dtype", "float32"]
-    assert evaluate.main([*argv, "--max_new_tokens", "9", "--prompt", "a {}"]) == 0
+    stage = {"qwen_vl": "sft", "blip2": "pretrain2"}[kind]  # not the recipe's
+    assert evaluate.main([*argv, "--max_new_tokens", "9", "--prompt", "a {}", "--stage", stage]) == 0
     said = capsys.readouterr().out
+    assert f"stage={stage}" in said
     assert "max_new_tokens=9 instead of 30" in said and "prompt=a {} instead of" in said
 
     assert (
@@ -134,6 +136,8 @@ def test_the_verdict():
         (full, {}, 10834, {"metric": ["exact_match"]}),
         (full, {}, 10834, {"prompt": None}),
         (full, {}, 10834, {"max_new_tokens": 32}),
+        (full, {}, 10834, {"temperature": 1.0}),
+        (full, {"left_out": 3, "stage": None}, 10834, {}),
     ):
         found = recipes.deviations(r, config, weights, count, {**options, **changed})
         assert len(found) == 1 and "not compared" in recipes.verdict(r, {"acc@0.5": 0.8936}, found)

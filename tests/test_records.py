@@ -466,6 +466,9 @@ def test_tables(folder, suffix, delimiter):
     assert found[2].answers == ["x", "y", "y"]
     assert [where for where, _ in bad] == [f"{path}:{n}" for n in (6, 7, 8, 9, 10)] and "2 cells" in bad[0][1]
     assert "5 cells" in bad[3][1] and "'answers' looks like JSON" in bad[4][1]
+    if suffix == ".tsv":
+        path.write_text('image\tcaption\na.png\t"one\nb.png\ttwo"\n')
+        assert "is not closed in it?" in entry_of(path)[1][0][1]
     path.write_text(f"image{delimiter} question{delimiter} answer\na.png{delimiter} q?{delimiter} red one\n")
     ((question, (_, answer)),) = [c.turns for c in entry_of(path)[0]]
     assert (text_of(question[1]), answer) == ("q?", ["red one"])
