@@ -47,7 +47,7 @@ try:
     from starlette.exceptions import HTTPException
     from starlette.middleware.cors import CORSMiddleware
     from starlette.requests import ClientDisconnect, Request
-    from starlette.responses import JSONResponse, PlainTextResponse, Response
+    from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
     from starlette.routing import Route
 except ImportError as e:
     sys.exit(f"error: {e.name} is not installed; pip install -r requirements-serve.txt")
@@ -264,19 +264,15 @@ class Chat:
             body["usage"] = usage
         return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
-    async def stream(self, send) -> None:
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-
-        async def write(content: bytes, more: bool = True) -> None:
-            await send({"type": "http.response.body", "body": content, "more_body": more})
+    async def stream(self):
+        """Yields server-sent events: the texts of all answers as they grow."""
 
         def delta(choice: Choice, content: dict, finish=None, logprobs=None) -> bytes:
             one = {"index": choice.index, "delta": content, "logprobs": logprobs, "finish_reason": finish}
             return self.chunk([one])
 
         begin = {"role": "assistant", "content": ""}
-        await write(b"".join(delta(choice, begin) for choice in self.choices))
+        yield b"".join(delta(choice, begin) for choice in self.choices)
         try:
             async for choice, text, logprobs in self.pieces():
                 out = b""
@@ -284,13 +280,12 @@ class Chat:
                     out += delta(choice, {"content": text}, None, choice.logprobs_of(logprobs))
                 if choice.finish:
                     out += delta(choice, {}, choice.finish)
-                if out:
-                    await write(out)
+                if out:  # a step may give no whole character
+                    yield out
         except Refused as e:  # the head is out: the error is an event of the stream
-            await write(b"data: " + json.dumps(e.body()).encode() + b"\n\n", more=False)
+            yield b"data: " + json.dumps(e.body()).encode() + b"\n\n"
             return
-        last = self.chunk([], self.usage()) if self.wanted.include_usage else b""
-        await write(last + b"data: [DONE]\n\n", more=False)
+        yield (self.chunk([], self.usage()) if self.wanted.include_usage else b"") + b"data: [DONE]\n\n"
 
     async def whole(self) -> Response:
         found = [("", []) for _ in self.choices]
@@ -392,11 +387,13 @@ class ChatCompletions:
 
     async def answer(self, chat: Chat, scope, receive, send) -> None:
         await chat.accepted()
-        if chat.wanted.stream:
-            await chat.stream(send)
-        else:
+        if not chat.wanted.stream:
             response = await chat.whole()
             await response(scope, receive, send)
+            return
+        options = {"media_type": "text/event-stream", "headers": {"cache-control": "no-cache"}}
+        # Not by calling it: it would look for the client's going too, with the same `receive`.
+        await StreamingResponse(chat.stream(), **options).stream_response(send)
 
 
 async def client_gone(receive) -> None:
