@@ -99,7 +99,7 @@ def test_a_recipe_is_decoded_as_it_says(kind, tmp_path, monkeypatch, capsys):
     path = next(p for p in RECIPES if p.parent.name == kind and "caption" in p.read_text())
     small_set(json.loads(path.read_text()), tmp_path)
     argv = [str(path), "--model_name_or_path", str(ROOT / f"samples/tiny_{kind}"), "--dtype", "float32"]
-    stage = {"qwen_vl": "sft", "blip2": "pretrain2"}[kind]  # not the recipe's
+    stage = {"qwen_vl": "pretrain", "blip2": "pretrain2"}[kind]  # not the recipe's
     assert evaluate.main([*argv, "--max_new_tokens", "9", "--prompt", "a {}", "--stage", stage]) == 0
     said = capsys.readouterr().out
     assert f"stage={stage}" in said
