@@ -224,7 +224,7 @@ def read_bias(value, vocab_size: int) -> dict[int, float]:
         raise bad("logit_bias", "an object of at most 1,024 token ids with a number each", value)
     bias = {}
     for key, number in value.items():
-        if not re.fullmatch(r"\d{1,9}", key) or int(key) >= vocab_size:
+        if not re.fullmatch(r"0|[1-9]\d{0,8}", key) or int(key) >= vocab_size:
             raise bad("logit_bias", f"token ids below {vocab_size}", key)
         bias[int(key)] = read_number("logit_bias", number, float, -100, 100)
     return bias

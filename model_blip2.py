@@ -924,6 +924,8 @@ def load_processor(directory: str | Path, stage: str = "sft") -> Blip2Processor:
     options = {"add_prefix_space": False, "tokenize_chinese_chars": True}
     if stage1:
         options["do_lower_case"] = True
+    elif not config.is_t5:
+        options["add_bos_token"] = True  # OPT's texts begin with </s>
     checkpoint.check_side_files(directory, side, side, **options)
     kind = "bert" if stage1 else "t5" if config.is_t5 else "opt"
     return Blip2Processor(config, Blip2Tokenizer(directory, kind), stage)

@@ -482,6 +482,7 @@ BAD = [  # what is changed in a good body, the field that the error names
     ({"logit_bias": {"a": 1}}, "logit_bias"),
     ({"logit_bias": {"99999999": 1}}, "logit_bias"),
     ({"logit_bias": {"-1": 1}}, "logit_bias"),
+    ({"logit_bias": {"05": 1, "5": 2}}, "logit_bias"),
     ({"logit_bias": {"1": 101}}, "logit_bias"),
     ({"logit_bias": {"1": "x"}}, "logit_bias"),
     ({"tools": [{"type": "function"}]}, "tools"),

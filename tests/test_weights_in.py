@@ -729,6 +729,7 @@ def test_a_preprocessor_that_differs_is_refused(kind, copy, change):
     [
         ("visualglm", "num_image_tokens", 20000),
         ("blip2", "add_prefix_space", True),
+        ("blip2", "add_bos_token", False),
         ("stage1", "do_lower_case", False),
     ],
 )
