@@ -6,7 +6,7 @@ hardware's limit.
 
 A step's forward and backward pass run on the meta device, where tensors have shapes and no memory, and what
 is alive at a time is added up; weights, optimiser and messages are arithmetic. tests/test_estimate.py holds
-it to a tenth of the peak of live tensors in 36 layouts. What is no tensor (a library's own buffers, NCCL's,
+it to a tenth of the peak of live tensors in 42 layouts. What is no tensor (a library's own buffers, NCCL's,
 the allocator's gaps) is not counted.
 """
 
@@ -140,6 +140,18 @@ class _Autocast(TorchFunctionMode):
                 return inner(*args)
 
         module.forward = forward
+
+
+@contextlib.contextmanager
+def data_ranks(count: int):
+    """Inside, what ranks contrast with each other is as large as with so many of them."""
+    plain = parallel.from_data_ranks, parallel.gather_rows
+    parallel.from_data_ranks = lambda numbers, device: [numbers] * count
+    parallel.gather_rows = lambda x, counts, differentiable=False: (torch.cat([+x for _ in counts]), 0)
+    try:
+        yield
+    finally:
+        parallel.from_data_ranks, parallel.gather_rows = plain
 
 
 def product_flops():
@@ -364,7 +376,8 @@ def stage_memory(model: nn.Module, part: Part, hidden: float, peak: tuple[int, i
         width = L.compute_bytes if L.master else None
         sizes = [size(group, None, width) for *_, group in part.groups]
         gathered = gathered_bytes(sizes, L)
-        communication += max(sizes, default=0)  # an all-gather's result before it is dealt out
+        # an all-gather's result before it is dealt out; the root's, before there are activations
+        communication += max(sizes[:-1], default=0)
     if L.pp > 1:  # the schedule has a buffer for each message of a step
         received = sum((s > 0) + (s < len(part.blocks) - 1) for s in part.stages)
         communication += L.micro_batches * hidden * received
@@ -401,7 +414,8 @@ def streams(plan, cfg: Config) -> tuple[StreamSizes, Stream, Stream]:
     places = np.linspace(0, len(index) - 1, min(64, len(index))).round().astype(int)
     lengths = np.sort(index.length)[places].tolist()
     share = sum(lengths) / sizes.tokens
-    typical = Stream(sum(lengths), round(share * sizes.supervised), round(share * sizes.images), lengths)
+    images = round(float(index.num_images.mean()) * len(lengths))
+    typical = Stream(sum(lengths), round(share * sizes.supervised), images, lengths)
     return sizes, heaviest_stream(plan, cfg.per_device_train_batch_size), typical
 
 
@@ -449,7 +463,7 @@ def passes(
         if L.pp == 1:
             del batches[i]
 
-    with _Fused(), live:
+    with _Fused(), data_ranks(L.dp), live:
         for made, place in enumerate(forwards, 1):
             forward(*place)
             if made >= warm_up:
@@ -477,14 +491,6 @@ def of_rank(
     return mine, part
 
 
-def several_passes(model: nn.Module, stream: Stream, layout: Layout) -> tuple[float, float]:
-    """In place of `passes` for a model whose passes depend on the data: by a formula, which no test has."""
-    config, N, gradients = model.config, model.config.num_hidden_layers, size(model.parameters(), True)
-    inner = 11 * config.hidden_size + 4 * config.mlp_width
-    width = stream.tokens * next(model.parameters()).element_size()
-    return gradients + width * (inner + config.hidden_size * N if layout.recompute else inner * N), gradients
-
-
 def devices(
     model: nn.Module, definition, blocks: list[range], stream: Stream, layout: Layout, dtype
 ) -> list[Memory]:
@@ -492,10 +498,7 @@ def devices(
     found, hidden = [], stream.tokens * model.config.hidden_size * dtype.itemsize
     for rank in range(layout.pp):
         mine, part = of_rank(model, definition, blocks, rank, layout)
-        if len(model.LOSSES) == 1:
-            peak = passes(mine, definition, part, stream, layout, dtype)
-        else:
-            peak = several_passes(mine, stream, layout)
+        peak = passes(mine, definition, part, stream, layout, dtype)
         found.append(stage_memory(mine, part, hidden, peak, layout))
     return found
 
@@ -613,9 +616,7 @@ def dry_run(cfg: Config, config: dict, definition, plan, world_size: int) -> str
     forward = definition.forward_flops(
         model.config, sizes.tokens, sizes.supervised, sizes.images, sizes.segment
     )
-    flops = 3 * sum(forward.values()) if not cfg.lora else 2 * sum(forward.values()) + forward["head"]
-    if len(model.LOSSES) == 1:  # else its passes depend on the data
-        flops = step_flops(model, typical, layout) * sizes.tokens / typical.tokens
+    flops = step_flops(model, typical, layout) * sizes.tokens / typical.tokens
     dtype = in_few_bits(model, cfg)
     pp, dp, tp, micro_batches = layout.pp, layout.dp, layout.tp, layout.micro_batches
     blocks = pipeline_blocks(model, definition, cfg, sizes) if pp > 1 else [range(len(model.blocks))]
@@ -644,7 +645,7 @@ def dry_run(cfg: Config, config: dict, definition, plan, world_size: int) -> str
     )
     lines.append(f"FLOPs per step: {flops * micro:.3e} (forward: {shares})")
     share, inputs = sizes.tokens / typical.tokens, {}
-    if len(model.LOSSES) == 1 and tp > 1:
+    if tp > 1:
         typically = block_inputs(model, typical).items()
         inputs = {name: (numel * share, gradients) for name, (numel, gradients) in typically}
     mine, part = of_rank(model, definition, blocks, 0, layout)

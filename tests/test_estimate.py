@@ -60,6 +60,10 @@ def shape(kind: str) -> dict:
             "image_token_index": None,
             "use_decoder_only_language_model": False,
         }
+    if kind == "stage1":
+        config = checkpoint.read_config(ROOT / "samples/blip2_stage1")
+        sizes = {"hidden_size": 384, "intermediate_size": 1536, "max_position_embeddings": 512}
+        return config | {"qformer_config": config["qformer_config"] | sizes}
     config = checkpoint.read_config(ROOT / f"samples/tiny_{kind}")
     if kind == "blip2":
         text = config["text_config"] | {"hidden_size": 384, "ffn_dim": 1536, "word_embed_proj_dim": 384}
@@ -88,7 +92,9 @@ def bases(tmp_path_factory):
             if kind == "t5":
                 write_checkpoint(base, T5)
             else:
-                shutil.copytree(ROOT / f"samples/tiny_{kind}", base)
+                shutil.copytree(
+                    ROOT / f"samples/{'blip2_stage1' if kind == 'stage1' else f'tiny_{kind}'}", base
+                )
             config = shape(kind) | {"torch_dtype": "float32"}
             checkpoint.write_json(base / "config.json", config)
             network = vlm.find(config).network(config)
@@ -109,6 +115,16 @@ def dataset(tmp_path_factory):
     (path / "a.jsonl").write_text("\n".join(lines))
     entry = {"name": "coco_vqa", "data_files": str(path / "a.jsonl"), "image_root": str(path)}
     return {"train": [entry]}
+
+
+@pytest.fixture(scope="module")
+def captions(dataset):
+    """The same images, each with a caption."""
+    (entry,) = dataset["train"]
+    path = Path(entry["image_root"])
+    lines = [json.dumps({"id": i, "image": "a.png", "caption": WORDS * 4}) for i in range(64)]
+    (path / "captions.jsonl").write_text("\n".join(lines))
+    return {"train": [{"data_files": str(path / "captions.jsonl")}]}
 
 
 def measured(argv):
@@ -224,6 +240,7 @@ BF16_O2 = {"bf16": True, "fp16_opt_level": "O2"}  # what that precision means
 LORA, RECOMPUTE, STAGE3 = {"lora": True}, {"recompute": True}, {"sharding": "stage3"}
 PP, TP = {"pipeline_parallel_degree": 2}, {"tensor_parallel_degree": 2}
 PTUNING = {"pre_seq_len": 8}
+PAIRS = {"stage": "pretrain1"}
 LAYOUTS = [  # (model, processes, settings)
     ("qwen_vl", 1, {}),
     ("qwen_vl", 1, TWICE),
@@ -247,6 +264,12 @@ LAYOUTS = [  # (model, processes, settings)
     ("blip2", 1, LORA | O2),
     ("t5", 1, O1),
     ("t5", 1, LORA | O2 | RECOMPUTE),
+    ("stage1", 1, PAIRS),
+    ("stage1", 1, PAIRS | RECOMPUTE | TWICE),
+    ("stage1", 1, PAIRS | O1),
+    ("stage1", 1, PAIRS | O2),
+    ("stage1", 2, PAIRS),
+    ("stage1", 2, PAIRS | STAGE3 | O2),
     ("qwen_vl", 2, {}),
     ("qwen_vl", 2, O2 | TWICE),
     ("qwen_vl", 2, {"sharding": "stage1"} | TWICE),
@@ -267,10 +290,11 @@ LAYOUTS = [  # (model, processes, settings)
 @pytest.mark.parametrize(
     "kind, world, settings", thinned(LAYOUTS, [("qwen_vl", 1, LORA | O1 | RECOMPUTE)]), ids=str
 )
-def test_memory_is_within_a_tenth(bases, dataset, tmp_path, monkeypatch, kind, world, settings):
+def test_memory_is_within_a_tenth(bases, dataset, captions, tmp_path, monkeypatch, kind, world, settings):
     options = {"per_device_train_batch_size": 8, "max_length": 512, "save_strategy": "no"}
     options["max_steps"] = 2 if world == 1 else 3
-    argv = arguments(bases(kind), dataset, tmp_path / "out", **options, **settings)
+    data = captions if kind == "stage1" else dataset
+    argv = arguments(bases(kind), data, tmp_path / "out", **options | settings)
     estimate = predicted(argv, world, monkeypatch)
     run(argv, world, measured)
     peaks = [int(path.read_text()) for path in tmp_path.glob("peak-*")]
