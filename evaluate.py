@@ -132,23 +132,22 @@ def answered(*columns: list) -> list[tuple]:
 def score(
     conversations: list[Conversation], answers: list[str], names: list[str] | None = None
 ) -> tuple[dict[str, float], list[dict[str, float]]]:
-    """-> (whole set's scores, each answer's). Exact match also by the records' "source" where there are
-    several."""
+    """-> (whole set's scores, each answer's). Also by the records' "source" where there are several: the
+    CIDEr of two sets together is neither's."""
     whole: dict[str, float] = {}
     each: list[dict[str, float]] = [{} for _ in answers]
     for name in metrics.SCORES:
         rows = [i for i, c in enumerate(conversations) if name in (names or metrics.OF_KIND[c.kind])]
-        if not rows:
-            continue
-        references = [conversations[i].answers for i in rows]
-        for key, (total, own) in metrics.scores_of(name, [answers[i] for i in rows], references).items():
-            whole[key] = total
-            sources = defaultdict(list)
-            for i, value in zip(rows, own, strict=True):
-                each[i][key] = value
-                sources[conversations[i].source].append(value)
-            if name != "caption" and len(sources) > 1:
-                whole |= {f"{key}/{source}": sum(v) / len(v) for source, v in sorted(sources.items())}
+        sources = defaultdict(list)
+        for i in rows:
+            sources[conversations[i].source].append(i)
+        parts = {f"/{source}": some for source, some in sorted(sources.items())} if len(sources) > 1 else {}
+        for part, some in ({"": rows} | parts).items() if rows else ():
+            references = [conversations[i].answers for i in some]
+            for key, (total, own) in metrics.scores_of(name, [answers[i] for i in some], references).items():
+                whole[key + part] = total
+                for i, value in zip(some, own, strict=True) if not part else ():
+                    each[i][key] = value
     return whole, each
 
 
@@ -464,7 +463,7 @@ def compared(recipe: recipes.Recipe, model_config: dict, result: dict, options: 
 
 def print_scores(scores: dict[str, float]) -> None:
     print(", ".join(f"{k} {v:.3f}" for k, v in scores.items() if "/" not in k))
-    for key in ("vqa_accuracy", "accuracy"):
+    for key in ("cider", "vqa_accuracy", "accuracy"):
         if parts := [f"{k.partition('/')[2]} {v:.3f}" for k, v in scores.items() if k.startswith(f"{key}/")]:
             print(f"{key} by source: {', '.join(parts)}")
 

@@ -20,6 +20,7 @@ import parallel
 import vlm
 from build import autocast, matches
 from config import Config
+from images import is_data_url
 from kernels.dropout import Dropout
 from lora import LoraLinear
 from run_dir import Signals, Stopped
@@ -73,7 +74,7 @@ def features_key(model, definition, processor, cfg: Config, paths: list[str], ma
                 values = whole.contiguous().flatten().view(torch.uint8).numpy()
                 key.update(name.encode() + values.tobytes())
     for path in paths if main else ():
-        key.update((path if path.startswith("data:") else checkpoint.file_digest(path)).encode())
+        key.update((path if is_data_url(path) else checkpoint.file_digest(path)).encode())
     facts = [
         model.config.raw,
         cfg.bf16,

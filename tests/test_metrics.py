@@ -141,6 +141,22 @@ def test_equal_captions_count_each_but_once_per_record():
     assert merged.answers == ["a dog", "a dog", "a dog", "one cat"]
 
 
+def test_two_sets_of_captions_have_scores_of_their_own():
+    texts = ["a red bus", "two dogs run", "a red cat", "one bird"]
+    sets = [
+        Conversation(str(n), [("user", [ImageRef(f"{n}.png")])], "caption", f"f:{n}", [text], "ab"[n // 2])
+        for n, text in enumerate(texts)
+    ]
+    answers = ["a red bus", "dogs run", "a cat", "one bird"]
+    whole, _ = evaluate.score(sets, answers)
+    for source, part in (("a", slice(0, 2)), ("b", slice(2, 4))):
+        own = metrics.caption_scores(answers[part], [[text] for text in texts[part]])
+        assert {key: whole[f"{key}/{source}"] for key in own} == {
+            key: total for key, (total, _) in own.items()
+        }
+    assert whole["cider"] == metrics.caption_scores(answers, [[text] for text in texts])["cider"][0]
+
+
 @pytest.fixture(scope="module")
 def captions(tmp_path_factory):
     """Three pictures, one of them in two records."""
