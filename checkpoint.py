@@ -64,6 +64,7 @@ class SaveError(OSError):
     """Writing failed (disk full, no permission, ...); nothing under the final name was changed."""
 
     def __init__(self, path, reason: str):
+        # An OSError, so that cli() says it in a line; and of one kind, so that nobody wraps it once more.
         super().__init__(
             f"could not save {path}: {reason}; free space or choose another place; "
             "what was saved there before is untouched"
@@ -114,6 +115,7 @@ def check_place(path: str, key: str, devices: bool = False, keep: list[str] = ()
     """ValueError unless a file can be written there, and is none of those to `keep`: known before the work
     that it is to hold."""
     path = Path(path)
+    # Through links too: the same file may have two names.
     if os.path.realpath(path) in map(os.path.realpath, filter(None, keep)):
         raise ValueError(f"{key}={path} is what is read, and would be lost; name another file")
     # /dev/stdout and the like: written to directly, since a rename would replace them.
@@ -159,6 +161,7 @@ def atomic_file(path, mode: str = "wb"):
 
 def write_json(path, value: dict) -> None:
     with atomic_file(path, "w") as file:
+        # As a person would write it: these files are read, compared and edited by hand.
         file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -191,6 +194,7 @@ NO_NUMBERS = {"torch_dtype", "dtype", "transformers_version", "_name_or_path"}  
 def read_config(directory) -> dict:
     path = Path(directory) / "config.json"
     config = read_json(path, "expected a checkpoint directory with config.json and weights")
+    # Read by others than the model file, which checks its own keys.
     check(config.get("architectures"), list[str] | None, f"{path}: architectures")
     # transformers 5 writes dtype, older ones torch_dtype.
     for key in ("torch_dtype", "dtype"):
@@ -205,6 +209,7 @@ def check_side_files(directory, height: int, width: int, **tokenizer) -> None:
     """ValueError where preprocessor_config.json or tokenizer_config.json asks for something else than is done
     here: images of height x width, CLIP's mean and deviation, bicubic; `tokenizer`: keys with the only
     supported value."""
+    # Files that say what is done anyway are fine: they come with every published checkpoint.
     path = Path(directory) / "tokenizer_config.json"
     if path.is_file():
         require(read_json(path, ""), str(path), **tokenizer)
@@ -294,6 +299,7 @@ class Weights:
                     raise ValueError(
                         f"{where} names the file {shard!r}; expected .safetensors or .bin files beside it"
                     )
+        # Where each tensor lies is known before any of them is read: names and shapes are compared first.
         self._places: dict[str, Place] = {}
         # The one .bin shard that is open: (path, tensors). Two of them open would be two in memory.
         self._shard = (None, None)
@@ -320,8 +326,10 @@ class Weights:
                 raise ValueError(
                     f"{directory / shard} does not hold {name!r}, which {file_name} says; fetch it again"
                 )
+        # Buffers that old files hold and the code computes (rotary frequencies, masks).
         for name in [n for n in self._places if _matches(n, ignore)]:
             del self._places[name]
+        # Tied weights: one tensor under one name, whatever the file calls it.
         for alias, name in (aliases or {}).items():
             if alias not in self._places:
                 continue
@@ -357,6 +365,7 @@ class Weights:
         path, key, shape, dtype, offset = self._places[name]
         if rows is not None:
             shape = torch.Size((sum(b - a for a, b in rows), *shape[1:]))
+        # A pickle is mapped into memory as it is: only a copy of it outlives the next shard.
         if offset is None:
             tensor = self._open_bin(path)[key]
             if rows is not None:
@@ -368,10 +377,11 @@ class Weights:
         else:
             tensor = scratch[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
         with open(path, "rb", buffering=0) as f:
-            places, row = [(0, 1)] if rows is None else rows, math.prod(shape[1:]) * dtype.itemsize
             begun, values = 0, tensor.reshape(-1).view(torch.uint8).numpy()
-            for first, end in places:
-                count = len(values) if rows is None else (end - first) * row
+            # Without rows the whole is one of them.
+            row = len(values) if rows is None else math.prod(shape[1:]) * dtype.itemsize
+            for first, end in [(0, 1)] if rows is None else rows:
+                count = (end - first) * row
                 f.seek(offset + first * row)
                 fill(values[begun : begun + count], f, name)
                 begun += count
@@ -491,6 +501,7 @@ def check_state(tensors, path) -> None:
     """ValueError unless what a pickle held is a dictionary of names and plain tensors."""
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise ValueError(f"{path} is not a plain dictionary of tensors; save its state dict alone")
+    # An empty dictionary would pass every look at its tensors.
     if not tensors:
         raise ValueError(f"{path} holds no tensor; save the model's state dict")
     for name, t in tensors.items():
@@ -514,6 +525,7 @@ def open_model(directory, definition, few_bits: bool = False) -> Weights:
     """The weights of a checkpoint directory under the names that its model file (vlm.Model) has for them.
     ValueError for weights in few bits (quantize.py), unless they can be used."""
     config = read_config(directory)
+    # Their names are not those of the model, whose message would help nobody.
     if (kind := config.get("quantize")) and not few_bits:
         raise ValueError(
             f"{directory} holds weights in {kind}, which only generate, evaluate and serve use, without an "
@@ -558,6 +570,7 @@ def check_names(expected: dict, weights: Weights, ignore=()) -> None:
     ignore = set(ignore)
     problems = [f"missing {name}" for name in sorted(set(expected) - weights.names - ignore)]
     problems += [f"unexpected {name}" for name in sorted(weights.names - set(expected) - ignore)]
+    # In one order on every rank, so that all say the same.
     for name in sorted(weights.names & set(expected) - ignore):
         if tuple(weights.shape(name)) != tuple(expected[name]):
             problems.append(f"{name} is {tuple(weights.shape(name))}, expected {tuple(expected[name])}")
@@ -617,6 +630,7 @@ def largest(tensor: torch.Tensor, name: str) -> float:
 def copy_full_(param: torch.Tensor, full: torch.Tensor) -> None:
     """Copy a full tensor into a parameter, casting; this rank takes
     what it holds of it (no communication)."""
+    # The same cut as for a file, from a tensor in memory.
     ranges = rows_held(param)
     rows = full if ranges is None else torch.cat([full[a:b] for a, b in ranges])
     copy_rows_(param, rows)
@@ -650,6 +664,7 @@ def copy_rows_(param: torch.Tensor, rows: torch.Tensor) -> None:
 def gathered(param: torch.Tensor) -> torch.Tensor | None:
     """The whole parameter on the CPU of rank 0 (of a pipeline stage's first one); None elsewhere. all ranks:
     each sends what it holds, once, and none has more than one parameter whole."""
+    # First over the shards, then over the tensor-parallel cut: the reverse of how it was divided.
     full = param.detach()
     if parallel.is_sharded(full):
         full = _gathered_rows(full)
@@ -676,6 +691,7 @@ def _gathered_rows(x) -> torch.Tensor | None:
 
 def _gather(part: torch.Tensor, group) -> list[torch.Tensor] | None:  # all ranks of a group
     """All ranks' parts on the group's first one, None elsewhere."""
+    # A gather, not an all_gather: one rank alone needs room for the whole.
     parts = None
     if dist.get_rank(group) == 0:
         parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
@@ -687,6 +703,7 @@ def in_threads(call, items: list) -> Iterator:
     """call(item) of each in order, by as many threads as torch has; what has not begun when one raises is
     not done."""
     # Reading and numpy let other threads go on.
+    # As many as torch would use itself, so that ranks on one machine do not crowd each other out.
     pool = ThreadPoolExecutor(torch.get_num_threads())
     try:
         yield from pool.map(call, items)
@@ -724,6 +741,7 @@ def _load(params: dict, weights: Weights, names: list[str]) -> float:
         highs = dict(zip(straight, found, strict=True))
     # To cast, torch has threads of its own.
     highs |= {n: weights.read_into(n, params[n]) for n in whole if n not in highs}
+    # What is left: shards and cuts, a GPU's parameters, and tensors of a pickle.
     scratch = weights.scratch() if len(highs) < len(names) else None
     for name in names:
         param, read = params[name], None
@@ -749,6 +767,7 @@ def save_tensors(tensors: dict, path, metadata: dict[str, str]) -> None:
     order."""
     # The header is rewritten in place, in the same number of bytes.
     save_file(tensors, path, metadata=metadata)
+    # So that equal runs give equal files: their checksums can be compared.
     with open(path, "r+b") as file:
         size = struct.unpack("<Q", file.read(8))[0]
         header = json.loads(file.read(size))
@@ -811,6 +830,7 @@ def save_weights(
         raise error
     if not write:
         return
+    # The last shard; the names are known only now: each says how many there are.
     flush()
     if len(files) == 1:
         files[0][0].rename(directory / f"{stem}{suffix}")
@@ -846,6 +866,7 @@ def atomic_dir(final, rank: int = 0):
     final = Path(os.path.realpath(final))
     temporary, old = final.with_name(final.name + ".tmp"), final.with_name(final.name + ".old")
     try:
+        # Each part ends with all ranks agreeing, so none goes on alone into the next one.
         with _all_or_none(final):
             if rank == 0:
                 # A kill between the two renames of before: the old one is put back first.
@@ -885,6 +906,7 @@ def atomic_dir(final, rank: int = 0):
 
 
 def _fsync(path) -> None:
+    # Of a directory too, which open() does not take.
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -903,6 +925,7 @@ def _all_or_none(path):
         error = e
     # all ranks: nobody goes on with half a checkpoint
     reasons = parallel.from_all(None if error is None else reason_of(error))
+    # The rank that failed raises its own error, the others say which one it was.
     if isinstance(error, OSError | SafetensorError):
         raise SaveError(path, reason_of(error)) from error
     if error is not None:
@@ -955,6 +978,7 @@ def rotate(output_dir, limit: int | None, keep=(), own=None) -> None:
     """
     for path in Path(output_dir).glob("checkpoint-*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
+    # Checkpoints that nobody limits are the user's to delete.
     if limit is None:
         return
     keep = {os.path.abspath(path) for path in keep if path is not None}
