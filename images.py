@@ -132,7 +132,7 @@ def eight_bits(image: Image.Image) -> Image.Image:
         raise ValueError("NaN or infinity among its pixels")
     low, high = values.min(), values.max()
     if image.mode.startswith("I;16"):
-        low, high = 0, 65535
+        low, high = 0, 4095 if tags.get(258) == (12,) else 65535
     else:
         ranges = (1, 255, 65535) if image.mode == "F" else (255, 65535)
         if low >= 0 and high <= ranges[-1]:

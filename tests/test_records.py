@@ -665,8 +665,9 @@ def test_more_than_eight_bits_are_scaled_by_their_range(folder):
     ):
         assert np.abs(saved(folder, name, Image.fromarray(array)) - expected).max() <= 1, name
 
-    def retold(array, tag, told, meant):
+    def retold(array, tag, told, meant, old=b"", new=b""):
         Image.fromarray(array).save(folder / "x.tiff")
+        (folder / "x.tiff").write_bytes((folder / "x.tiff").read_bytes().replace(old, new))
         old, new = (struct.pack("<HHIHH", tag, 3, 1, value, 0) for value in (told, meant))
         content = (folder / "x.tiff").read_bytes()
         assert content.count(old) == 1
@@ -675,6 +676,10 @@ def test_more_than_eight_bits_are_scaled_by_their_range(folder):
 
     unsigned = retold((ramp.astype(np.uint32) << 16).view(np.int32), 339, 2, 1)
     assert np.abs(unsigned - expected).max() <= 1
+    a, b = (ramp >> 4)[:, ::2], (ramp >> 4)[:, 1::2]  # of 12 bits: two pixels in three bytes
+    packed = np.stack((a >> 4, (a & 15) << 4 | b >> 8, b & 255), -1).astype(np.uint8).tobytes()
+    twelve = retold(ramp, 258, 16, 12, ramp.tobytes(), packed.ljust(ramp.nbytes))
+    assert np.abs(twelve - expected).max() <= 1
     zero_is_white = retold(ramp, 262, 1, 0)
     assert np.abs(zero_is_white - (255 - expected)).max() <= 1
     exif = Image.Exif()
