@@ -47,7 +47,7 @@ def check(dataset: dict, processor, settings: dict) -> int:
             found += 1
             continue
         doubts = 0  # samples that train, and look wrong: they do not fail the command
-        for where, doubt in odd_samples(index, processor):
+        for where, doubt in odd_samples(index, processor, settings["image_jitter"]):
             print(f"{where}: note: {doubt}")
             doubts += 1
         tokens, max_length = index.length.sum(), settings["max_length"]
@@ -69,7 +69,7 @@ def measured(entries: list, processor, settings: dict, **more) -> Index:
     return build_index(entries, processor, size, None, workers, max_bad_samples=1.0, **more)
 
 
-def odd_samples(index: Index, processor) -> Iterator[tuple[str, str]]:
+def odd_samples(index: Index, processor, image_jitter: float = 0.0) -> Iterator[tuple[str, str]]:
     """(where, what) of samples that can be trained on and are probably not what was meant."""
     seen: dict[str, bool] = {}  # an image that many records name is opened once
     # As in the originals, a typed <|im_end|>, </s> or <sop> is the token; those of boxes are meant to be.
@@ -97,6 +97,11 @@ def odd_samples(index: Index, processor) -> Iterator[tuple[str, str]]:
                 yield conversation.where, f"the {role}'s text has {found[0]}, a special token of this model"
             elif role == "assistant" and (end := next((e for e in ends if e and e in text.strip()), None)):
                 yield conversation.where, f"an answer goes on behind {end!r}, where this model's answers end"
+        if image_jitter and conversation.boxed:
+            yield (
+                conversation.where,
+                "image_jitter moves its image, but not its boxes: training leaves it out",
+            )
         answer = text_of(conversation.turns[-1][1])
         if conversation.kind == "vqa" and not metrics.any_case(answer, conversation.answers):
             yield conversation.where, f"the answer {cut(answer)} is none of those that it is scored by"

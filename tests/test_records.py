@@ -614,6 +614,8 @@ def test_what_is_read_in_another_way_than_it_looks_is_noted(folder, kind, token)
         ("3", "the answer 'x' is none of those that it is scored by"),
         ("5", "the tags <ref> and </ref> don't match"),
     ]
+    moved = [where[-1] for where, note in data_check.odd_samples(index, processor, 0.1) if "jitter" in note]
+    assert moved == ["5"]
 
 
 @pytest.mark.parametrize(
