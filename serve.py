@@ -101,10 +101,10 @@ class EngineThread(threading.Thread):
         """All of them before the next step, so that each is taken before the first event of one."""
         for wish in wishes:
             wish.number = next(self.numbers)
-        self.inbox.put([(self.engine.submit, wish) for wish in wishes])
+        self.inbox.put([(wish, True) for wish in wishes])
 
     def cancel(self, wishes: list[Wish]) -> None:
-        self.inbox.put([(self.engine.cancel, wish) for wish in wishes])
+        self.inbox.put([(wish, False) for wish in wishes])
 
     def end(self) -> None:
         self.inbox.put(None)
@@ -114,6 +114,7 @@ class EngineThread(threading.Thread):
     def run(self) -> None:
         try:
             while True:
+                # Without work it waits for orders; with work it takes those that are there, and steps.
                 told = [] if self.engine.has_work() else [self.sleep()]
                 while not self.inbox.empty():
                     told.append(self.inbox.get())
@@ -124,6 +125,7 @@ class EngineThread(threading.Thread):
                 self.tell(orders)
                 news = [self.obey(*order) for order in orders]
                 news += [(event.request, event) for event in self.engine.step()]
+                # One call for all: a wake-up of the loop for each token would cost as much as the token.
                 if news := [item for item in news if item is not None]:
                     self.loop.call_soon_threadsafe(self.deliver, news)
         except Exception as e:
@@ -138,23 +140,24 @@ class EngineThread(threading.Thread):
 
     def tell(self, orders: list | None) -> None:
         """The other ranks, which follow(): (number of a request, the request or None: it is given up)."""
+        # An empty list too: each of its steps is one of theirs.
         if self.ranks == 1:
             return
-        names, said = [f.name for f in fields(engine.Request)], orders
-        if orders is not None:
-            asked = [engine.Request(**{n: getattr(wish, n) for n in names}) for _, wish in orders]
-            taken = [order == self.engine.submit for order, _ in orders]
-            said = [(w.number, a if t else None) for (_, w), a, t in zip(orders, asked, taken, strict=True)]
+        said, names = None if orders is None else [], [f.name for f in fields(engine.Request)]
+        for wish, wanted in orders or ():
+            # Without the chat, which no other rank has.
+            request = engine.Request(**{name: getattr(wish, name) for name in names}) if wanted else None
+            said.append((wish.number, request))
         dist.broadcast_object_list([said], src=0, device=torch.device("cpu"))
 
-    def obey(self, order, wish: Wish):
+    def obey(self, wish: Wish, wanted: bool):
         """-> (wish, True) when it is taken, (wish, reason) when it can never run."""
-        if order == self.engine.cancel:
-            order(wish)
+        if not wanted:
+            self.engine.cancel(wish)
             return None
         try:
             with records.one_record("the request"):
-                order(wish)
+                self.engine.submit(wish)
             return wish, True
         except records.BadRecord as e:
             return wish, e.reason
@@ -176,6 +179,7 @@ def follow(made: engine.Engine) -> int:
             if request is None and number in running:
                 made.cancel(running.pop(number))
             elif request is not None:
+                # What rank 0 refuses is refused here, by the same look at it.
                 with contextlib.suppress(records.BadRecord), records.one_record("the request"):
                     made.submit(request)
                     running[number] = request
@@ -199,6 +203,7 @@ class Chat:
 
     def __init__(self, service: "Service", wanted: Wanted, prompt: dict, adapter: str | None, client: str):
         self.service, self.wanted, self.events = service, wanted, asyncio.Queue()
+        # What usage says of it, and the times of the metrics.
         self.prompt_tokens, self.cached_tokens = len(prompt["input_ids"]), 0
         self.image_tokens = service.processor.num_image_tokens * len(prompt["images"])
         self.started, self.first, self.last = time.monotonic(), None, None
@@ -217,6 +222,7 @@ class Chat:
         self.service.thread.submit(self.wishes)
         refusal = None
         for _ in self.wishes:
+            # Before the head of an answer is sent: a refusal can still have its status.
             wish, said = await self.events.get()
             if isinstance(said, engine.Event):
                 raise Refused(500, said.error)  # the engine is lost
@@ -233,6 +239,7 @@ class Chat:
             choice = self.choices[wish.index]
             if event.finish == "error":
                 raise Refused(500, event.error or "the answer failed")
+            # Several answers share one prompt: what one of them found is all that was found.
             self.cached_tokens = max(self.cached_tokens, event.cached_tokens)
             yield choice, *choice.add(event)
             if event.finish:
@@ -327,6 +334,8 @@ class Choice:
                 entry["top_logprobs"] = [self.entry(tokens, *one) for one in event.top[: self.top]]
                 self.entries.append((len(self.processor.decode(tokens)), entry))
             text = self.shown.more(event.token)
+        # A log-probability goes out with its token's text, which may wait: for the rest of a character, or
+        # since a stop text may begin in it.
         end = len(self.shown.text)
         if event.finish:
             whole = generate.cut_at_stop(self.processor, tokens, self.stop)[0]
@@ -405,6 +414,7 @@ async def read_body(request: Request, limits, seconds: float = 30) -> bytes:
     if not request.headers.get("content-type", "").lower().startswith("application/json"):
         # a page of another site can send every other type without being asked
         raise Refused(415, "expected the header Content-Type: application/json")
+    # What says that it is too large is not read at all; what does not say it, up to the limit.
     length, most = request.headers.get("content-length", "0"), limits.max_body_mb * 1_000_000
     size = int(length) if re.fullmatch(r"\d{1,15}", length) else math.inf
     stream, parts = request.stream(), []
@@ -433,6 +443,7 @@ class Seats:
     kept for others than the one who has most."""
 
     def __init__(self, running: int, waiting: int):
+        # So that one busy client leaves room for others: a quarter of the queue.
         self.most, self.most_of_one = running + waiting, running + waiting - waiting // 4
         self.open, self.of, self.draining, self.mean_seconds = 0, Counter(), False, 1.0
 
@@ -472,6 +483,7 @@ class Seats:
 class Metrics:
     """Counters and histograms in Prometheus' text format, under vLLM's names."""
 
+    # The bounds of vLLM's histograms, so that its dashboards fit.
     TIMES = "0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1 2.5 5 7.5 10 20 40 80 160"
     TIMES = tuple(map(float, TIMES.split()))
     COUNTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000)
@@ -504,6 +516,7 @@ class Metrics:
             self.observe("time_to_first_token_seconds", now - chat.started)
             self.observe("request_prompt_tokens", chat.prompt_tokens)
             self.add("prompt_tokens", chat.prompt_tokens)
+        # Of several answers in turn it would be the time between any two of them.
         elif len(chat.wishes) == 1:
             self.observe("inter_token_latency_seconds", now - chat.last)
         chat.last = now
@@ -520,6 +533,7 @@ class Metrics:
         label, lines = f'model_name="{self.model}"', []
         for name, value in gauges.items():
             lines += [f"# TYPE vllm:{name} gauge", f"vllm:{name}{{{label}}} {value}"]
+        # A type is said once, before all the lines of a name.
         named = None
         for (name, more), value in sorted(self.counters.items()):
             lines += [f"# TYPE vllm:{name}_total counter"] if name != named else []
@@ -527,6 +541,7 @@ class Metrics:
             named = name
         for name, (counts, total) in self.histograms.items():
             lines.append(f"# TYPE vllm:{name} histogram")
+            # Prometheus' buckets are cumulative.
             below = 0
             for bound, count in zip([*self.HISTOGRAMS[name], "+Inf"], counts, strict=True):
                 below += count
@@ -557,6 +572,7 @@ class Service:
         self.thread.start()
 
     def deliver(self, news: list) -> None:
+        # One time for a step: its tokens were made together.
         now = time.monotonic()
         for wish, said in news:
             wish.chat.events.put_nowait((wish, said))
@@ -567,6 +583,7 @@ class Service:
         """The engine is lost, and all answers with it: the process ends, so that its keeper starts anew."""
         log(f"error: the engine failed: {failure}")
         self.failure = failure
+        # Nothing more is taken, and whoever waits is told.
         self.seats.draining = self.server.should_exit = True
         for chat in self.chats:
             for wish in chat.wishes:
@@ -579,6 +596,7 @@ class Service:
         if wanted.model not in (self.name, *self.limits.adapters):
             message = f"there is no model {terminal.cut(wanted.model)}; this server has {self.names()}"
             raise Refused(404, message, "model", "model_not_found")
+        # From here a chat is a record like any other: the model's own wording, its own image tokens.
         conversation = records.Conversation("0", wanted.turns, "chat", "messages", [], "request")
         place = "messages"
         try:
@@ -597,6 +615,7 @@ class Service:
     def pixels_of(self, source: str) -> torch.Tensor:
         """An image's pixels, once for all rounds of a chat: each sends its images again. Several workers may
         be here at once: then one more is opened, or kept for a moment."""
+        # By a hash: a data URL may have megabytes, and keys are kept.
         key = hashlib.sha256(source.encode()).digest()
         pixels = self.opened.pop(key, None)
         self.opened[key] = pixels = self.processor.load_image(source) if pixels is None else pixels
@@ -610,6 +629,7 @@ class Service:
             raise ValueError("continue_final_message: an encoder-decoder does not go on; leave it out")
         ids = self.processor.answer_ids(text)
         prompt["input_ids"] = np.append(prompt["input_ids"], ids)
+        # The answer goes on as if the model had made its beginning: its positions, its marks.
         if "position_ids" in prompt:
             given, step = prompt["position_ids"], np.asarray(self.engine.model.position_step)
             later = given[..., -1:] + step * np.arange(1, len(ids) + 1)
@@ -694,6 +714,7 @@ def page_headers(content: bytes) -> dict[str, str]:
         digests = (base64.b64encode(hashlib.sha256(text).digest()).decode() for text in found)
         return " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
 
+    # What a model writes is shown as text; should a tag slip through, it cannot run or call home.
     policy = f"default-src 'none'; script-src {hashes(b'script')}; style-src {hashes(b'style')}; "
     policy += "connect-src 'self'; img-src 'self' data: blob:; "
     policy += "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -717,6 +738,7 @@ class Front:
         if scope["type"] != "http":
             return
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        # A proxy's id is kept, so that both logs name the request alike; nothing else gets into the log.
         given = headers.get(b"x-request-id", "")
         request_id = given if re.fullmatch(r"[\w.-]{1,128}", given) else f"req-{secrets.token_hex(12)}"
         began, status = time.monotonic(), None
@@ -751,6 +773,7 @@ class Front:
         service = self.service
         if path not in self.OPEN and service.limits.key:
             kind, _, key = headers.get(b"authorization", "").partition(" ")
+            # Hashes, in constant time: neither length nor beginning of the key can be measured.
             found = hashlib.sha256(key.strip().encode("latin-1")).digest()
             if not hmac.compare_digest(found, service.limits.key) or kind.lower() != "bearer":
                 message = "expected the header Authorization: Bearer KEY with this server's key"
@@ -889,6 +912,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def listen(host: str, port: int) -> socket.socket:
     try:
+        # IPv6 too; and a backlog for a burst of clients that no accept() has seen yet.
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as e:
@@ -935,6 +959,7 @@ def serve(service: Service, listening: socket.socket) -> int:
     server.service, service.server = service, server
 
     async def whole_life() -> None:
+        # The loop must run before the engine's thread has anything to tell it.
         service.start(asyncio.get_running_loop())
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
