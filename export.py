@@ -49,6 +49,7 @@ class Source:
         self.kind, self.definition = vlm.kind_of(self.config), vlm.find(self.config)
         self.weights = checkpoint.open_model(self.directory, self.definition)
         self.model = self.definition.network(self.config)
+        # Here, before a directory is made for it.
         checkpoint.check_names({name: p.shape for name, p in self.model.named_parameters()}, self.weights)
         if self.dtype is not None:
             self.definition.check_dtype(self.config, self.dtype)
@@ -106,6 +107,7 @@ def transformers_config(source: Source, image_token: int | None) -> dict:
     config, raw = source.model.config, source.config
     retrieval = config.qformer.use_qformer_text_input
     vision = {**raw["vision_config"], **asdict(config.vision), "model_type": "blip_2_vision_model"}
+    # One key for two norms: transformers has no place for the second epsilon.
     own_eps = vision.pop("post_layernorm_eps")
     if own_eps not in (None, config.vision.layer_norm_eps):
         print(
@@ -115,6 +117,7 @@ def transformers_config(source: Source, image_token: int | None) -> dict:
     text = {**raw["text_config"], **asdict(config.text), **config.text.only_values()}
     tied = not config.is_t5 and config.text.tie_word_embeddings
     text["tie_word_embeddings"] = tied
+    # Keys of the file that we do not read are another program's, and stay.
     kept = {key: value for key, value in raw.items() if key not in ("stage1_heads", "dtype", "torch_dtype")}
     dtypes = {source.dtype_of(name) for name in source.weights}
     return {
@@ -138,6 +141,7 @@ def transformers_tokenizer(source: Source, processor, directory: Path) -> int | 
     tk, kind = processor.tokenizer, processor.kind
     tokenizer = Tokenizer.from_str(tk.model.to_str())
     begin, eos = (tokenizer.id_to_token(i) for i in (tk.begin, tk.eos))
+    # Where our tokenizer puts its marks: transformers must make the same ids of the same text.
     template = {"opt": f"{begin} $A", "t5": f"$A {eos}", "bert": f"{begin} $A {eos}"}[kind]
     special = [(token, tokenizer.token_to_id(token)) for token in {begin, eos}]
     tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
@@ -245,6 +249,7 @@ def visualglm_config(source: Source) -> dict:
     """The tower's and the Q-Former's keys are arguments of SwissArmyTransformer, which has no default for
     some that never change."""
     config, raw = source.model.config, source.config
+    # The published numbers for what our files leave out, ours for all else.
     published = vlm.shape("visualglm-6b")
     parts = {part: {**published[part], **raw[part]} for part in ("eva_config", "qformer_config")}
     parts["eva_config"]["max_sequence_length"] = config.eva_config.num_tokens
@@ -260,6 +265,7 @@ def visualglm_config(source: Source) -> dict:
 def visualglm_buffers(source: Source) -> dict[str, Tensor]:
     """The rotary frequencies, which the published model has rounded to half precision."""
     config = source.model.config
+    # Half of a head's channels turn by the position, half by the place in the answer: each has its own.
     half = torch.arange(0, config.head_dim // 2, 2, dtype=torch.float32) / (config.head_dim // 2)
     names = (f"transformer.layers.{i}.attention.rotary_emb.inv_freq" for i in range(config.num_layers))
     return dict.fromkeys(names, (1.0 / 10000.0**half).half())
@@ -324,6 +330,7 @@ def export_original(source: Source, directory: Path, options: dict) -> str:
         ("tokenizer_config.json", release.tokenizer),
         ("generation_config.json", release.generation(source, processor)),
     ):
+        # What the checkpoint brought with it is the user's, and stays.
         if value and not (directory / name).exists():
             checkpoint.write_json(directory / name, value)
     if not (directory / release.vocabulary).exists():
@@ -397,6 +404,7 @@ def export(source: Source, output: Path, form: str, **given: str | None) -> str:
     wanted = FORMATS[form]
     if wanted.kinds is not None and source.kind not in wanted.kinds:
         raise ValueError(f"--format {form} is not for {source.kind}: {ELSEWHERE[form]}")
+    # An option that would be ignored is refused.
     for key, value in given.items():
         if value is not None and key not in wanted.options:
             raise ValueError(f"--{key} has no effect with --format {form}; leave it out")
@@ -420,6 +428,7 @@ def merged_first(base: str | None, adapter: str | None, output: Path):
     if adapter is None:
         yield Path(base)
         return
+    # Beside the output, on a disk that has room for it; /tmp may not.
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-merged-", dir=output.parent) as room:
         merge.merge(base, Path(adapter), Path(room) / "merged")
@@ -451,6 +460,7 @@ def main(argv: list[str] | None = None) -> int:
     base = args.model_name_or_path
     if base is None and args.lora_path is None:
         base = data.model_directory(args.model, "tiny")
+    # Before a merge of minutes; export() looks once more, at the directory that it writes from.
     check_output(output, Path(base or args.lora_path))
     dtype = DTYPES.get(args.dtype)
     with merged_first(base, args.lora_path, output) as directory:

@@ -55,6 +55,7 @@ class LoraLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         magnitude = self.lora_magnitude_vector
+        # The usual case: two thin products beside the layer's own.
         if magnitude is None:
             return self.updated(linear(self, x), x)
         # DoRA: rows of W + scaling B A have the lengths that were trained. Unlike in PEFT, dropout is the
@@ -74,9 +75,11 @@ class LoraLinear(nn.Linear):
     def updated(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """y + scaling * B A x, with dropout on x. y is the base's product, and may be overwritten."""
         scaling, mask = self.scaling, None
+        # Without keys no row is anybody's: a model that is asked, or a test.
         if self.training and self.dropout > 0 and Rows.keys is not None:
             mask = Mask(Rows.keys, self.dropout, self.seed, self.first_channel, Rows.images)
             scaling /= 1 - self.dropout
+        # Where the layer is cut, one side is whole on all ranks, and its gradient is the sum of theirs.
         A, B = parallel.shared_weight(self.lora_A), parallel.shared_weight(self.lora_B)
         # the adapter may be fp32 beside 16-bit weights
         x, A, B = (t.to(autocast_dtype(x.device) or A.dtype) for t in (x, A, B))
@@ -211,6 +214,7 @@ def inject(
     # the exact type: a LoraLinear, and a vocabulary projection (a subclass), are not adapted
     linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     linears = [name for name in linears if not any(f"{name}.".startswith(f"{w}.") for w in whole)]
+    # Whole names, and each pattern must hit: a misspelt one would leave its layers untrained without a word.
     names = set()
     for pattern in target_patterns:
         try:
@@ -223,6 +227,7 @@ def inject(
                 f"lora_target_modules: {pattern!r} matches no linear layer; it must match the whole name, "
                 f"e.g. of {', '.join(near)}"
             )
+        # A name such as q_proj is in both parts of some models; who says it means the language model.
         outside = [n for n in hits if not any(fnmatch.fnmatch(f"{n}.weight", p) for p in tower or ())]
         names.update(outside or hits)
     # in the model's order, whatever the patterns' order: it is the adapter file's
@@ -261,6 +266,7 @@ def begin_magnitude(name: str, param: nn.Parameter, read, copy) -> None:
 def whole_modules(model: nn.Module, names: list[str] | None) -> list[str]:
     """The modules that modules_to_save means, by full names or their last parts; a tied weight's other name
     means the one that this model has."""
+    # By any ending of the name, as PEFT takes them: "lm_head", "visual.proj".
     here = {name: name for name, module in model.named_modules() if any(True for _ in module.parameters())}
     here |= {alias.rpartition(".")[0]: name.rpartition(".")[0] for alias, name in aliases_of(model).items()}
     found = []
@@ -298,6 +304,7 @@ def take_principal(model: nn.Module, names: list[str], read, copy) -> dict[str, 
                 f"large as lora_rank={module.rank}"
             )
         U, S, V = torch.linalg.svd(weight.to(module.weight.device), full_matrices=False)
+        # Both sides get the root of each singular value: scaling * B A is the largest part of the weight.
         root = (S[: module.rank] / module.scaling).sqrt()
         A, B = (root[:, None] * V[: module.rank]).cpu(), (U[:, : module.rank] * root).cpu()
         copy(module.weight, weight - module.scaling * B @ A)
@@ -455,6 +462,7 @@ def write_adapter(directory, state: dict[str, torch.Tensor], config: dict, metad
 def combine(directories: list, weights: list[float], output) -> None:
     """Writes the adapter whose updates are the weighted sum of several adapters' updates, exactly: it has
     their A and B side by side, so its rank is the sum of theirs."""
+    # sum of s_i B_i A_i = [s_1 B_1 | s_2 B_2 | ...] [A_1; A_2; ...]
     configs, held = zip(*(read_adapter(d) for d in directories), strict=True)
     metadata = [_open_adapter(d).metadata for d in directories]
     for other, said in zip(directories[1:], metadata[1:], strict=True):
@@ -547,6 +555,7 @@ def read_adapter(directory, aliases: dict[str, str] | None = None) -> tuple[dict
     aliases {name: name}: the base's tied weights. In PEFT a tied weight that is trained whole is tied no
     longer, so all of its names must be there, with one value.
     """
+    # The file decides what there is; adapter_config.json what it means.
     config, weights = read_adapter_config(directory), _open_adapter(directory)
     tensors = {}
     for file_name in weights:
@@ -601,6 +610,7 @@ def open_base(directory, adapter, definition) -> tuple[dict, checkpoint.Weights]
 def check_base(directory, weights: checkpoint.Weights) -> None:
     """ValueError if the adapter says that it was trained on other weights than these; one from elsewhere
     can't say."""
+    # No path: bases are moved and renamed, and two may have one name.
     sample = _open_adapter(directory).metadata.get("base")
     try:
         fits = sample is None or weights.fits_sample(sample)
@@ -641,6 +651,7 @@ def find_base(directory) -> str:
     """Where the base of an adapter is: the path that it names, from here, from the project, or beside the
     adapter."""
     name = read_adapter_config(directory).get("base_model_name_or_path") or ""
+    # An adapter is copied from machine to machine: its base is where it was, or where such things lie.
     root = Path(__file__).resolve().parent
     last, beside = Path(name).name, Path(directory).resolve().parent
     for place in (Path(name), root / name, Path(directory) / name, beside / last, root / "samples" / last):
@@ -656,6 +667,7 @@ def rank_and_scaling(config: dict, module_name: str) -> tuple[int, float]:
     """Of one module, following PEFT's rank_pattern, alpha_pattern and use_rslora."""
 
     def by_pattern(patterns, default):
+        # PEFT's rule, to the letter: a key is an expression for a name's end, the first that fits counts.
         hits = (v for k, v in (patterns or {}).items() if re.match(rf"(.*\.)?({k})$", module_name))
         return next(hits, default)
 
@@ -696,6 +708,7 @@ def adapter_updates(config: dict, tensors: dict, shapes: dict) -> tuple[dict, li
         expected[name] = shapes[name]
     if unknown := next((name for name in tensors if name not in expected), None):
         raise ValueError(f"the adapter holds {unknown!r}, but has no use_dora=true in adapter_config.json")
+    # Before anything is copied: half an adapter would be a model that nobody trained.
     for name, shape in expected.items():
         if name not in tensors:
             raise ValueError(f"the adapter lacks {name!r}; its file is incomplete")
@@ -726,6 +739,7 @@ def is_target(config: dict, module: str) -> bool:
             return re.fullmatch(names, module) is not None
         return any(module == name or module.endswith("." + name) for name in names or ())
 
+    # In PEFT's order: what is excluded, what is saved whole, and only then the targets.
     if named(config.get("exclude_modules")):
         return False
     if any(re.match(rf"(^|.*\.){m}($|\..*)", module) for m in config.get("modules_to_save") or ()):
@@ -755,6 +769,7 @@ def load_adapter(
     injected like it, without memory; then only the stage's own tensors are copied.
     """
     config, tensors = read_adapter(directory, aliases_of(model))
+    # The whole is checked, since a stage alone has few of the adapter's names.
     if whole is not None:
         names = load_adapter(whole, directory)
         for name, p in model.named_parameters():
@@ -762,6 +777,7 @@ def load_adapter(
                 copy(p, tensors[name])
         return names
     scalings, _ = adapter_updates(config, tensors, shapes_of(model, shape))
+    # A run that goes on has put its own adapters in: they must be the file's, in names, ranks and scalings.
     injected = {n for n, m in model.named_modules() if isinstance(m, LoraLinear)}
     if injected and injected != scalings.keys():
         here, there = sorted(injected - scalings.keys()), sorted(scalings.keys() - injected)
@@ -791,6 +807,7 @@ def load_adapter(
             )
     params = dict(model.named_parameters())
     for name, tensor in tensors.items():
+        # Of a B in blocks (split_B) only the diagonal ones are used; a file with others means another model.
         parts = model.get_submodule(name.partition(".lora_")[0]).parts if ".lora_B." in name else None
         if parts is not None:
             blocks = tensor.unflatten(1, (parts[1], -1)).unflatten(0, (*parts, -1))
@@ -837,9 +854,11 @@ def add_adapters(model: nn.Module, directories: dict[str, str]) -> dict[str, Add
             if type(module) not in (nn.Linear, AnyLinear, SharedLinear):
                 kind = type(module).__name__
                 raise ValueError(f"the adapter changes {name!r}, a {kind}; expected a linear layer")
+            # In place: the weight keeps its name; layers that no adapter changes stay as fast as they are.
             if type(module) is not SharedLinear:
                 module.__class__, module.adapters = SharedLinear, {}
             A, B = (tensors[f"{name}.lora_{x}.weight"].to(like) for x in "AB")
+            # Nothing trains here, so DoRA's factors of the rows are known once and for all.
             gain = tensors.get(name + MAGNITUDE)
             if gain is not None and module.weight is None:
                 raise ValueError(f"{directory}: DoRA takes lengths of whole weights; leave --quantize out")
@@ -851,6 +870,7 @@ def add_adapters(model: nn.Module, directories: dict[str, str]) -> dict[str, Add
                 f"{directory} holds {packed[0]} whole, which is in few bits here; leave --quantize out"
             )
         whole = {name: tensors[name].to(parameters[name]) for name in extra}
+        # Features of images are shared by requests with and without the adapter, unless it changes them.
         text = {name: x for name, x in whole.items() if not of_images(name)}
         changed = [*whole, *(f"{name}.weight" for name in scalings)]
         added[adapter] = Added(any(map(of_images, changed)), text, whole)

@@ -55,11 +55,13 @@ def merge(
                 f"--merge_model_path {output} exists and is no earlier merge; choose another directory"
             )
 
+    # An adapter may have untied the vocabulary: then the result has two matrices, and says so.
     model_config = checkpoint.read_config(base)
     definition = vlm.find(model_config)
     model_config, weights = lora.open_base(base, adapter, definition)
     shapes = {name: p.shape for name, p in definition.network(model_config).named_parameters()}
     checkpoint.check_names(shapes, weights)
+    # All that can be wrong is looked for before anything is written.
     config, tensors = lora.read_adapter(adapter, definition.aliases(model_config))
     if not lora.says_base(adapter):
         print(
@@ -75,6 +77,7 @@ def merge(
 
     info = {"base": str(base), "adapter": str(adapter), "dtype": str(dtype or "as the base")}
     info |= {"modules": len(scalings), "replaced": replaced, **(says or {})}
+    # Under its name only once it is proven: what fails below leaves the place as it was.
     with checkpoint.atomic_dir(output) as directory:
         checkpoint.save_weights(directory, ((name, update.merged(name)) for name in weights))
         if dtype is not None:
@@ -104,6 +107,7 @@ def average(directories: list[Path], output: Path) -> None:
         raise ValueError(f"--merge_model_path {output} exists; choose another directory")
     definition = vlm.find(configs[0])
     stage = definition.retrieval_stage(configs[0]) or "sft"
+    # Rows of two vocabularies have the same shape and no common meaning.
     words = [definition.processor(directory, stage).fingerprint() for directory in directories]
     if other := next((d for d, w in zip(directories, words, strict=True) if w != words[0]), None):
         raise ValueError(f"{other} has another tokenizer than {directories[0]}: their rows mean other tokens")
@@ -113,6 +117,7 @@ def average(directories: list[Path], output: Path) -> None:
         checkpoint.check_names(shapes, weights)
 
     def mean(name: str) -> torch.Tensor:
+        # In fp32: the sum of many 16-bit numbers would lose their last bits.
         total = sum(weights.read(name).float() for weights in held) / len(held)
         checkpoint.largest(total, f"the mean of {name}")
         return total.to(held[0].dtype(name))
@@ -168,6 +173,7 @@ def check_tensors(directory: Path, update: Update) -> int:
     merged, weights, changed = open_weights(directory), update.weights, 0
     if merged.names != weights.names:
         raise ValueError("self-check failed: the merged file holds other tensors than the base; report this")
+    # Twice computed, once written: what the disk gives back is compared with what it was to hold.
     for name in weights:
         base, now = weights.read(name), merged.read(name)
         checkpoint.largest(base, f"{weights.directory}: {name}")
@@ -220,6 +226,7 @@ def streamed_model(
     few = {f"{name}.weight" for name in quantize.layers(model.requires_grad_(False))} if kind else ()
     base = shapes.keys() - kept.keys()
     names, streamed = {p: name for name, p in model.named_parameters()}, set()
+    # Each block reads its weights when it begins and forgets them when it ends.
     for block in [*model.vision_blocks, *model.blocks]:
         own = {name: names[p] for name, p in block.named_parameters() if names[p] in base}
         streamed.update(own.values())
@@ -255,6 +262,7 @@ def check_logits(definition: vlm.Model, base: Path, adapter: Path, merged: Path)
         model = streamed_model(directory, lora_path)
         return model.logits(model.hidden(batch)).float()
 
+    # Two ways to the same numbers: the adapter beside the layers, and in their weights.
     expected, now = logits(base, adapter), logits(merged)
     difference, from_base = now - expected, float((now - logits(base)).abs().max())
     largest = float(difference.abs().max())
@@ -268,6 +276,7 @@ def check_logits(definition: vlm.Model, base: Path, adapter: Path, merged: Path)
             f"the adapter was trained over weights in {kind}, and merged into whole ones: "
             f"logits differ by {share:.2%} from those in training"
         )
+    # fp32 differs by its last bits alone. 16-bit weights were rounded, each by up to half of their last bit.
     weights = open_weights(merged)
     if all(weights.dtype(name).itemsize >= 4 for name in weights):
         error, limit = largest, 1e-3 * float(expected.abs().max())
@@ -326,6 +335,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--dtype", default="keep", choices=dtypes, help="of the merged weights")
     args = parser.parse_args(argv)
     paths, count = args.lora_path, len(args.lora_path)
+    # Without a word on the command line: the adapter of a run in output, or what there is to say.
     if not argv and not (Path(paths[0]) / "adapter_config.json").is_file():
         parser.print_help()
         raise ValueError(f"{paths[0]} holds no adapter: name one with --lora_path")
@@ -341,6 +351,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.weights is None:
         merge(args.model_name_or_path, paths[0], args.merge_model_path, dtype)
     else:
+        # Their sum is an adapter too: it is merged, and proven, like any other.
         with tempfile.TemporaryDirectory() as directory:
             base = args.model_name_or_path or lora.find_base(paths[0])
             lora.combine(paths, args.weights, directory)

@@ -78,6 +78,7 @@ class RowScaled(nn.Module):
             return F.linear(x, self.weight(x.dtype))
         rows = x.numel() // max(1, x.shape[-1])
         fits = self.shape[1] % 32 == 0 and (self.bits == 8 or self.shape[0] % 64 == 0)  # unchecked by torch
+        # For more rows the product outweighs expanding the weight, and whole weights multiply faster.
         if x.device.type != "cpu" or not fits or not 0 < rows <= CPU_ROWS.get((self.bits, x.dtype), 0):
             return product(x, self.weight(x.dtype))
         flat = x.reshape(rows, -1).contiguous()
@@ -144,6 +145,7 @@ class _Product(torch.autograd.Function):
 
 def replace_weight(layer: nn.Linear, kind: str) -> nn.Module:
     """Room for the layer's weight in few bits, in its place; `fill` it."""
+    # Its rows' lengths change in training, while a weight in few bits is the base's for good.
     if getattr(layer, "lora_magnitude_vector", None) is not None:
         raise ValueError(f"quantize={kind}: DoRA takes lengths of whole weights; merge its adapter first")
     few = empty(kind, layer.weight.shape, layer.weight.device)
@@ -214,6 +216,7 @@ def load(tensors: dict[str, Tensor], weights: checkpoint.Weights) -> None:
 
 def write(base: Path, kind: str, output: Path) -> None:
     """A checkpoint whose blocks' weights are in few bits; one whole weight in memory at a time."""
+    # One weight at a time: the model on the meta device says which, and has no memory.
     config = checkpoint.read_config(base)
     definition = vlm.find(config)
     weights, model = checkpoint.open_model(base, definition), definition.network(config)
@@ -249,6 +252,7 @@ def quantize(model: nn.Module, kind: str, probe: dict | None = None) -> str:
     probe: a batch whose logits are compared before and after (a model file's probe_batch); compute them in
     fp32 for an error against fp32.
     """
+    # The cost in what counts, logits; weights alone would say little.
     before = None if probe is None else model.logits(model.hidden(probe)).float()
     for p in model.parameters():
         p.requires_grad_(False)
