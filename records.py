@@ -768,9 +768,11 @@ def conversations_of(
 
 
 # Other projects' words for the place of an image or a film, which would be learned as text
+BLANK = r"[\s\u200b-\u200d\u2060\ufeff]*"  # what is invisible too
 LEFT_OVER = re.compile(
-    r"</?\|?\s*((start|begin|end)_of_)?(image|img|video|audio|vision)s?"
-    r"([ _-]?(\d+|placeholder|here|pad|(soft_)?token|start|end|context|content|bos|eos|sep))*\s*/?\|?>",
+    rf"(<|&lt;)/?\|?{BLANK}((start|begin|end)_of_)?(image|img|video|audio|vision)s?"
+    r"([ _-]?(\d+|placeholder|here|pad|(soft_)?token|start|end|context|content|bos|eos|sep))*"
+    rf"{BLANK}/?\|?(>|&gt;)",
     re.I,
 )
 
@@ -779,7 +781,7 @@ def check_text(turns: list[tuple[str, Content]], more: list[str] = ()) -> None:
     """Refuses a turn's leftovers, and half characters in it or in `more`, which no file could hold."""
     texts = [(f"turn {n} ({role})", text_of(content)) for n, (role, content) in enumerate(turns)]
     for what, text in texts:
-        if "<" in text and (found := LEFT_OVER.search(text)):
+        if ("<" in text or "&lt;" in text) and (found := LEFT_OVER.search(text)):
             raise ValueError(
                 f"{what} has {found[0]} in its text, which stands for no image here; images stand "
                 f"where {PLACEHOLDER} stands in a question or an answer of a chat"

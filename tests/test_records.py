@@ -305,6 +305,7 @@ BAD = {  # what is wrong -> (record, part of the reason)
         "two different system texts",
     ),
     "lone surrogate": (messages("q \ud83d", "x"), "lone surrogate"),
+    "an invisible character": (messages("<image\u200b>q", "x"), "has <image\\u200b> in its text"),
     "half an id": (messages("q", "x", id="\ud83d"), "its id, source or an answer has a lone surrogate"),
     "half a source": (messages("q", "x", source="\ud83d"), "has a lone surrogate"),
     "half a reference": (
@@ -365,6 +366,7 @@ for _word in (
     "<start_of_image>",
     "<IMG_CONTEXT>",
     "<|vision_start|>",
+    "&lt;image&gt;",
 ):
     BAD[f"{_word} in a question"] = (llava(f"q {_word}", "x"), f"turn 0 (user) has {_word}")
 BAD["place in a caption"] = ({**_caption, "caption": "<image> Red."}, "turn 1 (assistant) has <image>")
