@@ -18,7 +18,7 @@ import dataclasses
 import json
 import signal
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -84,14 +84,25 @@ def answer_all(
     # it keeps the features of images asked about again
     engine = Engine(model, processor, cache_tokens=0, max_running=batch_size)
     named, done = len(bad), 0
+    lengths, last = Counter(), {}  # of each answer, in tokens
+
+    def on_token(number: int, token: int) -> None:
+        lengths[number] += 1
+        last[number] = token
+
     try:
-        for text in answers(engine, conversations, how, bad=bad):
+        for text in answers(engine, conversations, how, on_token=on_token, bad=bad):
             name_bad(bad[named:])
             named, done = len(bad), done + 1
             bar.update(done)
             yield text
     finally:
         bar.close()
+        ends = [stop[-1] for stop in processor.stop_words]
+        cut = sum(n >= how.max_new_tokens and last[k] not in ends for k, n in lengths.items())
+        if cut and progress:
+            limit = f"max_new_tokens={how.max_new_tokens}, not at an end of their own"
+            print(f"note: {cut:,} of {done:,} answers end at {limit}", file=sys.stderr)
 
 
 def answer_in_turn(

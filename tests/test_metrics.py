@@ -183,7 +183,8 @@ def test_results_file_says_how_each_answer_came_about(base, captions, tmp_path, 
     expected = metrics.caption_scores([a["answer"] for a in answers], [a["references"] for a in answers])
     assert result["scores"] == {name: whole for name, (whole, _) in expected.items()}
     assert [a["scores"]["rouge_l"] for a in answers] == expected["rouge_l"][1]
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "of 3 answers end at max_new_tokens=6, not at an end of their own" in err
     assert f"cider {result['scores']['cider']:.3f}" in out
     evaluate.main([*argv, "--metric", "exact_match"])
     assert json.loads((tmp_path / "r.json").read_text())["scores"].keys() == {"accuracy"}
