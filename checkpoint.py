@@ -954,7 +954,9 @@ def reason_of(error: BaseException) -> str:
 
 def checkpoints(output_dir) -> list[Path]:
     """Complete checkpoint-N directories, oldest first."""
-    found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    found = [
+        p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-(0|[1-9]\d*)", p.name)
+    ]
     # trainer_state.json is written last: without it the directory is half a checkpoint.
     complete = [p for p in found if (p / "trainer_state.json").is_file()]
     return sorted(complete, key=lambda p: int(p.name.split("-")[1]))

@@ -16,10 +16,12 @@ import fnmatch
 import math
 import re
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import nn
 
 import parallel
+import schema
 from config import Config
 
 KEYS = ("learning_rate_rules", "vision_lr_decay", "loraplus_lr_ratio")
@@ -158,6 +160,10 @@ class LossScaler:
         return {"scale": self.scale, "good": self.good, "skipped": self.skipped}
 
     def load(self, state: dict) -> None:
+        for key, least in {"scale": 1.0, "good": 0, "skipped": 0}.items():
+            schema.check(
+                state.get(key), Annotated[type(least), least, 1e38], f"the checkpoint's scaler: {key}"
+            )
         self.scale, self.good, self.skipped = state["scale"], state["good"], state["skipped"]
 
     def update(self, finite: bool) -> None:

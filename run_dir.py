@@ -220,22 +220,27 @@ class RunDir:
 
     def record(self) -> dict | None:
         """run.json; of a run of before there was one, what its other files say; None without a run."""
+        last = checkpoint.last_checkpoint(self.path)
+        # Checkpoints say whose they are, also where run.json was lost; those of before ids do not.
+        run = None
+        with contextlib.suppress(ValueError):  # a damaged one is named where it is needed
+            run = read_state(last).get("run") if last else None
         if (self.path / "run.json").exists():
             record = schema.read_json(self.path / "run.json", "")
             kinds = {"id": str | None, "settings": dict, "request": dict, "lineage": list}
             for key, kind in {**kinds, "finished": int | None}.items():
-                schema.check(record.get(key), kind, f"{self.path / 'run.json'}: {key}")
+                schema.check(record.setdefault(key), kind, f"{self.path / 'run.json'}: {key}")
+            record["id"] = record["id"] or run
             if not all((self.path / name).exists() for name in record.get("published") or [""]):
                 record["finished"] = None  # what it published was removed
             return record
         if not (self.path / "train_config.json").exists():
             return None
         settings = schema.read_json(self.path / "train_config.json", "")
-        last = checkpoint.last_checkpoint(self.path)
         # The final model stands in the directory itself once a run is finished.
         is_published = any(p for pattern in PUBLISHED[:2] for p in self.path.glob(pattern))
         finished = int(last.name.split("-")[1]) if last and is_published else None
-        return {"id": None, "settings": settings, "request": settings, "lineage": [], "finished": finished}
+        return {"id": run, "settings": settings, "request": settings, "lineage": [], "finished": finished}
 
     def decide(self) -> Start:
         """rank 0, which holds the lock."""
@@ -407,7 +412,7 @@ def read_state(directory) -> dict:
         if (state.get(key) or 0) < 0:
             raise ValueError(f"{path}: {key} is {state[key]}; expected 0 or more; fetch or write it again")
     state.pop("train_state", None)
-    name = Path(directory).resolve().name
+    name = os.path.basename(os.path.abspath(directory))
     if state["step"] < 0 or name.startswith("checkpoint-") and name != f"checkpoint-{state['step']}":
         raise ValueError(
             f"{path}: step is {state['step']}, the directory is {name}; remove it to resume from another"

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import signal
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,11 +20,12 @@ from test_train import arguments, losses
 
 import checkpoint
 import data
+import rates
 import train
 import vlm
 from config import Config
 from resume import check_facts, run_facts
-from run_dir import read_state
+from run_dir import RunDir, read_state
 
 LORA = {
     "lora": True,
@@ -202,6 +203,26 @@ def test_changed_data_is_refused_or_accepted(base, dataset, tmp_path, capfd, byt
     assert (
         steps(tmp_path / "out") == [1, 2, 3, 4, 5, 6] and state(tmp_path / "out", 6)["facts"]["data"] != key
     )
+
+
+def test_a_run_whose_record_is_damaged_goes_on(tmp_path):
+    """run.json lost, or without keys: checkpoints say whose they are. A name that is no step's is none."""
+    cfg, last = Config(output_dir=str(tmp_path)), tmp_path / "checkpoint-2"
+    last.mkdir()
+    (last / "trainer_state.json").write_text('{"step": 2, "run": "abc"}')
+    (tmp_path / "checkpoint-03").symlink_to(last)
+    checkpoint.write_json(tmp_path / "train_config.json", asdict(cfg))
+    start = RunDir(cfg).decide()
+    assert (start.id, start.resume, start.anew) == ("abc", str(last), False)
+    whole = {"id": "abc", "settings": asdict(cfg), "request": {}, "lineage": [], "finished": None}
+    for key in ("id", "finished"):
+        checkpoint.write_json(tmp_path / "run.json", {k: v for k, v in whole.items() if k != key})
+        assert RunDir(cfg).decide().resume == str(last)
+    (tmp_path / "checkpoint-3").symlink_to(last)
+    with pytest.raises(ValueError, match="step is 2, the directory is checkpoint-3"):
+        read_state(tmp_path / "checkpoint-3")
+    with pytest.raises(ValueError, match="scaler: good is None"):
+        rates.LossScaler(True).load({"scale": 1.0})
 
 
 VOCABULARIES = [  # a model, its vocabulary's file, two of its tokens
