@@ -31,7 +31,8 @@ from PIL import Image  # noqa: E402
 with contextlib.suppress(ImportError):
     import triton  # noqa: E402, F401  (before the kernels, which a torch without a GPU's code has no use for)
 
-import build  # noqa: E402
+from small import filled  # noqa: E402
+
 import checkpoint  # noqa: E402
 import model_qwen_vl as qwen  # noqa: E402
 import tokenizer_qwen_vl
@@ -184,11 +185,7 @@ def base(tmp_path_factory):
         },
     }
     checkpoint.write_json(path / "config.json", config)
-    model = qwen.build_model(config)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            model.init_weights(name, p, build.named_generator(1, name))
-    checkpoint.save_weights(path, model.state_dict().items())
+    checkpoint.save_weights(path, filled(qwen.build_model(config)).state_dict().items())
     return path
 
 

@@ -3,15 +3,16 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from ranks import run as run_ranks
+from small import argv_of, filled, losses, weights
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-import build
 import checkpoint
 import data
 import evaluate
@@ -67,10 +68,9 @@ def write_checkpoint(path, text, stage1=False):
         "text_config": text,
     }
     checkpoint.write_json(path / "config.json", config)
-    model = blip2.build_model(config)
+    model = filled(blip2.build_model(config))
     with torch.no_grad():
         for name, p in model.named_parameters():
-            model.init_weights(name, p, build.named_generator(1, name))
             if p.ndim > 1 and not name.startswith("language_model."):
                 p.mul_(4)
     checkpoint.save_weights(path, model.named_parameters())
@@ -110,16 +110,21 @@ def bases(tmp_path_factory):
     }
 
 
+def write_captions(path: Path, count: int, shortest: int) -> Path:
+    """So many images with captions of the vocabulary's words."""
+    records, rng = [], np.random.default_rng(0)
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(path / f"{i}.png")
+        caption = " ".join(WORDS[(i + k) % 20] for k in range(shortest + i % 4))
+        records.append({"image": f"{i}.png", "caption": caption})
+    (path / "a.json").write_text(json.dumps(records))
+    return path / "a.json"
+
+
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    path, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    records = []
-    for i in range(20):
-        Image.fromarray(rng.integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(path / f"{i}.png")
-        records.append(
-            {"image": f"{i}.png", "caption": " ".join(WORDS[(i + k) % 20] for k in range(1 + i % 4))}
-        )
-    (path / "a.json").write_text(json.dumps(records))
+    path = tmp_path_factory.mktemp("data")
+    write_captions(path, 20, 1)
     entries = [{"name": "coco_caption", "data_files": str(path / "a.json")}]
     return {"train": entries, "eval": entries, "image": str(path / "0.png")}
 
@@ -139,18 +144,8 @@ def run(base, dataset, out, world=1, **options):
         "per_device_train_batch_size": 8 // world,
         **options,
     }
-    argv = [a for k, v in options.items() for a in (f"--{k}", v if isinstance(v, str) else json.dumps(v))]
-    run_ranks(argv, world)
+    run_ranks(argv_of(options), world)
     return out
-
-
-def losses(out):
-    return [r["loss"] for r in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in r]
-
-
-def weights(out):
-    w = checkpoint.open_weights(out)
-    return {name: w.read(name) for name in w.names}
 
 
 def assert_same_run(a, b, tolerance=1e-5):

@@ -21,8 +21,9 @@ import torch.distributed as dist
 from cells import slow, thinned
 from PIL import Image
 from ranks import run
+from small import arguments
 from test_blip2_train import T5, write_checkpoint
-from test_train import ROOT, arguments
+from test_train import ROOT
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import flop_counter

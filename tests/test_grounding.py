@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from ranks import run
+from small import arguments
 from test_evaluate import results, says, write  # noqa: F401  (a fixture)
 from test_records import messages
-from test_train import arguments
 
 import data
 import data_check

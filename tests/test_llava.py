@@ -11,7 +11,7 @@ import model_llava
 import pytest
 import torch
 from ranks import run
-from test_train import arguments, assert_same_run, losses
+from small import arguments, assert_same_run, losses
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import checkpoint

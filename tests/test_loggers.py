@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cells import slow
 from ranks import run
-from test_train import arguments
+from small import arguments, log_of
 
 import loggers
 import train
@@ -62,7 +62,7 @@ def test_what_others_are_told(base, dataset, tmp_path, monkeypatch, name):
     assert all(isinstance(v, int | float) for _, numbers in logged for v in numbers.values())
     names = {key for _, numbers in logged for key in numbers}
     assert {"lr", "grad_norm", "loss/chatml_dataset:a", "loss/chatml_dataset:b", "eval_loss"} <= names
-    log = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    log = log_of(tmp_path / "out")
     assert {r["step"]: r["loss"] for r in log if "loss" in r} == {
         s: n["loss"] for s, n in logged if "loss" in n
     }
@@ -79,7 +79,7 @@ def test_tensorboard_itself(base, dataset, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "out")).Reload()
-    log = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    log = log_of(tmp_path / "out")
     losses = [(r["step"], r["loss"]) for r in log if "loss" in r]
     assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("loss")] == losses
     assert [e.step for e in events.Scalars("eval_loss")] == [2, 4]

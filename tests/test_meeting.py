@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import Replaced, run, together
-from test_train import arguments
+from small import arguments
 
 import checkpoint
 import meeting

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from ranks import run
+from small import log_of
 
 import evaluate
 import metrics
@@ -210,7 +211,7 @@ def test_training_scores_what_evaluation_scores(base, captions, tmp_path, capfd)
     }
     (tmp_path / "c.json").write_text(json.dumps(options))
     run([str(tmp_path / "c.json")])
-    records = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    records = log_of(tmp_path / "out")
     evals = {r["step"]: r for r in records if "eval_cider" in r}
     assert evals.keys() == {40, 80}
     best = max(evals, key=lambda step: evals[step]["eval_rouge_l"])

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from ranks import exit_codes, script, start
 from safetensors.torch import load_file, save_file
+from small import argv_of
 
 import checkpoint
 import evaluate
@@ -51,7 +52,7 @@ def common(base, dataset, out, **options):
         "max_length": 128,
         **options,
     }
-    return [a for k, v in options.items() for a in (f"--{k}", v if isinstance(v, str) else json.dumps(v))]
+    return argv_of(options)
 
 
 SETTINGS = [

@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 from cells import diagonal, slow, thinned
 from ranks import Replaced, run
-from test_train import ROOT, arguments, assert_same_run, losses, wait_for_step, weights
+from small import arguments, assert_same_run, log_of, losses, wait_for_step, weights
+from test_train import ROOT
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -126,7 +127,7 @@ def train_run(bases, tmp_path_factory):
 
 
 def records(out, key):
-    return [r[key] for r in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if key in r]
+    return [r[key] for r in log_of(out) if key in r]
 
 
 def assert_close(a, b, tolerance):

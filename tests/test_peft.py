@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small import T5_TEXT
 from torch import nn
 
 import build
@@ -72,22 +73,7 @@ def base(tmp_path):
             config |= {"num_layers": num_layers, "hidden_size": 32, "inner_hidden_size": 48}
         if kind == "t5":
             config["use_decoder_only_language_model"] = False
-            config["text_config"] = {
-                "model_type": "t5",
-                "d_model": 32,
-                "d_kv": 8,
-                "d_ff": 48,
-                "num_layers": 2,
-                "num_decoder_layers": 2,
-                "num_heads": 4,
-                "vocab_size": 1002,
-                "tie_word_embeddings": False,
-                "feed_forward_proj": "gated-gelu",
-                "dense_act_fn": "gelu",
-                "decoder_start_token_id": 0,
-                "pad_token_id": 0,
-                "eos_token_id": 1,
-            }
+            config["text_config"] = T5_TEXT
         checkpoint.write_json(path / "config.json", config)
         checkpoint.copy_side_files(source, path)
         model = MODULES[name].build_model(config)

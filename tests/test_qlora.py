@@ -11,8 +11,8 @@ import pytest
 import torch
 from cells import thinned
 from ranks import run, script, start
+from small import arguments, assert_same_run, losses, wait_for_step, weights
 from test_parallel import MODES, bases, blip2_captions, glm_base, glm_dataset  # noqa: F401 (fixtures)
-from test_train import arguments, assert_same_run, losses, wait_for_step, weights
 
 import checkpoint
 import generate

@@ -10,8 +10,8 @@ import pytest
 import torch
 from peft.optimizers import create_loraplus_optimizer
 from ranks import run
+from small import arguments, assert_same_run, losses
 from test_restart import killed
-from test_train import arguments, assert_same_run, losses
 
 import build
 import checkpoint

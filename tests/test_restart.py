@@ -16,7 +16,7 @@ import torch
 from cells import thinned
 from ranks import Replaced, exit_codes, run, script, start
 from safetensors.torch import load_file
-from test_train import arguments, losses
+from small import arguments, log_of, losses
 
 import checkpoint
 import data
@@ -37,12 +37,8 @@ LORA = {
 LORA |= {"lr_scheduler_type": "linear"}
 
 
-def records(out) -> list[dict]:
-    return list(map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines()))
-
-
 def steps(out) -> list[int]:
-    return [r["step"] for r in records(out) if "loss" in r]
+    return [r["step"] for r in log_of(out) if "loss" in r]
 
 
 def checkpoints(out) -> list[int]:
@@ -119,7 +115,7 @@ def test_another_batch_goes_on_at_the_right_sample(base, dataset, tmp_path, mixt
     again = [line.rsplit(" ", 1)[0] for line in seen.read_text().splitlines()]
     taken = sorted([line.rsplit(" ", 1)[0] for line in done] + again)
     assert taken == sorted(f"{epoch} {n}" for epoch in (0, 1) for n in range(40))
-    rates = [r["lr"] for r in records(out)]
+    rates = [r["lr"] for r in log_of(out)]
     last = state(out, len(rates))
     assert last["epoch"] == 1 and last["samples"] == 80 and last["total_steps"] == len(rates)
     if not mixtoken:  # 4 + 4 samples, then 8 a step, of 80
@@ -333,9 +329,7 @@ def test_saved_before_it_is_evaluated(base, dataset, tmp_path):
     assert checkpoints(tmp_path / "out")[-1] == 4 and not state(tmp_path / "out", 4)["evaluated"]
     run(argv)
     keys = ("step", "loss", "eval_loss")
-    a, b = (
-        [{k: r[k] for k in keys if k in r} for r in records(tmp_path / name)] for name in ("out", "whole")
-    )
+    a, b = ([{k: r[k] for k in keys if k in r} for r in log_of(tmp_path / name)] for name in ("out", "whole"))
     assert a == b and same_model(tmp_path / "out", tmp_path / "whole")
 
 

@@ -1,21 +1,17 @@
 """What crosses the seams, for every model: a rank without data, recomputation beside adapters, packing,
 cached features, 16 bits, a bad image. Tiny random models; one process without any of it is the reference."""
 
-import json
 import shutil
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from cells import diagonal, slow, thinned
-from PIL import Image
 from ranks import Replaced, run
-from test_blip2_train import OPT, T5, WORDS, write_checkpoint
-from test_train import assert_same_run, losses
+from small import argv_of, assert_same_run, filled, losses
+from test_blip2_train import OPT, T5, write_captions, write_checkpoint
 
-import build
 import checkpoint
 import generate
 import model_blip2
@@ -71,11 +67,9 @@ def shrunk(path: Path, tiny: str, module) -> Path:
     for file in (ROOT / "samples" / tiny).iterdir():
         if "safetensors" not in file.name:
             shutil.copy(file, path / file.name)
-    model = module.build_model(checkpoint.read_config(path))
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            model.init_weights(name, p, build.named_generator(1, name))
-    checkpoint.save_weights(path, model.state_dict().items())
+    checkpoint.save_weights(
+        path, filled(module.build_model(checkpoint.read_config(path))).state_dict().items()
+    )
     return path
 
 
@@ -94,15 +88,7 @@ def bases(tmp_path_factory):
 @pytest.fixture(scope="module")
 def captions(tmp_path_factory):
     """Seven captioned images, so that two ranks are not always both busy."""
-    path, rng = tmp_path_factory.mktemp("captions"), np.random.default_rng(0)
-    records = []
-    for i in range(7):
-        Image.fromarray(rng.integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(path / f"{i}.png")
-        records.append(
-            {"image": f"{i}.png", "caption": " ".join(WORDS[(i + k) % 20] for k in range(2 + i % 4))}
-        )
-    (path / "a.json").write_text(json.dumps(records))
-    return path / "a.json"
+    return write_captions(tmp_path_factory.mktemp("captions"), 7, 2)
 
 
 def arguments(bases, captions, model, out, **options):
@@ -123,7 +109,7 @@ def arguments(bases, captions, model, out, **options):
         "per_device_train_batch_size": 4,
         **options,
     }
-    return [a for k, v in options.items() for a in (f"--{k}", v if isinstance(v, str) else json.dumps(v))]
+    return argv_of(options)
 
 
 def trained(bases, captions, model, out, world=1, **options):
@@ -265,10 +251,7 @@ def test_a_contrast_of_one_pair_is_refused(bases, captions, tmp_path):
 def test_a_pair_without_a_negative_learns_no_negative(bases):
     """The last micro-batch of an epoch, or one whose other images could not be read."""
     torch.manual_seed(0)
-    model = model_blip2.build_model(checkpoint.read_config(bases["pretrain1"]))
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            model.init_weights(name, p, build.named_generator(1, name))
+    model = filled(model_blip2.build_model(checkpoint.read_config(bases["pretrain1"])))
     Q = model.num_image_tokens
     one = vlm.Batch(
         input_ids=torch.cat((torch.zeros(Q, dtype=torch.long), torch.tensor([2, 9, 10, 3]))),

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,56 +14,14 @@ import torch
 from cells import diagonal, slow, thinned
 from ranks import run
 from safetensors.torch import load_file
+from small import arguments, assert_same_run, gradients, log_of, losses, wait_for_step, weights
 
 import checkpoint
 import data
-import lora
 import model_qwen_vl as qwen
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def arguments(base, dataset, out, **options):
-    # the bias of attention's keys has no gradient but rounding, which an epsilon of 1e-8 would make whole
-    # steps of
-    options = {
-        "model_name_or_path": str(base),
-        "dataset": dataset,
-        "output_dir": str(out),
-        "learning_rate": 1e-2,
-        "adam_epsilon": 1e-5,
-        "max_steps": 10,
-        "lr_scheduler_type": "cosine",
-        "num_workers": 0,
-        "logging_steps": 1000,
-        "max_length": 128,
-        "disable_tqdm": True,
-        **options,
-    }
-    return [a for k, v in options.items() for a in (f"--{k}", v if isinstance(v, str) else json.dumps(v))]
-
-
-def losses(out):
-    return [
-        r["loss"] for r in map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines()) if "loss" in r
-    ]
-
-
-def weights(out):
-    if (Path(out) / "adapter_config.json").exists():
-        return lora.read_adapter(out)[1]
-    w = checkpoint.open_weights(out)
-    return {name: w.read(name) for name in w.names}
-
-
-def assert_same_run(out, reference, loss_tol=1e-5, weight_tol=1e-4):
-    a, b = losses(out), losses(reference)
-    assert len(a) == len(b) and max(abs(x - y) for x, y in zip(a, b, strict=True)) < loss_tol, (a, b)
-    wa, wb = weights(out), weights(reference)
-    assert wa.keys() == wb.keys()
-    for name in wa:
-        assert (wa[name] - wb[name]).abs().max() < weight_tol, name
 
 
 MODES = {
@@ -134,11 +91,7 @@ def test_options_that_must_not_change_a_run(references, base, dataset, tmp_path,
     run(arguments(base, dataset, tmp_path / "out", **SPLIT, **option, **frozen, **extra))
     assert_same_run(tmp_path / "out", reference, loss_tol=1e-6)
     if extra:
-        evals = [
-            r
-            for r in map(json.loads, (tmp_path / "out/log.jsonl").read_text().splitlines())
-            if "eval_loss" in r
-        ]
+        evals = [r for r in log_of(tmp_path / "out") if "eval_loss" in r]
         assert [r["step"] for r in evals] == [3, 6, 9] and evals[0]["eval_loss"] > evals[-1]["eval_loss"]
 
 
@@ -151,15 +104,8 @@ def test_packed_equals_one_by_one(base, dataset):
     model = qwen.build_model(checkpoint.read_config(base)).train()
     checkpoint.load_into(dict(model.named_parameters()), checkpoint.open_weights(base))
 
-    def gradients(batches):
-        model.zero_grad()
-        total = sum(b.num_supervised for b in batches)
-        loss = sum(model(b)[0] for b in batches) / total
-        loss.backward()
-        return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-
-    loss, packed = gradients([data.collate(samples)])
-    loss_single, single = gradients([data.collate([s]) for s in samples])
+    loss, packed = gradients(model, [data.collate(samples)])
+    loss_single, single = gradients(model, [data.collate([s]) for s in samples])
     assert abs(loss - loss_single) < 1e-5
     assert packed.keys() == single.keys() and any("resblocks" in n for n in packed)
     for name in packed:
@@ -180,13 +126,6 @@ def start(argv):
         text=True,
         start_new_session=True,
     )
-
-
-def wait_for_step(out, step, running):
-    """Until the log has that step; running() tells whether it may still come."""
-    while not (out / "log.jsonl").exists() or len(losses(out)) < step:
-        assert running(), f"the run ended before step {step}"
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("world", [1, slow(2)])
@@ -297,11 +236,7 @@ def test_best_model_is_kept_and_loaded(base, dataset, tmp_path):
         "max_grad_norm": 0.0,
     }
     run(arguments(base, dataset, out, **options, **SPLIT))
-    evals = {
-        r["step"]: r["eval_loss"]
-        for r in map(json.loads, (out / "log.jsonl").read_text().splitlines())
-        if "eval_loss" in r
-    }
+    evals = {r["step"]: r["eval_loss"] for r in log_of(out) if "eval_loss" in r}
     best = min(evals, key=evals.get)
     assert best != 10
     assert {p.name for p in out.glob("checkpoint-*")} == {f"checkpoint-{best}", "checkpoint-10"}
@@ -415,8 +350,9 @@ def test_paddlemix_files_run_unchanged(base, dataset, tmp_path, own):
     }
     (tmp_path / "argument.json").write_text(json.dumps(config))
     run([str(tmp_path / "argument.json")])
-    records = list(map(json.loads, (tmp_path / "out" / "log.jsonl").read_text().splitlines()))
-    assert any("eval_loss" in r for r in records) and checkpoint.last_checkpoint(tmp_path / "out")
+    assert any("eval_loss" in r for r in log_of(tmp_path / "out")) and checkpoint.last_checkpoint(
+        tmp_path / "out"
+    )
     saved = json.loads((tmp_path / "out" / "train_config.json").read_text())
     assert saved["learning_rate"] == 1e-5 and saved["mixtoken"] is True
     again = train.parse_config([str(tmp_path / "out" / "train_config.json")])

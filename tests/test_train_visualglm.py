@@ -15,10 +15,9 @@ import torch
 from cells import diagonal, slow, thinned
 from PIL import Image
 from ranks import run, script, start
-from test_train import arguments, assert_same_run, losses, wait_for_step, weights
+from small import arguments, assert_same_run, filled, gradients, log_of, losses, wait_for_step, weights
 from tokenizers import AddedToken, Tokenizer, models
 
-import build
 import checkpoint
 import data
 import evaluate
@@ -86,10 +85,7 @@ def glm_base(tmp_path_factory):
         },
     }
     checkpoint.write_json(path / "config.json", config)
-    model = glm.build_model(config)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            model.init_weights(name, p, build.named_generator(1, name))
+    model = filled(glm.build_model(config))
     extra = {f"transformer.layers.{i}.attention.rotary_emb.inv_freq": torch.zeros(4) for i in range(2)}
     checkpoint.save_weights(path, {**model.state_dict(), **extra}.items())
     return path
@@ -202,15 +198,8 @@ def test_packed_equals_one_by_one(glm_base, glm_dataset, pre_seq_len):
     for p in prefix.values():
         torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(0))
 
-    def gradients(batches):
-        model.zero_grad()
-        total = sum(b.num_supervised for b in batches)
-        loss = sum(model(b)[0] for b in batches) / total
-        loss.backward()
-        return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-
-    loss, packed = gradients([data.collate(samples)])
-    loss_single, single = gradients([data.collate([s]) for s in samples])
+    loss, packed = gradients(model, [data.collate(samples)])
+    loss_single, single = gradients(model, [data.collate([s]) for s in samples])
     assert abs(loss - loss_single) < 1e-5
     assert packed.keys() == single.keys() and any("qformer" in n for n in packed)
     assert bool(prefix) == any("prefix_encoder" in n for n in packed)
@@ -353,7 +342,7 @@ def test_toolkit_files_run_unchanged(glm_base, tmp_path, own):
     config |= {"output_dir": str(tmp_path / "out")}
     (tmp_path / "argument.json").write_text(json.dumps(config))
     run([str(tmp_path / "argument.json"), "--num_workers", "0", "--max_steps", "10"])
-    records = list(map(json.loads, (tmp_path / "out" / "log.jsonl").read_text().splitlines()))
+    records = log_of(tmp_path / "out")
     assert (
         len(losses(tmp_path / "out")) == 10
         and sum("eval_loss" in r for r in records) == 10 // own["save_steps"]
@@ -467,7 +456,7 @@ def test_sample_configurations(untrained_tiny, tmp_path, stage):
     (tmp_path / "config.json").write_text(json.dumps({**config, **options, "num_workers": 0}))
     run([str(tmp_path / "config.json")])
     assert len(losses(tmp_path / "out")) == 2
-    records = list(map(json.loads, (tmp_path / "out" / "log.jsonl").read_text().splitlines()))
+    records = log_of(tmp_path / "out")
     assert any("eval_loss" in r for r in records)
 
 

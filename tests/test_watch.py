@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from ranks import Replaced, run
-from test_train import arguments, assert_same_run, losses
+from small import arguments, assert_same_run, log_of, losses
 
 import run_dir
 import train
@@ -18,10 +18,6 @@ from config import Config
 from runs import compare
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def log(out) -> list[dict]:
-    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
 
 
 def state(out, step: int) -> dict:
@@ -74,7 +70,7 @@ def test_what_a_continued_run_cannot_compare_is_chosen_and_measured_anew(base, d
     run(arguments(base, probed, out, **keys, max_steps=4))
     assert state(out, 4)["best_step"] == 4 and 0 <= state(out, 4)["best_metric"] <= 1
     assert "by eval_accuracy instead of eval_loss" in capfd.readouterr().out
-    ended = log(out)[-1].keys()
+    ended = log_of(out)[-1].keys()
     assert {"probe_after_accuracy", "probe_drop_loss"} <= ended and "probe_drop_accuracy" not in ended
     other = {**dataset, "probe": dataset["train"]}
     run(arguments(base, other, out, **keys, max_steps=6, accept_changed_data=True))
@@ -128,7 +124,9 @@ def watched(base, dataset, out, world=1, batch=2, **options):
     probed = {**dataset, "probe": dataset["eval"]}
     options = {**WATCHED, "per_device_train_batch_size": batch, **options}
     run(arguments(base, probed, out, **options), world=world)
-    return [r["samples"] for r in log(out) if "samples" in r], [r for r in log(out) if "probe_drop_loss" in r]
+    return [r["samples"] for r in log_of(out) if "samples" in r], [
+        r for r in log_of(out) if "probe_drop_loss" in r
+    ]
 
 
 def test_answers_and_probe_are_equal_on_ranks_and_after_a_restart(base, dataset, tmp_path, capfd):
@@ -220,4 +218,4 @@ def test_an_evaluation_is_not_written_behind_half_a_line(tmp_path):
     log_file = run_dir.Log(Config(do_train=False, do_eval=True), where, 3, 3, True)
     log_file.write({"step": 3, "eval_loss": 1.0})
     log_file.close()
-    assert log(tmp_path) == [{"step": 3}, {"step": 3, "eval_loss": 1.0}]
+    assert log_of(tmp_path) == [{"step": 3}, {"step": 3, "eval_loss": 1.0}]

@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from small import T5_TEXT, filled
 
 import checkpoint
 import data
@@ -354,21 +355,8 @@ def tied_checkpoint(tmp_path, kind: str):
         config["tie_word_embeddings"] = True
     if kind == "t5":
         config["use_decoder_only_language_model"] = False
-        config["text_config"] = {
-            "model_type": "t5",
-            "d_model": 32,
-            "d_kv": 8,
-            "d_ff": 48,
-            "num_layers": 2,
-            "num_heads": 4,
-            "vocab_size": 1002,
-            "tie_word_embeddings": False,
-            "feed_forward_proj": "gated-gelu",
-        }
-    model = module.build_model(config)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            model.init_weights(name, p, torch.Generator().manual_seed(len(name)))
+        config["text_config"] = T5_TEXT
+    model = filled(module.build_model(config))
     save_file({n: p.detach() for n, p in model.named_parameters()}, tmp_path / "model.safetensors")
     checkpoint.write_json(tmp_path / "config.json", config)
     return module, tmp_path, module.aliases(config)[TIED[kind][0]]
