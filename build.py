@@ -255,6 +255,8 @@ def build(cfg: Config, directory: Path, world: parallel.World, sizes: StreamSize
     # any more, so nothing below shards, casts or counts them.
     if cfg.quantize:
         hold_in_few_bits(model, whole, cfg.quantize)
+        if world.main:
+            quantize.say_slower(cfg.quantize, world.device, "trains")
 
     # After the last that asks for an nn.Linear, and before what changes a module's class or forward itself.
     adopt(model, world.device)

@@ -298,12 +298,6 @@ def load_quantized(directory, processor, dtype: str, device, kind: str, lora_pat
     model = load_model(directory, DTYPES[dtype], "cpu", lora_path)
     probe = vlm.find(model.config.raw).probe_batch(processor)
     print(f"{quantize.quantize(model, kind, probe)} (against {dtype})", file=sys.stderr)
-    if torch.device(device).type == "cpu" and (kind == "nf4" or dtype != "bfloat16"):
-        print(
-            f"note: on a CPU {kind} in {dtype} saves memory, but answers slower than whole weights; int8 and "
-            "int4 with --dtype bfloat16 are about as fast",
-            file=sys.stderr,
-        )
     return model.to(device)
 
 
@@ -312,8 +306,14 @@ def load_as_asked(directory, processor, dtype: str, device, kind: str | None, ad
     trained over other bits is named."""
     lora.say_base(adapter, kind)
     if kind:
-        return load_quantized(directory, processor, dtype, device, kind, adapter)
-    return load_model(directory, DTYPES[dtype], device, adapter, world)
+        model = load_quantized(directory, processor, dtype, device, kind, adapter)
+    else:
+        model = load_model(directory, DTYPES[dtype], device, adapter, world)
+    if few := kind or model.config.raw.get("quantize"):
+        packed = few != "nf4" and dtype == "bfloat16"
+        slow = "reads prompts and answers batches" if packed else "answers"
+        quantize.say_slower(f"{few} in {dtype}", torch.device(device), slow)
+    return model
 
 
 def read_requests(args) -> tuple[list[Conversation], list[tuple[str, str]]]:

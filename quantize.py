@@ -31,7 +31,7 @@ from kernels.linear import product, put_for_weight
 KINDS = ("int8", "int4", "nf4")
 # Rows of x up to which a CPU's product with few bits was measured faster than one with the weight expanded;
 # for int4 the codes are kept once more, in an order of the CPU's own.
-CPU_ROWS = {(8, torch.bfloat16): 64, (8, torch.float32): 4, (8, torch.float16): 2, (4, torch.bfloat16): 64}
+CPU_ROWS = {(8, torch.bfloat16): 28, (8, torch.float32): 4, (8, torch.float16): 2, (4, torch.bfloat16): 64}
 
 
 class RowScaled(nn.Module):
@@ -245,6 +245,11 @@ def write(base: Path, kind: str, output: Path) -> None:
 
 
 @torch.no_grad()
+def say_slower(kind: str, device: torch.device, what: str) -> None:
+    if device.type == "cpu":
+        print(f"note: on a CPU {kind} saves memory, but {what} slower than whole weights", file=sys.stderr)
+
+
 def quantize(model: nn.Module, kind: str, probe: dict | None = None) -> str:
     """Rounds the weight of every linear layer inside `model.blocks`, one by one, and returns a line that says
     what it cost.

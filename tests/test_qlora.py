@@ -241,6 +241,11 @@ def said_by_all(base_and_data, tmp_path, settings, capsys):
     adapter = ["--lora_path", str(tmp_path / "out")]
     ask = ["--prompt", "hello", "--max_new_tokens", "1"]
     on = arguments(*base_and_data, tmp_path / "on", **settings, max_steps=1, lora_path=str(tmp_path / "out"))
+    same = arguments(
+        *base_and_data,
+        tmp_path / "same",
+        **settings | {"max_steps": 1, "quantize": "nf4", "lora_path": str(tmp_path / "out")},
+    )
     serving = ["--model_name_or_path", str(base), "--lora_paths", f"a={tmp_path / 'out'}"]
 
     def served(argv):
@@ -251,11 +256,14 @@ def said_by_all(base_and_data, tmp_path, settings, capsys):
         (generate.main, [*adapter, *ask], True),
         (generate.main, [*adapter, *ask, "--quantize", "nf4"], False),
         (train.main, on, True),
+        (train.main, same, False),
         (served, serving, True),
         (served, [*serving, "--quantize", "nf4"], False),
     ):
         assert main(argv) == 0
-        assert ("was trained over weights in nf4, here they are whole" in capsys.readouterr().err) == differs
+        said = capsys.readouterr().err
+        assert ("was trained over weights in nf4, here they are whole" in said) == differs
+        assert ("on a CPU nf4" in said) != differs  # slower, where few bits are
 
 
 @pytest.mark.parametrize(

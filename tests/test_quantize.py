@@ -167,7 +167,14 @@ def test_a_quantized_checkpoint_is_read_back(bases, tmp_path, capsys, name, kind
     assert generate.main([*argv, *question]) == 0
     answer = capsys.readouterr().out
     assert generate.main(["--model_name_or_path", out, *question]) == 0
-    assert capsys.readouterr().out == answer
+    said = capsys.readouterr()
+    assert (
+        said.out == answer
+        and f"note: on a CPU {kind} in float32 saves memory, but answers slower" in said.err
+    )
+    generate.load_as_asked(out, None, "bfloat16", "cpu", None)
+    slow = "answers" if kind == "nf4" else "reads prompts and answers batches"
+    assert f"note: on a CPU {kind} in bfloat16 saves memory, but {slow} slower" in capsys.readouterr().err
     (tmp_path / "q.jsonl").write_text('{"image": "a.png", "question": "what?", "answer": "red"}')
     files = ["--data_files", str(tmp_path / "q.jsonl"), "--output", str(tmp_path / "r.json")]
     assert evaluate.main(["--model_name_or_path", out, *files, "--max_new_tokens", "2"]) == 0
