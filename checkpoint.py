@@ -270,8 +270,12 @@ class Place(NamedTuple):
 
 
 class Weights:
-    """The tensors of a checkpoint directory by name. `stems`: its files' names without .safetensors and .bin.
-    Made, it has looked at every header and at no value."""
+    """The tensors of a checkpoint directory by name. Made, it has looked at every header and at no value.
+
+    ignore: fnmatch patterns of names to leave out (what a model's files hold but its code recomputes).
+    aliases {name: name}: the first says the same as the second (tied weights), and is left out or takes its
+    place. stems: the files' names without .safetensors and .bin.
+    """
 
     def __init__(self, directory, ignore=(), aliases=None, stems=("model", "pytorch_model")):
         self.directory = directory = Path(directory)
@@ -514,11 +518,9 @@ def check_state(tensors, path) -> None:
             )
 
 
-def open_weights(directory, ignore=(), aliases: dict | None = None) -> Weights:
-    """`ignore`: fnmatch patterns of names to leave out (what a model's files hold but its code recomputes).
-    `aliases` {name: name}: the first says the same as the second (tied weights), and is left out or takes its
-    place."""
-    return Weights(directory, ignore, aliases)
+def open_weights(directory, ignore=()) -> Weights:
+    """The weights as the files name them."""
+    return Weights(directory, ignore)
 
 
 def open_model(directory, definition, few_bits: bool = False) -> Weights:

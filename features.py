@@ -106,8 +106,8 @@ def cache_features(
     file = Path(cfg.output_dir) / "index" / f"features-{key}.f32"
     shape = (processor.num_image_tokens, model.config.hidden_size)
     size = 4 * len(paths) * math.prod(shape)
-    good = torch.tensor([int(not world.main or (file.exists() and features_whole(file, size)))])
-    if int(-parallel.all_max(-good, world)):
+    # Rank 0 alone looks.
+    if not parallel.all_max(int(world.main and not (file.exists() and features_whole(file, size))), world):
         return ImageFeatures(paths, file, shape, "r")
     temporary = file.with_name(file.name + ".tmp")
     if world.main:
@@ -126,7 +126,7 @@ def cache_features(
         coming = begin(0)
         # all ranks: a sharded tower is entered together
         for start in range(0, len(paths), IMAGES * world.dp_size):
-            if stop := int(parallel.all_max(torch.tensor([signals.number]), world)):
+            if stop := parallel.all_max(signals.number, world):
                 raise Stopped(stop)
             # The next images are read while the tower computes these.
             (own, images), coming = coming, begin(start + IMAGES * world.dp_size)

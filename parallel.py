@@ -583,11 +583,9 @@ def sum_of_all(sums: list[int], flags: list[bool], world: World) -> tuple[list[i
     return [value // same for value in values[: len(sums)]], values[len(sums) :]
 
 
-def all_max(values: Tensor, world: World) -> Tensor:  # all ranks
-    """The largest of all ranks, in place."""
-    if world.size > 1:
-        dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return values
+def all_max(value: int, world: World) -> int:  # all ranks
+    """The largest of all ranks."""
+    return max(from_all(value)) if world.size > 1 else value
 
 
 def from_data_ranks(numbers: list[int], device: torch.device) -> list[list[int]]:  # all ranks

@@ -415,7 +415,7 @@ def check_finite(parameters: dict[str, nn.Parameter], step: int, world: parallel
     # Each rank looks at its own shards; the verdict is everyone's.
     local = {n: p.to_local() if hasattr(p, "to_local") else p for n, p in parameters.items()}
     wrong = [n for n, p in local.items() if p.numel() and not float(p.detach().abs().amax()) < 1e18]
-    if int(parallel.all_max(torch.tensor([len(wrong)]), world)):
+    if parallel.all_max(len(wrong), world):
         where = f" (first of them: {wrong[0]})" if wrong else ""
         raise ValueError(
             f"parameters are NaN, infinite or beyond 1e18 after step {step}{where}; nothing is saved of "
@@ -731,7 +731,7 @@ class Run:
         return result
 
     def break_off(self) -> None:  # all ranks
-        if stop := int(parallel.all_max(torch.tensor([self.signals.number]), self.world)):
+        if stop := parallel.all_max(self.signals.number, self.world):
             raise Stopped(stop)
 
     def judge(self, value: float) -> None:
