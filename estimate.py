@@ -540,7 +540,8 @@ def collectives(model: nn.Module, part: Part, inputs: dict, stream: Stream, layo
         message = sum(k * (L.compute_bytes if L.master else p.element_size()) for p, k in count.items())
         reduced = 4 * sum(k for p, k in count.items() if p.requires_grad)
         # in the backward pass each gathers ahead what came before it, also what is not needed
-        wanted = any(back[i : i + 2 if i + 2 < len(order) else i + 1])
+        ahead = i + 2 < len(order) and order[i + 1][1] is not parallel.behind_frozen(model)
+        wanted = back[i] or (ahead and back[i + 1])
         again = name and not isinstance(module, nn.Linear) and wanted  # freed, as parallel.shard says
         if L.shard > 1 and group:
             gathers = n * (2 if again else 1) if L.sharding == "stage3" else 1

@@ -177,6 +177,17 @@ def shard(model: nn.Module, mesh: DeviceMesh, stage: str | None, dtype: torch.dt
     for module in [*tables(model), *model.vision_blocks, *model.blocks, model]:
         freed = module is not model and not isinstance(module, nn.Linear)
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=stage == "stage3" and freed)
+    # In the backward pass a block gathers ahead the one before it. This one asks for itself, which is there.
+    if (block := behind_frozen(model)) is not None:
+        block.set_modules_to_backward_prefetch([block])
+
+
+def behind_frozen(model: nn.Module) -> nn.Module | None:
+    """The first block behind a tower's frozen ones, which no backward pass enters."""
+    tower = [*model.vision_blocks]
+    trained = (n for n, block in enumerate(tower) if any(p.requires_grad for p in block.parameters()))
+    first, blocks = next(trained, len(tower)), [*tower, *model.blocks]
+    return blocks[first] if 0 < first < len(blocks) else None
 
 
 # fully_shard's modules and tensors are known by what they have: its own classes take a second to import.
