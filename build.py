@@ -28,6 +28,7 @@ import pipeline
 import quantize
 import rates
 import vlm
+from checkpoint import matches
 from config import Config
 from kernels import attention
 from kernels.linear import adopt
@@ -68,10 +69,6 @@ def lora_targets(cfg: Config, definition) -> list[str]:
     if cfg.lora_target_modules or not cfg.lora_path:
         return cfg.lora_target_modules or definition.lora_targets
     return [re.escape(name) for name in lora.contents(cfg.lora_path)[0]]
-
-
-def matches(name: str, patterns: list[str] | None) -> bool:
-    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns or ())
 
 
 def choose_trainable(model: nn.Module, definition, cfg: Config) -> None:

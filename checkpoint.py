@@ -320,7 +320,7 @@ class Weights:
                 if weight_map is None or weight_map.get(name) == shard:
                     self._places[name] = place
                 # A shard with more than the index says of it: the two are of different downloads.
-                elif not _matches(name, [*ignore, *({*(aliases or {})} - weight_map.keys())]):
+                elif not matches(name, [*ignore, *({*(aliases or {})} - weight_map.keys())]):
                     raise ValueError(
                         f"{path} holds {name!r}, which {file_name} does not say of it; fetch both again"
                     )
@@ -331,7 +331,7 @@ class Weights:
                     f"{directory / shard} does not hold {name!r}, which {file_name} says; fetch it again"
                 )
         # Buffers that old files hold and the code computes (rotary frequencies, masks).
-        for name in [n for n in self._places if _matches(n, ignore)]:
+        for name in [n for n in self._places if matches(n, ignore)]:
             del self._places[name]
         # Tied weights: one tensor under one name, whatever the file calls it.
         for alias, name in (aliases or {}).items():
@@ -536,8 +536,9 @@ def open_model(directory, definition, few_bits: bool = False) -> Weights:
     return Weights(directory, definition.ignored_weights, definition.aliases(config))
 
 
-def _matches(name: str, patterns) -> bool:
-    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+def matches(name: str, patterns) -> bool:
+    """Whether one of the fnmatch patterns (None: of none) is the name's."""
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns or ())
 
 
 def _safetensors_places(path: Path) -> tuple[dict[str, Place], dict]:

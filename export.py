@@ -205,7 +205,7 @@ def export_transformers(source: Source, directory: Path, options: dict) -> str:
         checkpoint.write_json(directory / "generation_config.json", generation)
     # temperature and language-modelling head of stage 1 have no place in transformers' retrieval model
     heads = ("temp", "cls.*")
-    names = [n for n in source.weights if not any(fnmatch.fnmatch(n, head) for head in heads)]
+    names = [n for n in source.weights if not checkpoint.matches(n, heads)]
     if left := len(source.weights.names) - len(names):
         print(f"note: {left} tensors of stage 1 (temp, cls) are left out: transformers' class has none")
     write_weights(directory, source.read, names, limit, pickled=False)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import checkpoint
 import parallel
 import vlm
-from build import autocast, matches
+from build import autocast
 from config import Config
 from images import is_data_url
 from kernels.dropout import Dropout
@@ -43,7 +43,7 @@ class ImageFeatures:
 
 def refuse_feature_cache(model, definition, cfg: Config) -> None:
     """Where features would not be what the tower gives in training."""
-    towers = {n: p for n, p in model.named_parameters() if matches(n, definition.image_parameters)}
+    towers = {n: p for n, p in model.named_parameters() if checkpoint.matches(n, definition.image_parameters)}
     if any(p.requires_grad for p in towers.values()):
         raise ValueError(
             "cache_image_features=true needs a frozen vision tower; add it to "
@@ -56,7 +56,7 @@ def refuse_feature_cache(model, definition, cfg: Config) -> None:
     for name, part in model.named_modules():
         rate = part.p if isinstance(part, Dropout | nn.Dropout) else 0.0
         rate = part.dropout if isinstance(part, LoraLinear) else rate
-        if rate and matches(f"{name}.x", definition.image_parameters):
+        if rate and checkpoint.matches(f"{name}.x", definition.image_parameters):
             raise ValueError(
                 f"cache_image_features=true would leave out the dropout of {name} ({rate:g}), which training "
                 "has; turn the cache off, or set that dropout to 0 in config.json"
@@ -68,7 +68,7 @@ def features_key(model, definition, processor, cfg: Config, paths: list[str], ma
     (`main`) makes it; the others send it what they hold of the tower."""
     key = hashlib.sha256()
     for name, p in sorted(model.named_parameters()):
-        if matches(name, definition.image_parameters):
+        if checkpoint.matches(name, definition.image_parameters):
             whole = checkpoint.gathered(p)
             if main:
                 values = whole.contiguous().flatten().view(torch.uint8).numpy()

@@ -11,7 +11,6 @@ y = W x + b + (alpha / rank) B A x; A (rank, in) starts random and B (out, rank)
 
 import contextlib
 import difflib
-import fnmatch
 import functools
 import json
 import math
@@ -228,7 +227,7 @@ def inject(
                 f"e.g. of {', '.join(near)}"
             )
         # A name such as q_proj is in both parts of some models; who says it means the language model.
-        outside = [n for n in hits if not any(fnmatch.fnmatch(f"{n}.weight", p) for p in tower or ())]
+        outside = [n for n in hits if not checkpoint.matches(f"{n}.weight", tower)]
         names.update(outside or hits)
     # in the model's order, whatever the patterns' order: it is the adapter file's
     names = [name for name in linears if name in names]
@@ -837,14 +836,11 @@ class Added:
 def add_adapters(model: nn.Module, directories: dict[str, str]) -> dict[str, Added]:
     """Puts several adapters beside one base, for rows that `adapted` names. ValueError for one that does not
     belong to the model."""
-    patterns = vlm.find(model.config.raw).image_parameters
+    tower = vlm.find(model.config.raw).image_parameters
     parameters = dict(model.named_parameters())
     shapes = shapes_of(model)
     like = next(model.parameters())  # an adapter's device and dtype
     added = {}
-
-    def of_images(name: str) -> bool:
-        return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
     for adapter, directory in directories.items():
         config, tensors = read_adapter(directory, aliases_of(model))
@@ -871,7 +867,8 @@ def add_adapters(model: nn.Module, directories: dict[str, str]) -> dict[str, Add
             )
         whole = {name: tensors[name].to(parameters[name]) for name in extra}
         # Features of images are shared by requests with and without the adapter, unless it changes them.
-        text = {name: x for name, x in whole.items() if not of_images(name)}
+        text = {name: x for name, x in whole.items() if not checkpoint.matches(name, tower)}
         changed = [*whole, *(f"{name}.weight" for name in scalings)]
-        added[adapter] = Added(any(map(of_images, changed)), text, whole)
+        of_images = any(checkpoint.matches(name, tower) for name in changed)
+        added[adapter] = Added(of_images, text, whole)
     return added

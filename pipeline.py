@@ -10,7 +10,6 @@ has a copy on each and one summed gradient.
 Sources: GPipe arXiv:1811.06965; 1F1B and the interleaved schedule arXiv:2104.04473.
 """
 
-import fnmatch
 from collections.abc import Callable
 
 import torch
@@ -72,7 +71,7 @@ def stages_of_parameters(model: nn.Module, plan: dict, blocks: list[range]) -> d
             number = int(name[len(prefix) :].split(".")[0])
             return {stage for stage, numbers in enumerate(blocks) if number in numbers}
         ends = {"first": 0, "last": last}.items()
-        own = {stage for end, stage in ends if any(fnmatch.fnmatch(name, p) for p in plan[end])}
+        own = {stage for end, stage in ends if checkpoint.matches(name, plan[end])}
         return own or set(range(last + 1))  # what no plan names, each stage has
 
     found: dict[int, set[int]] = {}

@@ -20,6 +20,7 @@ from typing import Annotated
 
 from torch import nn
 
+import checkpoint
 import parallel
 import schema
 from config import Config
@@ -94,7 +95,7 @@ def layers_above(model: nn.Module, definition, names: list[str]) -> dict[str, in
     for name in names:
         if block := re.match(re.escape(prefix) + r"(\d+)\.", name):
             found[name] = len(model.vision_blocks) - int(block[1])
-        elif any(fnmatch.fnmatch(name, pattern) for pattern in definition.vision_stem):
+        elif checkpoint.matches(name, definition.vision_stem):
             found[name] = len(model.vision_blocks) + 1
         elif next(part for part, p in definition.parts.items() if fnmatch.fnmatch(name, p)) == "vision":
             found[name] = 1

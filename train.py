@@ -45,7 +45,6 @@ from build import (
     check_adapter,
     check_stage,
     make_optimizer,
-    matches,
     model_file,
     parameter_table,
     stream_sizes,
@@ -487,7 +486,7 @@ class Run:
         self.scaler = LossScaler(cfg.fp16)
         self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         # Then a micro-batch without an image has no backward pass at all.
-        self.images_only = all(matches(n, definition.image_parameters) for n in self.trainable)
+        self.images_only = all(checkpoint.matches(n, definition.image_parameters) for n in self.trainable)
         # Moments and counters, once there are parameters that they belong to.
         self.restore()
         # Encoded before the first step, while the tower is still needed nowhere else.
