@@ -18,7 +18,7 @@ import contextlib
 import functools
 import io
 import json
-import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -235,7 +235,8 @@ def their_model(base: Path, adapter: Path | None, values: dict, dtype: torch.dty
     import transformers
 
     transformers.logging.set_verbosity_error()
-    with quiet():
+    # of each load it prints a table and a bar
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         model = transformers.Blip2ForConditionalGeneration.from_pretrained(base, dtype=dtype)
         model.config.image_token_index = model.config.image_token_id = values["image_token_index"]
         if adapter is None:
@@ -243,12 +244,6 @@ def their_model(base: Path, adapter: Path | None, values: dict, dtype: torch.dty
         import peft
 
         return peft.PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
-
-
-@contextlib.contextmanager
-def quiet():
-    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-        yield
 
 
 def their_step(model: nn.Module, inputs: dict, dropout: bool) -> Callable[[], tuple[float, float]]:
@@ -471,13 +466,11 @@ def load_row(name: str, dtype: torch.dtype, directory: Path, args) -> Row:
 
 def spent(command: list[str]) -> tuple[float, float]:
     """(CPU, wall) seconds of a process of its own."""
-    start = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    _, code, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(code)
-    if process.returncode:
-        raise ValueError(f"{' '.join(command)} ended with code {process.returncode}")
-    return usage.ru_utime + usage.ru_stime, time.perf_counter() - start
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    if code := subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
+        raise ValueError(f"{' '.join(command)} ended with code {code}")
+    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, wall
 
 
 def start_command(folder: Path, args) -> Iterator[Row]:

@@ -280,19 +280,18 @@ def parity_part(device, dtype, small: bool, folder: Path) -> list[Row]:
 
     for D in (64, 80, 88, 104, 128):
         for mask in ("causal", "full", "prefix"):
-            case(
-                f"attention, {mask}, heads of {D}",
-                lambda q, k, v, impl, mask=mask: attention(
-                    q, k, v, cu, cu, mask != "full", prefix if mask == "prefix" else None, impl=impl
-                ),
-                *[(T, 2, D)] * 3,
-            )
+            visible = cu, cu, mask != "full", prefix if mask == "prefix" else None
+
+            def attend(q, k, v, impl, visible=visible):
+                return attention(q, k, v, *visible, impl=impl)
+
+            case(f"attention, {mask}, heads of {D}", attend, *[(T, 2, D)] * 3)
     targets = torch.randint(501, (T,), device=device)
-    case(
-        "linear cross entropy",
-        lambda h, w, impl: linear_cross_entropy(h, w, targets, impl=impl)[0],
-        *((T, 64), (501, 64)),
-    )
+
+    def loss(h, w, impl):
+        return linear_cross_entropy(h, w, targets, impl=impl)[0]
+
+    case("linear cross entropy", loss, (T, 64), (501, 64))
     angles = torch.randn(T, 32, device=device)
     case("RMSNorm", lambda x, w, impl: rms_norm(x, w, 1e-6, impl=impl), (T, 512), (512,))
     case("rotary", lambda x, impl: rotary(x, angles.cos(), angles.sin(), impl=impl), (T, 4, 64))

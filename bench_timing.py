@@ -238,21 +238,16 @@ def shown(value) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def lines_of(row: Row) -> str:
-    lines = [f"    {name:<44}{shown(value):>12}" for name, value in row.figures.items()]
-    return "\n".join([row.what, *lines])
-
-
 def report(command: str, rows: Iterable[Row], path: str | None) -> int:
     """The table on the terminal, each row as it comes; with `path` all of it as JSON as well, also of a run
     that is stopped. Returns the number of rows."""
     facts, done = circumstances(), []
     print(f"bench.py {command} | " + ", ".join(f"{k} {v}" for k, v in facts.items()))
-    print(
-        "ratios are to ours, above 1: ours is faster or smaller; `ours to floor`: 1 is the fastest possible"
-    )
+    better = "above 1: ours is faster or smaller"
+    print(f"ratios are to ours, {better}; `ours to floor`: 1 is the fastest possible")
     for row in rows:
-        print(lines_of(row), flush=True)
+        lines = [f"    {name:<44}{shown(value):>12}" for name, value in row.figures.items()]
+        print(row.what, *lines, sep="\n", flush=True)
         done.append({"what": row.what, **row.figures})
         if path:
             text = json.dumps({"command": command, **facts, "rows": done}, indent=2) + "\n"

@@ -72,9 +72,8 @@ def draw_boxes(source: str, text: str, out: str | Path) -> int:
     cannot show."""
     boxes, unreadable = boxes_of(text)
     for box in unreadable:
-        print(
-            f"warning: box {short(box, 60)!r} is not of the form (x1,y1),(x2,y2); not drawn", file=sys.stderr
-        )
+        said = f"box {short(box, 60)!r} is not of the form (x1,y1),(x2,y2)"
+        print(f"warning: {said}; not drawn", file=sys.stderr)
     if not boxes:
         return 0
     image = open_image(source)
@@ -82,9 +81,8 @@ def draw_boxes(source: str, text: str, out: str | Path) -> int:
     size = max(12, min(W, H) // 30)
     for n, (label, corners) in enumerate(boxes, 1):
         # a thousandth is floored as Qwen-VL's own drawing does; the last pixel of a side is W - 1
-        x1, y1, x2, y2 = (
-            min(math.floor(v * s / 1000), s - 1) for v, s in zip(corners, (W, H, W, H), strict=True)
-        )
+        pairs = zip(corners, (W, H, W, H), strict=True)
+        x1, y1, x2, y2 = (min(math.floor(v * side / 1000), side - 1) for v, side in pairs)
         draw.rectangle((x1, y1, x2, y2), outline="red", width=2)
         label = short(label, 60)
         font = font_for(label, size)
@@ -93,9 +91,8 @@ def draw_boxes(source: str, text: str, out: str | Path) -> int:
             label, font = str(n), font_for(str(n), size)
         if label:
             width = draw.textlength(label, font=font)
-            draw.text(
-                (max(min(x1 + 3, W - width - 1), 0), max(min(y1 + 2, H - size - 2), 0)), label, "red", font
-            )
+            inside = max(min(x1 + 3, W - width - 1), 0), max(min(y1 + 2, H - size - 2), 0)
+            draw.text(inside, label, "red", font)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     with checkpoint.atomic_file(out) as file:
         image.save(file, Image.registered_extensions().get(Path(out).suffix.lower(), "PNG"))

@@ -62,9 +62,8 @@ def merge_references(conversations: list[Conversation], entries: list[int]) -> l
 
 def question(conversation: Conversation) -> str:
     """The last thing that the user said, without the image."""
-    return next(
-        (text_of(content) for role, content in reversed(conversation.turns) if role == "user"), ""
-    ).strip()
+    said = [text_of(content) for role, content in conversation.turns if role == "user"]
+    return said[-1].strip() if said else ""
 
 
 def answer_all(

@@ -10,6 +10,7 @@ so the models' own resizing stays bit-equal to the originals'.
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import io
 import os
@@ -93,15 +94,13 @@ def open_image(source: str | os.PathLike) -> Image.Image:
 def image_size(source: str | os.PathLike) -> tuple[int, int]:
     """(width, height) as open_image would give it, from the header alone where that says it. ValueError as
     there."""
-    try:
-        if is_data_url(source) or not os.path.isfile(source):
-            return open_image(source).size
-        with Image.open(source, formats=readable(FORMATS)) as image:
-            # On its side by EXIF: of a TIFF, but of no other format, Pillow has turned the size already.
-            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-            return open_image(source).size if turned else image.size
-    except Exception:
-        return open_image(source).size  # which says what is wrong
+    with contextlib.suppress(Exception):  # open_image says what is wrong
+        if not is_data_url(source) and os.path.isfile(source):
+            with Image.open(source, formats=readable(FORMATS)) as image:
+                # On its side by EXIF: of a TIFF, but of no other format, Pillow has turned the size already.
+                if image.getexif().get(0x0112, 1) not in (5, 6, 7, 8):
+                    return image.size
+    return open_image(source).size
 
 
 def upright(image: Image.Image) -> Image.Image:

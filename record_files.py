@@ -281,8 +281,8 @@ def open_files(paths: list[str]) -> list:
             if "questions" in keys:
                 questions.append((path, document))
             elif "annotations" in keys and "images" not in keys:
-                found = {a["question_id"]: a for a in document["annotations"]}
-                if len(found) < len(document["annotations"]) or annotations.keys() & found.keys():
+                found = by_key(path, document["annotations"], "question_id", "two annotations")
+                if annotations.keys() & found.keys():
                     raise ValueError(f"{path}: two annotations have one question_id")
                 annotations |= found
             elif "annotations" in keys:
@@ -308,14 +308,20 @@ def open_files(paths: list[str]) -> list:
     return sources + joined
 
 
+def by_key(path: str, things: list[dict], key: str, two: str) -> dict:
+    """{value of the key: thing}"""
+    found = {thing[key]: thing for thing in things}
+    if len(found) < len(things):  # what is said of one would be taken for the other's
+        raise ValueError(f"{path}: {two} have one {key}")
+    return found
+
+
 def coco_captions(path: str, document: dict) -> list[dict]:
     """One record an image, with all its captions."""
     records = {}
-    for i in document["images"]:
-        name = i["image" if "image" in i else "file_name"]
-        records[i["id"]] = {"image": name, "image_id": i["id"], "caption": []}
-    if len(records) < len(document["images"]):
-        raise ValueError(f"{path}: two images have one id")
+    for key, image in by_key(path, document["images"], "id", "two images").items():
+        name = image["image" if "image" in image else "file_name"]
+        records[key] = {"image": name, "image_id": key, "caption": []}
     for annotation in document["annotations"]:
         if annotation["image_id"] not in records:
             raise ValueError(
@@ -331,10 +337,8 @@ def coco_captions(path: str, document: dict) -> list[dict]:
 def coco_boxes(path: str, document: dict) -> list[dict]:
     """One record for each class of an image, with all its boxes; COCO's are corner and size in pixels. A
     crowd's box is around many objects and so is that of none."""
-    files = {i["id"]: i for i in document["images"]}
-    names = {c["id"]: c["name"] for c in document["categories"]}
-    if len(files) < len(document["images"]) or len(names) < len(document["categories"]):
-        raise ValueError(f"{path}: two images or two categories have one id")
+    lists = document["images"], document["categories"]
+    files, names = (by_key(path, things, "id", "two images or two categories") for things in lists)
     records, crowds = {}, 0
     for n, annotation in enumerate(document["annotations"]):
         for key, known in (("image_id", files), ("category_id", names)):
@@ -346,7 +350,7 @@ def coco_boxes(path: str, document: dict) -> list[dict]:
         if annotation.get("iscrowd"):
             crowds += 1
             continue
-        image, name = files[annotation["image_id"]], names[annotation["category_id"]]
+        image, name = files[annotation["image_id"]], names[annotation["category_id"]]["name"]
         about = {"image": image["file_name"], "image_id": image["id"], "ref": name, "bbox": []}
         size = {key: image[key] for key in ("width", "height") if key in image}
         box = annotation["bbox"]
@@ -396,10 +400,9 @@ def voc_boxes(paths: list[str]) -> Records:
 
 def vqa_v2(path: str, document: dict, annotations: dict) -> list[dict]:
     """Questions with their annotations. The published files name no image: COCO's own names are meant."""
-    files = {i["id"]: i["file_name"] for i in document.get("images", [])}
+    listed = by_key(path, document.get("images", []), "id", "two images")
+    files = {key: image["file_name"] for key, image in listed.items()}
     subset, records = document.get("data_subtype", ""), []
-    if len(files) < len(document.get("images", [])):
-        raise ValueError(f"{path}: two images have one id")
     for question in document["questions"]:
         image, annotation = question["image_id"], annotations.get(question["question_id"], {})
         if annotation.get("image_id", image) != image:

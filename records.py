@@ -826,22 +826,17 @@ def read_requests(path: str, elsewhere=()) -> tuple[list[Conversation], list[Bad
     elsewhere: keys that a record must not have, since they are options of the whole command.
     """
     requests, problems, unused = [], [], set()
-    for source in open_files([path]):
-        for i in range(len(source)):
-            where = source.where(i)
-            try:
-                with one_record(where):
-                    record = source[i]
-                    if wrong := set(elsewhere) & set(record if isinstance(record, dict) else ()):
-                        raise ValueError(
-                            f"{wrong.pop()!r} is an option of the command, for all requests alike"
-                        )
-                    requests.append(
-                        conversations_of(record, where, os.path.dirname(source.path), i, answered=False)[0]
-                    )
-                    unused |= unused_keys(record)
-            except BadRecord as e:
-                problems.append(e)
+    for source, i in ((file, i) for file in open_files([path]) for i in range(len(file))):
+        where, folder = source.where(i), os.path.dirname(source.path)
+        try:
+            with one_record(where):
+                record = source[i]
+                if wrong := set(elsewhere) & set(record if isinstance(record, dict) else ()):
+                    raise ValueError(f"{wrong.pop()!r} is an option of the command, for all requests alike")
+                requests.append(conversations_of(record, where, folder, i, answered=False)[0])
+                unused |= unused_keys(record)
+        except BadRecord as e:
+            problems.append(e)
     if not requests and not problems:
         raise ValueError(f"{path} holds no request")
     say_keys(path, unused)
