@@ -685,6 +685,12 @@ def validate(cfg: Config) -> None:
             "steps" in (cfg.save_strategy, cfg.eval_steps is None and cfg.evaluation_strategy),
             "save_strategy=steps",
         ),
+        (
+            "eval_with_do_generation eval_accumulation_steps",
+            cfg.evaluation_strategy != "no" or cfg.do_eval,
+            "an evaluation",
+        ),
+        ("max_images", cfg.mixtoken, "mixtoken=true"),
         ("sharding_parallel_degree", cfg.sharding or cfg.sharding_parallel_degree in (-1, 1), "sharding"),
         ("pipeline_schedule", cfg.pipeline_parallel_degree > 1, "pipeline_parallel_degree"),
         ("warmup_ratio", not cfg.warmup_steps, "warmup_steps=0"),

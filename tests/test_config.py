@@ -205,6 +205,11 @@ def test_what_is_right_stays_accepted(tmp_path, capsys):
             "without lora=true there is no effect of lora_rank",
         ),
         (["--sharding_parallel_degree", "2"], "without sharding"),
+        (["--max_images", "2"], "without mixtoken=true there is no effect of max_images"),
+        (
+            ["--eval_with_do_generation", "--dataset", "samples/flags_en/val.jsonl"],
+            "without an evaluation there is no effect of eval_with_do_generation",
+        ),
         (["--learning_rate", "0"], "nothing is learned"),
         (["--warmup_ratio", "1", "--dataset", "samples/flags_en/val.jsonl"], "rises until the end"),
         (["--max_steps", "9", "--warmup_steps", "9"], "warmup_steps=9"),
