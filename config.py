@@ -30,6 +30,7 @@ import terminal
 from terminal import nearest
 
 RUN, SPEED = "the run", "precision and speed"  # titles in --help that keys of two classes stand under
+# From the files' names, not by importing them: --help is fast, and a model file of one's own counts
 MODELS = tuple(sorted(path.stem.removeprefix("model_") for path in data.ROOT.glob("model_*.py")))
 METRICS = ("eval_loss", *(f"eval_{s}" for scores in metrics.SCORES.values() for s in scores))
 STRATEGIES = ("no", "epoch", "steps")
@@ -404,14 +405,15 @@ def check_text(name: str, value: str, rules) -> None:
 def convert(name: str, value, kind, rules):
     """`value` as the key's type, within its bounds and choices, or a ValueError that names it."""
     options = options_of(kind)
+    # use_flash_attention: "true" in a JSON file means the switch, not a name
     if {bool, str} <= set(options) and value in ("true", "false"):
         value = value == "true"
     for option in options:
         plain = typing.get_origin(option) or option
         if plain is float and isinstance(value, int | float) and not isinstance(value, bool):
-            value = math.inf if abs(value) > 1e308 else float(value)
+            value = math.inf if abs(value) > 1e308 else float(value)  # of 400 digits: float() would raise
         elif plain is int and isinstance(value, float) and value.is_integer():
-            value = int(value)
+            value = int(value)  # 1e3
         elif plain is list and isinstance(value, str):
             value = [value]
         elif not isinstance(value, plain) or (plain is int and isinstance(value, bool)):
@@ -498,10 +500,9 @@ def read_file(path: str) -> dict:
     """A configuration file's keys and values."""
     found = Path(here_or_shipped(path))
     if not found.is_file():
-        what = (
-            "is a directory" if found.is_dir() else "does not exist" if not found.exists() else "is no file"
-        )
+        what = "is a directory" if found.is_dir() else "is no file" if found.exists() else "does not exist"
         raise ValueError(f"{path} {what}; give the path of a configuration file, or a key as --key value")
+    # to parse a data set would take a while, and end in a message about one of its records
     if found.suffix == ".jsonl" or found.stat().st_size > 10 * MB:
         how = f"give it as --dataset {path} (evaluate.py: --data_files {path})"
         raise ValueError(f"{path} looks like data, not like a configuration; {how}")
@@ -534,6 +535,7 @@ def sources_of(argv: list[str]) -> list[tuple[str, dict, bool]]:
             text = None
             if i < len(argv) and not argv[i].startswith("--"):
                 text, i = argv[i], i + 1
+        # its keys between two files are a source of their own: later wins, also over a file
         if not sources or not sources[-1][2]:
             sources.append(("the command line", {}, True))
         sources[-1][1][name] = text
@@ -557,6 +559,7 @@ def translate(where: str, given: dict, values: dict) -> None:
         else:
             strategy, steps = INTERVALS[name]
             says = {strategy: value} if isinstance(value, str) else {strategy: "steps", steps: value}
+        # in one source: a later one may change its mind
         for key, ours in says.items():
             if key in given and given[key] != ours:
                 raise ValueError(
@@ -596,6 +599,7 @@ def parse_config(argv: list[str], cls=Config, usage: str = "train.py [CONFIG.jso
             else:
                 note(f"warning: {name} has no effect here")
         translate(where, given | toolkit, values)
+    # first, since the sample configuration's keys are defaults, over which what was given wins
     if values.get("dataset") is None:
         values = with_sample_defaults(values, hints)
     cfg = cls(**values)

@@ -614,11 +614,12 @@ def dry_run(cfg: Config, config: dict, definition, plan, world_size: int) -> str
     """Memory per device, disk, steps and FLOPs, from shapes alone."""
     model, layout = network(cfg, config, definition), layout_of(cfg, world_size)
     sizes, heaviest, typical = streams(plan, cfg)
+    # from the model file's formulas: shares of the parts, which the counted FLOPs don't tell
     forward = definition.forward_flops(
         model.config, sizes.tokens, sizes.supervised, sizes.images, sizes.segment
     )
     flops = step_flops(model, typical, layout) * sizes.tokens / typical.tokens
-    dtype = in_few_bits(model, cfg)
+    dtype = in_few_bits(model, cfg)  # after the FLOPs, which few bits don't change
     pp, dp, tp, micro_batches = layout.pp, layout.dp, layout.tp, layout.micro_batches
     blocks = pipeline_blocks(model, definition, cfg, sizes) if pp > 1 else [range(len(model.blocks))]
     found = devices(model, definition, blocks, heaviest, layout, dtype)
@@ -649,7 +650,7 @@ def dry_run(cfg: Config, config: dict, definition, plan, world_size: int) -> str
     if tp > 1:
         typically = block_inputs(model, typical).items()
         inputs = {name: (numel * share, gradients) for name, (numel, gradients) in typically}
-    mine, part = of_rank(model, definition, blocks, 0, layout)
+    mine, part = of_rank(model, definition, blocks, 0, layout)  # the first has the vision tower
     mean = Stream(sizes.tokens, sizes.supervised, sizes.images, [])
     volumes = collections.Counter()
     for (axis, _), (_, sent) in collectives(mine, part, inputs, mean, layout).items():
@@ -659,6 +660,7 @@ def dry_run(cfg: Config, config: dict, definition, plan, world_size: int) -> str
     if pp > 1:
         sizes_of_stages = ", ".join(str(len(r)) for r in blocks)
         lines.append(f"pipeline bubble: {bubble:.1%} of a step; blocks: {sizes_of_stages}")
+    # each at its peak, one hidden behind the other: nothing is faster
     seconds = flops * micro / world_size / (1 - bubble) / PEAK_FLOPS
     link = sum(volumes.values()) / LINK_BYTES
     bound = "computation" if seconds >= link else "communication"

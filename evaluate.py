@@ -49,7 +49,7 @@ def merge_references(conversations: list[Conversation], entries: list[int]) -> l
 
     entries: the number of each conversation's dataset entry.
     """
-    merged, taken = {}, set()
+    merged, taken = {}, set()  # taken: (key, place of the record) whose captions are in
     for n, (entry, c) in enumerate(zip(entries, conversations, strict=True)):
         key = (entry, *c.images) if c.kind == "caption" else n
         if key not in merged:
@@ -117,12 +117,14 @@ def answer_in_turn(
     of each n questions, as others may too that share its part of the model. after_each: between answers, as
     often on every rank."""
     (k, n), bad = turn, []
+    # every n-th, not a block: long questions mostly stand together
     mine = conversations[k::n]
     given, answers = answer_all(model, processor, mine, batch_size, how, bad), []
     for _ in range(-(-len(conversations) // n)):
         if len(answers) < len(mine):
             answers.append(next(given))
         after_each()
+    # ranks of one tensor-parallel group say the same: the last one counts
     by_turn = {k: (answers, bad) for k, answers, bad in parallel.from_all((k, answers, bad))}
     whole = [by_turn[i % n][0][i // n] for i in range(len(conversations))]
     return whole, [pair for k in range(n) for pair in by_turn[k][1]]
@@ -325,7 +327,7 @@ def main(argv: list[str] | None = None) -> int:
     for key in ("name", "image_root"):
         if getattr(args, key) and not args.data_files:
             raise ValueError(f"--{key} says how --data_files are read, and none is given; leave it out")
-    if args.output:
+    if args.output:  # before hours of answers
         checkpoint.check_place(args.output, "output")
     check_device(args.device)
     for key in ("batch_size", "rerank"):
@@ -451,7 +453,7 @@ def run(args, how: Decoding) -> int:
     if args.output:
         checkpoint.write_json(args.output, result)
         print(f"results: {args.output}", flush=True)
-    if stop is not None:
+    if stop is not None:  # what was answered is on the disk by now
         print("the same command begins again", flush=True)
         raise stop
     if bad:
@@ -495,6 +497,7 @@ def scored_answers(
     done = len(answers)
     conversations, asked, answers = answered(conversations[:done], asked[:done], answers)
     scores, each = score(conversations, answers, asked_for)
+    # as the model saw it: the first thing to look at when a score is odd
     prompts = [processor.tokenizer.decode(processor.prompt(c)["input_ids"].tolist()) for c in asked]
     result = {
         "metrics": asked_for or sorted({name for c in conversations for name in metrics.OF_KIND[c.kind]}),

@@ -129,7 +129,7 @@ class Records:
 def is_jsonl(path: str) -> bool:
     """Whether each line is a record: if the first line is a whole object and another line follows; of a file
     named so, unless it begins an array that goes on in the next line."""
-    with open(path, "rb") as file:
+    with open(path, "rb") as file:  # two lines tell: a large file is not read for this
         lines = (line for line in file if line.strip())
         first, second = next(lines, b""), next(lines, None)
     try:
@@ -188,6 +188,7 @@ def read_table(path: str) -> Records:
 
 
 def row_record(header: list[str], cells: list[str]) -> dict | Exception:
+    """Or what is wrong with it: said when the record is read, since other rows may be good."""
     if len(cells) != len(header):
         return ValueError(f"a row of {len(cells)} cells under a header of {len(header)}")
     if any("\t" in cell and "\n" in cell for cell in cells):
@@ -275,17 +276,18 @@ def open_files(paths: list[str]) -> list:
             sources.append(voc_boxes([path]))
         elif is_jsonl(path):
             sources.append(JsonLines(path))
-        else:
+        else:  # one document: what it is, its keys tell
             document = read_document(path)
             keys = document.keys() if isinstance(document, dict) else ()
             if "questions" in keys:
                 questions.append((path, document))
-            elif "annotations" in keys and "images" not in keys:
+            elif "annotations" in keys and "images" not in keys:  # VQAv2's, of questions of another file
                 found = by_key(path, document["annotations"], "question_id", "two annotations")
                 if annotations.keys() & found.keys():
                     raise ValueError(f"{path}: two annotations have one question_id")
                 annotations |= found
             elif "annotations" in keys:
+                # COCO's caption files may list categories too
                 instances = "categories" in keys and "caption" not in next(iter(document["annotations"]), {})
                 records = (coco_boxes if instances else coco_captions)(path, document)
                 sources.append(Records(path, records))
@@ -296,6 +298,7 @@ def open_files(paths: list[str]) -> list:
         raise ValueError(
             f"{', '.join(paths)}: VQAv2 {have} without their {lack}; list both files in data_files"
         )
+    # when all files are open: questions may come before their annotations
     joined = [Records(path, vqa_v2(path, document, annotations)) for path, document in questions]
     asked = Counter(record["question_id"] for source in joined for record in source.records)
     if twice := next((key for key, count in asked.items() if count > 1), None):
@@ -354,6 +357,7 @@ def coco_boxes(path: str, document: dict) -> list[dict]:
         about = {"image": image["file_name"], "image_id": image["id"], "ref": name, "bbox": []}
         size = {key: image[key] for key in ("width", "height") if key in image}
         box = annotation["bbox"]
+        # else as it is: records.py says what is wrong with it, and where
         if isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box):
             box = [box[0], box[1], box[0] + box[2], box[1] + box[3]]
         records.setdefault((image["id"], name), {**about, **size})["bbox"].append(box)
@@ -375,6 +379,7 @@ def voc_boxes(paths: list[str]) -> Records:
     for path in paths:
         try:
             text = read_text(path)
+            # entities that grow without end, or that name files
             if "<!DOCTYPE" in text or "<!ENTITY" in text:
                 raise ValueError("an XML document type, which no annotation has")
             root = ElementTree.fromstring(text)
@@ -415,7 +420,7 @@ def vqa_v2(path: str, document: dict, annotations: dict) -> list[dict]:
                 f"{path}: image_id={cut(image)} is no number, and no list of images names its file"
             )
         name = files.get(image) if files else f"{subset}/COCO_{subset}_{int(image):012d}.jpg"
-        records.append({**annotation, **question, "image": name})
+        records.append({**annotation, **question, "image": name})  # both files' keys; ids are the question's
     return records
 
 

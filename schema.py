@@ -48,7 +48,7 @@ def fits(value, kind) -> bool:
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         return fits(value, parts[0]) and parts[1] <= value <= parts[2]
-    if origin is Literal:
+    if origin is Literal:  # of equal type: 1 == True
         return any(value == part and type(value) is type(part) for part in parts)
     if origin in (types.UnionType, typing.Union):
         return any(fits(value, part) for part in parts)
@@ -83,6 +83,7 @@ def expectation(kind) -> str:
 def check(value, kind, where: str) -> None:
     """ValueError unless the value at `where` (file and key) is what the annotation `kind` says."""
     if not fits(value, kind):
+        # of a long list its kind, since the wrong item may be the last one
         shown = repr(value) if not isinstance(value, dict | list) or len(value) < 4 else NAMES[type(value)]
         shown = shown if len(shown) <= 60 else shown[:60] + "..."
         raise ValueError(f"{where} is {shown}; expected {expectation(kind)}; fetch or write it again")
@@ -92,8 +93,9 @@ def from_json(kind: type, values, where: str, **given):
     """A dataclass from a JSON object at `where`: each field is there, or has a default, and is of its type.
     `given` are fields that come from elsewhere; other keys of the object are left out."""
     check(values, dict, where)
-    hints = typing.get_type_hints(kind, include_extras=True)
+    hints = typing.get_type_hints(kind, include_extras=True)  # with the bounds of Annotated
     wanted = [f for f in fields(kind) if f.name not in given]
+    # both are MISSING for a field without a default
     missing = [f.name for f in wanted if f.name not in values and f.default is f.default_factory]
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}; is it a checkpoint of another model?")
