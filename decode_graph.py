@@ -31,13 +31,12 @@ MOST = 64  # graphs that are kept; each has its kernels' arguments, of all layer
 
 def cuda_capture(device: torch.device) -> Callable[[Run], Run]:
     """`capture(run)` gives what repeats `run()` on the device: the same kernels on the same addresses."""
-    # One pool for all of them: only one runs at a time, and none leaves anything in it for later.
-    memory = torch.cuda.graph_pool_handle()
+    # One pool for all of them: only one runs at a time, and none leaves anything in it for later. One stream,
+    # since a library's work area is a stream's.
+    memory, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     def capture(run: Run) -> Run:
         # First outside: kernels are compiled, and libraries make their work areas, which a capture forbids.
-        # On a stream of its own, since a capture has one too.
-        stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             run()

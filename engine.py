@@ -842,14 +842,14 @@ class Engine:
 
     def search(self, leader: Sequence, logits: Tensor) -> list[Event]:
         """A token more for each beam of a request; at the end, the tokens of its best answer."""
-        # One row that is not finite ends the search: its beams go on from each other.
-        if not bool(logits.isfinite().all()):
-            return [self.failed(leader)]
         # Nothing is told while it runs: the best answer may still become another one.
         beams = leader.beams
         if (chosen := beams.advance(logits)) is not None:
             self.fork(leader, *chosen)
             return []
+        # One row that is not finite ends the search: its beams go on from each other.
+        if not beams.finite:
+            return [self.failed(leader)]
         # The end: the best answer is told at once, as if it had come token by token.
         tokens = beams.finished[0][1]
         ended = tokens[-1] in self.end_tokens or bool(beams.stopped and beams.stopped(tokens))

@@ -185,6 +185,7 @@ class Beams:
         self.made = 0  # tokens of each
         self.running: list[tuple[float, list[int]]] = [(0.0, [])]  # (sum of log-probabilities, new tokens)
         self.finished: list[tuple[float, list[int]]] = []  # (score, new tokens), best first
+        self.finite = True  # whether all logits were
         self.sequences: list = []  # engine.Sequence of each running one
 
     def finish(self, total: float, tokens: list[int], length: int) -> None:
@@ -193,7 +194,7 @@ class Beams:
 
     def advance(self, logits: Tensor) -> tuple[list[int], list[int]] | None:
         """logits (B, V) behind the running ones -> the one that each goes on from and its next token; None at
-        the end."""
+        the end, and where they are not finite."""
         how, K, stopped = self.how, self.how.num_beams, self.stopped
         rows, V = logits.log_softmax(-1), logits.shape[1]
         self.made += 1
@@ -204,8 +205,14 @@ class Beams:
             rows = rows.index_fill(1, torch.tensor(self.ends, device=rows.device), float("-inf"))
         totals = rows + torch.tensor([total for total, _ in self.running], device=rows.device)[:, None]
         best, index = totals.flatten().topk(min(2 * K, totals.numel()))
-        running, parents = [], []
-        for rank, (total, at) in enumerate(zip(best.tolist(), index.tolist(), strict=True)):
+        # What a device has computed is read in one copy; fp64 holds places exactly.
+        best, index, finite = torch.stack(
+            (best.double(), index.double(), logits.isfinite().all().double().expand(len(best)))
+        ).tolist()
+        self.finite, running, parents = bool(finite[0]), [], []
+        if not self.finite:
+            return None
+        for rank, (total, at) in enumerate(zip(best, map(int, index), strict=True)):
             tokens = [*self.running[at // V][1], at % V]
             ended = tokens[-1] in self.ends or bool(stopped and stopped(tokens))
             if ended or (self.made == self.room and not self.lavis):
@@ -215,7 +222,7 @@ class Beams:
                 running.append((total, tokens))
                 parents.append(at // V)
         if self.lavis:
-            reachable = float(best[0]) / (self.made + 1) ** how.length_penalty
+            reachable = best[0] / (self.made + 1) ** how.length_penalty
         else:
             reachable = running[0][0] / self.made**how.length_penalty if running else float("-inf")
         self.running = running
