@@ -180,6 +180,7 @@ def read_fields(content: bytes) -> dict:
         if name not in KNOWN:
             hint = terminal.nearest(name, sorted(KNOWN))
             raise Refused(400, f"unknown field {terminal.cut(name)}{hint}", name[:100], "unknown_parameter")
+    # Clients of agents send their tools always.
     if body.get("tool_choice") == "none":
         body.pop("tools", None)  # they are never called
     for name in NEUTRAL:
@@ -204,6 +205,7 @@ def read_stream_options(options, stream: bool) -> bool:
 
 
 def read_number(name: str, value, kind: type, least, most):
+    # JSON knows one kind of number, Python two; true is an int there, and none here.
     fits = isinstance(value, int) or kind is float and isinstance(value, float) and math.isfinite(value)
     if not fits or isinstance(value, bool) or not least <= value <= most or (name == "top_p" and value == 0):
         what = "a whole number" if kind is int else "a number"
@@ -238,6 +240,7 @@ def read_decoding(numbers: dict, defaults: Decoding) -> Decoding:
     given = {DECODING[name]: value for name, value in numbers.items() if name in DECODING}
     if "top_k" in given:
         given["top_k"] = max(given["top_k"], 0)  # -1 is vLLM's "off"
+    # Without a seed each answer is another one, as clients expect.
     given.setdefault("seed", secrets.randbits(62))
     try:
         return replace(defaults, **given)
@@ -258,6 +261,7 @@ def read_messages(messages, limits, go_on: bool) -> tuple[list, list[str], str |
         where = f"messages[{n}]"
         if not isinstance(message, dict):
             raise bad(where, "an object with role and content", message)
+        # What earlier answers bring back with them (refusal: null, tool_calls: []) asks for nothing.
         message = {key: value for key, value in message.items() if value not in (None, [])}
         if message.get("role") not in ROLES:
             raise bad(f"{where}.role", f"one of {', '.join(ROLES)}", message.get("role"))
@@ -291,6 +295,7 @@ def read_messages(messages, limits, go_on: bool) -> tuple[list, list[str], str |
         turns = records.chat_turns({"messages": cleaned}, answered=False)
         records.check_text(turns)
     except ValueError as e:
+        # A record's turns are this body's messages, so its error can name the field.
         number = re.match(r"turn (\d+) ", str(e))
         where = f"messages[{number[1]}].content" if number else "messages"
         raise Refused(400, f"{where}: {terminal.one_line(e)}", where) from None
@@ -308,6 +313,7 @@ def read_part(part, where: str, limits) -> dict:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind in ("text", "image_url"):
         refuse_others(part, {"type", kind, "cache_control"}, where)
+    # A part holds exactly what it is for: an "image" in a part of text would be dropped without a word.
     if kind == "text" and isinstance(part.get("text"), str):
         check_text(part["text"], f"{where}.text")
         return {"type": "text", "text": part["text"]}
@@ -337,6 +343,7 @@ def refuse_others(given: dict, known: set[str], where: str) -> None:
 def check_image(source: str, where: str, limits) -> None:
     """Refuses what is no image, or a larger one, by its header alone."""
     try:
+        # By the header: a bomb of a few kilobytes would open to gigabytes.
         content = images.read_bytes(source)
         with Image.open(io.BytesIO(content), formats=images.readable(FORMATS)) as image:
             width, height = image.size

@@ -54,9 +54,11 @@ class Rows:
         if self.past is None and tuned is not None:  # P-tuning: every sequence begins with these rows
             k, v = (torch.cat((p.to(x.dtype), x)) for p, x in zip(tuned, (k, v), strict=True))
             prefix_lens = None if prefix_lens is None else prefix_lens + tuned.shape[1]
+        # Before past and mask: a row of the cache is what this token alone leaves.
         self.new.append(torch.stack((k, v), 1))
         if self.past is not None:
             k, v = (torch.cat((self.past[:, layer, i], x)) for i, x in enumerate((k, v)))
+        # No branch here may depend on a length: the graph is recorded once, and holds for all of them.
         mask, causal = bias, False
         if bias is None and self.past is None:  # a step's only token sees all
             num_q, num_k = q.shape[0], k.shape[0]
@@ -100,6 +102,7 @@ class Prefill(Vision):
         encoder's rows. A row more than the prompt takes features that stand nowhere: those of a prompt
         without image have the place T.
         """
+        # A tensor of no rows would be a graph of its own, so there is always an image, and always a place.
         T = input_ids.shape[0]
         grown = Batch(
             torch.cat((input_ids, input_ids[:1])),
@@ -142,6 +145,7 @@ def programs(model: nn.Module) -> dict[str, ExportedProgram]:
     axes, Q = model.position_axes, model.num_image_tokens
     pixels = torch.zeros(1, 3, *model.image_size)
     vision = torch.export.export(Vision(model), (pixels,))
+    # Two images and seven other tokens: no two sizes of the example are equal by chance.
     T, open_size = 7 + 2 * Q, Dim("tokens", min=3)
     ids, positions = torch.full((T,), 5), torch.arange(T).expand(axes, T).contiguous()
     positions = positions if axes > 1 else positions[0]
@@ -151,6 +155,7 @@ def programs(model: nn.Module) -> dict[str, ExportedProgram]:
     shapes = {0: open_size}, {axes - 1: open_size}, images, images, {}
     prefill = torch.export.export(Prefill(model), example, dynamic_shapes=shapes)
     _, past, *memory = Prefill(model)(*example)
+    # An encoder-decoder's prompt leaves one row, which would be taken for a constant.
     past = past if past.shape[0] > 1 else torch.cat((past, past, past))
     example = ids[:1], positions[..., :1].contiguous(), torch.tensor([T]), past, *(memory or [None])
     shapes = {}, {}, {}, {0: Dim("rows", min=1)}, {0: Dim("encoded", min=2)} if memory else None
@@ -173,6 +178,7 @@ def write(model: nn.Module, processor, source: Path, directory: Path, compile: s
     compiled = compile == "yes" or compile == "auto" and has_compiler()
     if compile == "auto" and not compiled:
         print("note: no C++ compiler (g++): the programs stay graphs, which torch runs step by step")
+    # The weights once, beside the programs: three copies of a 7B model would not fit many disks.
     graphs = programs(model)
     constants, weights = shared_weights(graphs)
     save_file(weights, directory / "weights.safetensors", metadata={"format": "pt"})
@@ -191,6 +197,7 @@ def write(model: nn.Module, processor, source: Path, directory: Path, compile: s
         "max_positions": model.config.max_positions,
         "position_axes": model.position_axes,
         "position_step": torch.as_tensor(model.position_step).tolist(),
+        # How a question is worded and an answer ends: nothing of the model's code is in the package.
         "stop_words": processor.stop_words,
         "template": template,
         "tokenizer": write_tokenizer(processor.tokenizer, source, directory),
@@ -223,6 +230,7 @@ def shared_weights(graphs: dict[str, ExportedProgram]) -> tuple[dict[str, dict],
         tensors = {**graph.state_dict, **{n: t for n, t in graph.constants.items() if isinstance(t, Tensor)}}
         constants[program] = {}
         for name, tensor in tensors.items():
+            # By memory, not by name: tied weights have two names and one place.
             key = known.setdefault((tensor.data_ptr(), tensor.shape), name)
             constants[program][name] = key
             weights[key] = tensor.detach().contiguous()
@@ -282,6 +290,7 @@ def check_programs(model: nn.Module, directory: Path) -> None:
     file = io.BytesIO()
     Image.radial_gradient("L").convert("RGB").save(file, "PNG")
     image = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    # No token is -1: all four steps are taken, whatever the first ones are.
     package.spec["stop_words"] = [[-1]]
 
     def ask() -> list[Tensor]:
@@ -297,6 +306,7 @@ def check_programs(model: nn.Module, directory: Path) -> None:
         package.generate(QUESTIONS[0], [image], 4, choose)
         return logits
 
+    # Compiled programs add in another order than the modules do.
     now, limit = ask(), 1e-3 if package.spec["dtype"] == "float32" else 5e-2
     package.vision, package.prefill, package.decode = (kind(model) for kind in (Vision, Prefill, Decode))
     for step, (row, expected) in enumerate(zip(now, ask(), strict=True)):

@@ -31,6 +31,7 @@ class OtherLog:
 
 def check(names: list[str]) -> None:
     """ValueError for a log whose package is not installed."""
+    # transformers' word for no log at all.
     if "none" in names and {*names} != {"none"}:
         raise ValueError(f"report_to={names}: none and others; keep one")
     for name in names:
@@ -54,6 +55,7 @@ def open_log(name: str, out: Path, settings: dict, run_id: str, done: int) -> Ot
                 board.add_scalar(key, value, step)
 
         return OtherLog(scalars, board.close)
+    # A run that goes on must find its own log again: by the id of run.json, which a restart keeps.
     package, title = importlib.import_module(PACKAGES[name]), f"{out.resolve().name}-{run_id}"
     about = {"project": "trimix", "config": settings, "resume": "allow"}
     if name == "wandb":

@@ -178,6 +178,7 @@ class Meeting:
                 f"SLURM has {os.environ['SLURM_NTASKS']} tasks for this job, and srun has not started this "
                 "process: start all with srun, or torchrun with srun; for one alone unset SLURM_NTASKS"
             )
+        # Here, before there are ranks of it: which kernels run is said and refused at the start.
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.over, self.lost, self.beats = False, None, {}
         self.pressed: Callable[[], bool] = lambda: False  # whether this rank was told to end
@@ -193,6 +194,7 @@ class Meeting:
     def introduce(self) -> None:  # all ranks
         """ValueError where another process takes itself for this rank, or has another number of ranks."""
         problem = None
+        # Counted by the store: two processes with one rank would each wait for the other's part.
         if self.store.add(f"rank {self.rank}", 1) > 1:
             problem = f"two processes have RANK={self.rank}; give each of the {self.size} its own"
         size = self.store.compare_set("world size", "", str(self.size)).decode()
@@ -228,6 +230,7 @@ class Meeting:
 
     def look(self, store: dist.Store, now: float) -> str | None:
         """Which rank has not been heard of for too long."""
+        # A rank may be silent while a machine swaps; one that was told to end has no such time.
         limit = PRESSED if self.pressed() else SILENT
         for rank in range(1, self.size) if self.main else [0]:
             beat = store.get(f"beat-{rank}") if store.check([f"beat-{rank}"]) else b""
@@ -305,6 +308,7 @@ def between_ranks(error: BaseException) -> str | None:
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, dist.DistError) or "gloo" in str(seen):
+            # The first line says it; the rest is where in torch it was said.
             text = str(seen).strip() or type(seen).__name__
             reason = re.sub(r"^\[\S*gloo\S*\] ?", "", text.splitlines()[0]).split(". ")[0]
             return next(said for words, said in CAUSES.items() if re.search(words, text)).format(reason)

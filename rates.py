@@ -51,6 +51,7 @@ def rates(model: nn.Module, definition, cfg: Config) -> dict[str, Rate]:
     def first(name: str) -> str | None:
         return next((pattern for pattern in rules if fnmatch.fnmatch(name, pattern)), None)
 
+    # Each rule must change something: else a misspelt one would train its part at the common rate.
     for pattern in rules:
         if not fnmatch.filter(trainable, pattern):
             frozen = fnmatch.filter([name for name, _ in model.named_parameters()], pattern)
@@ -90,6 +91,7 @@ def layers_above(model: nn.Module, definition, names: list[str]) -> dict[str, in
     """name -> how many layers of the vision tower its part is below what takes the tower's output."""
     if not definition.vision_stem:
         raise ValueError("vision_lr_decay: this model's file does not say what vision_stem is (vlm.Model)")
+    # The blocks' own name in the model, whatever the model calls them.
     prefix = next(name for name, module in model.named_modules() if module is model.vision_blocks) + "."
     found = {}
     for name in names:
@@ -108,6 +110,7 @@ def param_groups(model: nn.Module, rates: dict[str, Rate], cfg: Config) -> list[
     # LAVIS decays its temperature, which is one number; other scalars and biases are exempt.
     one_number = {n for n, p in trainable if p.numel() == 1 and cfg.decay_scalars}
     exempt = {n for n, p in trainable if n.endswith("bias") or p.ndim < 2 and n not in one_number}
+    # As few groups as there are pairs of rate and decay: the fused optimiser launches once for each.
     groups: dict[tuple, dict] = {}
     for name, p in sorted(trainable, key=lambda pair: pair[0] in exempt):  # stable: the model's order
         decay, rate = 0.0 if name in exempt else cfg.weight_decay, rates.get(name, Rate())

@@ -47,6 +47,7 @@ class Package:
         self.directory = directory = Path(directory)
         self.spec = spec = read_spec(directory)
         made = spec["made_with"]
+        # A program is torch's own, and machine code the CPU's: another would fail without a word, or worse.
         if made["torch"] != torch.__version__:
             raise ValueError(f"the package is made with torch {made['torch']}, here is {torch.__version__}")
         if spec["compiled"] and made["cpu"] != (here := torch.backends.cpu.get_cpu_capability()):
@@ -181,6 +182,7 @@ def load_program(path: Path, compiled: bool, constants: dict[str, dict], weights
     mine = {constant: weights[name] for constant, name in names.items()}
     if compiled:
         program = torch._inductor.aoti_load_package(str(path))
+        # A compiled program has folded some of its constants, and takes no others.
         wanted = set(program.get_constant_fqns())
         mine = {constant: tensor for constant, tensor in mine.items() if constant in wanted}
         program.load_constants(mine, check_full_update=True, user_managed=True)
@@ -196,6 +198,7 @@ def load_program(path: Path, compiled: bool, constants: dict[str, dict], weights
 
 def prompt_ids(template: dict, tokenizer, prompt: str, num_images: int) -> tuple[list[int], list[int]]:
     """Ids of a question about images, and the first place of each image's features."""
+    # What the model's own file refuses is refused here: it was never trained on it.
     least, most = template["images"]
     if num_images < least or (most is not None and num_images > most):
         expected = f"{least}" if least == most else f"{least} to {most}" if most else f"at least {least}"

@@ -29,6 +29,7 @@ def nearest(word: str, known) -> str:
     """A hint at the known word that is meant: a like one, or the one that ends in it ("batch_size"); else
     nothing."""
     known, word = list(known), str(word)[:100]
+    # Letters that are swapped or missing; and words of which the first part was left out.
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
     close = close or [k for k in known if len(word) > 4 and k.endswith(f"_{word}")]
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
@@ -96,6 +97,7 @@ class Parser(argparse.ArgumentParser):
         self.register("type", int, whole)
 
     def error(self, message: str):
+        # argparse names all that it did not know; the first one is enough, with what was meant.
         if match := re.match(r"unrecognized arguments: (-\S*)", message):
             options = [o for action in self._actions for o in action.option_strings]
             near = difflib.get_close_matches(match[1].partition("=")[0], options, n=1, cutoff=0.7)
@@ -114,6 +116,7 @@ def help_lines(name: str, kind: str, text: str) -> list[str]:
 
 def free_name(name: str, lora_path) -> str:
     """A directory for the merge of this adapter that no other merge stands in."""
+    # A name that is taken would make the next command fail, and nobody knows what else stands there.
     for n in range(1, 10_000):
         place = Path(name if n == 1 else f"{name}_{n}")
         info = place / "merge_info.json"
@@ -134,6 +137,7 @@ def script(name: str) -> str:
 def example_request(conversation, processor) -> str:
     """--image, --prompt and --stage of generate.py that ask what the model learned to answer by a record."""
     images = [f"--image {shlex.quote(source)}" for source in conversation.images if not is_data_url(source)]
+    # A record's own question: what a model was trained on is what it can show.
     prompt = processor.asked(conversation).strip().replace("\n", " ")
     stage = [] if processor.stage == "sft" else [f"--stage {processor.stage}"]
     return " ".join([*images[:1], f"--prompt {shlex.quote(prompt[:200])}", *stage])
@@ -174,6 +178,7 @@ class Progress:
         self.started = self.started or (now, done)
         if not self.enabled or (now - self.drawn_at < 0.1 and done < self.total):
             return
+        # From the first update on, so that whatever prints in between does not tear the bar.
         if self.streams is None:
             self.streams = sys.stdout, sys.stderr
             sys.stdout, sys.stderr = (Erasing(stream, self) for stream in self.streams)
@@ -185,11 +190,13 @@ class Progress:
             self.close()
 
     def line(self, done: int, note: str, now: float, columns: int) -> str:
+        # From the first update: a run that goes on at step 900 has not made 900 steps in this time.
         since, first = self.started
         parts = [part for part in (self.what, note) if part]
         if done > first:
             parts.append(f"{clock((now - since) / (done - first) * (self.total - done))} left")
         text = f" {done}/{self.total} " + ", ".join(parts)
+        # As much bar as there is room for; of a narrow terminal the numbers are worth more.
         room = min(columns - len(text) - 3, 40)
         filled = room * done // max(self.total, 1)
         bar = f"[{'#' * filled}{'.' * (room - filled)}]" if room >= 5 else ""

@@ -115,6 +115,7 @@ def check_train_state(directory, files: dict) -> None:
     """Compare the files of train_state/ with their checksums; ranks take files in turn. all ranks."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     problem = None
+    # In turn: each file is read once, not by every rank, and a checkpoint has many gigabytes.
     for name in sorted(files)[rank::size]:
         path = Path(directory) / "train_state" / os.path.basename(name)
         try:
@@ -139,6 +140,7 @@ def load_train_state(directory, params: dict, optimizer: torch.optim.Optimizer) 
 
     directory = Path(directory)
     extra = read_json(directory / "trainer_state.json", "expected a checkpoint-N directory of a training run")
+    # Checkpoints of before there were checksums have none: they are read as they are.
     files = extra.pop("train_state", {})
     check(files, dict[str, str], f"{directory / 'trainer_state.json'}: train_state")
     check_train_state(directory, files)
@@ -191,6 +193,7 @@ class Pieces(torch.Tensor):
         first = parallel.place_of_shard(tensor)[1] if parallel.is_sharded(tensor) else [0] * tensor.ndim
         self.pieces: dict[tuple, torch.Tensor] = {}
         start, end, at = first[cut.dim], first[cut.dim] + local.shape[cut.dim], 0
+        # Where this rank's rows lie in the whole: packed blocks (q, k, v) make several ranges of them.
         for begin, stop in cut.rows(start, end, tensor.shape[cut.dim]) if local.numel() else ():
             place = list(first)
             place[cut.dim] = begin
@@ -234,6 +237,7 @@ def _train_state(params: dict, optimizer: torch.optim.Optimizer) -> dict:
     def entry(p, value):
         return Pieces(value.detach(), p.cut) if hasattr(p, "cut") and value.ndim else value.detach()
 
+    # Views of what trains: the checkpoint is written from, and read into, that memory itself.
     state = {f"model.{name}": entry(p, p) for name, p in params.items()}
     names = {id(p): name for name, p in params.items()}
     for group in optimizer.param_groups:
