@@ -650,7 +650,7 @@ def message_of(n: int, message) -> tuple[object, object]:
     return message.get(role_key), content
 
 
-def fill_objects(turns: list[tuple[str, list]], objects) -> None:
+def fill_objects(turns: list[tuple[str, list]], objects, answered: bool = True) -> None:
     """ms-swift's "objects": names and boxes that take the places of <ref-object> and <bbox> in the text, in
     pixels of their image unless "bbox_type" is "norm1". Sources: its documentation of custom datasets."""
     text = "".join([text_of(content) for _, content in turns])
@@ -668,10 +668,10 @@ def fill_objects(turns: list[tuple[str, list]], objects) -> None:
     if kind not in ("real", "norm1"):
         raise ValueError(f"bbox_type must be real or norm1, got {cut(kind)}")
     for key, values in (("ref", refs), ("bbox", boxes)):
-        if not isinstance(values, list) or text.count(marks[key]) != len(values):
-            raise ValueError(
-                f"{cut(values)} under objects.{key}, but the text has {text.count(marks[key])} {marks[key]}"
-            )
+        count = text.count(marks[key])
+        # what is asked for is in the answer that a request leaves out
+        if not isinstance(values, list) or count > len(values) or count < len(values) and answered:
+            raise ValueError(f"{cut(values)} under objects.{key}, but the text has {count} {marks[key]}")
     if not isinstance(owners, list) or len(owners) != len(boxes):
         raise ValueError(f"objects.image_id must name an image for each of the {len(boxes)} boxes")
     sources, boxes = sources_of(turns), zip(boxes, owners, strict=True)
@@ -755,7 +755,7 @@ def conversations_of(
         turns = [(role, resolved(content, image_root, folder)) for role, content in turns]
         # boxes in pixels are written as shares of the image, whose size only its file says
         if kind == "chat":
-            fill_objects(turns, record.get("objects"))
+            fill_objects(turns, record.get("objects"), answered)
             answers = [text_of(turns[-1][1])] if answered else []
             if system and turns[0][0] != "system":
                 turns.insert(0, ("system", [system]))

@@ -736,6 +736,9 @@ def test_front_image():
             front_image(content)
 
 
+_it = {"ref": ["it"], "bbox": [[1, 1, 9, 9]]}
+
+
 def test_requests_take_any_record_and_no_option(folder):
     lines = [
         {"prompt": "q", "image": "a.png"},
@@ -743,11 +746,13 @@ def test_requests_take_any_record_and_no_option(folder):
         {**messages("q", "x", "r"), "id": 7},
         {"prompt": "q", "temperature": 1},
         {"prompt": "q", "image": "gone.png"},
+        messages("<image>Where is <ref-object>?", "<bbox>", images=["a.png"], objects=_it),
     ]
     path = folder / "r.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     found, problems = records.read_requests(str(path), ["temperature"])
-    assert [c.kind for c in found] == ["chat", "vqa", "chat"]
+    assert [c.kind for c in found] == ["chat", "vqa", "chat", "chat"]
+    assert text_of(found[3].turns[0][1]) == "Where is <ref>it</ref>?"
     assert found[2].turns[-1] == ("user", ["r"]) and found[2].id == "7"
     assert [p.where for p in problems] == [f"{path}:4", f"{path}:5"]
 
