@@ -29,7 +29,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
 import build
-import checkpoint
 import config
 import engine
 import estimate
@@ -550,4 +549,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(checkpoint.cli(main))
+    sys.exit(terminal.cli(main))

@@ -21,7 +21,6 @@ import os
 import re
 import shutil
 import struct
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,9 +34,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 import parallel
-from meeting import between_ranks, check_environment
 from schema import Pixels, check, read_json, require
-from terminal import printable
 
 # What a file may hold. 8-bit floats and the like are refused by name: casting them would be a guess.
 SAFETENSORS_DTYPES = {
@@ -69,43 +66,6 @@ class SaveError(OSError):
             f"could not save {path}: {reason}; free space or choose another place; "
             "what was saved there before is untouched"
         )
-
-
-def cli(main) -> int:
-    """Run a script's main(): a user's mistake becomes one line on stderr and exit code 1."""
-    # a terminal that lacks a character shows its code, and nothing is lost
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        check_environment()
-        return main()
-    # `python data.py preview | head` is no error of anybody's.
-    except BrokenPipeError:
-        # or Python complains once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print(
-            "error: nobody reads the standard output any more (broken pipe); what is saved stands",
-            file=sys.stderr,
-        )
-        return 1
-    except (ValueError, OSError, RuntimeError) as e:
-        # What torch raises otherwise is a fault of ours, and its traceback is wanted.
-        between = between_ranks(e) if isinstance(e, RuntimeError) else None
-        if isinstance(e, RuntimeError) and between is None:
-            raise
-        # Of many ranks each says who it is: which one failed first is what matters.
-        many = "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1"
-        rank = f"[rank {os.environ['RANK'][:9]}] " if many else ""
-        said = between or str(e)
-        # OSError's own text repeats the error number; file and reason are what helps.
-        if isinstance(e, OSError) and e.filename and e.strerror:
-            said = f"{e.filename}: {e.strerror}"
-        print(f"error: {rank}{printable(' '.join(said.splitlines()))}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        # As a shell reports Ctrl-C.
-        return 130
 
 
 # ---- files in place, whole or not at all
@@ -173,17 +133,6 @@ def file_digest(path, size: float = math.inf) -> str:
             found.update(piece)
             size -= len(piece)
     return found.hexdigest()
-
-
-def leave(code: int) -> None:
-    """Ends the script. Of several ranks without the interpreter's own end: threads of the collectives that
-    are still letting go of tensors would abort it (2 of 12 pipelines of two ranks that had finished their
-    work)."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        os._exit(code)
-    sys.exit(code)
 
 
 # ---- config.json

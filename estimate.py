@@ -29,11 +29,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-import checkpoint
 import parallel
 import pipeline
 import quantize
 import rates
+import terminal
 import vlm
 from build import (
     StreamSizes,
@@ -685,4 +685,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     sys.modules["estimate"] = sys.modules["__main__"]
-    checkpoint.leave(checkpoint.cli(main))
+    terminal.leave(terminal.cli(main))

@@ -547,4 +547,4 @@ def say_again(path: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(checkpoint.cli(main))
+    sys.exit(terminal.cli(main))

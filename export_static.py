@@ -365,4 +365,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(checkpoint.cli(main))
+    sys.exit(terminal.cli(main))

@@ -663,4 +663,4 @@ def answer_file(path: str | None):
 
 
 if __name__ == "__main__":
-    checkpoint.leave(checkpoint.cli(main))
+    terminal.leave(terminal.cli(main))

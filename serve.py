@@ -975,4 +975,4 @@ def serve(service: Service, listening: socket.socket) -> int:
 
 
 if __name__ == "__main__":
-    checkpoint.leave(checkpoint.cli(main))
+    terminal.leave(terminal.cli(main))

@@ -1,8 +1,8 @@
-"""What a person sees at the terminal: help, one-line errors of the command line, a progress bar, the next
-command.
+"""What a person sees at the terminal: help, a mistake as one line, a progress bar, the next command.
 
-    bar = Progress(total=2000, what="training")
-    bar.update(120, "loss 2.31")      # [####......] 120/2000 training, loss 2.31, 3:05 left
+sys.exit(cli(main))               # every script: error: what, where, expected, remedy
+bar = Progress(total=2000, what="training")
+bar.update(120, "loss 2.31")      # [####......] 120/2000 training, loss 2.31, 3:05 left
 """
 
 import argparse
@@ -21,6 +21,7 @@ import unicodedata
 from pathlib import Path
 
 from images import is_data_url
+from meeting import between_ranks, check_environment
 
 # ---- words of messages
 
@@ -59,6 +60,57 @@ def cut(value, limit: int = 60) -> str:
     """A value for a message."""
     text = repr(value[: 2 * limit] if isinstance(value, str | list | tuple) else value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+# ---- a script from its beginning to its end
+
+
+def cli(main) -> int:
+    """Run a script's main(): a user's mistake becomes one line on stderr and exit code 1."""
+    # a terminal that lacks a character shows its code, and nothing is lost
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        check_environment()
+        return main()
+    # `python data.py preview | head` is no error of anybody's.
+    except BrokenPipeError:
+        # or Python complains once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(
+            "error: nobody reads the standard output any more (broken pipe); what is saved stands",
+            file=sys.stderr,
+        )
+        return 1
+    except (ValueError, OSError, RuntimeError) as e:
+        # What torch raises otherwise is a fault of ours, and its traceback is wanted.
+        between = between_ranks(e) if isinstance(e, RuntimeError) else None
+        if isinstance(e, RuntimeError) and between is None:
+            raise
+        # Of many ranks each says who it is: which one failed first is what matters.
+        many = "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1"
+        rank = f"[rank {os.environ['RANK'][:9]}] " if many else ""
+        said = between or str(e)
+        # OSError's own text repeats the error number; file and reason are what helps.
+        if isinstance(e, OSError) and e.filename and e.strerror:
+            said = f"{e.filename}: {e.strerror}"
+        print(f"error: {rank}{printable(' '.join(said.splitlines()))}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        # As a shell reports Ctrl-C.
+        return 130
+
+
+def leave(code: int) -> None:
+    """Ends the script. Of several ranks without the interpreter's own end: threads of the collectives that
+    are still letting go of tensors would abort it (2 of 12 pipelines of two ranks that had finished their
+    work)."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        os._exit(code)
+    sys.exit(code)
 
 
 # ---- the command line of the scripts that have no configuration file

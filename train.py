@@ -967,4 +967,4 @@ def end_now(reason: str) -> None:
 
 
 if __name__ == "__main__":
-    checkpoint.leave(checkpoint.cli(main))
+    terminal.leave(terminal.cli(main))

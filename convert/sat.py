@@ -203,4 +203,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(checkpoint.cli(main))
+    sys.exit(terminal.cli(main))

@@ -28,7 +28,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import checkpoint
+import terminal
 import train
 
 CONTEXT = get_context("forkserver" if sys.platform == "linux" else "spawn")
@@ -77,7 +77,7 @@ class Replaced:
 
 def script(main: Callable, argv: list[str]) -> None:
     """A script's main as its command line runs it; its code is the process's."""
-    sys.exit(checkpoint.cli(lambda: main(argv)))
+    sys.exit(terminal.cli(lambda: main(argv)))
 
 
 def start(function: Callable, *args, world: int = 1) -> list:

@@ -20,6 +20,7 @@ import generate
 import merge
 import metrics
 import model_blip2 as blip2
+import terminal
 import train
 from convert import lavis
 from records import Conversation, ImageRef
@@ -584,7 +585,7 @@ def test_flan_t5_is_refused_in_fp16(bases, dataset, tmp_path, capsys):
     asked = ["--model_name_or_path", str(bases["t5"]), "--image", dataset["image"], "--prompt", "w1"]
     asked += ["--dtype", "float16"]
     for main, options in ((train.main, [*argv, "--fp16"]), (generate.main, asked)):
-        assert checkpoint.cli(lambda main=main, options=options: main(options)) == 1
+        assert terminal.cli(lambda main=main, options=options: main(options)) == 1
         err = capsys.readouterr().err.splitlines()[-1]
         assert err == "error: Flan-T5 overflows in fp16 (float16): use bf16 (bfloat16) or fp32 (float32)"
     assert not (tmp_path / "o").exists()

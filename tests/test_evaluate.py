@@ -14,10 +14,10 @@ from PIL import Image
 from ranks import run as train_run
 from ranks import together
 
-import checkpoint
 import evaluate
 import generate
 import model_qwen_vl as qwen
+import terminal
 
 ROOT = Path(evaluate.__file__).parent
 
@@ -219,7 +219,7 @@ def test_what_cannot_be_scored_or_kept_is_refused_first(
         cut,
         *(o.replace("{}/", f"{tmp_path}/") for o in options),
     ]
-    assert checkpoint.cli(lambda: evaluate.main(argv)) == 1
+    assert terminal.cli(lambda: evaluate.main(argv)) == 1
     assert words in capsys.readouterr().err.splitlines()[-1] and Path(cut).read_bytes() == before
 
 
@@ -228,7 +228,7 @@ def test_a_bad_image_is_named_and_the_others_are_scored(cut, base, says, tmp_pat
     says({str(i): f"a{i}" for i in range(4)})
     argv = ["--model_name_or_path", str(base), "--data_files", cut, "--output", str(tmp_path / "r.json")]
     argv += ["--batch_size", "2", "--max_bad_samples", str(allowed)]
-    assert checkpoint.cli(lambda: evaluate.main(argv)) == (allowed < 0.25)
+    assert terminal.cli(lambda: evaluate.main(argv)) == (allowed < 0.25)
     err = capsys.readouterr().err
     assert "warning: left out" in err and "d.jsonl:3: " in err and err.count("error: ") == (allowed < 0.25)
     found = results(tmp_path / "r.json")
@@ -287,13 +287,13 @@ def test_a_stopped_evaluation_keeps_its_answers(base, says, tmp_path, capsys, mo
         "--output",
         str(out),
     ]
-    assert checkpoint.cli(lambda: evaluate.main(argv)) == 130
+    assert terminal.cli(lambda: evaluate.main(argv)) == 130
     assert signal.signal(number, before) is signal.default_int_handler
     assert "2 of 4 questions answered" in capsys.readouterr().out
     assert [a["answer"] for a in results(out)["answers"]] == ["a0", "a1"] and results(out)[
         "complete"
     ] is False
-    assert checkpoint.cli(lambda: evaluate.main(argv)) == 0
+    assert terminal.cli(lambda: evaluate.main(argv)) == 0
     assert "this one begins again" in capsys.readouterr().out
     assert len(results(out)["answers"]) == 4 and results(out)["complete"] is True
 

@@ -21,6 +21,7 @@ import export_static
 import generate
 import records
 import run_static
+import terminal
 import vlm
 from quantize import quantize
 
@@ -259,7 +260,7 @@ def test_a_release_is_read_back(kind, tmp_path, image, capsys):
 )
 def test_a_mistake_is_one_line_and_writes_nothing(options, said, tmp_path, capsys):
     command = [*options, "--output_dir", str(tmp_path / "out")]
-    assert checkpoint.cli(lambda: export.main(command)) == 1
+    assert terminal.cli(lambda: export.main(command)) == 1
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and "\n" not in error and said in error
     assert not list(tmp_path.iterdir())
@@ -270,7 +271,7 @@ def test_an_export_replaces_nothing(tmp_path, capsys):
     shutil.copytree(TINY, base)
     for out in (base, base / "inside"):
         command = ["--model_name_or_path", str(base), "--output_dir", str(out), "--format", "transformers"]
-        assert checkpoint.cli(lambda command=command: export.main(command)) == 1
+        assert terminal.cli(lambda command=command: export.main(command)) == 1
     assert capsys.readouterr().err.count("error: ") == 2
     assert {p.name for p in base.iterdir()} == {p.name for p in TINY.iterdir()}
 
@@ -286,7 +287,7 @@ def test_no_row_for_the_image_token(tmp_path, capsys):
     config["text_config"]["vocab_size"], config["image_token_index"] = 1001, None
     checkpoint.write_json(base / "config.json", config)
     command = ["--model_name_or_path", str(base), "--output_dir", str(tmp_path / "out")]
-    assert checkpoint.cli(lambda: export.main([*command, "--format", "transformers"])) == 1
+    assert terminal.cli(lambda: export.main([*command, "--format", "transformers"])) == 1
     assert "no row for the image token 1001" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

@@ -23,6 +23,7 @@ import merge
 import model_qwen_vl as qwen
 import records
 import sampling
+import terminal
 import vlm
 
 SAMPLES = Path(__file__).resolve().parent.parent / "samples"
@@ -142,7 +143,7 @@ def adapter(base, dataset, tmp_path_factory):
 def test_merged_answers_as_base_and_adapter_do(base, adapter, model, requests, tmp_path, capsys):
     merged = tmp_path / "merged"
     argv = ["--lora_path", str(adapter), "--merge_model_path", str(merged)]
-    assert checkpoint.cli(lambda: merge.main(argv)) == 0, capsys.readouterr().err
+    assert terminal.cli(lambda: merge.main(argv)) == 0, capsys.readouterr().err
     assert "largest logit difference" in capsys.readouterr().out
     with_adapter = g.generate(g.load_model(base, lora_path=adapter), requests, g.Decoding(20), [])
     assert g.generate(g.load_model(merged), requests, g.Decoding(20), []) == with_adapter
@@ -175,7 +176,7 @@ def test_a_tampered_adapter_is_not_merged(adapter, tmp_path, capsys, change):
         (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "modules_to_save": None}))
     save_file(state, tmp_path / "adapter_model.safetensors")
     argv = ["--lora_path", str(tmp_path), "--merge_model_path", str(tmp_path / "m")]
-    assert checkpoint.cli(lambda: merge.main(argv)) == 1
+    assert terminal.cli(lambda: merge.main(argv)) == 1
     err = capsys.readouterr().err
     assert err.startswith("error: ") and len(err.splitlines()) == 1 and not (tmp_path / "m").exists()
     words = {"missing": "lacks", "extra": "h.7.attn", "rank": "expected (384", "not trained": "not trained"}
@@ -464,7 +465,7 @@ def test_requests_with_a_bad_image_leave_the_others_answered(base, tmp_path, cap
         "--max_bad_samples",
         str(allowed),
     ]
-    assert checkpoint.cli(lambda: g.main(argv)) == (allowed < 0.25)
+    assert terminal.cli(lambda: g.main(argv)) == (allowed < 0.25)
     err = capsys.readouterr().err
     assert err.count("r.jsonl:3: ") == (1 if allowed == 0.5 else 2) and "Traceback" not in err
     answers = (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()

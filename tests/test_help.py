@@ -218,7 +218,7 @@ def test_where_the_ranks_meet_is_said_by_its_name(monkeypatch, place, said):
 
 
 def test_a_file_that_is_not_there_is_named_first(capsys):
-    assert checkpoint.cli(lambda: open("nowhere.jsonl")) == 1
+    assert terminal.cli(lambda: open("nowhere.jsonl")) == 1
     assert capsys.readouterr().err == "error: nowhere.jsonl: No such file or directory\n"
 
 

@@ -20,8 +20,9 @@ from torch.utils.checkpoint import checkpoint as recomputed
 import lora
 import merge
 import model_visualglm
+import terminal
 import vlm
-from checkpoint import cli, copy_full_, gathered, load_into, open_weights
+from checkpoint import copy_full_, gathered, load_into, open_weights
 from kernels import dropout
 from kernels.dropout import Mask, drop, dropout_mask, dropout_ref
 
@@ -511,7 +512,7 @@ def test_merge_refuses(merge_setup, capsys, monkeypatch):
     model, names = merge_setup()
 
     def refuse(match, *args):
-        assert cli(lambda: merge.main(["--model_name_or_path", "base", *args])) == 1
+        assert terminal.cli(lambda: merge.main(["--model_name_or_path", "base", *args])) == 1
         assert re.search(match, capsys.readouterr().err)
         assert not Path("merged").exists() and not Path("merged.tmp").exists()
 

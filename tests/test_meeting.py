@@ -16,10 +16,10 @@ import torch.distributed as dist
 from ranks import Replaced, run, together
 from small import arguments
 
-import checkpoint
 import meeting
 import parallel
 import run_dir
+import terminal
 import train
 
 
@@ -58,7 +58,7 @@ def test_a_port_that_is_taken(place, capsys):
     with listener() as other:
         port = other.getsockname()[1]
         place(0, 2, port)
-        assert checkpoint.cli(lambda: train.main(["--model", "qwen_vl"])) == 1
+        assert terminal.cli(lambda: train.main(["--model", "qwen_vl"])) == 1
     (line,) = [s for s in capsys.readouterr().err.splitlines() if s.startswith("error")]
     assert line.startswith(f"error: [rank 0] MASTER_PORT={port} is taken on this machine")
     assert "--master_port" in line and "gone" not in line
@@ -152,11 +152,11 @@ def test_every_script_says_it_in_one_line(capsys):
     def lost():
         raise dist.DistBackendError("Connection closed by peer [127.0.0.1]:19")
 
-    assert checkpoint.cli(lost) == 1
+    assert terminal.cli(lost) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and "another rank is gone (Connection closed by peer" in line
     with pytest.raises(RuntimeError, match="a fault of ours"):
-        checkpoint.cli(lambda: exec("raise RuntimeError('a fault of ours')"))
+        terminal.cli(lambda: exec("raise RuntimeError('a fault of ours')"))
 
 
 def test_other_errors_are_not_the_ranks():

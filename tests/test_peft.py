@@ -21,6 +21,7 @@ import model_blip2 as blip2
 import model_qwen_vl as qwen
 import model_visualglm as glm
 import serve
+import terminal
 import vlm
 from kernels import linear
 
@@ -273,7 +274,7 @@ def test_what_combining_refuses(base, tmp_path, capsys):
         (["--average", str(directory), str(ROOT / "samples/tiny_visualglm")], "different models"),
     ):
         argv += ["--merge_model_path", str(tmp_path / "merged")]
-        assert checkpoint.cli(lambda argv=argv: merge.main(argv)) == 1
+        assert terminal.cli(lambda argv=argv: merge.main(argv)) == 1
         error = capsys.readouterr().err
         assert error.startswith("error: ") and words in error and error.count("\n") == 1, error
     assert not (tmp_path / "merged").exists()

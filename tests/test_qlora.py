@@ -19,6 +19,7 @@ import generate
 import merge
 import quantize
 import serve
+import terminal
 import train
 import vlm
 from kernels import nf4
@@ -276,7 +277,7 @@ def said_by_all(base_and_data, tmp_path, settings, capsys):
 )
 def test_what_is_refused(base, dataset, tmp_path, capsys, options, words):
     argv = arguments(base, dataset, tmp_path / "out", **options)
-    assert checkpoint.cli(lambda: train.main(argv)) == 1
+    assert terminal.cli(lambda: train.main(argv)) == 1
     *_, error = capsys.readouterr().err.splitlines()
     assert error.startswith("error: ") and words in error
     assert not list((tmp_path / "out").glob("*.json*"))

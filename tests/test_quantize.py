@@ -12,12 +12,12 @@ from test_blip2_train import OPT, T5, write_checkpoint
 from test_qlora import nf4_rounded
 from test_train_visualglm import glm_base  # noqa: F401 (a fixture)
 
-import checkpoint
 import data
 import evaluate
 import generate
 import lora
 import records
+import terminal
 import train
 import vlm
 from bench_timing import Products
@@ -196,7 +196,7 @@ def test_a_quantized_checkpoint_is_read_back(bases, tmp_path, capsys, name, kind
             (tmp_path / "a.jsonl").write_text(json.dumps({"messages": turns}))
             argv[3] = str(tmp_path / "a.jsonl")
             argv += ["--output_dir", str(tmp_path / "trained")]
-        assert checkpoint.cli(lambda main=main, argv=argv: main(argv)) == 1
+        assert terminal.cli(lambda main=main, argv=argv: main(argv)) == 1
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("error: ") and words in error
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-import checkpoint
 import meeting
+import terminal
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("convert/*.py")])
@@ -57,7 +57,7 @@ def test_nonsense_about_ranks_is_one_line(monkeypatch, capsys, environment):
     meeting.check_environment()
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert checkpoint.cli(lambda: 0) == 1
+    assert terminal.cli(lambda: 0) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and list(environment)[0] in line
 
@@ -80,7 +80,7 @@ def test_a_world_without_a_rank_is_refused(monkeypatch):
 def test_a_reader_that_is_gone():
     reader, writer = os.pipe()
     os.close(reader)
-    program = "import checkpoint, sys; sys.exit(checkpoint.cli(lambda: print(5, flush=True)))"
+    program = "import terminal, sys; sys.exit(terminal.cli(lambda: print(5, flush=True)))"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True
     )

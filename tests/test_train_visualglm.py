@@ -24,6 +24,7 @@ import evaluate
 import generate
 import merge
 import model_visualglm as glm
+import terminal
 import tokenizer_visualglm
 import train
 from convert import sat
@@ -427,8 +428,7 @@ def test_generate_refuses_pictures(glm_base, tmp_path, capsys):
         (["--prompt", "what is it?", "--image", "no.png"], "no.png"),
     ):
         assert (
-            checkpoint.cli(lambda argv=argv: generate.main(["--model_name_or_path", str(glm_base), *argv]))
-            == 1
+            terminal.cli(lambda argv=argv: generate.main(["--model_name_or_path", str(glm_base), *argv])) == 1
         )
         out, err = capsys.readouterr()
         assert not out and re.fullmatch(f"(device.*\n)?(warning: .*\n)?error: .*{words}.*\n", err), err
