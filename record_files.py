@@ -235,9 +235,13 @@ def read_folder(path: str) -> list:
         if unused := sum(p.suffix.lower() == ".txt" for p in files):
             what = f"{name} has the captions; {unused:,} .txt files are not used"
             print(f"note: {path}: {what}", file=sys.stderr)
-        return open_files([str(Path(path) / name)])
+        sources = open_files([str(Path(path) / name)])
+        if (images := sum(p.suffix.lower() in IMAGE_SUFFIXES for p in files)) > len(sources[0]):
+            what = f"{name} describes {len(sources[0]):,} of its {images:,} images"
+            print(f"note: {path}: {what}", file=sys.stderr)
+        return sources
     if annotations := [str(p) for p in files if p.suffix.lower() == ".xml"]:
-        return [voc_boxes(annotations)]
+        return voc_boxes(annotations)
     images = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
     texts = {p.with_suffix("") for p in files if p.suffix.lower() == ".txt"}
     if not images or not texts:
@@ -273,7 +277,7 @@ def open_files(paths: list[str]) -> list:
         elif is_tsv(path) or path.lower().endswith(".csv"):
             sources.append(read_table(path))
         elif path.lower().endswith(".xml"):
-            sources.append(voc_boxes([path]))
+            sources += voc_boxes([path])
         elif is_jsonl(path):
             sources.append(JsonLines(path))
         else:  # one document: what it is, its keys tell
@@ -366,10 +370,10 @@ def coco_boxes(path: str, document: dict) -> list[dict]:
     return list(records.values())
 
 
-def voc_boxes(paths: list[str]) -> Records:
-    """PASCAL VOC's annotation files: one record for each class of an image. A corner's pixel counts from 1
-    and is inside, so a box begins one pixel before it."""
-    records, places, bare = [], [], 0
+def voc_boxes(paths: list[str]) -> list[Records]:
+    """PASCAL VOC's annotation files, those of a folder together: one record for each class of an image. A
+    corner's pixel counts from 1 and is inside, so a box begins one pixel before it."""
+    folders, bare = {}, 0
 
     def number(node, key: str) -> float:
         if (text := node.findtext(key)) is None:
@@ -393,14 +397,15 @@ def voc_boxes(paths: list[str]) -> Records:
         except (ValueError, OverflowError, ElementTree.ParseError) as e:
             found = {"": ValueError(f"not a VOC annotation: {one_line(e)}")}
         bare += not found
+        records, places = folders.setdefault(os.path.dirname(path), ([], []))
         records += found.values()
         places += [os.path.basename(path)] * len(found)
-    if not records:
+    if bare == len(paths):
         raise ValueError(f"{paths[0]}: no object is annotated in these {len(paths):,} files")
     if bare:
         print(f"note: {paths[0]}: {bare:,} of {len(paths):,} such files annotate no object", file=sys.stderr)
     # with a file's path: its records stand in its folder
-    return Records(os.path.join(os.path.dirname(paths[0]), ""), records, places)
+    return [Records(os.path.join(folder, ""), *found) for folder, found in folders.items()]
 
 
 def vqa_v2(path: str, document: dict, annotations: dict) -> list[dict]:

@@ -93,6 +93,16 @@ def test_a_folder_of_voc_files(street, capsys):
     with pytest.raises(BadRecord, match=r"c\.xml: not a VOC annotation"):
         found.conversations(2)
     assert "1 of 4 such files annotate no object" in capsys.readouterr().err
+    for part in "ab":  # each file's image stands beside it
+        (street / part).mkdir()
+        Image.new("RGB", (200, 100)).save(street / part / "street.png")
+        write(street / part / "street.xml", VOC)
+    (street / "Annotations/c.xml").unlink()
+    found = data.Entry({"data_files": str(street)})
+    images = {
+        found.conversations(n)[0].images[0] for n in range(len(found)) if "Annotations" not in found.where(n)
+    }
+    assert images == {str(street / part / "street.png") for part in "ab"}
 
 
 BAD = {

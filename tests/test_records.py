@@ -496,7 +496,9 @@ def test_a_folder_of_captioned_images(folder, capsys):
     (folder / "b.txt").write_text(" \n")
     assert "b.txt is empty" in dict(entry_of(folder)[1])[f"{folder}/b.png"]
     (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n')
-    assert len(entry_of(folder)[0]) == 1 and "3 .txt files are not used" in capsys.readouterr().err
+    assert len(entry_of(folder)[0]) == 1
+    said = capsys.readouterr().err
+    assert "3 .txt files are not used" in said and "metadata.jsonl describes 1 of its 2 images" in said
     (folder / "metadata.csv").write_text("file_name,text\na.png,y\n")
     with pytest.raises(ValueError, match="has both metadata.jsonl and metadata.csv"):
         entry_of(folder)
