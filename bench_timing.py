@@ -8,6 +8,7 @@ A machine may be busy with other work, and its clock changes: so a ratio is take
 median of the rounds counts.
 """
 
+import contextlib
 import ctypes
 import gc
 import importlib.metadata
@@ -204,10 +205,8 @@ def circumstances() -> dict[str, str | int]:
     """What a figure depends on: machine, versions, commit."""
     versions = {}
     for name in ("torch", "transformers", "peft", "triton"):
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     cpu = re.search(r"model name\s*: (.*)", read_text("/proc/cpuinfo"))
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:

@@ -614,11 +614,9 @@ def parse_config(argv: list[str], cls=Config, usage: str = "train.py [CONFIG.jso
 def with_sample_defaults(values: dict, hints: dict) -> dict:
     """Without a dataset: the one of samples/, with the settings that suit it."""
     stage = "lora" if values.get("lora") else values.get("stage", "sft")
-    shipped = {
-        path.stem: path
-        for path in (data.ROOT / "configs" / (values.get("model") or "qwen_vl")).glob("*.json")
-    }
-    if (path := shipped.get(f"samples_{stage}")) is None:
+    # looked for among those that are there: a stage may be any text, also none that a file can be named
+    shipped = (data.ROOT / "configs" / (values.get("model") or "qwen_vl")).glob("samples_*.json")
+    if (path := next((p for p in shipped if p.stem == f"samples_{stage}"), None)) is None:
         return values
     note(f"no dataset given: training on samples/ with the settings of {path.relative_to(data.ROOT)}")
     rules = {f.name: f.metadata for f in fields(Config)}

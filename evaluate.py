@@ -494,8 +494,8 @@ def scored_answers(
         if not any(text is not None for text in answers):
             raise
         stop = e
-    done = len(answers)
-    conversations, asked, answers = answered(conversations[:done], asked[:done], answers)
+    n = len(answers)
+    conversations, asked, answers = answered(conversations[:n], asked[:n], answers)
     scores, each = score(conversations, answers, asked_for)
     # as the model saw it: the first thing to look at when a score is odd
     prompts = [processor.tokenizer.decode(processor.prompt(c)["input_ids"].tolist()) for c in asked]
@@ -518,9 +518,8 @@ def scored_answers(
     }
     if stop is not None:
         result |= {"complete": False, "asked": total}
-        print(
-            f"stopped ({type(stop).__name__}) with {len(answers):,} of {total:,} questions answered; ", end=""
-        )
+        done = f"{len(answers):,} of {total:,} questions answered"
+        print(f"stopped ({type(stop).__name__}) with {done}; ", end="")
     print(f"scores of {len(answers)} answers: ", end="")
     return result, stop
 

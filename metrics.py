@@ -123,8 +123,12 @@ def ptb_tokens(text: str) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------
-# Caption scores. Candidates are N token lists, references N lists of token lists; each returns the corpus'
-# score and the N captions' own.
+# Caption scores: each returns the corpus' and the N captions' own.
+
+
+Captions = list[list[str]]  # their tokens
+References = list[list[list[str]]]  # of each
+Scores = dict[str, tuple[float, list[float]]]  # by name: the set's, and each answer's
 
 
 def ngrams(tokens: list[str], longest: int = 4) -> Counter:
@@ -133,9 +137,7 @@ def ngrams(tokens: list[str], longest: int = 4) -> Counter:
     )
 
 
-def bleu(
-    candidates: list[list[str]], references: list[list[list[str]]]
-) -> tuple[list[float], list[list[float]]]:
+def bleu(candidates: Captions, references: References) -> tuple[list[float], list[list[float]]]:
     """BLEU-1..4 (Papineni et al., 2002): clipped precisions' geometric mean, times the penalty for a text
     shorter than the reference closest in length (the shorter of two)."""
 
@@ -175,7 +177,7 @@ def common_subsequence(a: list[str], b: list[str]) -> int:
     return row[-1]
 
 
-def rouge_l(candidates: list[list[str]], references: list[list[list[str]]]) -> tuple[float, list[float]]:
+def rouge_l(candidates: Captions, references: References) -> tuple[float, list[float]]:
     """F-measure (beta 1.2) of the best precision and the best recall of common subsequences (Lin, 2004)."""
     scores = []
     for candidate, refs in zip(candidates, references, strict=True):
@@ -187,7 +189,7 @@ def rouge_l(candidates: list[list[str]], references: list[list[list[str]]]) -> t
     return sum(scores) / len(scores), scores
 
 
-def cider_d(candidates: list[list[str]], references: list[list[list[str]]]) -> tuple[float, list[float]]:
+def cider_d(candidates: Captions, references: References) -> tuple[float, list[float]]:
     """CIDEr-D: 10 x the mean over n = 1..4 and the references of the clipped tf-idf cosine, with a Gaussian
     penalty (sigma 6) on the difference of lengths. Document frequencies are those of these references: a
     corpus of one image has 0."""
@@ -219,7 +221,7 @@ def cider_d(candidates: list[list[str]], references: list[list[list[str]]]) -> t
     return sum(scores) / len(scores), scores
 
 
-def caption_scores(answers: list[str], references: list[list[str]]) -> dict[str, tuple[float, list[float]]]:
+def caption_scores(answers: list[str], references: list[list[str]]) -> Scores:
     candidates = [ptb_tokens(a) for a in answers]
     refs = [[ptb_tokens(r) for r in some] for some in references]
     result = {"cider": cider_d(candidates, refs)}
@@ -430,10 +432,7 @@ OF_KIND = {  # the metrics of a conversation
 }
 
 
-def scores_of(
-    metric: str, answers: list[str], references: list[list[str]]
-) -> dict[str, tuple[float, list[float]]]:
-    """{score: (the whole set's, each answer's)}"""
+def scores_of(metric: str, answers: list[str], references: list[list[str]]) -> Scores:
     if metric == "caption":
         return caption_scores(answers, references)
     found = {}

@@ -1,6 +1,7 @@
 """Qwen-VL against frozen outputs of the original implementation (tolerances: 1e-4 on features, logits and
 hidden states, 1e-5 on losses, 1e-4 relative on gradients; greedy tokens, ids and labels exactly)."""
 
+import functools
 import hashlib
 import json
 import math
@@ -76,14 +77,12 @@ class Variant:
         )
 
 
-_variants = {}
+read_variant = functools.cache(Variant)
 
 
 @pytest.fixture
 def variant(qwen_vl_variant):
-    if qwen_vl_variant not in _variants:
-        _variants[qwen_vl_variant] = Variant(qwen_vl_variant)
-    return _variants[qwen_vl_variant]
+    return read_variant(qwen_vl_variant)
 
 
 def close(a, b, atol=1e-4):

@@ -246,39 +246,14 @@ def test_best_model_is_kept_and_loaded(base, dataset, tmp_path):
 
 @pytest.mark.parametrize("kind, level, mode", diagonal(["bf16", "fp16"], ["O1", "O2"], MODES))
 def test_sixteen_bits(references, base, dataset, tmp_path, kind, level, mode):
-    out = tmp_path / "out"
-    run(
-        arguments(
-            base,
-            dataset,
-            out,
-            **{kind: True},
-            fp16_opt_level=level,
-            max_steps=4,
-            lr_scheduler_type="constant",
-            learning_rate=1e-3,
-            **SPLIT,
-            **MODES[mode],
-        )
-    )
+    out, options = tmp_path / "out", {kind: True, "fp16_opt_level": level, **SPLIT, **MODES[mode]}
+    options |= {"lr_scheduler_type": "constant", "learning_rate": 1e-3}
+    run(arguments(base, dataset, out, max_steps=4, **options))
     exact = losses(references[mode, False])
     assert 0 < abs(losses(out)[0] - exact[0]) < 0.03
     assert losses(out)[3] < losses(out)[0]
     assert checkpoint.last_checkpoint(out).name == "checkpoint-4"
-    run(
-        arguments(
-            base,
-            dataset,
-            out,
-            **{kind: True},
-            fp16_opt_level=level,
-            max_steps=6,
-            lr_scheduler_type="constant",
-            learning_rate=1e-3,
-            **SPLIT,
-            **MODES[mode],
-        )
-    )
+    run(arguments(base, dataset, out, max_steps=6, **options))
     assert len(losses(out)) == 6
 
 

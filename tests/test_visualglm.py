@@ -4,6 +4,7 @@ greedy tokens, ids and labels exactly."""
 
 import dataclasses
 import fnmatch
+import functools
 import hashlib
 import math
 import re
@@ -81,14 +82,12 @@ class Variant:
         return batch
 
 
-_variants = {}
+read_variant = functools.cache(Variant)
 
 
 @pytest.fixture
 def variant(visualglm_variant):
-    if visualglm_variant not in _variants:
-        _variants[visualglm_variant] = Variant(visualglm_variant)
-    return _variants[visualglm_variant]
+    return read_variant(visualglm_variant)
 
 
 def close(a, b, atol=1e-5):
