@@ -779,19 +779,20 @@ LEFT_OVER = re.compile(
 
 def check_text(turns: list[tuple[str, Content]], more: list[str] = ()) -> None:
     """Refuses a turn's leftovers, and half characters in it or in `more`, which no file could hold."""
-    texts = [(f"turn {n} ({role})", text_of(content)) for n, (role, content) in enumerate(turns)]
-    for what, text in texts:
+    texts = [text_of(content) for _, content in turns]
+    for n, text in enumerate(texts):
         if ("<" in text or "&lt;" in text) and (found := LEFT_OVER.search(text)):
             raise ValueError(
-                f"{what} has {found[0]} in its text, which stands for no image here; images stand "
-                f"where {PLACEHOLDER} stands in a question or an answer of a chat"
+                f"turn {n} ({turns[n][0]}) has {found[0]} in its text, which stands for no image here; "
+                f"images stand where {PLACEHOLDER} stands in a question or an answer of a chat"
             )
-    for what, text in [*texts, ("its id, source or an answer", "".join(more))]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as e:
-            half = cut(e.object[e.start])
-            raise ValueError(f"{what} has a lone surrogate, half a character: {half}") from None
+    try:
+        "".join([*texts, *more]).encode()
+    except UnicodeEncodeError as e:
+        half, what = e.object[e.start], "its id, source or an answer"
+        for n in (n for n, text in enumerate(texts) if half in text):
+            what = f"turn {n} ({turns[n][0]})"
+        raise ValueError(f"{what} has a lone surrogate, half a character: {cut(half)}") from None
 
 
 # --------------------------------------------------------------------------------------------------
