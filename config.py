@@ -15,7 +15,6 @@ import fnmatch
 import json
 import math
 import os
-import sys
 import types
 import typing
 from dataclasses import dataclass, field, fields
@@ -27,7 +26,7 @@ import metrics
 import parallel
 import pipeline
 import terminal
-from terminal import nearest
+from terminal import nearest, note
 
 RUN, SPEED = "the run", "precision and speed"  # titles in --help that keys of two classes stand under
 # From the files' names, not by importing them: --help is fast, and a model file of one's own counts
@@ -578,7 +577,7 @@ def parse_config(argv: list[str], cls=Config, usage: str = "train.py [CONFIG.jso
     """`[config.json ...] [--key value ...]` -> a `cls`. Raises ValueError; -h and --help print the keys and
     exit."""
     if "-h" in argv or "--help" in argv:
-        if is_main():
+        if terminal.is_main():
             print(help_text(cls, usage))
         raise SystemExit(0)
     known = {f.name: f for f in (*fields(cls), *fields(Short))}
@@ -817,15 +816,6 @@ def check_quantize(cfg: Config) -> None:
 # ---- shown to a person
 
 DEFAULTS = {f.name: f.default for f in fields(Config)}
-
-
-def is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def note(text: str) -> None:
-    if is_main():
-        print(text, file=sys.stderr)
 
 
 def differences(cfg: Config) -> str:

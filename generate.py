@@ -436,8 +436,8 @@ def answers(
 
 def name_bad(bad: list[tuple[str, str]]) -> None:
     """Says what is left out, on the first rank."""
-    for where, reason in bad if os.environ.get("RANK", "0") == "0" else ():
-        print(f"warning: left out {where}: {reason}", file=sys.stderr, flush=True)
+    for where, reason in bad:
+        terminal.note(f"warning: left out {where}: {reason}")
 
 
 def check_bad(bad: list[tuple[str, str]], total: int, share: float, what: str) -> None:

@@ -16,7 +16,6 @@ import json
 import math
 import os
 import re
-import sys
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ import checkpoint
 import parallel
 import quantize
 import schema
+import terminal
 import vlm
 from kernels.dispatch import autocast_dtype, without_autocast
 from kernels.dropout import Mask, Rows, drop, dropout
@@ -639,10 +639,9 @@ def base_in(directory) -> str | None:
 def say_base(directory, kind: str | None) -> None:
     """On standard error, if an adapter will stand beside weights in other few bits than in its training."""
     if directory and (trained := base_in(directory)) not in (None, kind):
-        print(
+        terminal.note(
             f"note: {directory} was trained over weights in {trained}, here they are {kind or 'whole'}; "
-            f"--quantize {trained} computes as in training",
-            file=sys.stderr,
+            f"--quantize {trained} computes as in training"
         )
 
 

@@ -28,6 +28,7 @@ from config import Config, differences
 from meeting import Meeting
 from records import Conversation
 from run_dir import HARMLESS, RunDir, Start, read_state, shown
+from terminal import note
 
 # Each of these changes which sample a step is, or which model it updates: a checkpoint keeps it.
 KEPT = (
@@ -68,13 +69,10 @@ def read_plan(cfg: Config, split: str, processor, meeting: Meeting, **options) -
         data.say_unused(index)
         # Ten are enough to see the kind; `data.py check` lists all.
         for where, reason in index.problems[:10]:
-            print(f"warning: left out {where}: {reason}", file=sys.stderr)
+            note(f"warning: left out {where}: {reason}")
         if cut := int(index.truncated.sum()):
-            print(
-                f"warning: {cut:,} of {len(index):,} {split} samples exceed "
-                f"max_length={cfg.max_length} and are cut",
-                file=sys.stderr,
-            )
+            samples = f"{cut:,} of {len(index):,} {split} samples"
+            note(f"warning: {samples} exceed max_length={cfg.max_length} and are cut")
     return data.Plan(index, cfg.seed, cfg.max_length, cfg.mixtoken, cfg.max_images, **options)
 
 
@@ -117,10 +115,9 @@ def say_shared(plan: data.Plan, eval_plan: data.Plan) -> None:
     known = {digest for entry in trained for digest in entry.digests}
     for entry in asked:
         if known.issuperset(entry.digests):
-            print(
+            note(
                 f"warning: the eval entry {entry.label} ({', '.join(entry.paths)}) is trained on too; "
-                "--eval_split 0.05 keeps a share back",
-                file=sys.stderr,
+                "--eval_split 0.05 keeps a share back"
             )
 
 
@@ -148,13 +145,8 @@ def check_eval_use(cfg: Config) -> None:
                 raise ValueError(
                     f"data_files: no file {path} (working directory {os.getcwd()}), in the eval entries"
                 )
-    # Before ranks have met, so by the environment: all would say the same.
-    if os.environ.get("RANK", "0") == "0":
-        held = "the records that eval_split holds back" if entries[0].get("eval_part") else "the eval entries"
-        print(
-            f"warning: {held} are not evaluated in this run; --evaluate epoch or --do_eval true does so",
-            file=sys.stderr,
-        )
+    held = "the records that eval_split holds back" if entries[0].get("eval_part") else "the eval entries"
+    note(f"warning: {held} are not evaluated in this run; --evaluate epoch or --do_eval true does so")
 
 
 def check_contrast(cfg: Config, definition, dp_size: int, evaluating: bool) -> None:

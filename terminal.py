@@ -65,6 +65,17 @@ def cut(value, limit: int = 60) -> str:
 # ---- a script from its beginning to its end
 
 
+def is_main() -> bool:
+    """Whether this process speaks for all: known before the ranks have met."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def note(text: str) -> None:
+    """What is no result and no error, said once."""
+    if is_main():
+        print(text, file=sys.stderr, flush=True)
+
+
 def cli(main) -> int:
     """Run a script's main(): a user's mistake becomes one line on stderr and exit code 1."""
     # a terminal that lacks a character shows its code, and nothing is lost

@@ -57,7 +57,7 @@ from meeting import Meeting
 from rates import LossScaler, learning_rate_at
 from resume import Prepared, check_eval_use, is_finished, prepare
 from run_dir import HARMLESS, Log, RunDir, Signals, Stopped, explained, goes_on, shown
-from terminal import one_line
+from terminal import note, one_line
 from vlm import Batch
 
 # --------------------------------------------------------------------------------------------------
@@ -518,10 +518,7 @@ class Run:
         self.say(f"continuing from {start.resume} at step {state['step']}", flush=True)
         # Allowed, since a run may be continued with another learning rate; said, since it may be a slip.
         if changed := {k: v for k, v in start.changed.items() if k not in HARMLESS}:
-            self.say(
-                f"warning: continuing with other settings than the run began with: {shown(changed)}",
-                file=sys.stderr,
-            )
+            note(f"warning: continuing with other settings than the run began with: {shown(changed)}")
         # Without load_best_model_at_end the best is a number alone, which early stopping counts from.
         # Deleted by hand, it cannot be chosen at the end, and must not win against later ones.
         best = self.out / f"checkpoint-{state['best_step']}"
@@ -739,7 +736,7 @@ class Run:
         state, lower = self.state, self.cfg.metric_for_best_model == "eval_loss"
         best = state["best_metric"]
         if not math.isfinite(value):
-            self.say(f"warning: {self.cfg.metric_for_best_model} is {value}: never the best", file=sys.stderr)
+            note(f"warning: {self.cfg.metric_for_best_model} is {value}: never the best")
         # Ties keep the earlier one.
         elif best is None or (value < best if lower else value > best):
             state |= {"best_metric": value, "best_step": state["step"]}
@@ -955,7 +952,7 @@ def dry_run(cfg: Config, config: dict, definition: vlm.Model, directory: Path | 
     degrees = max(1, cfg.tensor_parallel_degree) * max(1, cfg.pipeline_parallel_degree)
     shards = max(1, cfg.sharding_parallel_degree or 1) if cfg.sharding else 1
     world_size = int(os.environ.get("WORLD_SIZE", degrees * shards))
-    if os.environ.get("RANK", "0") == "0":
+    if terminal.is_main():
         print(estimate.dry_run(cfg, config, definition, plan, world_size))
     return 0
 
