@@ -523,4 +523,9 @@ def explained(error: BaseException, cfg: Config) -> Exception | None:
             f"out of memory ({text[:200]}); lower per_device_train_batch_size or max_length, or set "
             f"recompute=true or sharding=stage3; {then}"
         )
+    if type(error).__name__ == "InductorError":  # of a module that only compilation loads
+        return ValueError(
+            f"compile=true: torch could not compile a block ({text[:300]}); remove what a kill left half "
+            f"written in its cache, or leave compile out; {then}"
+        )
     return None

@@ -860,6 +860,8 @@ class Run:
             example = terminal.example_request(self.plan.index.conversation(0), self.processor)
             start = f"{terminal.script('generate.py')} --model_name_or_path {shlex.quote(str(out))}"
             self.say(f"model: {out}\nnext: {start} {example}")
+        elif cfg.do_train:
+            self.say("nothing is saved (save_strategy=no)")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ import train
 import vlm
 from config import Config
 from resume import check_facts, run_facts
-from run_dir import RunDir, read_state
+from run_dir import RunDir, explained, read_state
 
 LORA = {
     "lora": True,
@@ -221,6 +221,15 @@ def test_a_run_whose_record_is_damaged_goes_on(tmp_path):
         rates.LossScaler(True).load({"scale": 1.0})
 
 
+def test_what_torch_cannot_compile_is_one_line(tmp_path):
+    """A kill may leave half a library in torch's cache, where every later start would find it."""
+    said = type("InductorError", (RuntimeError,), {})(
+        "ImportError: /tmp/torchinductor_me/x.so: file too short"
+    )
+    clear = explained(said, Config(output_dir=str(tmp_path), compile=True))
+    assert isinstance(clear, ValueError) and "/tmp/torchinductor_me/x.so" in str(clear), clear
+
+
 VOCABULARIES = [  # a model, its vocabulary's file, two of its tokens
     ("qwen_vl", "qwen.tiktoken", "IHRoaXM= ", "IG9m "),
     ("visualglm", "tokenizer.json", '"答"', '"▁问:"'),
@@ -381,6 +390,7 @@ def test_features_of_another_tower_are_made_again(base, dataset, tmp_path, capfd
 
     def loss(cached: bool, **more):
         run(arguments(model, dataset, tmp_path / "out", **options, cache_image_features=cached, **more))
+        assert "nothing is saved (save_strategy=no)" in capfd.readouterr().out
         return losses(tmp_path / "out")[-1]
 
     assert loss(True) == loss(False)
