@@ -98,10 +98,9 @@ def write_model(directory: Path, values: dict, dtype: torch.dtype = torch.float3
 
     def tensors():
         for name, shape in shapes.items():
-            t = torch.randn(shape, generator=build.named_generator(0, name)) * (
-                0.05 if len(shape) > 1 else 0.1
-            )
-            yield name, (t + 1 if len(shape) == 1 and name.endswith("weight") else t).to(dtype)
+            matrix = len(shape) > 1
+            t = torch.randn(shape, generator=build.named_generator(0, name)) * (0.05 if matrix else 0.1)
+            yield name, (t + 1 if not matrix and name.endswith("weight") else t).to(dtype)
 
     checkpoint.save_weights(directory, tensors())
     return directory

@@ -391,16 +391,12 @@ def stage_memory(model: nn.Module, part: Part, hidden: float, peak: tuple[int, i
 
 def heaviest_stream(plan, batch_size: int, steps: int = 10_000) -> Stream:
     """The micro-batch with most tokens among the first ones of a run."""
-    index, heaviest = plan.index, None
-    units = plan.units(0)[: steps * batch_size]
-    for start in range(0, len(units), batch_size):
-        numbers = [int(n) for unit in units[start : start + batch_size] for n in unit]
-        tokens = int(index.length[numbers].sum())
-        if heaviest is None or tokens > heaviest[0]:
-            heaviest = tokens, numbers
-    tokens, numbers = heaviest
-    supervised, images = int(index.num_supervised[numbers].sum()), int(index.num_images[numbers].sum())
-    return Stream(tokens, supervised, images, index.length[numbers].tolist())
+    index, units = plan.index, plan.units(0)[: steps * batch_size]
+    starts = range(0, len(units), batch_size)
+    batches = ([int(n) for unit in units[i : i + batch_size] for n in unit] for i in starts)
+    numbers = max(batches, key=lambda numbers: index.length[numbers].sum())
+    columns = index.length, index.num_supervised, index.num_images
+    return Stream(*(int(column[numbers].sum()) for column in columns), index.length[numbers].tolist())
 
 
 def streams(plan, cfg: Config) -> tuple[StreamSizes, Stream, Stream]:

@@ -14,6 +14,7 @@ checkpoint of BLIP-2 is scored by "retrieval".
 
 import python_version  # noqa: F401  (first: it says which Python is needed)
 
+import contextlib
 import dataclasses
 import json
 import signal
@@ -537,12 +538,9 @@ def draw_answers(answers: list[dict], folder: Path) -> None:
 
 def say_again(path: str) -> None:
     """Results of a stopped run are made anew; says so."""
-    try:
-        stopped = json.loads(Path(path).read_text(encoding="utf-8")).get("complete") is False
-    except (ValueError, AttributeError, OSError):
-        return
-    if stopped:
-        print(f"{path} holds the answers of a stopped evaluation; this one begins again", flush=True)
+    with contextlib.suppress(ValueError, AttributeError, OSError):  # what else stands there is replaced
+        if json.loads(Path(path).read_text(encoding="utf-8")).get("complete") is False:
+            print(f"{path} holds the answers of a stopped evaluation; this one begins again", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import hashlib
 import io
 import os
 import re
-import stat
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -47,9 +46,9 @@ def read_bytes(source: str) -> bytes:
             return base64.b64decode("".join(source[match.end() :].split()), validate=True)
         except binascii.Error as e:
             raise ValueError(f"the data URL's base64 is damaged ({e})") from None
+    if os.path.exists(source) and not os.path.isfile(source):
+        raise ValueError("not a regular file")  # a pipe would block for ever
     with open(source, "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError("not a regular file")
         return file.read()
 
 
@@ -72,8 +71,6 @@ def open_image(source: str | os.PathLike) -> Image.Image:
     """
     source = os.fspath(source)
     try:
-        if not is_data_url(source) and os.path.exists(source) and not os.path.isfile(source):
-            raise ValueError("not a regular file")  # a pipe would block for ever
         with Image.open(io.BytesIO(read_bytes(source)), formats=readable(FORMATS)) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels, at most {MAX_PIXELS:,} are opened")
