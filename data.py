@@ -232,14 +232,12 @@ def hold_out(dataset: dict, share: float) -> dict:
     """The dataset with `share` of its training records as the evaluation set."""
     if not share:
         return dataset
-    # The same files in both parts; share_of says which part a record is in.
-    parts = {
-        split: [
-            {**entry, "eval_split": share, "eval_part": split == "eval"} for entry in dataset.get("train", [])
-        ]
-        for split in ("train", "eval")
-    }
-    return {**dataset, **parts}
+
+    def part(evaluates: bool) -> list[dict]:
+        # The same files in both parts; share_of says which part a record is in.
+        return [{**entry, "eval_split": share, "eval_part": evaluates} for entry in dataset.get("train", [])]
+
+    return {**dataset, "train": part(False), "eval": part(True)}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -255,15 +255,14 @@ class Stream:
 
 def meta_batch(stream: Stream, model: nn.Module) -> vlm.Batch:
     T, Q, meta = stream.tokens, model.num_image_tokens, {"device": "meta", "dtype": torch.int64}
+    pixels = torch.empty(stream.images, 3, *model.image_size, device="meta") if stream.images else None
     batch = vlm.Batch(
         input_ids=torch.empty(T, **meta),
         position_ids=torch.empty((T,) if model.position_axes == 1 else (model.position_axes, T), **meta),
         cu_seqlens=torch.tensor([0, *stream.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
         targets=torch.empty(T, **meta),
         supervised=torch.empty(stream.supervised, **meta),
-        pixel_values=torch.empty(stream.images, 3, *model.image_size, device="meta")
-        if stream.images
-        else None,
+        pixel_values=pixels,
         image_positions=torch.empty(stream.images, Q, **meta),
         prefix_lens=torch.tensor([n // 2 for n in stream.lengths]) if model.prefill == "whole" else None,
         dropout_keys=torch.empty(T, **meta),
@@ -272,9 +271,8 @@ def meta_batch(stream: Stream, model: nn.Module) -> vlm.Batch:
     if model.encoder_decoder:  # on the host its tokens say where a segment's decoder begins
         start, ends = model.language_model.start, batch.cu_seqlens[1:].tolist()
         ids, share = torch.full((T,), start + 1), stream.supervised / T
-        rows = [
-            torch.arange(e - max(1, round(share * n)), e) for e, n in zip(ends, stream.lengths, strict=True)
-        ]
+        learned = [max(1, round(share * n)) for n in stream.lengths]
+        rows = [torch.arange(end - n, end) for end, n in zip(ends, learned, strict=True)]
         ids[[int(r[0]) for r in rows]] = start
         rows = torch.cat(rows)
         batch.supervised = torch.empty(len(rows), **meta)

@@ -22,9 +22,8 @@ VERSION = "3"  # changes whenever the same answers could get other scores
 APOS = "['\u2019\u00b4]"
 ANY_APOS = "['\u2019\u00b4`\u2018\u201b]"
 LETTER, ALNUM = r"[^\W\d_]", r"[^\W_]"
-WORD = (
-    rf"{LETTER}{ALNUM}*(?:[.!?]{LETTER}{ALNUM}*)*"  # sentences without a blank between them stay in one piece
-)
+# sentences without a blank between them stay in one piece
+WORD = rf"{LETTER}{ALNUM}*(?:[.!?]{LETTER}{ALNUM}*)*"
 NUM = r"(?:\d*(?:[.,]\d+)+|\d+(?:[.:,]\d+)*)"
 CLITIC = rf"{ANY_APOS}(?:m|s|d|re|ve|ll)(?!{LETTER})"
 ACRONYM = r"[a-z](?:\.[a-z])+\."
@@ -132,9 +131,8 @@ Scores = dict[str, tuple[float, list[float]]]  # by name: the set's, and each an
 
 
 def ngrams(tokens: list[str], longest: int = 4) -> Counter:
-    return Counter(
-        tuple(tokens[i : i + n]) for n in range(1, longest + 1) for i in range(len(tokens) - n + 1)
-    )
+    sizes = range(1, longest + 1)
+    return Counter(tuple(tokens[i : i + n]) for n in sizes for i in range(len(tokens) - n + 1))
 
 
 def bleu(candidates: Captions, references: References) -> tuple[list[float], list[list[float]]]:
@@ -235,10 +233,8 @@ def caption_scores(answers: list[str], references: list[list[str]]) -> Scores:
 # Answers: a score of one beside its references
 
 VQA_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-VQA_NUMBERS = {
-    word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())
-}
-VQA_NUMBERS["none"] = "0"
+NUMBERS = "zero one two three four five six seven eight nine ten".split()
+VQA_NUMBERS = {word: str(i) for i, word in enumerate(NUMBERS)} | {"none": "0"}
 # Written without one of their apostrophes, these get it back
 VQA_CONTRACTIONS = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
