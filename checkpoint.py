@@ -874,6 +874,10 @@ def _all_or_none(path):
         yield
     # Held back until all ranks have said how it went for them.
     except Exception as e:
+        # A data worker's death is raised wherever this rank is, in the middle of a collective too: it has
+        # none to share then. The others see it end.
+        if "DataLoader worker" in str(e):
+            raise
         error = e
     # all ranks: nobody goes on with half a checkpoint
     reasons = parallel.from_all(None if error is None else reason_of(error))

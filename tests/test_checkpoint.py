@@ -175,6 +175,18 @@ def test_config_and_model_kind(tmp_path):
         vlm.kind_of({"model_type": "qwen"})  # a text-only Qwen
 
 
+def test_a_dead_data_worker_asks_no_rank_during_a_save(tmp_path, monkeypatch):
+    """It is raised in the middle of anything, a collective of the save too: another one would never end."""
+
+    def in_the_middle():
+        monkeypatch.setattr(parallel, "from_all", None)
+        raise RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed. ")
+
+    with pytest.raises(RuntimeError, match="DataLoader worker"), ck.atomic_dir(tmp_path / "c"):
+        in_the_middle()
+    assert not list(tmp_path.iterdir())
+
+
 def test_atomic_dir(tmp_path):
     final = tmp_path / "run" / "checkpoint-1"
     with ck.atomic_dir(final) as directory:
