@@ -155,11 +155,11 @@ def transformers_tokenizer(source: Source, processor, directory: Path) -> int | 
                 f"the image token {image_token}, which transformers puts behind the tokenizer's; no export"
             )
     tokenizer.save(str(directory / "tokenizer.json"))
-    names = {"bert": ("[CLS]", "[SEP]", "[UNK]", "[PAD]"), "opt": ("</s>", "</s>", "<unk>", "<pad>")}
-    bos, eos, unk, pad = names.get(kind, (None, "</s>", "<unk>", "<pad>"))
-    named = {"bos_token": bos, "eos_token": eos, "unk_token": unk, "pad_token": pad}
+    named = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     if kind == "bert":
-        named = {"cls_token": bos, "sep_token": eos, "unk_token": unk, "pad_token": pad}
+        named = {"cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]", "pad_token": "[PAD]"}
+    elif kind == "opt":  # its texts begin with the token that ends them
+        named["bos_token"] = "</s>"
     options = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "processor_class": "Blip2Processor",
@@ -167,7 +167,7 @@ def transformers_tokenizer(source: Source, processor, directory: Path) -> int | 
         "clean_up_tokenization_spaces": False,
         "padding_side": "left" if kind == "opt" else "right",  # an answer goes on from the last token
         "model_max_length": source.model.config.max_positions or 512,
-        **{key: token for key, token in named.items() if token and tokenizer.token_to_id(token) is not None},
+        **{key: token for key, token in named.items() if tokenizer.token_to_id(token) is not None},
     }
     if kind == "bert":
         options["do_lower_case"] = True

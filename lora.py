@@ -788,10 +788,7 @@ def load_adapter(
     for name, scaling in scalings.items():
         rank, module = tensors[f"{name}.lora_A.weight"].shape[0], model.get_submodule(name)
         if not isinstance(module, LoraLinear):
-            if type(module) is not nn.Linear:
-                raise ValueError(
-                    f"the adapter changes {name!r}, a {type(module).__name__}; expected a linear layer"
-                )
+            check_linear(name, module, (nn.Linear,))
             _to_lora(model, name, rank, scaling, config.get("lora_dropout", 0.0))
             if config.get("use_dora"):
                 add_magnitude(module)
@@ -814,6 +811,13 @@ def load_adapter(
         if not params[name].is_meta:
             copy(params[name], tensor)
     return list(scalings)
+
+
+def check_linear(name: str, module: nn.Module, kinds: tuple) -> None:
+    # The exact type: a subclass computes something else, which an adapter beside it would not see.
+    if type(module) not in kinds:
+        kind = type(module).__name__
+        raise ValueError(f"the adapter changes {name!r}, a {kind}; expected a linear layer")
 
 
 def shapes_of(model: nn.Module, shape=lambda param: param.shape) -> dict[str, torch.Size]:
@@ -846,9 +850,7 @@ def add_adapters(model: nn.Module, directories: dict[str, str]) -> dict[str, Add
         scalings, extra = adapter_updates(config, tensors, shapes)
         for name, scaling in scalings.items():
             module = model.get_submodule(name)
-            if type(module) not in (nn.Linear, AnyLinear, SharedLinear):
-                kind = type(module).__name__
-                raise ValueError(f"the adapter changes {name!r}, a {kind}; expected a linear layer")
+            check_linear(name, module, (nn.Linear, AnyLinear, SharedLinear))
             # In place: the weight keeps its name; layers that no adapter changes stay as fast as they are.
             if type(module) is not SharedLinear:
                 module.__class__, module.adapters = SharedLinear, {}
