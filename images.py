@@ -11,7 +11,6 @@ so the models' own resizing stays bit-equal to the originals'.
 import base64
 import binascii
 import contextlib
-import hashlib
 import io
 import os
 import re
@@ -50,11 +49,6 @@ def read_bytes(source: str) -> bytes:
         raise ValueError("not a regular file")  # a pipe would block for ever
     with open(source, "rb") as file:
         return file.read()
-
-
-def content_key(source: str) -> str:
-    """Hash of the encoded image, by which caches know it."""
-    return hashlib.sha256(read_bytes(source)).hexdigest()
 
 
 def readable(formats: tuple[str, ...]) -> list[str]:
