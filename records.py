@@ -119,11 +119,11 @@ def front_image(content: Content) -> tuple[ImageRef | None, str]:
 
 IMAGE_TAG = re.compile(r"((?:Picture \d+: ?)?)<img>(.*?)</img>(\n?)", re.S)  # Qwen-VL's own file format
 PLACEHOLDER = "<image>"
-PICTURE = object()  # inside a turn: an image that the record's list will fill in
+IMAGE_PLACE = object()  # inside a turn: an image that the record's list will fill in
 
 
 def parts_of_text(text: str) -> list:
-    """Text with <img>PATH</img> tags and <image> placeholders -> texts, ImageRefs and PICTUREs."""
+    """Text with <img>PATH</img> tags and <image> placeholders -> texts, ImageRefs and IMAGE_PLACEs."""
     if "<" not in text:  # most texts
         return [text] if text else []
     small = text.lower()  # <IMG> was meant as a tag too, and is none
@@ -132,7 +132,7 @@ def parts_of_text(text: str) -> list:
     pieces, parts = IMAGE_TAG.split(text), []
     for n in range(0, len(pieces), 4):
         for k, plain in enumerate(pieces[n].split(PLACEHOLDER)):
-            parts += ([PICTURE] if k else []) + ([plain] if plain else [])
+            parts += ([IMAGE_PLACE] if k else []) + ([plain] if plain else [])
         if n + 1 < len(pieces):
             before, source, after = pieces[n + 1 : n + 4]
             parts.append(ImageRef(source, (before, after)))
@@ -157,7 +157,7 @@ def read_part(part) -> list:
     """One content part of OpenAI's, TRL's or Hugging Face's messages."""
     if isinstance(part, str):
         return parts_of_text(part)
-    if isinstance(part, ImageRef) or part is PICTURE:  # placed before
+    if isinstance(part, ImageRef) or part is IMAGE_PLACE:  # placed before
         return [part]
     if not isinstance(part, dict):
         raise ValueError(f"a content part must be an object, got {cut(part)}")
@@ -176,7 +176,7 @@ def read_part(part) -> list:
         sources.append(f"data:image/png;base64,{base64}")  # decoders look at the content, not at this type
     if len(sources) > 1 or given.get("text") or (kind is None and not sources):
         raise ValueError(f"an image part must hold one image, got {cut(part)}")
-    return [ImageRef(image_source(sources[0]))] if sources else [PICTURE]
+    return [ImageRef(image_source(sources[0]))] if sources else [IMAGE_PLACE]
 
 
 def read_content(value) -> list:
@@ -193,7 +193,7 @@ def read_content(value) -> list:
 def place_images(turns: list[tuple[str, list]], sources: list[str]) -> None:
     """Puts the k-th image where the k-th placeholder stands; without placeholders, all in front of the first
     question. Images that tags in the text name already must be the same ones."""
-    places = [(content, n) for _, content in turns for n, part in enumerate(content) if part is PICTURE]
+    places = [(content, n) for _, content in turns for n, part in enumerate(content) if part is IMAGE_PLACE]
     named = sources_of(turns)
     if named and not places and sources and sources == named:
         return
