@@ -643,9 +643,7 @@ def validate(cfg: Config) -> None:
             raise ValueError(
                 f"{name}={getattr(cfg, name)} is above learning_rate={cfg.learning_rate}; lower it"
             )
-    if cfg.load_best_model_at_end and (
-        cfg.evaluation_strategy == "no" or cfg.save_strategy != cfg.evaluation_strategy
-    ):
+    if cfg.load_best_model_at_end and not cfg.save_strategy == cfg.evaluation_strategy != "no":
         raise ValueError(
             f"load_best_model_at_end needs evaluation_strategy={cfg.evaluation_strategy} and "
             f"save_strategy={cfg.save_strategy} to be the same of epoch and steps"
@@ -673,6 +671,11 @@ def validate(cfg: Config) -> None:
             "model's embeddings, and stage 1 has none; leave it out"
         )
     loggers.check(cfg.report_to or [])
+    note_without_effect(cfg)
+
+
+def note_without_effect(cfg: Config) -> None:
+    """Names what was set and changes nothing, since another key is as it is."""
     for names, has_effect, needs in (
         (
             "lora_rank lora_alpha use_rslora lora_dropout lora_target_modules lora_split loraplus_lr_ratio "
