@@ -237,10 +237,32 @@ class _Dropout(torch.autograd.Function):
         return drop([dy], *ctx.options)[0], None, None, None
 
 
+@torch.library.custom_op("trimix::dropout", mutates_args=())
+def _opaque(
+    x: Tensor, keys: Tensor, p: float, seed: int, first_channel: int, images: int, divisor: float
+) -> Tensor:
+    """`drop` as an operator that a compiler calls as it is. Fused into a block, the hash's products, which
+    overflow, gave another mask (torch 2.13 on a CPU: most entries were kept)."""
+    return drop([x], Mask(keys, p, seed, first_channel, images), divisor)[0]
+
+
+def _remember(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.options = inputs[2:]
+
+
+def _opaque_backward(ctx, dy: Tensor):
+    return _opaque(dy, *ctx.saved_tensors, *ctx.options), *[None] * 6
+
+
+_opaque.register_fake(lambda x, *_: x.new_empty(x.shape))
+_opaque.register_autograd(_opaque_backward, setup_context=_remember)
+
+
 def dropout(x: Tensor, mask: Mask, divisor: float = 1.0, impl: str = "auto") -> Tensor:
     """x (..., C) with zeros where the mask has them, divided by `divisor` (1 - p keeps the mean)."""
-    if torch.compiler.is_compiling():  # which fuses the definition
-        return dropout_ref(x, mask, divisor)
+    if torch.compiler.is_compiling():
+        return _opaque(x, mask.keys, mask.p, mask.seed, mask.first_channel, mask.images, divisor)
     return _Dropout.apply(x, mask, divisor, impl)
 
 

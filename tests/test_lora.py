@@ -319,6 +319,23 @@ def test_dropout_statistics(p):
         assert z(m[1:], m[:-1]) < 5 and z(m[:, 1:], m[:, :-1]) < 5  # neighbours
 
 
+@pytest.mark.parametrize("images", [0, 3])
+def test_dropout_as_an_operator_is_dropout(images):
+    """What a compiled block calls: forward and backward."""
+    x, dy = torch.randn(2, 12, 33)
+    mask = Mask(torch.randint(-(2**62), 2**62, (images or 12,)), 0.3, 1147886398, 4, images)
+    results = []
+    for dropped in (
+        lambda x: dropout.dropout(x, mask, 0.7),
+        lambda x: dropout._opaque(x, mask.keys, 0.3, mask.seed, 4, images, 0.7),
+    ):
+        own = x.clone().requires_grad_()
+        y = dropped(own)
+        y.backward(dy)
+        results.append((y.detach(), own.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)) and (results[0][1] == 0).any()
+
+
 def test_dropout_depends_on_keys_only():
     a, b = keys_of(1, 5), keys_of(2, 7)
 

@@ -18,6 +18,7 @@ from small import arguments, assert_same_run, gradients, log_of, losses, wait_fo
 
 import checkpoint
 import data
+import export_static
 import model_qwen_vl as qwen
 import train
 
@@ -332,3 +333,17 @@ def test_paddlemix_files_run_unchanged(base, dataset, tmp_path, own):
     assert saved["learning_rate"] == 1e-5 and saved["mixtoken"] is True
     again = train.parse_config([str(tmp_path / "out" / "train_config.json")])
     assert again.dataset == entries
+
+
+@pytest.mark.slow
+def test_compiled_blocks_learn_as_they_do_without(tmp_path):
+    """With dropout, whose mask torch's compiler had fused into another one; recomputed and in packs."""
+    if not export_static.has_compiler():
+        pytest.skip("no C++ compiler")
+    options = {"lora": True, "lora_dropout": 0.3, "recompute": True, "mixtoken": True, "max_length": 256}
+    options |= {"max_steps": 3, "per_device_train_batch_size": 2, "save_steps": 3}
+    entries = {"train": [{"data_files": "samples/flags_zh/train.jsonl", "image_root": "samples"}]}
+    for compiled in (False, True):
+        out = tmp_path / str(compiled)
+        run(arguments(data.ROOT / "samples/tiny_qwen_vl", entries, out, **options, compile=compiled))
+    assert_same_run(tmp_path / "True", tmp_path / "False", 1e-4, 1e-3)
