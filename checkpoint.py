@@ -35,6 +35,7 @@ from tokenizers import Tokenizer
 
 import parallel
 from schema import Pixels, check, read_json, require
+from terminal import cli  # noqa: F401  (programs that drive our scripts look for it here)
 
 # What a file may hold. 8-bit floats and the like are refused by name: casting them would be a guess.
 SAFETENSORS_DTYPES = {
