@@ -241,8 +241,8 @@ class _Dropout(torch.autograd.Function):
 def _opaque(
     x: Tensor, keys: Tensor, p: float, seed: int, first_channel: int, images: int, divisor: float
 ) -> Tensor:
-    """`drop` as an operator that a compiler calls as it is. Fused into a block, the hash's products, which
-    overflow, gave another mask (torch 2.13 on a CPU: most entries were kept)."""
+    """`drop` as an operator that a compiler calls as it is. Compiled into a block, `p` was not told apart by
+    torch's cache of programs (2.13): a run with another share than the one before it dropped that one's."""
     return drop([x], Mask(keys, p, seed, first_channel, images), divisor)[0]
 
 
