@@ -421,11 +421,11 @@ class QwenVL(nn.Module):
 
     def ntk_alpha(self, lengths: Tensor) -> Tensor:
         """What the rotary base is stretched by for a prompt of that length, fp64."""
-        # 1 up to the trained 2,048 tokens, then 3, 7, 15 as the length doubles. In whole numbers: a logarithm
-        # that is a little off, on some device, would jump to the next.
-        powers = 2 ** torch.arange(32, device=lengths.device)
-        longer = lengths[..., None] > self.config.seq_length * powers
-        return (1 + 2 * (longer * powers).sum(-1)).double()
+        # 1 up to the trained 2,048 tokens, then 3, 7, 15 as the length doubles. A little less than the power:
+        # of a logarithm that is not whole for a power of two, on some device, the ceiling would jump; lengths
+        # up to 2**31 are told apart. (Not in whole numbers: compiled for a CPU, their sum came out wrong.)
+        power = torch.log2(lengths.double() / self.config.seq_length) + (1 - 1e-10)
+        return (2.0 ** power.ceil() - 1).clamp(min=1)
 
     def cache_group(self, length: int) -> float:
         # keys are turned with the base of the prompt that they were made for
